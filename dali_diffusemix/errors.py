@@ -1,0 +1,40 @@
+"""Every error that this package raises on purpose.
+
+    DiffuseMixError
+    ├── ConfigError             an argument or setting breaks a rule (also a ValueError)
+    ├── DataError               the images themselves
+    │   ├── CatalogError        a folder of originals, or the catalog of one, cannot be used
+    │   └── DecodeError         one image cannot be decoded
+    ├── StoreError              an edit store or fractal bank on disk cannot be used
+    └── MissingDependencyError  an optional package, driver or compiler is not there (also an ImportError)
+
+A message names the field, the rule, the value found and the remedy.
+"""
+
+
+class DiffuseMixError(Exception):
+    """Base of every error raised on purpose by dali_diffusemix."""
+
+
+class ConfigError(DiffuseMixError, ValueError):
+    """An argument or setting breaks a rule."""
+
+
+class DataError(DiffuseMixError):
+    """Something is wrong with the images given."""
+
+
+class CatalogError(DataError):
+    """A folder of originals, or its catalog, cannot be used."""
+
+
+class DecodeError(DataError):
+    """One image cannot be decoded."""
+
+
+class StoreError(DiffuseMixError):
+    """An edit store or a fractal bank on disk cannot be used."""
+
+
+class MissingDependencyError(DiffuseMixError, ImportError):
+    """An optional package, driver or compiler is missing."""
