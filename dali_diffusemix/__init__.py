@@ -1,0 +1,1 @@
+"""DiffuseMix at load time."""

@@ -1,0 +1,107 @@
+"""The CPU library behind ctypes: kernels/mix.cpp and kernels/flame.cpp, built by setup.py.
+
+It is a plain C library: ctypes releases the GIL around every call, and it does not depend on the Python version.
+Where it was not built (no C++ compiler at installation) `library()` is None, said once, and NumPy does the work.
+"""
+
+import ctypes
+import functools
+import logging
+import os
+from importlib import resources
+
+import numpy as np
+from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
+_FILE = "libdali_diffusemix.so"
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where it was not built. DALI_DIFFUSEMIX_NATIVE=0 pretends it was not."""
+    if os.environ.get("DALI_DIFFUSEMIX_NATIVE") == "0":
+        return None
+    try:
+        with resources.as_file(resources.files("dali_diffusemix.kernels") / _FILE) as path:
+            return ctypes.CDLL(str(path))
+    except (OSError, ModuleNotFoundError) as error:
+        _log.warning(
+            "The CPU kernels were not built (%s): the NumPy definition is used, which is many times slower. "
+            "Install a C++ compiler (g++) and reinstall dali-diffusemix to build them.",
+            error,
+        )
+        return None
+
+
+def mix(
+    originals: NDArray[np.void],
+    edits: NDArray[np.void],
+    rows: NDArray[np.void],
+    bank: NDArray[np.uint8] | None,
+    out: NDArray[np.generic],
+    *,
+    output_size: tuple[int, int],
+    dtype: int,
+    channels_last: bool,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    threads: int,
+) -> bool:
+    """Run the fused mix of kernels/mix.cpp; `mixing.mix` describes and checks the arguments.
+
+    Returns:
+        Whether it ran: False where the library was not built.
+    """
+    loaded = library()
+    if loaded is None:
+        return False
+    height, width = (0, 0) if bank is None else bank.shape[1:3]
+    short = loaded.dali_diffusemix_mix(
+        _address(originals), _address(edits), _address(rows), ctypes.c_int64(len(rows)),
+        None if bank is None else _address(bank), height, width,
+        _address(out), *output_size, dtype, int(channels_last), _address(scale), _address(offset), threads,
+    )  # fmt: skip
+    if short:
+        raise MemoryError("no memory for the working rows of the mix")
+    return True
+
+
+def _address(array: NDArray[np.generic]) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def play_flame(
+    maps: NDArray[np.float32],
+    palette: NDArray[np.uint8],
+    frame: NDArray[np.float32],
+    address: tuple[int, int, int],
+    first_step: int,
+    steps: int,
+    points: NDArray[np.float32],
+    histogram: NDArray[np.uint32] | None,
+    threads: int,
+) -> None:
+    """Play a fractal flame's chaos game: `points` move on, `histogram` (unless None) gains; both in place.
+
+    Args:
+        maps: (maps, 33), at most 16 rows, laid out as kernels/flame.cuh says.
+        palette: (256, 3) RGB.
+        frame: (4,) x and y of the upper left corner, histogram pixels per unit in x and in y.
+        address: (seed, index, attempt), the key and counter of every draw.
+        first_step, steps: which steps; a step's draws depend on its number.
+        points: (clouds, 3, 1024) x, y and colour in [0, 1].
+        histogram: (height + 2, width + 2, 4): hits, and sums of red, green and blue; a border takes the rest.
+        threads: at most this many; the result does not depend on it.
+    """
+    loaded = library()
+    assert loaded is not None
+    height, width = (2, 2) if histogram is None else histogram.shape[:2]
+    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (maps, palette, frame, points)]
+    short = loaded.dali_diffusemix_flame(
+        pointers[0], len(maps), pointers[1], pointers[2], width - 2, height - 2, *map(ctypes.c_uint32, address),
+        first_step, steps, pointers[3], len(points),
+        None if histogram is None else histogram.ctypes.data_as(ctypes.c_void_p), threads,
+    )  # fmt: skip
+    if short:
+        raise MemoryError("no memory for the histograms of a fractal")

@@ -1,0 +1,141 @@
+"""Counter-based random numbers: a draw is a function of its address, never of what was drawn before.
+
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox4x32-10.
+The address of a draw is key = (seed, epoch), counter = (index low, index high, field, 0); it yields four words.
+"""
+
+from typing import Final
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dali_diffusemix.errors import ConfigError
+
+_MULTIPLIER_0: Final = np.uint64(0xD2511F53)
+_MULTIPLIER_1: Final = np.uint64(0xCD9E8D57)
+_WEYL_0: Final = 0x9E3779B9
+_WEYL_1: Final = 0xBB67AE85
+_ROUNDS: Final = 10
+_LOW: Final = np.uint64(0xFFFFFFFF)
+_WORD: Final = np.uint64(32)
+
+
+def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
+    """Philox4x32-10 of every counter.
+
+    Args:
+        counter: (..., 4) uint32.
+        key: (..., 2) uint32, broadcast against the counters' leading axes.
+
+    Returns:
+        (..., 4) uint32.
+    """
+    counter = np.asarray(counter, dtype=np.uint64)
+    key = np.asarray(key, dtype=np.uint64)
+    # One contiguous row per word: four times faster than strided columns.
+    c0, c1, c2, c3 = (np.ascontiguousarray(counter[..., i]) for i in range(4))
+    k0, k1 = key[..., 0], key[..., 1]
+    for step in range(_ROUNDS):
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        round_0 = (k0 + np.uint64(step * _WEYL_0 & 0xFFFFFFFF)) & _LOW
+        round_1 = (k1 + np.uint64(step * _WEYL_1 & 0xFFFFFFFF)) & _LOW
+        c0, c1 = (product_1 >> _WORD) ^ c1 ^ round_0, product_1 & _LOW
+        c2, c3 = (product_0 >> _WORD) ^ c3 ^ round_1, product_0 & _LOW
+    return np.stack([c0, c1, c2, c3], axis=-1).astype(np.uint32)
+
+
+def check_seed(seed: int, epoch: int) -> None:
+    """Raise ConfigError unless both fit the key's 32-bit words."""
+    for name, value in (("seed", seed), ("epoch", epoch)):
+        if not 0 <= value < 2**32:
+            raise ConfigError(f"{name} must be at least 0 and below 2**32, found {value}")
+
+
+def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArray[np.uint32]:
+    """Four words for every (index, field).
+
+    Args:
+        seed: 0 ≤ seed < 2³².
+        epoch: 0 ≤ epoch < 2³².
+        indices: (n,) sample indices, 0 ≤ index < 2⁶³.
+        fields: (f,) which decision the words are for, 0 ≤ field < 2³².
+
+    Returns:
+        (f, n, 4) uint32.
+    """
+    check_seed(seed, epoch)
+    indices = np.asarray(indices, dtype=np.uint64)
+    fields = np.asarray(fields, dtype=np.uint64)
+    counter = np.zeros((fields.size, indices.size, 4), dtype=np.uint64)
+    counter[..., 0] = indices & _LOW
+    counter[..., 1] = indices >> _WORD
+    counter[..., 2] = fields[:, None]
+    return philox4x32(counter, (seed, epoch))
+
+
+def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Map words to [0, 1), exactly: the word over 2³²."""
+    return words * 2.0**-32
+
+
+def below(words: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.int64]:
+    """Map words to integers in [0, bound): the high half of word × bound (Lemire 2019, bias below bound / 2³²)."""
+    product = words.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)
+    return (product >> _WORD).astype(np.int64)
+
+
+_PERMUTATION_FIELD: Final = 0xFFFFFFFF
+_PERMUTATION_ROUNDS: Final = 16
+_MINIMUM_BITS: Final = 8
+
+
+class Permutation:
+    """A pseudo-random order of 0 … length-1 that is computed where it is looked at, and nowhere else.
+
+    A Feistel network over the next power of two, walked along its cycles until the value lies below `length`
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Any place costs the same and nothing is
+    stored. Its round keys are Philox draws of (seed, epoch), so every epoch has its own order.
+    """
+
+    def __init__(self, length: int, *, seed: int, epoch: int) -> None:
+        if not 1 <= length < 2**62:
+            raise ConfigError(f"length must be at least 1 and below 2**62, found {length}")
+        self._length = length
+        # At least 8 bits: with very few, a Feistel network reaches too few of the possible orders.
+        bits = max(_MINIMUM_BITS, (length - 1).bit_length())
+        bits += bits % 2
+        self._half = np.uint64(bits // 2)
+        self._mask = np.uint64((1 << (bits // 2)) - 1)
+        words = draw(seed, epoch, np.arange(_PERMUTATION_ROUNDS), [_PERMUTATION_FIELD])
+        # 64 bits of key a round.
+        self._keys = words[0, :, 0].astype(np.uint64) | words[0, :, 1].astype(np.uint64) << _WORD
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
+        """Return which index stands at each place; (n,) int64 in, (n,) int64 out."""
+        places = np.asarray(places, dtype=np.int64)
+        if places.size and not (0 <= places.min() and places.max() < self._length):
+            raise ConfigError(
+                f"places must lie in [0, {self._length}), found {places.min()} to {places.max()}"
+            )
+        values = self._encipher(places.astype(np.uint64))
+        outside = np.flatnonzero(values >= self._length)
+        while outside.size:
+            values[outside] = self._encipher(values[outside])
+            outside = outside[values[outside] >= self._length]
+        return values.astype(np.int64)
+
+    def _encipher(self, values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        left, right = values >> self._half, values & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix64(right ^ key) & self._mask)
+        return left << self._half | right
+
+
+def _mix64(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea, Flood 2014): every output bit depends on every input bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

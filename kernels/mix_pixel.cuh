@@ -1,0 +1,127 @@
+// The arithmetic of the mix, once, for host and device: filter weights, seam ramp, blend, normalise, cast.
+//
+// The specification is dali_diffusemix/mixing.py (resample_weights, edit_weight, mixed_image, encode); the two change
+// together. Geometry is computed in double in the specification's order of operations, so that a pixel falls on the
+// same side of a seam or an edge everywhere; pixels are float. Neither may be contracted to fused multiply-adds.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __CUDACC__
+#define MIX_FN __host__ __device__ __forceinline__
+#else
+#define MIX_FN inline __attribute__((always_inline))
+#endif
+
+namespace mix {
+
+constexpr int kLeft = 0, kRight = 1, kTop = 2, kBottom = 3;  // positions in plan.MASKS; -1 is no mask
+constexpr int kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kUint8 = 3;  // positions in mixing.DTYPES
+
+struct Piece {           // mixing.PIECE
+    const uint8_t* data;  // (height, width, 3), contiguous; null: no piece
+    int32_t height, width;
+    int32_t top, left;  // where it lies in its image
+    int32_t image_height, image_width;
+    double box[4];  // the crop (top, left, height, width), image pixels; may leave the image
+};
+
+struct Row {          // mixing.ROW
+    double span[4];    // the output within what mask and fractal span
+    double seam_width;
+    float fractal_weight;
+    int32_t fractal;  // row of the bank; -1: none
+    int32_t mask;     // -1: not mixed
+    uint8_t flip;
+    uint8_t fractal_flip[2];  // upside down, left to right
+};
+
+// Centre of output pixel i on the axis that the box [start, start + extent) lies on.
+MIX_FN double centre_of(double start, double extent, int i, int output) {
+    return start + extent * ((i + 0.5) / output);
+}
+
+// The resample of one axis: a triangle, widened by the ratio when shrinking, its support clipped to the image.
+struct Axis {
+    double start, extent, widened;
+    int output, source;
+};
+
+MIX_FN Axis make_axis(double start, double extent, int output, int source) {
+    const double scale = extent / output;
+    return {start, extent, scale > 1.0 ? scale : 1.0, output, source};
+}
+
+// First source pixel and number of them that output pixel i reads; none where its centre lies outside the image.
+MIX_FN int taps_of(const Axis& axis, int i, int* first) {
+    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
+    *first = 0;
+    if (centre < 0 || centre >= axis.source) return 0;
+    const double low = centre - axis.widened + 0.5, high = centre + axis.widened + 0.5;
+    const int begin = low > 0 ? static_cast<int>(low) : 0;
+    const int end = high < axis.source ? static_cast<int>(high) : axis.source;
+    *first = begin;
+    return end - begin;
+}
+
+// Not yet normalised weight of source pixel x for output pixel i.
+MIX_FN double tap_weight(const Axis& axis, int i, int x) {
+    double distance = (x + 0.5) - centre_of(axis.start, axis.extent, i, axis.output);
+    distance = (distance < 0 ? -distance : distance) / axis.widened;
+    return distance < 1 ? 1 - distance : 0;
+}
+
+MIX_FN bool mask_is_horizontal(int mask) { return mask == kLeft || mask == kRight; }
+
+// M at output pixel i along the axis across the seam.
+MIX_FN float edit_weight(int mask, double seam_width, double start, double extent, int i, int output) {
+    const double t = centre_of(start, extent, i, output);
+    double m;
+    if (seam_width > 0) {
+        m = (t - 0.5) / seam_width + 0.5;
+        m = m < 0 ? 0 : m > 1 ? 1 : m;
+    } else {
+        m = t >= 0.5 ? 1 : 0;
+    }
+    return static_cast<float>(mask == kRight || mask == kBottom ? m : 1 - m);
+}
+
+// (1 - weight) under + weight over: H from M, A from lambda.
+MIX_FN float blend(float under, float over, float weight) { return weight * over + (1 - weight) * under; }
+
+MIX_FN uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+MIX_FN float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Casts round half to even, but uint8 rounds half up.
+MIX_FN uint8_t to_uint8(float value) {
+    value = value + 0.5f;
+    value = value < 0 ? 0 : value > 255 ? 255 : value;
+    return static_cast<uint8_t>(static_cast<int>(value));
+}
+
+MIX_FN uint16_t to_bfloat16(float value) {
+    const uint32_t bits = bits_of(value);
+    return static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+// Finite values only, which is all that a normalised pixel can be; beyond half's range becomes infinity.
+MIX_FN uint16_t to_float16(float value) {
+    const uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+    // Below 2^-14 the result is subnormal: adding 0.5 makes the adder round at the right bit.
+    const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
+    const uint32_t normal = (magnitude + 0xC8000FFFu + (magnitude >> 13 & 1u)) >> 13;
+    const uint32_t half = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : 0x7C00u;
+    return static_cast<uint16_t>(sign | (half < 0x7C00u ? half : 0x7C00u));
+}
+
+}  // namespace mix
