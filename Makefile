@@ -1,0 +1,30 @@
+# `make demo` and `make test` do all the set-up on a fresh machine. A second call installs nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test check soak clean
+
+demo: $(INSTALLED)
+	$(BIN)/dali-diffusemix demo $(DEMO)
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -q
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info kernels/*.so
+
+# Torch first and by itself: its pin keeps an unpinned requirement from fetching gigabytes of CUDA.
+$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.cuh)
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=80" wheel
+	$(BIN)/python -m pip install -q -c constraints.txt torch
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,dev]'
+	touch $@

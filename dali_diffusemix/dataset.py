@@ -1,0 +1,239 @@
+"""The dataset: everything that decides a sample. Takes ImageFolder's place under any DataLoader.
+
+Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
+"""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
+
+from dali_diffusemix.catalog import Catalog, index
+from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.fractals import FractalBank
+from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
+from dali_diffusemix.philox import check_seed
+from dali_diffusemix.pixels import decode
+from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
+from dali_diffusemix.store import EditStore
+
+_Path = str | os.PathLike[str]
+
+_EPOCH: Final = 0  # the shared cells: the epoch, then samples served in it by the main process and by each worker
+_SLOTS: Final = 257
+
+
+class RepeatedEpochWarning(UserWarning):
+    """A DataLoader went through the dataset twice without `set_epoch`: the second time gives the same samples."""
+
+
+class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
+    """A map-style dataset of DiffuseMix samples, with ImageFolder's attributes.
+
+    `dataset[i]` is a pure function of (seed, epoch, i): a (3, height, width) float32 tensor and its label. In an
+    `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
+
+    Args:
+        root: Folder of originals, root/class/**/image.
+        catalog: The originals to use, for other layouts: paths relative to `root`. Else the edit store's catalog;
+            without edits, the one in the user's cache folder, made on first use.
+        edits: Edit store, or its folder. Needed where `mix` is given.
+        fractals: Fractal bank, or its file. Needed where `mix` blends fractals.
+        mix: How to mix; None gives plain samples, for validation.
+        crop: How to crop, and the output size.
+        normalize: (mean, std) for values in [0, 1]; None leaves [0, 1].
+        seed: 0 ≤ seed < 2³².
+
+    Raises:
+        CatalogError: the folder holds no images, or its catalog cannot be used.
+        StoreError: the edit store or the bank cannot be used, or is of other originals.
+        ConfigError: arguments do not fit together.
+    """
+
+    def __init__(
+        self,
+        root: _Path,
+        *,
+        crop: Crop,
+        catalog: Catalog | None = None,
+        edits: EditStore | _Path | None = None,
+        fractals: FractalBank | _Path | None = None,
+        mix: MixSpec | None = None,
+        normalize: Normalize | None = IMAGENET,
+        seed: int = 0,
+    ) -> None:
+        self.root = Path(root)
+        self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
+        self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
+        if self.store is not None:
+            if catalog is not None and catalog.fingerprint != self.store.catalog.fingerprint:
+                raise StoreError(
+                    f"{self.store.path}: the edits are of other originals than the catalog given (fingerprint "
+                    f"{self.store.catalog.fingerprint[:12]}, the catalog's is {catalog.fingerprint[:12]}); generate "
+                    "edits for these originals, or leave catalog= out"
+                )
+            catalog = self.store.catalog
+            _check_same_originals(self.root, self.store)
+        self.catalog = index(root) if catalog is None else catalog
+        self.mix = mix
+        self.crop = crop
+        self.normalize = normalize
+        self.seed = seed
+        self.planner = Planner(
+            seed=seed,
+            crop=crop,
+            sizes=self.catalog.sizes,
+            mix=mix,
+            edits=self.store,
+            fractals=0 if self.bank is None else len(self.bank),
+        )
+        self._format = TensorFormat(normalize=normalize)
+        # In shared memory, so that persistent workers see a new epoch.
+        self._cells = torch.zeros(1 + _SLOTS, dtype=torch.int64).share_memory_()
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+        return list(self.catalog.classes)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Class name to label."""
+        return dict(self.catalog.class_to_idx)
+
+    @property
+    def samples(self) -> Sequence[tuple[str, int]]:
+        """(path, label) of every original; a view that makes each pair when it is looked at."""
+        return _Samples(self.root, self.catalog)
+
+    imgs = samples
+
+    @property
+    def targets(self) -> list[int]:
+        """Label of every original."""
+        targets: list[int] = self.catalog.labels.tolist()
+        return targets
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `dataset[i]` gives samples of."""
+        return int(self._cells[_EPOCH])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; call it before each one, as with DistributedSampler. Running workers see it too."""
+        check_seed(self.seed, epoch)
+        self._cells[1:] = 0
+        self._cells[_EPOCH] = epoch
+
+    def __len__(self) -> int:
+        return len(self.planner)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        count = len(self)
+        if not -count <= index < count:
+            raise IndexError(f"index {index} is out of range for a dataset of {count} samples")
+        return self._samples_of(np.array([index % count]))[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Samples of a batch of indices. DataLoader calls this rather than `dataset[i]` for each."""
+        self._count(len(indices))
+        return self._samples_of(np.asarray(indices, dtype=np.int64) % len(self))
+
+    def path_of(self, original: int) -> str:
+        """Path of an original, by its row in the catalog."""
+        return str(self.root / self.catalog.path(original))
+
+    def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
+        """(n,) int64 labels of a plan's rows."""
+        return np.asarray(self.catalog.labels[plan.original], dtype=np.int64)
+
+    def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
+        plan = self.planner.batch(self.epoch, indices)
+        originals = [decode(self.path_of(row)) for row in plan.original]
+        edits = [None if edit < 0 else self._decode_edit(int(edit)) for edit in plan.edit]
+        tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
+        mix(
+            plan,
+            _whole_images(originals, plan.box),
+            _whole_images(edits, plan.box),
+            None if self.bank is None else self.bank.images,
+            out=tensor.numpy(),
+            format=self._format,
+        )
+        # Copies, so that a sample kept does not keep its batch.
+        images = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
+        return list(zip(images, self.labels_of(plan).tolist(), strict=True))
+
+    def _decode_edit(self, edit: int) -> NDArray[np.uint8]:
+        assert self.store is not None
+        try:
+            return decode(self.store.encoded(edit))
+        except DecodeError as error:
+            raise DecodeError(f"{self.store.path}: edit {edit}: {error}") from error
+
+    def _count(self, samples: int) -> None:
+        """Notice that an epoch is drawn a second time: under DataLoader nobody else can."""
+        worker = get_worker_info()
+        slot = 1 + (0 if worker is None else 1 + worker.id % (_SLOTS - 1))
+        # Each process writes its own cell, so nothing is lost between them.
+        self._cells[slot] += samples
+        served = int(self._cells[1:].sum())
+        if served - samples < len(self) < served:
+            warnings.warn(
+                f"epoch {self.epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
+                "before each epoch (DiffuseMixLoader does it by itself)",
+                RepeatedEpochWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
+            f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, seed={self.seed})"
+        )
+
+
+def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:
+    data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
+    shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
+    return piece_table(data, shapes, boxes)
+
+
+def _check_same_originals(root: Path, store: EditStore) -> None:
+    """Refuse edits of another folder: none of a spread of their originals is there."""
+    rows = np.unique(np.linspace(0, len(store.catalog) - 1, 32).astype(np.int64))
+    if not any((root / store.catalog.path(int(row))).is_file() for row in rows):
+        raise StoreError(
+            f"{store.path}: the edits are of other originals: {root} has none of {len(rows)} that were looked for, "
+            f"such as {store.catalog.path(int(rows[0]))!r}; give the folder that they were generated from, or generate "
+            "edits for this one"
+        )
+
+
+class _Samples(Sequence[tuple[str, int]]):
+    """ImageFolder's list of (path, label), without holding a million strings."""
+
+    def __init__(self, root: Path, catalog: Catalog) -> None:
+        self._root, self._catalog = root, catalog
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    @overload
+    def __getitem__(self, row: int) -> tuple[str, int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[str, int]]: ...
+    def __getitem__(self, row: int | slice) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return os.path.join(self._root, self._catalog.path(row)), int(self._catalog.labels[row])  # noqa: PTH118 - speed
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return (self[i] for i in range(len(self)))

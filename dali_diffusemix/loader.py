@@ -1,0 +1,209 @@
+"""The loader: DataLoader's place in the training loop, with DALI decoding and one call per batch mixing.
+
+plan ──> sources ──> DALI, some batches ahead ──> pieces ──> one mix call ──> tensors
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Final, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, piece_table
+from dali_diffusemix.philox import check_seed
+from dali_diffusemix.pipeline import Decoded, PieceDecoder, Sources
+from dali_diffusemix.plan import BatchPlan, Schedule
+
+_DTYPES: Final[dict[torch.dtype, DtypeName]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.uint8: "uint8",
+}
+
+
+class DiffuseMixLoader:
+    """Iterates over batches of a `DiffuseMixDataset`: (images, labels) as PyTorch tensors on the device.
+
+    The first `iter()` is epoch 0, each later one the next, unless `set_epoch` was called since. Two iterators at once
+    are independent. The same (seed, epoch, index) gives the same sample as under `torch.utils.data.DataLoader`,
+    whatever the batch size and the number of threads.
+
+    Args:
+        dataset: What to load. It decides every sample; the loader only how it is delivered.
+        batch_size: Samples per batch.
+        shuffle: Go through each epoch in an order of its own.
+        num_workers: Threads that decode and mix, not processes; 0 is one, in step with DataLoader's meaning of few.
+        device: Where the tensors lie. "cpu" is the one there is so far.
+        dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
+        memory_format: torch.contiguous_format or torch.channels_last.
+        drop_last: Leave out a last batch that is not full.
+        prefetch_factor: Batches that are decoded ahead.
+
+    Raises:
+        ConfigError: an argument breaks a rule.
+        MissingDependencyError: from `iter()`, where DALI is not installed.
+        DecodeError: from `next()`, where an image cannot be decoded; names the file.
+    """
+
+    def __init__(
+        self,
+        dataset: DiffuseMixDataset,
+        batch_size: int = 1,
+        shuffle: bool = False,
+        *,
+        num_workers: int = 0,
+        device: str | torch.device = "cuda",
+        dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.contiguous_format,
+        drop_last: bool = False,
+        prefetch_factor: int = 2,
+    ) -> None:
+        if not isinstance(dataset, DiffuseMixDataset):
+            raise ConfigError(
+                f"dataset must be a DiffuseMixDataset, found {type(dataset).__name__}. Instead of it write\n"
+                '    dataset = DiffuseMixDataset("path/to/train", crop=TrainCrop(224), mix=None)\n'
+                "    loader = DiffuseMixLoader(dataset, batch_size=...)\n"
+                "or keep torch.utils.data.DataLoader for datasets of other kinds"
+            )
+        if torch.device(device).type != "cpu":
+            raise ConfigError(
+                f"device must be 'cpu' in this version, found {str(device)!r}: the CUDA path is not there yet. "
+                "Give device='cpu' and move the batches with images.to(device, non_blocking=True)"
+            )
+        if dtype not in _DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, found {dtype}")
+        if memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ConfigError(
+                f"memory_format must be torch.contiguous_format or torch.channels_last, found {memory_format}"
+            )
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("prefetch_factor", prefetch_factor, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, found {value}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.num_workers = num_workers
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.memory_format = memory_format
+        self.drop_last = drop_last
+        self.prefetch_factor = prefetch_factor
+        self._format = TensorFormat(
+            dtype=_DTYPES[dtype],
+            channels_last=memory_format is torch.channels_last,
+            normalize=dataset.normalize,
+        )
+        self._schedule = Schedule(
+            length=len(dataset), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=dataset.seed
+        )
+        self._next_epoch = 0
+        # Decoders that no iterator uses: building one takes longer than a batch.
+        self._idle: list[PieceDecoder] = []
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self._schedule)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next `iter()`; those after it go on from there."""
+        check_seed(self.dataset.seed, epoch)
+        self._next_epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        epoch = self._next_epoch
+        self._next_epoch = epoch + 1
+        return self._batches(epoch)
+
+    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        decoder = self._idle.pop() if self._idle else PieceDecoder(self.batch_size, threads=self._threads)
+        plans: deque[BatchPlan] = deque()
+        submitted = 0
+        try:
+            for step in range(len(self)):
+                while submitted < min(len(self), step + 1 + self.prefetch_factor):
+                    plans.append(self._plan(epoch, submitted))
+                    decoder.submit(self._sources(plans[-1]))
+                    submitted += 1
+                plan = plans.popleft()
+                originals, edits = decoder.fetch()
+                yield self._mix(plan, originals, edits), torch.from_numpy(self.dataset.labels_of(plan))
+        finally:
+            decoder.drain()
+            self._idle.append(decoder)
+
+    @property
+    def _threads(self) -> int:
+        return max(1, self.num_workers)
+
+    def _plan(self, epoch: int, step: int) -> BatchPlan:
+        places = self._schedule.places(step)
+        return self.dataset.planner.batch(epoch, self._schedule.indices(epoch, places))
+
+    def _sources(self, plan: BatchPlan) -> Sources:
+        store = self.dataset.store
+        return Sources(
+            paths=[os.fsencode(self.dataset.path_of(row)) for row in plan.original],
+            edits=[None if store is None or edit < 0 else store.encoded(edit) for edit in plan.edit],
+        )
+
+    def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
+        self._raise_first_error(plan, originals, edits)
+        shape = (len(plan), 3, *plan.output_size)
+        images = torch.empty(shape, dtype=self.dtype, memory_format=self.memory_format)
+        bank = self.dataset.bank
+        mix(
+            plan,
+            piece_table(originals.data, originals.shapes, plan.box),
+            piece_table(edits.data, edits.shapes, plan.box),
+            None if bank is None else bank.images,
+            out=_buffer(images, self._format),
+            format=self._format,
+            threads=self._threads,
+        )
+        return images
+
+    def _raise_first_error(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> None:
+        for kind, decoded in (("original", originals), ("edit", edits)):
+            for row, error in decoded.errors.items():
+                error.add_note(
+                    f"{kind} of sample {plan.index[row]} of epoch {plan.epoch}: "
+                    f"{self.dataset.path_of(int(plan.original[row]))}"
+                )
+                raise error
+
+    def close(self) -> None:
+        """Give DALI's threads and memory back. The loader can be used again; iterators in progress go on."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_idle": []}
+
+
+def _buffer(images: torch.Tensor, format: TensorFormat) -> NDArray[np.generic]:
+    """The tensor's memory as the contiguous NumPy array that `mix` fills."""
+    if format.channels_last:
+        images = images.permute(0, 2, 3, 1)
+    if format.dtype == "bfloat16":
+        images = images.view(torch.uint16)
+    array: NDArray[np.generic] = images.numpy()
+    return array
