@@ -1,1 +1,79 @@
-"""DiffuseMix at load time."""
+"""DiffuseMix (Islam et al., CVPR 2024) at load time: a drop-in replacement of PyTorch's DataLoader on NVIDIA DALI.
+
+    from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
+
+    dataset = DiffuseMixDataset("data/train", edits="cache/edits", fractals="cache/fractals.npy",
+                                mix=MixSpec.paper(), crop=TrainCrop(224), seed=0)
+    loader = DiffuseMixLoader(dataset, batch_size=256, shuffle=True, num_workers=8, device="cpu")
+
+Names are imported when they are first used: importing this package loads neither torch nor DALI.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dali_diffusemix.catalog import Catalog, StaleCatalogWarning
+    from dali_diffusemix.dataset import DiffuseMixDataset, RepeatedEpochWarning
+    from dali_diffusemix.errors import (
+        CatalogError,
+        ConfigError,
+        DataError,
+        DecodeError,
+        DiffuseMixError,
+        MissingDependencyError,
+        StoreError,
+    )
+    from dali_diffusemix.fractals import FractalBank
+    from dali_diffusemix.loader import DiffuseMixLoader
+    from dali_diffusemix.plan import EvalCrop, MixSpec, RandomCrop, TrainCrop
+    from dali_diffusemix.store import EditStore
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Catalog",
+    "CatalogError",
+    "ConfigError",
+    "DataError",
+    "DecodeError",
+    "DiffuseMixDataset",
+    "DiffuseMixError",
+    "DiffuseMixLoader",
+    "EditStore",
+    "EvalCrop",
+    "FractalBank",
+    "MissingDependencyError",
+    "MixSpec",
+    "RandomCrop",
+    "RepeatedEpochWarning",
+    "StaleCatalogWarning",
+    "StoreError",
+    "TrainCrop",
+]
+
+_HOME = {
+    "Catalog": "catalog",
+    "DiffuseMixDataset": "dataset",
+    "DiffuseMixLoader": "loader",
+    "EditStore": "store",
+    "EvalCrop": "plan",
+    "FractalBank": "fractals",
+    "MixSpec": "plan",
+    "RandomCrop": "plan",
+    "RepeatedEpochWarning": "dataset",
+    "StaleCatalogWarning": "catalog",
+    "TrainCrop": "plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"{__name__}.{_HOME.get(name, 'errors')}")
+    value = globals()[name] = getattr(module, name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

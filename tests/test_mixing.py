@@ -1,0 +1,450 @@
+"""The NumPy specification against Pillow and the written equations; the kernel against the specification."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+from numpy.typing import NDArray
+from PIL import Image
+
+from dali_diffusemix import mixing, native
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.mixing import (
+    DTYPES,
+    IMAGENET,
+    TensorFormat,
+    edit_weight,
+    encode,
+    mix,
+    mixed_image,
+    piece_table,
+    resample,
+    resample_weights,
+)
+from dali_diffusemix.plan import MASKS, BatchPlan
+
+SHARED = Path(__file__).parents[2] / "shared"
+NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
+
+needs_library = pytest.mark.skipif(native.library() is None, reason="the CPU kernel was not built on this machine")
+
+# The kernel's sums differ from NumPy's in their order only. Values are below 3 in size after normalisation (255
+# before), a sample adds at most a few hundred products: float32 gives errors of some 1e-6 relative.
+FLOAT32_TOLERANCE = 2e-5
+
+
+def pixels(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def plan_of(
+    count: int,
+    size: tuple[int, int],
+    *,
+    box: NDArray[np.float64],
+    span: NDArray[np.float64] | None = None,
+    mask: NDArray[np.int8] | None = None,
+    flip: NDArray[np.bool_] | None = None,
+    fractal: NDArray[np.int64] | None = None,
+    fractal_flip: NDArray[np.bool_] | None = None,
+    fractal_weight: NDArray[np.float32] | None = None,
+    seam_width: float = 0.0,
+) -> BatchPlan:
+    mask = np.full(count, -1, dtype=np.int8) if mask is None else mask
+    return BatchPlan(
+        epoch=0,
+        index=np.arange(count),
+        original=np.arange(count),
+        edit=np.where(mask >= 0, np.arange(count), -1),
+        mask=mask,
+        box=box,
+        span=box if span is None else span,
+        seam_width=seam_width,
+        flip=np.zeros(count, dtype=np.bool_) if flip is None else flip,
+        fractal=np.full(count, -1) if fractal is None else fractal,
+        fractal_flip=np.zeros((count, 2), dtype=np.bool_) if fractal_flip is None else fractal_flip,
+        fractal_weight=np.zeros(count, dtype=np.float32) if fractal_weight is None else fractal_weight,
+        output_size=size,
+    )
+
+
+def table(images: list[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> NDArray[np.void]:
+    data = np.array([image.ctypes.data if image.size else 0 for image in images], dtype=np.uint64)
+    return piece_table(data, np.array([image.shape[:2] for image in images], dtype=np.int32), boxes)
+
+
+# --- the specification ----------------------------------------------------------------------------------------------
+
+
+@given(
+    height=st.integers(1, 90),
+    width=st.integers(1, 90),
+    out_height=st.integers(1, 60),
+    out_width=st.integers(1, 60),
+    data=st.data(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_resample_is_pillows(
+    height: int, width: int, out_height: int, out_width: int, data: st.DataObject, seed: int
+) -> None:
+    image = pixels(np.random.default_rng(seed), height, width)
+    left, right = sorted(data.draw(st.tuples(st.floats(0, width), st.floats(0, width))))
+    top, bottom = sorted(data.draw(st.tuples(st.floats(0, height), st.floats(0, height))))
+    if right - left < 0.01 or bottom - top < 0.01:
+        return
+    expected = Image.fromarray(image).resize(
+        (out_width, out_height), Image.Resampling.BILINEAR, box=(left, top, right, bottom)
+    )
+    ours = resample(image, np.array([top, left, bottom - top, right - left]), (out_height, out_width))
+    rounded = np.floor(ours + 0.5).astype(int)
+    # Pillow rounds to whole values between its two passes and holds weights in 22 bits.
+    assert np.abs(rounded - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_the_resample_is_pillows_on_photographs() -> None:
+    files = sorted((SHARED / "data/imagenet_sample").glob("*/*"))[:24]
+    if not files:
+        pytest.skip("../shared/data/imagenet_sample is not here")
+    generator = np.random.default_rng(0)
+    for file in files:
+        with Image.open(file) as opened:
+            image = opened.convert("RGB")
+        left, top = generator.integers(0, image.width // 2), generator.integers(0, image.height // 2)
+        right = generator.integers(left + 1, image.width + 1)
+        bottom = generator.integers(top + 1, image.height + 1)
+        expected = image.resize((224, 224), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+        ours = resample(np.asarray(image), np.array([top, left, bottom - top, right - left], dtype=float), (224, 224))
+        assert np.abs(np.floor(ours + 0.5) - np.asarray(expected).astype(int)).max() <= 1
+
+
+@given(
+    start=st.floats(-50, 50),
+    extent=st.floats(0.1, 200),
+    output=st.integers(1, 64),
+    source=st.integers(1, 80),
+)
+def test_weights_sum_to_one_inside_and_to_zero_outside(start: float, extent: float, output: int, source: int) -> None:
+    weights = resample_weights(start, extent, output, source)
+    centre = start + extent * ((np.arange(output) + 0.5) / output)
+    inside = (centre >= 0) & (centre < source)
+    np.testing.assert_allclose(weights.sum(axis=1), inside, atol=1e-6)
+    assert (weights >= 0).all()
+
+
+@pytest.mark.parametrize("mask", range(4))
+@pytest.mark.parametrize("seam_width", [0.0, 20 / 256, 1.0])
+def test_the_edit_is_on_the_named_side(mask: int, seam_width: float) -> None:
+    m = edit_weight(mask, seam_width, np.array([0.0, 0, 1, 1]), (64, 48))
+    name = MASKS[mask]
+    m = np.broadcast_to(m, (64, 48))
+    corner = {"left": (32, 0), "right": (32, 47), "top": (0, 24), "bottom": (63, 24)}[name]
+    opposite = {"left": (32, 47), "right": (32, 0), "top": (63, 24), "bottom": (0, 24)}[name]
+    assert m[corner] > 0.95 and m[opposite] < 0.05
+    assert m.mean() == pytest.approx(0.5)
+    if seam_width == 0:
+        assert set(np.unique(m)) == {0, 1}
+    else:
+        across = m[0] if name in ("left", "right") else m[:, 0]
+        # A linear ramp: its steps are all alike.
+        steps = np.abs(np.diff(across))
+        ramp = steps[(across[1:] > 0) & (across[1:] < 1) & (across[:-1] > 0) & (across[:-1] < 1)]
+        np.testing.assert_allclose(ramp, 1 / (seam_width * len(across)), atol=1e-6)
+
+
+def equations_in_float64(
+    plan: BatchPlan,
+    row: int,
+    original: NDArray[np.uint8],
+    edit: NDArray[np.uint8] | None,
+    fractal: NDArray[np.uint8] | None,
+) -> NDArray[np.float64]:
+    """DESIGN's equations, pixel by pixel, in Python floats, for a hard seam and mix_then_crop."""
+    height, width = plan.output_size
+
+    def at(image: NDArray[np.uint8], v: float, u: float, box: NDArray[np.float64]) -> NDArray[np.float64] | float:
+        # (v, u): the output pixel's centre, relative to the image.
+        taps = []
+        for centre, extent, output, source in (
+            (v * image.shape[0], box[2] * image.shape[0], height, image.shape[0]),
+            (u * image.shape[1], box[3] * image.shape[1], width, image.shape[1]),
+        ):
+            if not 0 <= centre < source:
+                return 0.0
+            reach = max(extent / output, 1.0)
+            weight = {k: 1 - abs(k + 0.5 - centre) / reach for k in range(source)}
+            weight = {k: w for k, w in weight.items() if w > 0}
+            total = math.fsum(weight.values())
+            taps.append({k: w / total for k, w in weight.items()})
+        return sum(wy * wx * image[y, x].astype(np.float64) for y, wy in taps[0].items() for x, wx in taps[1].items())
+
+    top, left, extent_y, extent_x = plan.box[row]
+    result = np.zeros((height, width, 3))
+    for y in range(height):
+        for x in range(width):
+            v, u = top + (y + 0.5) / height * extent_y, left + (x + 0.5) / width * extent_x
+            value = at(original, v, u, plan.box[row])
+            if edit is not None:
+                side = MASKS[plan.mask[row]]
+                if {"left": u < 0.5, "right": u >= 0.5, "top": v < 0.5, "bottom": v >= 0.5}[side]:
+                    value = at(edit, v, u, plan.box[row])
+            if fractal is not None and 0 <= v < 1 and 0 <= u < 1:
+                upside_down, left_right = plan.fractal_flip[row]
+                turned = np.flipud(fractal) if upside_down else fractal
+                turned = np.fliplr(turned) if left_right else turned
+                weight = float(plan.fractal_weight[row])
+                value = (1 - weight) * value + weight * at(turned, v, u, plan.box[row])
+            result[y, width - 1 - x if plan.flip[row] else x] = value
+    return result
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), mask=st.integers(-1, 3))
+def test_the_specification_is_the_papers_equations(seed: int, mask: int) -> None:
+    generator = np.random.default_rng(seed)
+    original = pixels(generator, *generator.integers(1, 20, 2))
+    edit = pixels(generator, *generator.integers(1, 14, 2)) if mask >= 0 else None
+    fractal = pixels(generator, *generator.integers(1, 14, 2)) if mask >= 0 else None
+    plan = plan_of(
+        1,
+        tuple(generator.integers(1, 9, 2).tolist()),
+        box=np.concatenate([generator.uniform(-0.2, 0.6, (1, 2)), generator.uniform(0.1, 0.9, (1, 2))], axis=1),
+        mask=np.array([mask], dtype=np.int8),
+        flip=generator.random(1) < 0.5,
+        fractal=np.array([0 if mask >= 0 else -1]),
+        fractal_flip=generator.random((1, 2)) < 0.5,
+        fractal_weight=np.array([0.2 if mask >= 0 else 0], dtype=np.float32),
+    )
+    ours = mixed_image(plan, 0, original, edit, fractal)
+    np.testing.assert_allclose(ours, equations_in_float64(plan, 0, original, edit, fractal), atol=2e-4)
+
+
+def test_a_crop_then_mix_seam_lies_in_the_middle_of_the_crop() -> None:
+    original, edit = np.zeros((40, 40, 3), dtype=np.uint8), np.full((20, 20, 3), 255, dtype=np.uint8)
+    box = np.array([[0.6, 0.7, 0.3, 0.2]])
+    right = np.array([MASKS.index("right")], dtype=np.int8)
+    crop_first = plan_of(1, (8, 8), box=box, span=np.array([[0.0, 0, 1, 1]]), mask=right)
+    np.testing.assert_array_equal(mixed_image(crop_first, 0, original, edit)[0, :, 0], [0] * 4 + [255] * 4)
+    # The same crop of a mask over the image lies wholly on the right: all edit.
+    assert (mixed_image(plan_of(1, (8, 8), box=box, mask=right), 0, original, edit) == 255).all()
+
+
+# --- encode -------------------------------------------------------------------------------------------------------
+
+
+@given(npst.arrays(np.float32, (3, 5, 3), elements=st.floats(0, 255, width=32)))
+def test_encode_agrees_with_torchs_casts(image: NDArray[np.float32]) -> None:
+    for dtype in DTYPES:
+        normalize = None if dtype == "uint8" else IMAGENET
+        ours = encode(image, TensorFormat(dtype=dtype, normalize=normalize))
+        value = torch.from_numpy(image).permute(2, 0, 1)
+        if normalize is None:
+            expected = torch.floor(value + 0.5).to(torch.uint8)
+            np.testing.assert_array_equal(ours, expected.numpy())
+            continue
+        plain = encode(image, TensorFormat(normalize=normalize))
+        mean, std = (torch.tensor(t).view(3, 1, 1) for t in normalize)
+        np.testing.assert_allclose(plain, ((value / 255 - mean) / std).numpy(), atol=1e-5)
+        if dtype == "bfloat16":
+            exact = torch.from_numpy(plain).to(torch.bfloat16).view(torch.uint16).numpy()
+            np.testing.assert_array_equal(ours, exact)
+        elif dtype == "float16":
+            np.testing.assert_array_equal(ours, torch.from_numpy(plain).to(torch.float16).numpy())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": "int8"}, "dtype must be one of"),
+        ({"dtype": "uint8"}, "dtype uint8 holds plain pixels: give normalize=None"),
+        ({"normalize": ((0.5,) * 3, (0.5, 0.0, 0.5))}, "deviations must be above 0"),
+        ({"normalize": ((0.5,), (0.5,))}, "three numbers each"),
+    ],
+)
+def test_a_format_checks_itself(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TensorFormat(**arguments)  # type: ignore[arg-type]
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+@needs_library
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    count=st.integers(1, 5),
+    out=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    largest=st.sampled_from([1, 3, 40, 300]),
+    seam_width=st.sampled_from([0.0, 20 / 256, 0.5, 1.0]),
+    own_span=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    channels_last=st.booleans(),
+    threads=st.integers(1, 4),
+)
+def test_the_kernel_is_the_specification(
+    seed: int,
+    count: int,
+    out: tuple[int, int],
+    largest: int,
+    seam_width: float,
+    own_span: bool,
+    dtype: mixing.DtypeName,
+    channels_last: bool,
+    threads: int,
+) -> None:
+    generator = np.random.default_rng(seed)
+    originals = [pixels(generator, *generator.integers(1, largest + 1, 2)) for _ in range(count)]
+    mask = generator.integers(-1, 4, count).astype(np.int8)
+    edits = [pixels(generator, *generator.integers(1, largest + 1, 2)) if m >= 0 else NOTHING for m in mask]
+    bank = generator.integers(0, 256, (3, *generator.integers(1, 50, 2), 3), dtype=np.uint8)
+    # Boxes from a thousandth of the image to more than all of it, leaving it on any side.
+    extent = np.exp(generator.uniform(np.log(1e-3), np.log(2), (count, 2)))
+    box = np.concatenate([generator.uniform(-0.3, 0.9, (count, 2)), extent], axis=1)
+    fractal = np.where(mask >= 0, generator.integers(-1, 3, count), -1)
+    plan = plan_of(
+        count,
+        out,
+        box=box,
+        span=np.tile([0.0, 0, 1, 1], (count, 1)) if own_span else None,
+        mask=mask,
+        flip=generator.random(count) < 0.5,
+        fractal=fractal,
+        fractal_flip=generator.random((count, 2)) < 0.5,
+        fractal_weight=np.where(fractal >= 0, generator.random(count), 0).astype(np.float32),
+        seam_width=seam_width,
+    )
+    format = TensorFormat(
+        dtype=dtype, channels_last=channels_last, normalize=None if dtype == "uint8" or seed % 3 == 0 else IMAGENET
+    )
+    result = np.zeros(format.shape(count, out), dtype=format.storage)
+    mix(plan, table(originals, box), table(edits, box), bank, out=result, format=format, threads=threads)
+    for row in range(count):
+        expected = encode(
+            mixed_image(
+                plan,
+                row,
+                originals[row],
+                edits[row] if mask[row] >= 0 else None,
+                bank[fractal[row]] if fractal[row] >= 0 else None,
+            ),
+            format,
+        )
+        compare(result[row], expected, dtype)
+
+
+def compare(result: NDArray[np.generic], expected: NDArray[np.generic], dtype: str) -> None:
+    if dtype == "uint8":
+        assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
+        return
+    if dtype == "bfloat16":
+        result, expected = ((a.astype(np.uint32) << 16).view(np.float32) for a in (result, expected))
+    # Half and bfloat16 may fall to either neighbour: one unit in the last place, 11 and 8 bits.
+    relative = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    np.testing.assert_allclose(
+        result.astype(np.float64), expected.astype(np.float64), rtol=relative, atol=FLOAT32_TOLERANCE
+    )
+
+
+@needs_library
+def test_the_kernel_gives_the_same_bits_on_any_number_of_threads() -> None:
+    generator = np.random.default_rng(1)
+    images = [pixels(generator, 90, 70) for _ in range(9)]
+    box = np.tile([0.1, 0.2, 0.7, 0.6], (9, 1))
+    plan = plan_of(9, (33, 44), box=box, mask=np.arange(9, dtype=np.int8) % 4)
+    results = []
+    for threads in (1, 2, 7, 32):
+        result = np.zeros((9, 3, 33, 44), dtype=np.float32)
+        mix(plan, table(images, box), table(images, box), None, out=result, format=TensorFormat(), threads=threads)
+        results.append(result.tobytes())
+    assert len(set(results)) == 1
+
+
+@needs_library
+@pytest.mark.parametrize("mask", range(4))
+@pytest.mark.parametrize("seam_width", [0.0, 0.1])
+def test_pieces_that_hold_what_is_seen_give_what_whole_images_give(mask: int, seam_width: float) -> None:
+    """The interface of visible parts: pixels that are not seen need not be there."""
+    generator = np.random.default_rng(mask)
+    original, edit = pixels(generator, 120, 100), pixels(generator, 64, 64)
+    box = np.array([[0.2, 0.1, 0.7, 0.8]])
+    plan = plan_of(1, (40, 48), box=box, mask=np.array([mask], dtype=np.int8), seam_width=seam_width)
+    whole = np.zeros((1, 3, 40, 48), dtype=np.float32)
+    mix(plan, table([original], box), table([edit], box), None, out=whole, format=TensorFormat())
+
+    def cut(image: NDArray[np.uint8], shown: str) -> tuple[NDArray[np.uint8], NDArray[np.void]]:
+        # The shown half, the seam's ramp and the filter's reach, generously.
+        height, width = image.shape[:2]
+        margin = 0.05 + seam_width / 2 + 0.04
+        low, high = (0.0, 0.5 + margin) if shown in ("left", "top") else (0.5 - margin, 1.0)
+        rows, columns = (slice(None), slice(int(low * width), math.ceil(high * width)))
+        if shown in ("top", "bottom"):
+            rows, columns = (slice(int(low * height), math.ceil(high * height)), slice(None))
+        piece = np.ascontiguousarray(image[rows, columns])
+        place = [rows.start or 0, columns.start or 0]
+        return piece, piece_table(
+            np.array([piece.ctypes.data], dtype=np.uint64),
+            np.array([piece.shape[:2]], dtype=np.int32),
+            box,
+            places=np.array([place], dtype=np.int32),
+            image_sizes=np.array([image.shape[:2]], dtype=np.int32),
+        )
+
+    opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
+    seen_original, original_table = cut(original, opposite[MASKS[mask]])
+    seen_edit, edit_table = cut(edit, MASKS[mask])
+    assert seen_original.size < original.size and seen_edit.size < edit.size
+    parts = np.zeros_like(whole)
+    mix(plan, original_table, edit_table, None, out=parts, format=TensorFormat())
+    np.testing.assert_array_equal(parts, whole)
+
+
+def test_without_the_library_numpy_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(3)
+    images = [pixels(generator, 50, 40) for _ in range(3)]
+    bank = generator.integers(0, 256, (2, 30, 30, 3), dtype=np.uint8)
+    box = np.array([[0.1, 0.2, 0.7, 0.6], [0, 0, 1, 1], [-0.1, -0.2, 0.5, 0.7]])
+    plan = plan_of(
+        3,
+        (21, 17),
+        box=box,
+        mask=np.array([0, -1, 3], dtype=np.int8),
+        flip=np.array([True, False, True]),
+        fractal=np.array([1, -1, 0]),
+        fractal_weight=np.array([0.2, 0, 0.3], dtype=np.float32),
+    )
+    results = []
+    for available in (True, False):
+        if not available:
+            monkeypatch.setattr(native, "library", lambda: None)
+        result = np.zeros((3, 3, 21, 17), dtype=np.float32)
+        mix(plan, table(images, box), table(images, box), bank, out=result, format=TensorFormat())
+        results.append(result)
+    np.testing.assert_allclose(*results, atol=FLOAT32_TOLERANCE)
+
+
+def test_mix_says_what_does_not_fit() -> None:
+    box = np.array([[0.0, 0, 1, 1]])
+    image = np.zeros((4, 4, 3), dtype=np.uint8)
+    plan = plan_of(1, (2, 2), box=box, mask=np.array([0], dtype=np.int8), fractal=np.array([0]))
+    good = np.zeros((1, 3, 2, 2), dtype=np.float32)
+    whole, none = table([image], box), table([NOTHING], box)
+    for out in (
+        np.zeros((1, 2, 2, 3), np.float32),
+        np.zeros((1, 3, 2, 2)),
+        np.zeros((1, 3, 2, 4), np.float32)[..., ::2],
+    ):
+        with pytest.raises(ConfigError, match="out must be contiguous float32 of shape"):
+            mix(plan, whole, whole, None, out=out, format=TensorFormat())
+    with pytest.raises(ConfigError, match="every mixed row one of its edit"):
+        mix(plan, whole, none, None, out=good, format=TensorFormat())
+    with pytest.raises(ConfigError, match="wants fractal 0, the bank holds 0"):
+        mix(plan, whole, whole, None, out=good, format=TensorFormat())
+    with pytest.raises(ConfigError, match="the plan has 1 rows, found 2 originals"):
+        mix(plan, table([image] * 2, np.tile(box, (2, 1))), whole, None, out=good, format=TensorFormat())
+    with pytest.raises(ConfigError, match="threads must be at least 1"):
+        mix(plan_of(1, (2, 2), box=box), whole, none, None, out=good, format=TensorFormat(), threads=0)
