@@ -431,14 +431,19 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation that `PIL.ImageOps.exif_transpose` would apply, 1 to 8; from 5 on the sides are swapped.
+    """The EXIF orientation, 1 to 8; from 5 on the sides are swapped.
 
-    EXIF that cannot be parsed, where `exif_transpose` raises, counts as none: the pixels are as good as ever. Pillow
-    applies a TIFF's when it loads the pixels, and then finds the EXIF of a PNG that lies behind them.
+    Only EXIF in its own place counts (APP1, eXIf, the TIFF's tags): what DALI's decoders read. `exif_transpose` also
+    looks into XMP and into a PNG's text, which they do not. EXIF that cannot be parsed counts as none: the pixels are
+    as good as ever. Pillow applies a TIFF's when it loads the pixels, and finds a PNG's behind the pixels only then.
     """
     try:
-        # Not the PNG plugin's own, which decodes the whole image first.
-        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+        if isinstance(image, TiffImagePlugin.TiffImageFile):
+            exif = image.getexif()
+        else:
+            exif = Image.Exif()
+            exif.load(image.info.get("exif", b""))
+        value = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:
         return 1
     return int(value) if value in range(1, 9) else 1
@@ -810,14 +815,13 @@ def _format(start: bytes) -> str | None:
 
 def _exif_follows(file: BinaryIO, place: int) -> bool:
     """Whether a PNG has EXIF from `place`, its first pixels, on. exiftool puts it there; Pillow finds it on loading."""
-    keywords = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
     back = file.tell()
     file.seek(place)
     found = False
     while not found and len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)
         here = file.tell()
-        found = kind == b"eXIf" or (kind in (b"tEXt", b"zTXt", b"iTXt") and file.read(22).startswith(keywords))
+        found = kind == b"eXIf"
         file.seek(here + length + 4)  # 4: the checksum
     file.seek(back)
     return found

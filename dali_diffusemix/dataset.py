@@ -72,12 +72,8 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
         if self.store is not None:
-            if catalog is not None and catalog.fingerprint != self.store.catalog.fingerprint:
-                raise StoreError(
-                    f"{self.store.path}: the edits are of other originals than the catalog given (fingerprint "
-                    f"{self.store.catalog.fingerprint[:12]}, the catalog's is {catalog.fingerprint[:12]}); generate "
-                    "edits for these originals, or leave catalog= out"
-                )
+            if catalog is not None:
+                self.store.check_originals(catalog)
             catalog = self.store.catalog
             _check_same_originals(self.root, self.store)
         self.catalog = index(root) if catalog is None else catalog
@@ -95,7 +91,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         )
         self._format = TensorFormat(normalize=normalize)
         # In shared memory, so that persistent workers see a new epoch.
-        self._cells = torch.zeros(1 + _SLOTS, dtype=torch.int64).share_memory_()
+        self._cells = torch.zeros(1 + _SLOTS, dtype=torch.int64)
+        self._warned_of = -1
+        self._cells.share_memory_()  # type: ignore[no-untyped-call]
 
     @property
     def classes(self) -> list[str]:
@@ -183,10 +181,11 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         slot = 1 + (0 if worker is None else 1 + worker.id % (_SLOTS - 1))
         # Each process writes its own cell, so nothing is lost between them.
         self._cells[slot] += samples
-        served = int(self._cells[1:].sum())
-        if served - samples < len(self) < served:
+        epoch = self.epoch
+        if int(self._cells[1:].sum()) > len(self) and self._warned_of != epoch:
+            self._warned_of = epoch
             warnings.warn(
-                f"epoch {self.epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
+                f"epoch {epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
                 "before each epoch (DiffuseMixLoader does it by itself)",
                 RepeatedEpochWarning,
                 stacklevel=2,

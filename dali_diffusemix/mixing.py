@@ -104,7 +104,7 @@ def resample_weights(start: float, extent: float, output: int, source: int) -> N
     weights = np.maximum(1 - distance, 0)
     weights[(centre < 0) | (centre >= source)] = 0
     total = weights.sum(axis=1, keepdims=True)
-    return (weights / np.where(total > 0, total, 1)).astype(np.float32)
+    return np.asarray(weights / np.where(total > 0, total, 1), dtype=np.float32)
 
 
 def resample(image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float32]:
@@ -142,7 +142,7 @@ def edit_weight(mask: int, seam_width: float, span: NDArray[np.float64], size: t
     t = span[axis] + span[axis + 2] * ((np.arange(size[axis]) + 0.5) / size[axis])
     m = np.clip((t - 0.5) / seam_width + 0.5, 0, 1) if seam_width > 0 else (t >= 0.5).astype(np.float64)
     m = m if name in ("right", "bottom") else 1 - m
-    return m.astype(np.float32).reshape((1, -1) if axis == 1 else (-1, 1))
+    return np.asarray(m, dtype=np.float32).reshape((1, -1) if axis == 1 else (-1, 1))
 
 
 def mixed_image(
@@ -191,7 +191,7 @@ def _inside(box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool_
     for axis in (0, 1):
         centre = box[axis] + box[axis + 2] * ((np.arange(size[axis]) + 0.5) / size[axis])
         inside.append((centre >= 0) & (centre < 1))
-    return np.logical_and.outer(*inside)
+    return np.asarray(np.logical_and.outer(*inside))
 
 
 def encode(image: NDArray[np.float32], format: TensorFormat) -> NDArray[np.generic]:
@@ -204,11 +204,11 @@ def encode(image: NDArray[np.float32], format: TensorFormat) -> NDArray[np.gener
     if not format.channels_last:
         value = value.transpose(2, 0, 1)
     if format.dtype == "uint8":
-        return np.clip(np.floor(value + np.float32(0.5)), 0, 255).astype(np.uint8)
+        return np.asarray(np.clip(np.floor(value + np.float32(0.5)), 0, 255), dtype=np.uint8)
     if format.dtype == "bfloat16":
         bits = np.ascontiguousarray(value).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return value.astype(format.storage)
+        return np.asarray((bits + 0x7FFF + (bits >> 16 & 1)) >> 16, dtype=np.uint16)
+    return np.asarray(value, dtype=format.storage)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def _whole_image(piece: np.void) -> NDArray[np.uint8]:
     """(height, width, 3) uint8: the image that a piece is of; what the piece leaves out is not seen and 0."""
     height, width = int(piece["height"]), int(piece["width"])
     buffer = (ctypes.c_uint8 * (height * width * 3)).from_address(int(piece["data"]))
-    pixels = np.frombuffer(buffer, dtype=np.uint8).reshape(height, width, 3)
+    pixels: NDArray[np.uint8] = np.ctypeslib.as_array(buffer).reshape(height, width, 3)
     if (piece["image_height"], piece["image_width"]) == (height, width):
         return pixels
     image = np.zeros((piece["image_height"], piece["image_width"], 3), dtype=np.uint8)

@@ -33,7 +33,7 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
     counter = np.asarray(counter, dtype=np.uint64)
     key = np.asarray(key, dtype=np.uint64)
     if counter.ndim == 1:  # NumPy warns when a scalar wraps around, never when an array does
-        return philox4x32(counter[None], key)[0]
+        return np.asarray(philox4x32(counter[None], key)[0])
     # One contiguous row per word: four times faster than strided columns.
     c0, c1, c2, c3 = (np.ascontiguousarray(counter[..., i]) for i in range(4))
     k0, k1 = key[..., 0], key[..., 1]
@@ -77,7 +77,7 @@ def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArra
 
 def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
     """Map words to [0, 1), exactly: the word over 2³²."""
-    return words * 2.0**-32
+    return words.astype(np.float64) * 2.0**-32
 
 
 def below(words: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.int64]:

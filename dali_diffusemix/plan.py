@@ -141,7 +141,7 @@ def _resized(sizes: NDArray[np.int32], resize: int | tuple[int, int] | None) -> 
     if isinstance(resize, tuple):
         return np.broadcast_to(np.array(resize, dtype=np.float64), sizes.shape)
     shorter = sizes.min(axis=1, keepdims=True).astype(np.int64)
-    return (sizes.astype(np.int64) * resize // shorter).astype(np.float64)
+    return np.asarray(sizes.astype(np.int64) * resize // shorter, dtype=np.float64)
 
 
 @dataclass(frozen=True)
@@ -377,8 +377,8 @@ class Planner:
 
         def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
             if which in common:
-                return common[which][rows]
-            return draw(self.seed, epoch, index[rows], [which])[0]
+                return np.asarray(common[which][rows])
+            return np.asarray(draw(self.seed, epoch, index[rows], [which])[0])
 
         original, edit = self._sources(index, words)
         sizes = np.asarray(self.sizes[original], dtype=np.int32)

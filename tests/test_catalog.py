@@ -236,11 +236,13 @@ def test_sizes_are_those_after_exif_transpose(tmp_path: Path) -> None:
     swapped = set()
     for path, _, size in rows(catalog):
         with Image.open(root / path) as image:
-            upright = ImageOps.exif_transpose(image)
+            # XMP and a PNG's text are not EXIF's place: DALI's decoders do not look there.
+            elsewhere = path.removeprefix("x/").startswith(("JPEG-xmp", "PNG-xmp", "PNG-raw"))
+            upright = image if elsewhere else ImageOps.exif_transpose(image)
         assert size == (upright.height, upright.width), path
         if size == (5, 3):
             swapped.add(path.removeprefix("x/"))
-    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "TIFF-lzw", "PNG-behind", "PNG-date-behind", "PNG-raw-behind"):
+    for kind in ("JPEG", "PNG", "WEBP", "TIFF", "TIFF-lzw", "PNG-behind", "PNG-date-behind"):
         assert {name for name in swapped if name.rpartition("-")[0] == kind} == {f"{kind}-{n}" for n in (5, 6, 7, 8)}
 
 

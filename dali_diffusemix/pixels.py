@@ -1,0 +1,145 @@
+"""Pixels of any supported file: the one place where an image becomes an array by way of Pillow.
+
+Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
+"""
+
+import io
+import os
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from dali_diffusemix.catalog import MAX_PIXELS, orientation
+from dali_diffusemix.errors import DecodeError
+
+__all__ = ["FORMATS", "ImageSource", "decode"]
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
+"""Pillow's names of the formats that are read; PPM is all of PNM."""
+
+ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
+"""A file's content (as bytes or a (n,) array of them), its path, or the open file."""
+
+# EXIF orientation to what makes it upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def decode(source: ImageSource) -> NDArray[np.uint8]:
+    """Return the upright RGB pixels of an image: (height, width, 3) uint8, contiguous, read-only.
+
+    The EXIF orientation is applied. Grey of 16 bits becomes floor(value / 257 + ½); colour of 16 bits keeps its high
+    byte. Alpha and transparent palette entries are dropped, as `Image.convert("RGB")` drops them; CMYK goes Pillow's
+    way, without a profile. Of several frames or pages the first counts. `bytes` are content, never a path.
+
+    Raises:
+        DecodeError: The file cannot be read, is none of `FORMATS`, is damaged or cut short, has more than
+            `MAX_PIXELS` pixels, or has values without a defined range (floating point, 32-bit integers above 65535).
+    """
+    try:
+        with _quiet_pillow():
+            if isinstance(source, str | os.PathLike):
+                with Path(source).open("rb") as file:
+                    return _pixels(file)
+            if isinstance(source, np.ndarray):
+                return _pixels(io.BytesIO(source.tobytes()))
+            return _pixels(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except DecodeError as error:
+        raise DecodeError(f"{_name(source)}: {error}") from error.__cause__
+    except UnidentifiedImageError as error:
+        raise DecodeError(
+            f"{_name(source)}: is no image of a supported format ({', '.join(FORMATS)}), or its header is damaged; "
+            "convert it, copy it again or remove it."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"{_name(source)}: {error}; make it smaller.") from error
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DecodeError(
+            f"{_name(source)}: cannot be decoded ({type(error).__name__}: {error}); copy it again or remove it."
+        ) from error
+
+
+def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if height * width > MAX_PIXELS:
+            raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+        # Loaded first: that turns a TIFF upright, and finds the EXIF of a PNG that lies behind the pixels.
+        image.load()
+        turn = _UPRIGHT.get(orientation(image))
+        upright = image if turn is None else image.transpose(turn)
+        if upright.mode == "I" or upright.mode.startswith("I;16"):
+            return _eight_bits(np.asarray(upright))
+        if upright.mode == "F":
+            raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
+        # Pillow warns that a palette's alpha is lost, which is what we want.
+        upright.info.pop("transparency", None)
+        pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+        pixels.flags.writeable = False
+        return pixels
+
+
+def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Grey of 16 bits, (height, width), as (height, width, 3) uint8."""
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise DecodeError(
+            f"has grey values from {low} to {high}, outside the 0 to 65535 of 16 bits; convert it to 8 or 16 bits."
+        )
+    # The same as floor(value / 257 + ½), in integers.
+    narrow = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    pixels = np.repeat(narrow[..., None], 3, axis=2)
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _name(source: ImageSource) -> str:
+    if isinstance(source, str | os.PathLike):
+        return repr(os.fspath(source))
+    if isinstance(source, bytes | np.ndarray):
+        return f"<{len(source)} bytes in memory>"
+    return repr(getattr(source, "name", source))
+
+
+# Warnings of Pillow's ------------------------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_inside = 0
+_filters: "warnings.catch_warnings[None] | None" = None
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence what Pillow warns of (odd EXIF, many pixels): either harmless or a DecodeError here.
+
+    The filters belong to the process: of several threads the first to come sets them, the last to leave restores them.
+    """
+    global _inside, _filters
+    with _lock:
+        if not _inside:
+            _filters = warnings.catch_warnings()
+            _filters.__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if not _inside and _filters is not None:
+                _filters.__exit__(None, None, None)
+                _filters = None

@@ -1,0 +1,863 @@
+"""The edit store: edits on disk, made once by many processes and killed at any moment, read ever after by many.
+
+    store.json                       what was asked for: settings, prompts, and the work ordered so far ("segments")
+    catalog/                         the originals; a row never shifts
+    shards/edits-000000.tar          edits as WebDataset has them, one group for each original
+                       .idx          DALI's index of the tar (`wds2idx`, v1.2)
+                       .npy          one row for each edit, rejected ones too: `SHARD_ROW`
+                       .json         settings, sizes, hashes, verdicts; written last: a shard without it is not there
+    index.npy, starts.npy            derived from the shards: the accepted edits, sorted by original, prompt, variant
+    index.json                       of which shards they are derived
+
+A segment is a box of work, originals x prompts x variants, cut into shards along the originals. Shards are numbered by
+the segments alone, never by when or where they were made, so that a later run knows which are missing.
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import logging
+import math
+import mmap
+import os
+import re
+import tarfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache, partial
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType, TracebackType
+from typing import Any, BinaryIO, TypeAlias
+from urllib.parse import quote_from_bytes
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.catalog import Catalog
+from dali_diffusemix.errors import CatalogError, StoreError
+
+__all__ = [
+    "INDEX_ROW",
+    "SHARD_ROW",
+    "VERDICTS",
+    "EditStore",
+    "Shard",
+    "ShardWriter",
+    "StoreWriter",
+    "UnfinishedStoreWarning",
+]
+
+_log = logging.getLogger(__name__)
+
+Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
+"""What decides an edit besides its original, prompt and variant."""
+
+VERDICTS = ("accepted", "unreadable original")
+"""What a verdict's number means. Only accepted edits are trained on."""
+
+SHARD_ROW = np.dtype(
+    [
+        ("original", "<i8"),  # row of the store's catalog
+        ("prompt", "<i2"),  # place in the store's prompts
+        ("variant", "<i2"),
+        ("seed", "<u8"),
+        ("offset", "<i8"),  # of the JPEG in the tar
+        ("length", "<i4"),  # of the JPEG in bytes; 0: there is none
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("verdict", "u1"),  # place in VERDICTS
+        ("score", "<f4"),  # of the verdict; NaN: none
+    ]
+)
+"""An edit in its shard, accepted or not."""
+
+INDEX_ROW = np.dtype(
+    [
+        ("original", "<i8"),
+        ("prompt", "<i2"),
+        ("variant", "<i2"),
+        ("shard", "<i4"),
+        ("offset", "<i8"),
+        ("length", "<i4"),
+        ("height", "<i4"),
+        ("width", "<i4"),
+        ("score", "<f4"),
+    ]
+)
+"""An accepted edit in the index of the whole store."""
+
+_VERSION = 1
+_STORE, _SHARD, _INDEX = (f"dali_diffusemix.{kind}" for kind in ("store", "shard", "index"))
+_FILES = ("tar", "idx", "npy")
+# Each open map holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
+_OPEN_MAPS = 256
+# prompt and variant are int16.
+_MOST = 32768
+
+
+class UnfinishedStoreWarning(UserWarning):
+    """A store is read of which shards are missing, or whose index is not up to date."""
+
+
+# What was asked for --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A unit of work, of retry and of storage: some originals, each under every one of some prompts."""
+
+    number: int
+    rows: range  # of the catalog
+    prompts: tuple[int, ...]  # places in the store's prompts
+    variants: range
+
+    def __len__(self) -> int:
+        """How many edits it has."""
+        return len(self.rows) * len(self.prompts) * len(self.variants)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Segment:
+    """Work that was ordered at once."""
+
+    rows: range
+    prompts: tuple[int, ...]
+    variants: range
+    originals_per_shard: int
+    first_shard: int
+
+    @property
+    def shard_count(self) -> int:
+        return math.ceil(len(self.rows) / self.originals_per_shard)
+
+    def shards(self) -> Iterator[Shard]:
+        for place in range(self.shard_count):
+            rows = self.rows[place * self.originals_per_shard : (place + 1) * self.originals_per_shard]
+            yield Shard(number=self.first_shard + place, rows=rows, prompts=self.prompts, variants=self.variants)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "rows": [self.rows.start, self.rows.stop],
+            "prompts": list(self.prompts),
+            "variants": [self.variants.start, self.variants.stop],
+            "originals_per_shard": self.originals_per_shard,
+            "first_shard": self.first_shard,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "_Segment":
+        return cls(
+            rows=range(*map(int, stored["rows"])),
+            prompts=tuple(map(int, stored["prompts"])),
+            variants=range(*map(int, stored["variants"])),
+            originals_per_shard=int(stored["originals_per_shard"]),
+            first_shard=int(stored["first_shard"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Header:
+    """The content of store.json."""
+
+    settings: Settings
+    prompts: tuple[str, ...]
+    segments: tuple[_Segment, ...]
+    fingerprint: str  # of the catalog
+
+    @property
+    def shard_count(self) -> int:
+        return sum(segment.shard_count for segment in self.segments)
+
+    def shards(self) -> Iterator[Shard]:
+        """All shards, by number."""
+        return itertools.chain.from_iterable(segment.shards() for segment in self.segments)
+
+    @cached_property
+    def slugs(self) -> tuple[str, ...]:
+        """The prompts as parts of file names: all different, and the same ever after, whatever prompts follow."""
+        slugs: list[str] = []
+        for place, prompt in enumerate(self.prompts):
+            slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:64]
+            slugs.append(slug if slug and slug not in slugs else f"{slug or 'prompt'}--{place}")
+        return tuple(slugs)
+
+    def extended(self, prompts: Sequence[str], variants: int, rows: int, originals_per_shard: int) -> "_Header":
+        """With the work that is still to be ordered until all rows have these variants of these prompts."""
+        known = (*self.prompts, *(prompt for prompt in prompts if prompt not in self.prompts))
+        places = sorted(known.index(prompt) for prompt in prompts)
+        segments = list(self.segments)
+        bounds = {0, rows} | {bound for segment in segments for bound in (segment.rows.start, segment.rows.stop)}
+        for start, stop in itertools.pairwise(sorted(bounds)):
+            # Between two bounds every row has the same variants of a prompt, counted from 0.
+            ordered = dict.fromkeys(places, 0)
+            for segment in self.segments:
+                if start in segment.rows:
+                    for place in ordered.keys() & set(segment.prompts):
+                        ordered[place] = max(ordered[place], segment.variants.stop)
+            for first in sorted(set(ordered.values())):
+                if first < variants:
+                    segments.append(
+                        _Segment(
+                            rows=range(start, stop),
+                            prompts=tuple(place for place in places if ordered[place] == first),
+                            variants=range(first, variants),
+                            originals_per_shard=originals_per_shard,
+                            first_shard=sum(segment.shard_count for segment in segments),
+                        )
+                    )
+        return replace(self, prompts=known, segments=tuple(segments))
+
+    def write(self, store: Path) -> None:
+        content = {
+            "settings": dict(self.settings),
+            "prompts": self.prompts,
+            "segments": [segment.to_json() for segment in self.segments],
+            "fingerprint": self.fingerprint,
+            "written_by": f"dali_diffusemix {metadata.version('dali-diffusemix')}",
+        }
+        _write_json(store / "store.json", _STORE, content)
+
+    @classmethod
+    def read(cls, store: Path) -> "_Header":
+        file = store / "store.json"
+        try:
+            stored = _read_json(file, _STORE, "use another folder")
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{str(store)!r}: there is no edit store (store.json); make one with "
+                "`dali-diffusemix generate ROOT STORE`."
+            ) from error
+        with _understood(file, "bring back a copy of it, or make a new store"):
+            header = cls(
+                settings=MappingProxyType(dict(stored["settings"])),
+                prompts=tuple(map(str, stored["prompts"])),
+                segments=tuple(map(_Segment.from_json, stored["segments"])),
+                fingerprint=str(stored["fingerprint"]),
+            )
+            for segment in header.segments:
+                if segment.originals_per_shard < 1 or not set(segment.prompts) <= set(range(len(header.prompts))):
+                    raise ValueError(f"segment {segment}")
+        return header
+
+
+# Reading --------------------------------------------------------------------------------------------------------------
+
+
+class EditStore:
+    """The accepted edits of a store, as a table and as JPEG files.
+
+    Edits are numbered 0 to len - 1, sorted by original, then prompt, then variant: an `EditTable` of the plan. The
+    table is memory-mapped, shards are mapped when they are first touched. A store is pickled as its path and the shards
+    that it saw, so that another process sees the same edits even while more are being made.
+    """
+
+    path: Path
+    settings: Settings  # what decides an edit besides its original, prompt and variant
+    prompts: tuple[str, ...]
+    catalog: Catalog
+    index: NDArray[np.void]  # (edits,) INDEX_ROW
+    starts: NDArray[np.int64]  # (originals + 1,) the edits of original i are starts[i] to starts[i + 1]
+
+    def __init__(self, path: Path, header: _Header, catalog: Catalog, tables: "_Tables") -> None:
+        """Use `EditStore.open`."""
+        self.path = path
+        self.settings = header.settings
+        self.prompts = header.prompts
+        self.catalog = catalog
+        self.index = tables.index
+        self.starts = tables.starts
+        self._shards = tables.shards
+        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, path / "shards", tables.sizes))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "EditStore":
+        """Open a store; one that is unfinished with the shards that it has, and an `UnfinishedStoreWarning`.
+
+        Raises:
+            StoreError: There is no store, no shard yet, a file is missing, cut short, or of a newer version.
+        """
+        path = Path(path).absolute()
+        header = _Header.read(path)
+        catalog = _open_catalog(path)
+        if catalog.fingerprint != header.fingerprint:
+            raise StoreError(
+                f"{str(path)!r}: store.json is of originals with fingerprint {header.fingerprint[:16]}, but its "
+                f"catalog has {catalog.fingerprint[:16]}; bring back the catalog that the store was made with."
+            )
+        listing = _list_shards(path)
+        done = [number for number in range(header.shard_count) if _name(number, "json") in listing]
+        if not done:
+            raise StoreError(
+                f"{str(path)!r}: none of its {header.shard_count} shards is finished; "
+                "run `dali-diffusemix generate` until it is."
+            )
+        tables, derived = _open_tables(path, header, len(catalog), done)
+        for number, sizes in tables.sizes.items():
+            for kind, size in zip(_FILES, sizes, strict=True):
+                _check_size(path / "shards" / _name(number, kind), size, listing.get(_name(number, kind)))
+        missing = header.shard_count - len(done)
+        if missing or not derived:
+            what = (
+                f"{missing} of its {header.shard_count} shards are missing" if missing else "its index is not finished"
+            )
+            warnings.warn(
+                f"{str(path)!r}: {what}; the {len(tables.index)} edits that are there are used. Run the "
+                "`dali-diffusemix generate` that makes it again to finish it.",
+                UnfinishedStoreWarning,
+                stacklevel=2,
+            )
+        return cls(path, header, catalog, tables)
+
+    def __reduce__(self) -> tuple[Callable[..., "EditStore"], tuple[Any, ...]]:
+        return _reopen, (self.path, self.catalog, self._shards)
+
+    def __len__(self) -> int:
+        """How many edits were accepted."""
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"<EditStore {str(self.path)!r}: {len(self)} edits of {len(self.catalog)} originals>"
+
+    def originals_of(self, edits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The originals, (n,) rows of the catalog, that these edits, (n,), belong to."""
+        return np.asarray(self.index["original"][edits], dtype=np.int64)
+
+    def sizes(self, edits: NDArray[np.int64]) -> NDArray[np.int32]:
+        """(n, 2) height and width in pixels of these edits, (n,)."""
+        rows = self.index[edits]
+        return np.stack([rows["height"], rows["width"]], axis=-1)
+
+    def prompt_of(self, edit: int) -> str:
+        """The prompt that an edit was made under, without the template."""
+        return self.prompts[int(self.index["prompt"][edit])]
+
+    def encoded(self, edit: int) -> NDArray[np.uint8]:
+        """An edit's JPEG file, (bytes,) uint8: a read-only view into its shard, which is mapped.
+
+        Raises:
+            StoreError: The shard has gone or was changed since the store was opened.
+        """
+        row = self.index[edit]
+        offset = int(row["offset"])
+        return self._map(int(row["shard"]))[offset : offset + int(row["length"])]
+
+    def check_originals(self, catalog: Catalog) -> None:
+        """Raise StoreError, with what differs, unless the store was built from the originals of `catalog`."""
+        _check_originals(self.path, self.catalog, catalog)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tables:
+    """The index of some shards."""
+
+    index: NDArray[np.void]  # (edits,) INDEX_ROW
+    starts: NDArray[np.int64]  # (originals + 1,)
+    sizes: dict[int, tuple[int, ...]]  # shard to the bytes of each of _FILES
+
+    @property
+    def shards(self) -> tuple[int, ...]:
+        return tuple(self.sizes)
+
+
+def _reopen(path: Path, catalog: Catalog, shards: tuple[int, ...]) -> EditStore:
+    """What `EditStore.open` gave elsewhere, whatever was added since."""
+    header = _Header.read(path)
+    tables, _ = _open_tables(path, header, len(catalog), shards)
+    return EditStore(path, header, catalog, tables)
+
+
+def _open_tables(path: Path, header: _Header, originals: int, shards: Sequence[int]) -> tuple[_Tables, bool]:
+    """The index of these shards, and whether the store's own serves; if not, it is derived here, in memory."""
+    try:
+        record = _Record.read(path)
+    except FileNotFoundError:
+        record = None
+    if record is not None and list(record.sizes) == list(shards) and record.originals == originals:
+        index = _load(path / "index.npy", INDEX_ROW, record.edits, mapped=True)
+        starts = _load(path / "starts.npy", np.dtype("<i8"), originals + 1, mapped=True)
+        if starts[0] != 0 or starts[-1] != record.edits:
+            raise _damaged(path / "starts.npy", f"must run from 0 to {record.edits}, found {starts[0]} to {starts[-1]}")
+        return _Tables(index=index, starts=starts, sizes=record.sizes), True
+    records = {number: _ShardRecord.read(path, number) for number in shards}
+    return _derive(path, records, originals), False
+
+
+def _derive(path: Path, records: Mapping[int, "_ShardRecord"], originals: int) -> _Tables:
+    """Gather the accepted edits of these shards, sorted."""
+    index = np.empty(sum(record.verdicts[VERDICTS[0]] for record in records.values()), INDEX_ROW)
+    filled = 0
+    for number, record in records.items():
+        file = path / "shards" / _name(number, "npy")
+        rows = _load(file, SHARD_ROW, sum(record.verdicts.values()))
+        rows = rows[rows["verdict"] == 0]
+        part = index[filled : filled + len(rows)]
+        if len(part) != len(rows) or (
+            len(rows) and not 0 <= rows["original"].min() <= rows["original"].max() < originals
+        ):
+            raise _damaged(file, "does not agree with its .json and the store's catalog")
+        for name in INDEX_ROW.names or ():
+            part[name] = number if name == "shard" else rows[name]
+        filled += len(rows)
+    key = (index["original"] << 32) | (index["prompt"].astype(np.int64) << 16) | index["variant"]
+    if (key[1:] < key[:-1]).any():  # shards of one segment come sorted already
+        index = index[np.argsort(key, kind="stable")]
+    starts = np.searchsorted(index["original"], np.arange(originals + 1)).astype(np.int64)
+    for table in (index, starts):
+        table.flags.writeable = False
+    return _Tables(index=index, starts=starts, sizes={number: record.sizes for number, record in records.items()})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Record:
+    """The content of index.json: of what index.npy and starts.npy were derived."""
+
+    edits: int
+    originals: int
+    sizes: dict[int, tuple[int, ...]]
+
+    @classmethod
+    def read(cls, store: Path) -> "_Record":
+        file = store / "index.json"
+        stored = _read_json(file, _INDEX, "remove it and run `dali-diffusemix generate` again")
+        with _understood(file, "remove it and run `dali-diffusemix generate` again"):
+            sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in stored["shards"]}
+            return cls(edits=int(stored["edits"]), originals=int(stored["originals"]), sizes=sizes)
+
+    def write(self, store: Path) -> None:
+        shards = [[number, *sizes] for number, sizes in self.sizes.items()]
+        content = {"edits": self.edits, "originals": self.originals, "shards": shards}
+        _write_json(store / "index.json", _INDEX, content)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ShardRecord:
+    """What a shard's .json says that others need."""
+
+    sizes: tuple[int, ...]  # bytes of each of _FILES
+    verdicts: Counter[str]
+
+    @classmethod
+    def read(cls, store: Path, number: int) -> "_ShardRecord":
+        file = store / "shards" / _name(number, "json")
+        remedy = "remove it and run `dali-diffusemix generate` again"
+        try:
+            stored = _read_json(file, _SHARD, remedy)
+        except FileNotFoundError as error:
+            raise StoreError(f"{str(file)!r}: has gone; run `dali-diffusemix generate` again.") from error
+        with _understood(file, remedy):
+            return cls(
+                sizes=tuple(int(stored["files"][kind]["bytes"]) for kind in _FILES),
+                verdicts=Counter({str(name): int(count) for name, count in stored["verdicts"].items()}),
+            )
+
+
+def _map_tar(shards: Path, sizes: Mapping[int, tuple[int, ...]], number: int) -> NDArray[np.uint8]:
+    """A whole tar, (bytes,) uint8. Its size is checked: touching what is mapped beyond a file's end kills a process."""
+    file = shards / _name(number, "tar")
+    try:
+        with file.open("rb") as stream:
+            _check_size(file, sizes[number][0], os.fstat(stream.fileno()).st_size)
+            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+    except OSError as error:
+        raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
+
+
+def _check_size(file: Path, expected: int, found: int | None) -> None:
+    if found != expected:
+        what = "is missing" if found is None else f"must have {expected} bytes, found {found}"
+        raise StoreError(
+            f"{str(file)!r}: {what}; run `dali-diffusemix generate` again, which makes this shard anew "
+            "(`dali-diffusemix verify` checks them all)."
+        )
+
+
+def _list_shards(store: Path) -> dict[str, int]:
+    """Name to size in bytes of all that lies in the shards' folder."""
+    try:
+        with os.scandir(store / "shards") as entries:
+            return {entry.name: entry.stat().st_size for entry in entries}
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise StoreError(f"{str(store / 'shards')!r}: cannot be listed ({error.strerror}).") from error
+
+
+def _open_catalog(store: Path) -> Catalog:
+    try:
+        return Catalog.open(store / "catalog")
+    except CatalogError as error:
+        raise StoreError(
+            f"{str(store)!r}: the store's own catalog cannot be used; bring back a copy of its folder 'catalog', or "
+            f"make a new store. {error}"
+        ) from error
+
+
+def _check_originals(store: Path, ours: Catalog, given: Catalog) -> None:
+    if ours.fingerprint == given.fingerprint:
+        return
+    stored, found = set(ours.paths), set(given.paths)
+    differences = [
+        f"{len(paths)} {where} (for one {min(paths)!r})"
+        for paths, where in ((stored - found, "only in the store"), (found - stored, "not in the store"))
+        if paths
+    ] or ["the same files in other classes"]
+    raise StoreError(
+        f"{str(store)!r}: the store was built from other originals: it has {len(stored)}, given are {len(found)}; "
+        f"{', '.join(differences)}. Give the folder it was built from, or another store; if that folder has changed "
+        f"since, Catalog.open({str(store / 'catalog')!r}) is the list that the store goes by."
+    )
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+class StoreWriter:
+    """The one run that may add to a store at a time: orders work, says which shards are missing, derives the index."""
+
+    path: Path
+    catalog: Catalog  # the store's own, whose rows shards name
+    _header: _Header
+
+    @classmethod
+    @contextmanager
+    def open(cls, path: str | os.PathLike[str], catalog: Catalog, settings: Settings) -> Iterator["StoreWriter"]:
+        """Open a store for writing, or begin one; until the block ends no other run can.
+
+        Args:
+            path: The store's folder; it may be there, empty.
+            catalog: The originals.
+            settings: What decides an edit besides its original, prompt and variant.
+
+        Raises:
+            StoreError: Another run is writing, the store is of other originals or settings, of a newer version, or
+                the folder is something else or cannot be written.
+        """
+        path = Path(path).absolute()
+        with _writing(path):
+            if path.is_dir() and not (path / "store.json").exists():
+                if any((path / "shards").glob("edits-*")):
+                    raise StoreError(
+                        f"{str(path)!r}: has shards, but no store.json, which says what they are; bring back a copy of "
+                        "it, or give a new folder."
+                    )
+                # What a run that was killed at its very beginning leaves, besides temporary files.
+                others = {entry.name for entry in path.iterdir()} - {"catalog", "shards"}
+                if foreign := sorted(name for name in others if not name.startswith(".")):
+                    raise StoreError(
+                        f"{str(path)!r}: is no edit store, but has other files in it ({foreign[0]!r}); "
+                        "give an empty or a new folder."
+                    )
+            (path / "shards").mkdir(parents=True, exist_ok=True)
+        with _locked(path):
+            writer = cls()
+            writer.path = path
+            with _writing(path):
+                for folder in (path, path / "catalog", path / "shards"):
+                    for leftover in folder.glob(".*.tmp"):
+                        leftover.unlink()
+                if not (path / "store.json").exists():
+                    catalog.save(path / "catalog")
+                    writer._header = _Header(
+                        settings=settings, prompts=(), segments=(), fingerprint=catalog.fingerprint
+                    )
+                else:
+                    writer._header = _Header.read(path)
+            writer.catalog = _open_catalog(path)
+            _check_originals(path, writer.catalog, catalog)
+            _check_settings(path, writer._header.settings, settings)
+            yield writer
+
+    def order(self, prompts: Sequence[str], variants: int, originals_per_shard: int) -> None:
+        """Ask for the first `variants` variants of every original under every prompt; what was asked before stays."""
+        header = self._header.extended(prompts, variants, len(self.catalog), originals_per_shard)
+        if len(header.prompts) > _MOST or variants > _MOST:
+            raise StoreError(
+                f"{str(self.path)!r}: a store has at most {_MOST} prompts and variants, "
+                f"found {len(header.prompts)} and {variants}."
+            )
+        if header != self._header or not (self.path / "store.json").exists():
+            with _writing(self.path):
+                header.write(self.path)
+        self._header = header
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """All prompts ordered so far; a shard names them by their places in here."""
+        return self._header.prompts
+
+    def shards(self) -> list[Shard]:
+        """All shards ordered so far, by number."""
+        return list(self._header.shards())
+
+    def done(self) -> dict[int, Counter[str]]:
+        """Finished shards, and how many of their edits had which verdict. One whose files have other sizes is not."""
+        listing = _list_shards(self.path)
+        finished = {}
+        for number in range(self._header.shard_count):
+            if _name(number, "json") not in listing:
+                continue
+            record = _ShardRecord.read(self.path, number)
+            if tuple(listing.get(_name(number, kind)) for kind in _FILES) == record.sizes:
+                finished[number] = record.verdicts
+            else:
+                _log.warning("Shard %d of %r is damaged and will be made anew.", number, str(self.path))
+        return finished
+
+    def finish(self) -> None:
+        """Derive the index of the whole store from its shards."""
+        records = {number: _ShardRecord.read(self.path, number) for number in self.done()}
+        tables = _derive(self.path, records, len(self.catalog))
+        with _writing(self.path):
+            # Without its record the index is not used: no reader takes half of the old one and half of the new.
+            (self.path / "index.json").unlink(missing_ok=True)
+            for name, table in (("index.npy", tables.index), ("starts.npy", tables.starts)):
+                with _replacing(self.path / name) as stream:
+                    np.save(stream, table, allow_pickle=False)
+            _Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path)
+
+
+class ShardWriter:
+    """Writes one shard: all of it, at the end of the `with` block, or after an error nothing.
+
+        with ShardWriter(store, catalog, shard) as writer:
+            writer.add(...)  # for each original, for each prompt, for each variant
+
+    What was written of an earlier try is replaced.
+
+    Raises:
+        StoreError: The disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, store: Path, catalog: Catalog, shard: Shard) -> None:
+        self._header = _Header.read(store)
+        self._folder = store / "shards"
+        self._catalog = catalog
+        self._shard = shard
+        self._rows: list[tuple[Any, ...]] = []
+        self._groups: list[list[str]] = []  # of the .idx, a line each
+        self._verdicts: Counter[str] = Counter()
+        self._key_of: tuple[int, str] = (-1, "")  # an original and its key
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def __enter__(self) -> "ShardWriter":
+        with _writing(self._folder), ExitStack() as stack:
+            self._tar = stack.enter_context(_replacing(self._folder / _name(self._shard.number, "tar")))
+            self._close = stack.pop_all()
+        return self
+
+    def add(
+        self,
+        original: int,
+        prompt: int,
+        variant: int,
+        *,
+        seed: int,
+        jpeg: bytes | None,
+        height: int = 0,
+        width: int = 0,
+        verdict: str = VERDICTS[0],
+        score: float = math.nan,
+    ) -> None:
+        """Write one edit; without `jpeg` its verdict alone. Edits of one original must follow each other."""
+        offset = 0
+        if jpeg is not None:
+            extension = f"{self._header.slugs[prompt]}.{variant}.jpg"
+            if original != self._key_of[0]:
+                self._key_of = original, _key(self._catalog.encoded_path(original))
+                self._groups.append([])
+            name = f"{self._key_of[1]}.{extension}"
+            self._write(_member_header(name, len(jpeg)))
+            offset = self._size
+            self._write(jpeg + bytes(-len(jpeg) % tarfile.BLOCKSIZE))
+            self._groups[-1].append(f"{extension} {offset} {len(jpeg)} {name}")
+        code = VERDICTS.index(verdict)
+        length = 0 if jpeg is None else len(jpeg)
+        self._rows.append((original, prompt, variant, seed, offset, length, height, width, code, score))
+        self._verdicts[verdict] += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _writing(self._folder):
+            if error is not None:
+                self._close.__exit__(kind, error, trace)
+                return
+            with self._close:
+                if len(self._rows) != len(self._shard):
+                    raise StoreError(
+                        f"shard {self._shard.number} needs {len(self._shard)} edits, got {len(self._rows)}."
+                    )
+                blocks = -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+                self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
+            files = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
+            rows = io.BytesIO()
+            np.save(rows, np.array(self._rows, SHARD_ROW), allow_pickle=False)
+            lines = [f"v1.2 {len(self._groups)}", *map(" ".join, self._groups), ""]
+            for name, data in (("idx", "\n".join(lines).encode("ascii")), ("npy", rows.getvalue())):
+                with _replacing(self._folder / _name(self._shard.number, name)) as stream:
+                    stream.write(data)
+                files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            shard = self._shard
+            content = {
+                "shard": shard.number,
+                "settings": dict(self._header.settings),
+                "rows": [shard.rows.start, shard.rows.stop],
+                "prompts": {place: self._header.prompts[place] for place in shard.prompts},
+                "variants": [shard.variants.start, shard.variants.stop],
+                "files": files,
+                "verdicts": {name: self._verdicts[name] for name in VERDICTS},
+            }
+            _write_json(self._folder / _name(shard.number, "json"), _SHARD, content)
+
+    def _write(self, data: bytes) -> None:
+        with _writing(self._folder):
+            self._tar.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+def _key(path: bytes) -> str:
+    """A relative path as WebDataset's key: what follows the first dot of a name would be the extension."""
+    return quote_from_bytes(path, safe="/").replace(".", "%2E")
+
+
+def _member_header(name: str, size: int) -> bytes:
+    """What stands before a file in a tar. It has time 0 and no owner, so that the same edits give the same bytes."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    try:
+        return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+    except ValueError:
+        # A longer name needs an extension. GNU's is the one that DALI understands without the .idx, too.
+        return member.tobuf(tarfile.GNU_FORMAT, "ascii", "strict")
+
+
+def _name(number: int, kind: str) -> str:
+    return f"edits-{number:06d}.{kind}"
+
+
+def _check_settings(store: Path, stored: Settings, asked: Settings) -> None:
+    names = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
+    if names:
+        differences = "".join(
+            f"\n  {name}: {stored.get(name)!r} in the store, {asked.get(name)!r} asked for" for name in names
+        )
+        raise StoreError(
+            f"{str(store)!r}: the store was made with other settings; go on with its own, or give another folder:"
+            f"{differences}"
+        )
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock. The system lets go of it when the process ends, however that comes about."""
+    import fcntl  # not on every system, and only writers need it
+
+    with _writing(folder), ExitStack() as stack:
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(descriptor, 200).decode("ascii", "replace") or "another process"
+            raise StoreError(
+                f"{str(folder)!r}: {holder} is writing to this store; wait for it to end, or stop it."
+            ) from error
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode("ascii", "replace"), 0)
+        closing = stack.pop_all()
+    with closing:
+        yield
+        with suppress(OSError):
+            os.ftruncate(descriptor, 0)
+
+
+@contextmanager
+def _writing(place: Path) -> Iterator[None]:
+    """Turn what goes wrong with a disk into a StoreError that says what stays and how to go on."""
+    try:
+        yield
+    except (OSError, CatalogError) as error:
+        raise StoreError(
+            f"{str(place)!r}: cannot be written ({error}). Finished shards stay as they are; make room, or permit "
+            "writing, and run the same command again: it does the rest."
+        ) from error
+
+
+@contextmanager
+def _replacing(file: Path) -> Iterator[BinaryIO]:
+    """Write a file whole or not at all: beside its place, to the disk, and only then into its place."""
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        with temporary.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+    descriptor = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_json(file: Path, magic: str, content: Mapping[str, Any]) -> None:
+    with _replacing(file) as stream:
+        stream.write(json.dumps({"magic": magic, "version": _VERSION, **content}, indent=1).encode("ascii") + b"\n")
+
+
+def _read_json(file: Path, magic: str, remedy: str) -> dict[str, Any]:
+    """A JSON object of this kind and version. Raises FileNotFoundError, StoreError."""
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
+    with _understood(file, remedy):
+        stored: dict[str, Any] = json.loads(data)
+        found, version = stored["magic"], stored["version"]
+    if found != magic:
+        raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {remedy}.")
+    if version != _VERSION:
+        raise StoreError(
+            f"{str(file)!r}: 'version' must be {_VERSION}, found {version!r}; update dali_diffusemix to the release "
+            "that wrote it."
+        )
+    return stored
+
+
+@contextmanager
+def _understood(file: Path, remedy: str) -> Iterator[None]:
+    """Turn what goes wrong with a JSON file's content into a StoreError."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise StoreError(f"{str(file)!r}: is damaged ({error!r}); {remedy}.") from error
+
+
+def _load(file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
+    """An array of `count` rows. Raises StoreError."""
+    try:
+        array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(file, f"is missing or cut short ({error})") from error
+    if array.dtype != dtype or array.shape != (count,):
+        raise _damaged(file, f"must be {count} rows of {dtype}, found {array.shape} of {array.dtype}")
+    return np.asarray(array)
+
+
+def _damaged(file: Path, what: str) -> StoreError:
+    return StoreError(f"{str(file)!r}: {what}; run `dali-diffusemix generate` again, which makes it anew.")
