@@ -28,8 +28,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix import native
-from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.philox import philox4x32, uniform
+from dali_diffusemix.pixels import decode
 
 _log = logging.getLogger(__name__)
 
@@ -606,7 +607,7 @@ def bank_from_folder(
         progress: called after each file with how many are done and how many there are.
 
     Returns:
-        The bank, and for each file that Pillow cannot read its path and the reason. They are logged, too.
+        The bank, and for each file that cannot be decoded its path and the reason. They are logged, too.
 
     Raises:
         ConfigError: `size` is out of its range.
@@ -619,28 +620,20 @@ def bank_from_folder(
     with _new_bank(path, size, overwrite) as add:
         for done, file in enumerate(files, start=1):
             try:
-                with Image.open(file) as image:
-                    square = _square(image, size)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                image = Image.fromarray(decode(file))
+            except DecodeError as error:
                 unreadable.append((file, str(error)))
-                _log.warning("left out of the fractal bank: %s: %s", file, error)
+                _log.warning("left out of the fractal bank: %s", error)
             else:
-                add(square)
+                add(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
             if progress is not None:
                 progress(done, len(files))
         if len(unreadable) == len(files):
             raise StoreError(
-                f"folder {folder}: must hold at least one image that Pillow reads, found {len(files)} files, "
+                f"folder {folder}: must hold at least one image that can be decoded, found {len(files)} files, "
                 "none of them readable. Name another folder, or render a bank with: dali-diffusemix fractals"
             )
     return FractalBank.open(path), unreadable
-
-
-def _square(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    upright = ImageOps.exif_transpose(image)
-    if upright.has_transparency_data:  # Pillow warns about some palettes unless it goes by way of RGBA
-        upright = upright.convert("RGBA")
-    return np.asarray(ImageOps.fit(upright.convert("RGB"), (size, size), Image.Resampling.LANCZOS))
 
 
 @contextlib.contextmanager
@@ -649,8 +642,10 @@ def _new_bank(
 ) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
     """Yield a function that adds one (size, size, 3) image; the file takes its name when the block ends well."""
     path = Path(path)
-    if path.exists() and not overwrite:
-        raise StoreError(f"fractal bank {path}: must not exist yet. Name another file, or ask to overwrite it")
+    with _writing(path):
+        exists = path.exists()
+    if exists and not overwrite:
+        raise StoreError(f"fractal bank {path}: must not exist yet. Name another file, or say --overwrite")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = 0
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dali_diffusemix import fractals, native
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import FractalBank, bank_from_folder, render, render_bank
 
-PHOTOS = Path(os.environ.get("DALI_DIFFUSEMIX_TEST_DATA", "/work/shared/data"))
+PHOTOS = Path(__file__).parents[2] / "shared" / "data"
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="the C++ library was not built")
 

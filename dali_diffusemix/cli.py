@@ -1,0 +1,484 @@
+"""The command line: `dali-diffusemix COMMAND`.
+
+Results go to standard output, as lines or with `--json` as one object; progress, warnings and errors go to standard
+error. Exit codes: 0 done, 1 an error of ours, 2 a wrong command line, 130 interrupted. What a command needs is
+imported inside it, so that `--help` answers at once.
+"""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from dali_diffusemix.errors import ConfigError, DiffuseMixError
+
+_LINE_SECONDS: Final = 30.0  # between two lines of progress where there is no terminal
+_INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
+
+_PATH: Final = click.Path(path_type=Path)
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    # Made anew each time: standard error is another one under tests, and while a bar is shown.
+    return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _printable(text: str) -> str:
+    """Text that is safe in any terminal: undecodable bytes and control characters of file names are escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python holds it in names
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _notice(kind: str, message: str, style: str) -> None:
+    _console().print(Text.assemble((f"{kind}: ", f"bold {style}"), (_printable(message), style)))
+
+
+class _Rate(ProgressColumn):
+    """Units a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="cyan")
+
+
+class _Display:
+    """What a command shows while it runs: a `demo.Display`."""
+
+    def __init__(self, as_json: bool) -> None:
+        self._as_json = as_json
+
+    def line(self, text: str) -> None:
+        """Print a line of the result, for people."""
+        if not self._as_json:
+            click.echo(_printable(text))
+
+    def result(self, content: Mapping[str, Any]) -> None:
+        """Print the result for machines, if it was asked for. A byte that is not UTF-8 is escaped as \\udcXX."""
+        if self._as_json:
+            click.echo(json.dumps(content))
+
+    @contextlib.contextmanager
+    def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
+        """A bar on a terminal; else a line now and then; nothing beside JSON."""
+        console = _console()
+        if self._as_json:
+            yield lambda done, total: None
+        elif not console.is_terminal:
+            yield _Lines(console, what, unit)
+        else:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(complete_style="green"),
+                MofNCompleteColumn(),
+                _Rate(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=console, transient=True) as bars:
+                bar = bars.add_task(what, total=None, unit=unit)
+                yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+
+class _Lines:
+    """Progress of long work in a log file."""
+
+    def __init__(self, console: Console, what: str, unit: str) -> None:
+        self._console, self._what, self._unit = console, what, unit
+        self._begin = self._last = time.monotonic()
+        self._before: int | None = None  # units that an earlier run had done
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if self._before is None:
+            self._before = done
+        if now - self._last < _LINE_SECONDS:
+            return
+        self._last = now
+        rate = (done - self._before) / (now - self._begin)
+        left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
+        self._console.print(f"{self._what}: {done} of {total}, {rate:.1f} {self._unit}/s{left}")
+
+
+class _Log(logging.Handler):
+    """Shows the package's log records above the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Files left out are in the results of the commands that meet them.
+        if "left out" not in record.getMessage():
+            _notice("Warning", record.getMessage(), "yellow")
+
+
+@contextlib.contextmanager
+def _notices() -> Iterator[None]:
+    """Show the package's warnings and log records as lines."""
+
+    def show(message: Warning | str, *args: Any, **options: Any) -> None:
+        _notice("Warning", str(message), "yellow")
+
+    logger, handler = logging.getLogger("dali_diffusemix"), _Log(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("default", category=UserWarning, module=r"dali_diffusemix\b")
+            warnings.showwarning = show
+            yield
+    finally:
+        logger.removeHandler(handler)
+
+
+class _Failure(click.ClickException):
+    """An error of ours, as it is shown: its message and notes, without a traceback."""
+
+    exit_code = 1
+
+    def __init__(self, error: DiffuseMixError) -> None:
+        super().__init__("\n".join([str(error), *getattr(error, "__notes__", ())]))
+
+    def show(self, file: Any = None) -> None:
+        _notice("Error", self.message, "red")
+
+
+class _Group(click.Group):
+    """The commands, in the order in which they are used, with one way of showing what goes wrong."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        # File names may hold anything, and a terminal may know ASCII alone: nothing of that ends a run.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        try:
+            with _notices():
+                return super().invoke(ctx)
+        except DiffuseMixError as error:
+            raise _Failure(error) from error
+        except KeyboardInterrupt:
+            _notice("Interrupted", "run the same command again to go on.", "yellow")
+            ctx.exit(_INTERRUPTED)
+
+
+# What is given --------------------------------------------------------------------------------------------------------
+
+
+def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Words with commas between."""
+    if value is None:
+        return None
+    words = tuple(word.strip() for word in value.split(","))
+    if not all(words):
+        raise click.BadParameter(f"{value!r} has an empty part; write a,b,c.")
+    return words
+
+
+def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Whole numbers with commas between."""
+    try:
+        return None if value is None else [int(number) for number in value.split(",")]
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} is not whole numbers with commas between; write 1,5,9.") from error
+
+
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="dali-diffusemix", prog_name="dali-diffusemix")
+def main() -> None:
+    """DiffuseMix (Islam et al., CVPR 2024) at load time.
+
+    Edit a folder of photographs once; from then on every epoch mixes them afresh while it loads.
+
+    \b
+      dali-diffusemix demo          see it all on photographs that are there already
+    """
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+@main.command("index")
+@click.argument("root", type=_PATH)
+@click.option("--refresh", is_flag=True, help="List anew: find new files, forget vanished ones.")
+@click.option("--workers", type=int, metavar="N", help="Threads that read headers.  [default: 8]")
+@_json_option
+def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool) -> None:
+    """List the images of ROOT, a folder of class folders.
+
+    The list is kept, so that later commands start at once. Every file is listed, or reported with the reason.
+
+    \b
+    Example:
+      dali-diffusemix index data/train
+    """
+    import numpy as np
+
+    from dali_diffusemix.catalog import default_location, index
+
+    display = _Display(as_json)
+    location = default_location(root)
+    with display.progress("Reading headers", "images") as progress:
+        catalog = index(root, location=location, refresh=refresh, workers=workers, progress=progress)
+    counts = np.bincount(catalog.labels, minlength=len(catalog.classes)).tolist()
+    display.line(f"{len(catalog)} images in {len(catalog.classes)} classes")
+    _list(display, (f"{count:>8}  {name}" for name, count in zip(catalog.classes, counts, strict=True)), most=20)
+    if catalog.rejected:
+        display.line(f"{len(catalog.rejected)} left out")
+        _list(display, (f"  {one.path}: {one.reason}" for one in catalog.rejected))
+    display.line(f"kept in {location}")
+    display.result(
+        {
+            "root": str(root),
+            "images": len(catalog),
+            "classes": dict(zip(catalog.classes, counts, strict=True)),
+            "rejected": [{"path": one.path, "reason": one.reason} for one in catalog.rejected],
+            "fingerprint": catalog.fingerprint,
+            "catalog": str(location),
+        }
+    )
+
+
+@main.command("fractals")
+@click.argument("path", type=_PATH)
+@click.option("--count", default=64, show_default=True, metavar="N", help="How many to render.")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same fractals.")
+@click.option("--from-folder", type=_PATH, metavar="DIR", help="Take a folder's images instead.")
+@click.option("--overwrite", is_flag=True, help="Replace PATH if it is there.")
+@_json_option
+@click.pass_context
+def fractals_command(
+    ctx: click.Context,
+    path: Path,
+    count: int,
+    size: int,
+    seed: int,
+    from_folder: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Render fractal flames into a bank, the file PATH.
+
+    \b
+    Example:
+      dali-diffusemix fractals cache/fractals.npy --count 64
+    """
+    from dali_diffusemix.fractals import bank_from_folder, render_bank
+
+    display = _Display(as_json)
+    left_out: list[tuple[Path, str]] = []
+    if from_folder is None:
+        with display.progress("Rendering fractals", "fractals") as progress:
+            bank = render_bank(path, count=count, size=size, seed=seed, overwrite=overwrite, progress=progress)
+    else:
+        for name in ("count", "seed"):
+            if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name} is for rendering; leave it out beside --from-folder.")
+        with display.progress("Reading images", "images") as progress:
+            bank, left_out = bank_from_folder(path, from_folder, size=size, overwrite=overwrite, progress=progress)
+    display.line(f"{len(bank)} fractals of {size} x {size} pixels in {path}")
+    if left_out:
+        display.line(f"{len(left_out)} files left out")
+        _list(display, (f"  {file}: {reason}" for file, reason in left_out))
+    display.result(
+        {
+            "path": str(path),
+            "shape": bank.shape,
+            "left_out": [{"path": str(file), "reason": reason} for file, reason in left_out],
+        }
+    )
+
+
+@main.command("generate")
+@click.argument("root", type=_PATH)
+@click.argument("store", type=_PATH)
+@click.option("--editor", default="procedural", show_default=True, metavar="NAME", help="What makes the edits.")
+@click.option("--prompts", callback=_words, metavar="A,B", help="Which edits.  [default: the paper's nine]")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side of an edit.")
+@click.option("--variants", default=1, show_default=True, metavar="N", help="Edits per image and prompt.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same edits.")
+@click.option("--quality", default=90, show_default=True, metavar="N", help="Of the JPEG files, 1 to 100.")
+@click.option("--batch-size", default=16, show_default=True, metavar="N", help="Images given to the editor at once.")
+@click.option(
+    "--originals-per-shard", default=512, show_default=True, metavar="N", help="Work lost if killed, at most."
+)
+@_json_option
+def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, as_json: bool, **settings: Any) -> None:
+    """Edit the images of ROOT into the folder STORE.
+
+    Each image is edited once under each prompt. Run again, it makes what is missing and nothing twice.
+    The procedural editor restyles without a model: it is not diffusion.
+
+    \b
+    Example:
+      dali-diffusemix generate data/train cache/edits --prompts autumn,snowy
+    """
+    from dali_diffusemix.catalog import index
+    from dali_diffusemix.editors import PROMPTS
+    from dali_diffusemix.generate import GenerateConfig, generate
+
+    display = _Display(as_json)
+    config = GenerateConfig(prompts=prompts or PROMPTS, **settings)
+    with display.progress("Reading headers", "images") as progress:
+        catalog = index(root, progress=progress)
+    with display.progress("Making edits", "edits") as progress:
+        summary = generate(root, store, config, catalog=catalog, progress=progress)
+    if catalog.rejected:
+        display.line(f"{len(catalog.rejected)} files left out; `dali-diffusemix index` lists them")
+    for verdict, count in summary.verdicts.items():
+        if verdict == "accepted":
+            display.line(f"{count} edits of {len(catalog)} images")
+        elif count:
+            display.line(f"{count} edits not made: {verdict}")
+    if summary.made:
+        display.line(f"{summary.made} made now, in {summary.seconds:.1f} s: {summary.images_per_second:.1f}/s")
+    else:
+        display.line("all were there already")
+    display.line(f"kept in {store}")
+    display.result(
+        {
+            "store": str(store),
+            "originals": len(catalog),
+            "rejected": len(catalog.rejected),
+            "verdicts": dict(summary.verdicts),
+            "made": summary.made,
+            "seconds": summary.seconds,
+            "images_per_second": summary.images_per_second,
+        }
+    )
+
+
+@main.command("preview")
+@click.argument("root", type=_PATH)
+@click.option("--edits", type=_PATH, required=True, metavar="STORE", help="The edit store.")
+@click.option("--fractals", type=_PATH, required=True, metavar="FILE", help="The fractal bank.")
+@click.option("--out", type=_PATH, default="sheet.png", show_default=True, metavar="FILE", help="PNG to write.")
+@click.option("--rows", default=8, show_default=True, metavar="N", help="How many samples, up to 64.")
+@click.option(
+    "--indices", callback=_numbers, metavar="1,5", help="Which samples.  [default: mixed ones of many classes]"
+)
+@click.option("--epoch", default=0, show_default=True, metavar="N", help="The epoch whose samples to draw.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The seed of your training run.")
+@click.option("--preset", type=click.Choice(["paper", "release"]), default="paper", show_default=True)
+@click.option("--crop-size", default=224, show_default=True, metavar="N", help="Pixels a side of a sample.")
+@_json_option
+def preview_command(
+    root: Path,
+    edits: Path,
+    fractals: Path,
+    out: Path,
+    rows: int,
+    indices: list[int] | None,
+    epoch: int,
+    seed: int,
+    preset: str,
+    crop_size: int,
+    as_json: bool,
+) -> None:
+    """Draw samples as training sees them.
+
+    One row each: original, edit, mask, hybrid, fractal, augmented.
+
+    \b
+    Example:
+      dali-diffusemix preview data/train --edits cache/edits --fractals cache/fractals.npy
+    """
+    from dali_diffusemix.dataset import DiffuseMixDataset
+    from dali_diffusemix.plan import MixSpec, TrainCrop
+    from dali_diffusemix.preview import contact_sheet, spread_indices
+
+    display = _Display(as_json)
+    dataset = DiffuseMixDataset(
+        root,
+        edits=edits,
+        fractals=fractals,
+        mix=MixSpec.paper() if preset == "paper" else MixSpec.release(),
+        crop=TrainCrop(crop_size),
+        seed=seed,
+    )
+    chosen = indices if indices is not None else spread_indices(dataset, epoch=epoch, rows=rows)
+    sheet = contact_sheet(dataset, epoch=epoch, indices=chosen)
+    content = io.BytesIO()
+    sheet.save(content, "PNG")
+    _write(out, content.getvalue())
+    display.line(f"{len(chosen)} samples in {out}, {sheet.width} x {sheet.height} pixels")
+    display.result({"sheet": str(out), "width": sheet.width, "height": sheet.height, "indices": chosen})
+
+
+@main.command("demo")
+@click.argument("folder", type=_PATH, required=False)
+@click.option("--out", type=_PATH, default="demo", show_default=True, metavar="DIR", help="Where to write.")
+@click.option("--keep", is_flag=True, help="Go on with what an earlier demo wrote there.")
+@_json_option
+def demo_command(folder: Path | None, out: Path, keep: bool, as_json: bool) -> None:
+    """Go the whole way, from photographs to mixed batches.
+
+    FOLDER holds class folders of photographs, of which up to 64 are used; without it, those that ship with
+    scikit-image and scikit-learn are. The edits are procedural, not diffusion. What an earlier demo wrote to
+    the same place is replaced, unless it is kept.
+
+    \b
+    Example:
+      dali-diffusemix demo
+    """
+    from dataclasses import asdict
+
+    from dali_diffusemix.demo import run_demo
+
+    display = _Display(as_json)
+    result = run_demo(display, folder=folder, out=out, keep=keep)
+    display.line(f"Done in {result.seconds:.0f} s. Look at {os.path.relpath(result.sheet)}")
+    display.result(asdict(result))
+
+
+def _list(display: _Display, lines: Iterable[str], most: int | None = None) -> None:
+    """Print lines, the first ones if there are many."""
+    everything = list(lines)
+    for line in everything[:most]:
+        # A name may hold a line break.
+        display.line(line.replace("\n", "\\n"))
+    if most is not None and len(everything) > most:
+        display.line(f"{'...':>8}  and {len(everything) - most} more")
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises ConfigError."""
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            unfinished.write_bytes(content)
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(f"{str(file)!r}: must be a file that can be written, found: {error}; name another") from error

@@ -1,0 +1,308 @@
+"""The demonstration: the whole path in one go, on photographs that ship inside well-known packages.
+
+    photographs -> index -> fractals -> edits -> contact sheet -> batches by DALI, the same ones by Pillow
+
+Its edits are procedural restylings, not diffusion.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from dali_diffusemix.catalog import Catalog, index
+from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.fractals import FractalBank, render_bank
+from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.loader import DiffuseMixLoader
+from dali_diffusemix.mixing import IMAGENET_STD
+from dali_diffusemix.plan import MixSpec, Schedule, TrainCrop
+from dali_diffusemix.preview import contact_sheet
+
+__all__ = ["PHOTOGRAPHS", "DemoResult", "Display", "run_demo"]
+
+PHOTOGRAPHS: Final = {
+    "astronaut": (("skimage", "data/astronaut.png"),),
+    "cat": (("skimage", "data/chelsea.png"),),
+    "coffee": (("skimage", "data/coffee.png"),),
+    "flower": (("sklearn", "datasets/images/flower.jpg"),),
+    "galaxies": (("skimage", "data/hubble_deep_field.jpg"),),
+    "motorcycle": (("skimage", "data/motorcycle_left.png"), ("skimage", "data/motorcycle_right.png")),
+    "pagoda": (("sklearn", "datasets/images/china.jpg"),),
+    "rocket": (("skimage", "data/rocket.jpg"),),
+}
+"""Class to photographs, each a package and a file in it. scikit-image and scikit-learn may be shared freely."""
+
+_CUTS: Final = 8  # of each class
+_MOST_ORIGINALS: Final = 64  # of a user's folder, which may hold a million
+_FRACTALS: Final = 32
+_SIZE: Final = 256
+_CROP: Final = 224
+_BATCH: Final = 16
+_MEASURED_SECONDS: Final = 3.0
+_MARKER: Final = "demo.json"
+_MAGIC: Final = "dali_diffusemix.demo"
+
+
+class Display(Protocol):
+    """Where the demonstration is watched."""
+
+    def line(self, text: str) -> None:
+        """Show what a step came to."""
+        ...
+
+    def progress(self, what: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
+        """Show a step that takes its time; yields what is to be called with units done and units there are."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What a demonstration came to."""
+
+    sheet: str
+    originals: int
+    classes: int
+    edits: int
+    fractals: int
+    batch_shape: tuple[int, ...]
+    batch_dtype: str
+    label_dtype: str
+    compared: int
+    """Samples that DALI and Pillow were compared over."""
+    largest_difference: float
+    """Between the two, over all their pixels, in steps of 1/255."""
+    images_per_second: float
+    threads: int
+    seconds: float
+
+
+def run_demo(
+    display: Display, *, folder: str | os.PathLike[str] | None = None, out: str | os.PathLike[str], keep: bool = False
+) -> DemoResult:
+    """Go the whole way from photographs to batches.
+
+    Args:
+        display: Where to show what happens.
+        folder: Photographs, folder/class/**/image, of which at most 64 are used; None takes `PHOTOGRAPHS`.
+        out: Where everything is written. What an earlier demonstration wrote there is removed first.
+        keep: Go on with what an earlier demonstration wrote instead.
+
+    Raises:
+        ConfigError: `out` holds something else, or cannot be written.
+        MissingDependencyError: The packages with the photographs, or DALI, are not there.
+        CatalogError, StoreError: The user's folder or what is kept cannot be used.
+    """
+    begin = time.perf_counter()
+    out = Path(out).absolute()
+    photographs = [] if folder is not None else _find_photographs()
+    root = out / "photographs" if folder is None else Path(folder).absolute()
+    with _writing(out):
+        _prepare(out, root, keep)
+        if folder is None and not root.is_dir():
+            with display.progress("Cutting photographs", "images") as progress:
+                _cut(photographs, root, progress)
+    catalog = _index(display, root, out / "catalog")
+    bank = _fractals(display, out / "fractals.npy")
+    edits = out / "edits"
+    with display.progress("Making edits", "edits") as progress:
+        summary = generate(root, edits, GenerateConfig(size=_SIZE), catalog=catalog, progress=progress)
+    dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, mix=MixSpec.paper(), crop=TrainCrop(_CROP), seed=0)
+    assert dataset.store is not None
+    made = f"{summary.made} made now, {summary.images_per_second:.0f}/s" if summary.made else "all kept"
+    display.line(
+        f"Edits        {len(dataset.store)} of {_SIZE} x {_SIZE} pixels, under {len(dataset.store.prompts)} prompts "
+        f"({made})\n             procedural restyling, not diffusion"
+    )
+    sheet = out / "sheet.png"
+    with _writing(out):
+        contact_sheet(dataset).save(sheet)
+    display.line(f"Sheet        {sheet}")
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with DiffuseMixLoader(dataset, batch_size=_BATCH, shuffle=True, num_workers=threads, device="cpu") as loader:
+        images, labels = next(iter(loader))
+        display.line(
+            f"Batches      images {tuple(images.shape)} {_name(images.dtype)}, "
+            f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}"
+        )
+        compared, difference = _compare(dataset, loader)
+        display.line(
+            f"Equality     {compared} samples by DALI and by Pillow under torch's DataLoader: "
+            f"no pixel differs by more than {difference:.2f}/255"
+        )
+        speed = _measure(loader)
+    display.line(f"Speed        {speed:.0f} images/s, mixed and ready to train on, {threads} CPU threads")
+    return DemoResult(
+        sheet=str(sheet),
+        originals=len(catalog),
+        classes=len(catalog.classes),
+        edits=len(dataset.store),
+        fractals=len(bank),
+        batch_shape=tuple(images.shape),
+        batch_dtype=_name(images.dtype),
+        label_dtype=_name(labels.dtype),
+        compared=compared,
+        largest_difference=difference,
+        images_per_second=speed,
+        threads=threads,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+# The output folder ----------------------------------------------------------------------------------------------------
+
+
+def _prepare(out: Path, root: Path, keep: bool) -> None:
+    """Make the folder, empty unless what is there is kept. Nobody else's files are touched."""
+    marker = out / _MARKER
+    if out.exists() and any(out.iterdir()):
+        before = _root_of(marker)
+        if before is None:
+            raise ConfigError(
+                f"{str(out)!r}: the demo's folder must be new, empty, or that of an earlier demo, found other files; "
+                "name another with --out"
+            )
+        if keep and before != str(root):
+            raise ConfigError(
+                f"{str(out)!r}: to keep what is there the demo must be of the same photographs, found {before!r}, "
+                f"not {str(root)!r}; leave --keep out to begin anew"
+            )
+        if not keep:
+            for name in ("photographs", "catalog", "edits"):
+                if (out / name).exists():
+                    shutil.rmtree(out / name)
+            for name in ("fractals.npy", "sheet.png"):
+                (out / name).unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+    marker.write_text(json.dumps({"magic": _MAGIC, "photographs": str(root)}) + "\n", encoding="ascii")
+
+
+def _root_of(marker: Path) -> str | None:
+    """The photographs of the demo that wrote this file; None if none did."""
+    try:
+        content = json.loads(marker.read_bytes())
+        return str(content["photographs"]) if content["magic"] == _MAGIC else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{str(out)!r}: the demo's folder must be one that can be written, found: {error}; name another with --out"
+        ) from error
+
+
+# The steps ------------------------------------------------------------------------------------------------------------
+
+
+def _find_photographs() -> list[tuple[str, list[Path]]]:
+    """Classes and the files to cut, without importing the packages that they are in."""
+    found = []
+    for name, files in PHOTOGRAPHS.items():
+        paths = []
+        for package, file in files:
+            spec = importlib.util.find_spec(package)
+            places = [] if spec is None else [Path(place) / file for place in spec.submodule_search_locations or ()]
+            path = next((place for place in places if place.is_file()), None)
+            if path is None:
+                raise MissingDependencyError(
+                    f"the demo's photographs lie in scikit-image and scikit-learn, but {package}/{file} is not there: "
+                    "pip install scikit-image scikit-learn, or name a folder of your own: dali-diffusemix demo FOLDER"
+                )
+            paths.append(path)
+        found.append((name, paths))
+    return found
+
+
+def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callable[[int, int], None]) -> None:
+    """Cut each class's photographs into overlapping pictures of 250 to 500 pixels a side; the same ones every time."""
+    unfinished = root.with_name(f".{root.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    done, total = 0, _CUTS * len(photographs)
+    for name, paths in photographs:
+        (unfinished / name).mkdir(parents=True)
+        images = [Image.open(path).convert("RGB") for path in paths]
+        draws = random.Random(name)
+        for cut in range(_CUTS):
+            image = images[cut % len(images)]
+            width, height = draws.randint(320, 500), draws.randint(250, 400)
+            width, height = min(width, image.width), min(height, image.height)
+            left, top = draws.randint(0, image.width - width), draws.randint(0, image.height - height)
+            picture = image.crop((left, top, left + width, top + height))
+            picture.save(unfinished / name / f"{name}-{cut}.jpg", quality=92)
+            done += 1
+            progress(done, total)
+    unfinished.replace(root)
+
+
+def _index(display: Display, root: Path, location: Path) -> Catalog:
+    with display.progress("Reading headers", "images") as progress:
+        catalog = index(root, location=location, progress=progress)
+    found = len(catalog)
+    left_out = f", {len(catalog.rejected)} files left out" if catalog.rejected else ""
+    used = ""
+    if found > _MOST_ORIGINALS:
+        rows = np.linspace(0, found - 1, _MOST_ORIGINALS).round().astype(np.int64)
+        paths = [catalog.path(row) for row in rows]
+        catalog = Catalog.from_arrays(paths, catalog.labels[rows], catalog.classes, catalog.sizes[rows])
+        used = f", of which the demo takes {len(catalog)}"
+    display.line(f"Photographs  {found} in {len(catalog.classes)} classes{left_out}{used}")
+    return catalog
+
+
+def _fractals(display: Display, path: Path) -> FractalBank:
+    if path.exists():
+        bank = FractalBank.open(path)
+        display.line(f"Fractals     {len(bank)} kept")
+        return bank
+    begin = time.perf_counter()
+    with display.progress("Rendering fractals", "fractals") as progress:
+        bank = render_bank(path, count=_FRACTALS, size=_SIZE, progress=progress)
+    rate = len(bank) / (time.perf_counter() - begin)
+    display.line(f"Fractals     {len(bank)} of {_SIZE} x {_SIZE} pixels ({rate:.1f}/s)")
+    return bank
+
+
+def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
+    """Samples compared, and the largest difference between DALI's and Pillow's pixels in steps of 1/255."""
+    order = Schedule(length=len(dataset), batch_size=loader.batch_size, shuffle=True, seed=dataset.seed)
+    batches = [order.indices(0, order.places(step)).tolist() for step in range(len(order))]
+    deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
+    count, largest = 0, 0.0
+    loader.set_epoch(0)
+    for (images, labels), (expected, expected_labels) in zip(
+        loader, DataLoader(dataset, batch_sampler=batches), strict=True
+    ):
+        assert torch.equal(labels, expected_labels)
+        difference = (images - expected).abs() * deviation * 255
+        count, largest = count + len(images), max(largest, float(difference.max()))
+    return count, largest
+
+
+def _measure(loader: DiffuseMixLoader) -> float:
+    """Images a second, over whole epochs."""
+    count, begin = 0, time.perf_counter()
+    while (passed := time.perf_counter() - begin) < _MEASURED_SECONDS:
+        count += sum(len(labels) for _, labels in loader)
+    return count / passed
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,446 @@
+"""cli, demo: every command as a user runs it; results on stdout, all else on stderr, errors without a traceback."""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from dali_diffusemix import cli, demo
+from dali_diffusemix.catalog import default_location
+from dali_diffusemix.editors import PROMPTS
+from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.store import EditStore
+
+SHARED = Path(__file__).parents[2] / "shared"
+COMMANDS = ("index", "fractals", "generate", "preview", "demo")
+PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catalogs of tests stay among them."""
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def make_images(root: Path, classes: int = 3, images: int = 4) -> Path:
+    rng = np.random.default_rng(0)
+    for label in range(classes):
+        (root / f"class {label}").mkdir(parents=True)
+        for number in range(images):
+            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+            small.resize((128, 96), Image.Resampling.BICUBIC).save(root / f"class {label}" / f"{number}.jpg")
+    return root
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return make_images(tmp_path / "root")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """root/, edits/ and fractals.npy, for tests that only read them."""
+    folder = tmp_path_factory.mktemp("made")
+    make_images(folder / "root")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DALI_DIFFUSEMIX_CACHE", str(folder / "cache"))
+        run("generate", folder / "root", folder / "edits", "--prompts", "autumn,snowy", "--size", 48)
+        run("fractals", folder / "fractals.npy", "--count", 2, "--size", 32)
+    return folder
+
+
+def run(*arguments: object, code: int = 0) -> Result:
+    result = CliRunner().invoke(cli.main, [str(argument) for argument in arguments], prog_name="dali-diffusemix")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def run_json(*arguments: object) -> dict[str, Any]:
+    result = run(*arguments, "--json")
+    assert result.stderr == ""
+    content = json.loads(result.stdout)
+    assert isinstance(content, dict)
+    return content
+
+
+def process(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run([*PROGRAM, *arguments], capture_output=True, env={**os.environ, **environment}, timeout=60)
+
+
+# Help -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
+    lines = run(command, "--help").stdout.splitlines()
+    assert len(lines) <= 24
+    example = lines[lines.index("  Example:") + 1].split()
+    assert example[:2] == ["dali-diffusemix", command]
+    # The example is one that the command takes.
+    cli.main.commands[command].make_context(command, example[2:])
+
+
+def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    code = (
+        "import sys; from dali_diffusemix.cli import main; main(['--help'], standalone_mode=False); "
+        "sys.exit(str([name for name in ('torch', 'nvidia', 'numpy', 'PIL') if name in sys.modules]))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.strip() == "[]"
+    assert all(f"\n  {command} " in result.stdout for command in COMMANDS)
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        process("--help")
+        seconds.append(time.perf_counter() - begin)
+    assert min(seconds) < 0.5
+
+
+def test_version() -> None:
+    assert run("--version").stdout.startswith("dali-diffusemix, version ")
+
+
+# Commands, end to end -------------------------------------------------------------------------------------------------
+
+
+def test_from_a_folder_to_a_sheet(root: Path, tmp_path: Path) -> None:
+    (root / "class 0" / "moving.gif").write_bytes(b"GIF89a....")
+    listed = run("index", root)
+    assert "12 images in 3 classes\n       4  class 0\n" in listed.stdout
+    assert "1 left out\n  class 0/moving.gif: unsupported" in listed.stdout
+    assert f"kept in {default_location(root)}" in listed.stdout
+    assert listed.stderr == ""
+
+    edits, bank, sheet = tmp_path / "edits", tmp_path / "deep" / "fractals.npy", tmp_path / "new" / "sheet.png"
+    generated = run("generate", root, edits, "--prompts", "autumn, snowy", "--size", "48", "--variants", "2")
+    assert "48 edits of 12 images\n48 made now, in " in generated.stdout
+    assert "1 files left out; `dali-diffusemix index` lists them" in generated.stdout
+    again = run("generate", root, edits, "--prompts", "autumn,snowy", "--size", "48", "--variants", "2")
+    assert "all were there already" in again.stdout
+    assert run("fractals", bank, "--count", 2, "--size", 32).stdout == f"2 fractals of 32 x 32 pixels in {bank}\n"
+
+    arguments = ("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", 64)
+    drawn = run(*arguments, "--rows", 3)
+    with Image.open(sheet) as image:
+        assert drawn.stdout == f"3 samples in {sheet}, {image.width} x {image.height} pixels\n"
+        assert image.format == "PNG"
+    before = sheet.read_bytes()
+    run(*arguments, "--rows", 3)
+    assert sheet.read_bytes() == before
+    for other in (("--seed", 1), ("--epoch", 1), ("--preset", "release"), ("--indices", "1,2")):
+        run(*arguments, "--rows", 3, *other)
+        assert sheet.read_bytes() != before
+    assert sorted(path.name for path in sheet.parent.iterdir()) == ["sheet.png"]
+
+
+def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None:
+    (root / "class 0" / "moving.gif").write_bytes(b"GIF89a....")
+    listed = run_json("index", root)
+    assert listed["images"] == 12 and listed["classes"] == {"class 0": 4, "class 1": 4, "class 2": 4}
+    assert [one["path"] for one in listed["rejected"]] == ["class 0/moving.gif"]
+    generated = run_json("generate", root, tmp_path / "edits", "--prompts", "autumn", "--size", 48)
+    assert generated["verdicts"]["accepted"] == generated["made"] == 12
+    assert generated["images_per_second"] == pytest.approx(12 / generated["seconds"])
+    assert run_json("fractals", tmp_path / "f.npy", "--count", 2, "--size", 32)["shape"] == [2, 32, 32, 3]
+    arguments = ("--edits", tmp_path / "edits", "--fractals", tmp_path / "f.npy", "--out", tmp_path / "sheet.png")
+    drawn = run_json("preview", root, *arguments, "--indices", "7,3", "--crop-size", 64)
+    assert drawn["indices"] == [7, 3]
+    with Image.open(tmp_path / "sheet.png") as image:
+        assert (drawn["width"], drawn["height"]) == image.size
+
+
+def test_index_refreshes_when_told_to(root: Path) -> None:
+    assert run_json("index", root)["images"] == 12
+    (root / "class 1" / "4.jpg").write_bytes((root / "class 1" / "3.jpg").read_bytes())
+    stale = run("index", root)
+    assert stale.stdout.startswith("12 images")
+    assert stale.stderr.startswith("Warning: ") and "--refresh" in stale.stderr
+    assert run_json("index", root, "--refresh", "--workers", 1)["images"] == 13
+
+
+def test_many_classes_are_not_all_printed(tmp_path: Path) -> None:
+    lines = run("index", make_images(tmp_path / "root", classes=25, images=1)).stdout.splitlines()
+    assert lines[0] == "25 images in 25 classes"
+    assert lines[21] == "     ...  and 5 more"
+
+
+def test_fractals_from_a_folder(root: Path, tmp_path: Path) -> None:
+    (root / "notes.txt").write_text("none")
+    result = run("fractals", tmp_path / "bank.npy", "--from-folder", root, "--size", 32)
+    assert "12 fractals of 32 x 32 pixels" in result.stdout
+    assert f"1 files left out\n  {root / 'notes.txt'}: " in result.stdout
+    assert run("fractals", tmp_path / "bank.npy", code=1).stderr.startswith("Error: ")
+    run("fractals", tmp_path / "bank.npy", "--from-folder", root, "--size", 16, "--overwrite")
+    assert np.load(tmp_path / "bank.npy").shape == (12, 16, 16, 3)
+    wrong = run("fractals", tmp_path / "bank.npy", "--from-folder", root, "--seed", 1, code=2)
+    assert "--seed is for rendering" in wrong.stderr
+
+
+def test_generate_reports_originals_that_cannot_be_read(root: Path, tmp_path: Path) -> None:
+    file = root / "class 2" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:1000])
+    result = run("generate", root, tmp_path / "edits", "--prompts", "autumn,snowy", "--size", 48)
+    assert "22 edits of 12 images\n2 edits not made: unreadable original\n" in result.stdout
+    assert "class 2/1.jpg" in result.stderr and result.stderr.startswith("Warning: ")
+
+
+@pytest.mark.skipif(not (SHARED / "data" / "ants_bees").is_dir(), reason="the shared ants_bees photographs are missing")
+def test_the_gif_among_the_ants_is_reported() -> None:
+    listed = run_json("index", SHARED / "data" / "ants_bees" / "train")
+    assert listed["images"] == 244
+    assert [Path(one["path"]).suffix for one in listed["rejected"]] == [".gif"]
+    assert "unsupported" in listed["rejected"][0]["reason"]
+
+
+# What goes wrong ------------------------------------------------------------------------------------------------------
+
+
+def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> None:
+    root, edits, bank = made / "root", made / "edits", made / "fractals.npy"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("in the way")
+    np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
+    drawing = ("--edits", edits, "--fractals", bank)
+    cases: list[tuple[tuple[object, ...], str]] = [
+        (("index", tmp_path / "none"), "expected one with root/class/image.jpg"),
+        (("index", tmp_path / "empty"), "move the images of each class to a folder of its own"),
+        (("index", root, "--refresh", "--workers", 0), "workers must be"),
+        (("fractals", bank), "Name another file"),
+        (("fractals", tmp_path / "f.npy", "--size", 7), "size must lie in 16 to 1024, found 7"),
+        (("fractals", tmp_path / "file" / "f.npy"), "Name another place"),
+        (("generate", root, tmp_path / "e", "--prompts", "autumn,fog"), "these are 'autumn'"),
+        (("generate", root, tmp_path / "e", "--editor", "magic"), "editor must be 'procedural'"),
+        (("generate", root, tmp_path / "e", "--quality", 101), "quality must be a whole number from 1 to 100"),
+        (("generate", root, edits, "--size", 64), "give another folder"),
+        (("generate", root, root / "edits"), "store must lie outside the root"),
+        (("generate", root, tmp_path / "file" / "e"), "cannot be written"),
+        (("preview", root, "--edits", tmp_path, "--fractals", bank), "make one with `dali-diffusemix generate"),
+        (("preview", root, "--edits", edits, "--fractals", tmp_path / "flat.npy"), "dali-diffusemix fractals"),
+        (("preview", tmp_path / "empty", *drawing), "give the folder that they were generated from"),
+        (("preview", root, *drawing, "--rows", 0), "rows must lie in 1 to 64, found 0"),
+        (("preview", root, *drawing, "--indices", "1,99"), "index must lie in [0, 12)"),
+        (("preview", root, *drawing, "--out", tmp_path / "file" / "sheet.png"), "name another"),
+        (("preview", root, *drawing, "--out", tmp_path / "empty"), "name another"),
+        (("demo", "--out", root), "name another with --out"),
+        (("demo", "--out", tmp_path / "file" / "demo"), "name another with --out"),
+    ]
+    for arguments, remedy in cases:
+        result = run(*arguments, code=1)
+        assert result.stderr.startswith("Error: "), arguments
+        assert remedy in result.stderr, arguments
+        assert "Traceback" not in result.output
+        assert result.stdout == "", arguments
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("unknown",),
+        ("index",),
+        ("fractals", "f.npy", "--count", "many"),
+        ("generate", "a", "b", "--prompts", "autumn,,snowy"),
+        ("preview", "a", "--edits", "e", "--fractals", "f", "--indices", "1,x"),
+        ("preview", "a", "--edits", "e", "--fractals", "f", "--preset", "mine"),
+        ("preview", "a", "--edits", "e"),
+    ],
+)
+def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
+    result = run(*arguments, code=2)
+    assert "Usage: dali-diffusemix" in result.stderr and result.stdout == ""
+
+
+def test_notes_are_shown_and_unexpected_errors_keep_their_traceback(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = ConfigError("seed must be small, found 7; take another")
+    error.add_note("sample 3 of epoch 1: a/b.jpg")
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dali_diffusemix.catalog.index", fail)
+    assert run("index", root, code=1).stderr == f"Error: {error}\nsample 3 of epoch 1: a/b.jpg\n"
+    monkeypatch.setattr("dali_diffusemix.catalog.default_location", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run("index", root)
+
+
+def test_names_that_are_no_text_are_printed_safely(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9 '\"\n\x1b[31m")
+    root = tmp_path / os.fsdecode(b"r\xff")
+    (root / name).mkdir(parents=True)
+    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg")
+    (tmp_path / "image.jpg").rename(root / name / os.fsdecode(b"\xfe.jpg"))
+    (root / name / os.fsdecode(b"\xfd\n.gif")).write_bytes(b"GIF89a....")
+    for environment in (
+        {},
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ):
+        result = process("index", root, "--refresh", **environment)
+        assert (result.returncode, result.stderr) == (0, b""), result
+        assert b"       1  caf\\xe9 '\"\\n\\x1b[31m\n" in result.stdout
+        assert b"  caf\\xe9 '\"\\n\\x1b[31m/\\xfd\\n.gif: unsupported" in result.stdout
+        assert all(32 <= byte < 127 or byte == 10 for byte in result.stdout)
+    listed = json.loads(process("index", root, "--json").stdout)
+    assert [one["path"] for one in listed["rejected"]] == [name + os.fsdecode(b"/\xfd\n.gif")]
+    edits, bank = tmp_path / os.fsdecode(b"edits\xff"), tmp_path / "f.npy"
+    run("fractals", bank, "--count", 1, "--size", 16)
+    assert process("generate", root, edits, "--prompts", "autumn", "--size", "32").returncode == 0
+    sheet = tmp_path / os.fsdecode(b"\xfa.png")
+    drawn = process("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", "32")
+    assert (drawn.returncode, drawn.stderr) == (0, b"") and b"/\\xfa.png, " in drawn.stdout
+    failed = process("index", root / os.fsdecode(b"none\xfb"))
+    assert failed.returncode == 1 and failed.stderr.startswith(b"Error: ") and b"Traceback" not in failed.stderr
+
+
+def test_a_folder_that_may_not_be_written_is_named() -> None:
+    # Root may write anywhere, so it becomes nobody, once what is needed is imported.
+    code = (
+        "import os, dali_diffusemix.fractals; from dali_diffusemix.cli import main; "
+        "os.geteuid() or os.seteuid(65534); main(prog_name='dali-diffusemix')"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        bank = str(Path(folder) / "f.npy")
+        command = [sys.executable, "-c", code, "fractals", bank, "--count", "1", "--size", "16"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        Path(folder).chmod(0o755)
+    assert result.returncode == 1
+    assert result.stderr.startswith(f"Error: fractal bank {bank}: ") and "Permission denied" in result.stderr
+    assert "Name another place" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_an_interrupt_is_code_130_and_leaves_nothing_half_done(tmp_path: Path) -> None:
+    command = [*PROGRAM, "fractals", str(tmp_path / "f.npy"), "--count", "5000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        for _ in range(200):
+            if any(tmp_path.iterdir()):
+                break
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=30)
+    assert (running.returncode, stdout) == (130, "")
+    assert stderr == "Interrupted: run the same command again to go on.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is shown --------------------------------------------------------------------------------------------------------
+
+
+def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_LINE_SECONDS", 0.0)
+    lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
+    assert len(lines) == 3
+    assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")
+
+
+def test_a_terminal_has_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    result = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16)
+    assert "Rendering fractals" in result.stderr and "3/3" in result.stderr and "fractals/s" in result.stderr
+    assert result.stdout.startswith("3 fractals")
+    assert run_json("fractals", tmp_path / "g.npy", "--count", 1, "--size", 16)["shape"] == [1, 16, 16, 3]
+    assert "\x1b[1;31mError: " in run("index", tmp_path / "none", code=1).stderr
+
+
+def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def note(*_: object, **__: object) -> None:
+        logging.getLogger("dali_diffusemix.catalog").warning("disk %s is slow", "a")
+        warnings.warn_explicit("old \udcff", UserWarning, "catalog.py", 1, "dali_diffusemix.catalog")
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("dali_diffusemix.catalog.index", note)
+    before = warnings.showwarning, list(logging.getLogger("dali_diffusemix").handlers)
+    result = run("index", root, code=1)
+    assert result.stderr == "Warning: disk a is slow\nWarning: old \\xff\nError: enough\n"
+    assert before == (warnings.showwarning, list(logging.getLogger("dali_diffusemix").handlers))
+
+
+# The demonstration ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of it, with little of everything."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+    for name, value in {"_CUTS": 2, "_FRACTALS": 2, "_SIZE": 64, "_MEASURED_SECONDS": 0.1}.items():
+        monkeypatch.setattr(demo, name, value)
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_the_demo_goes_the_whole_way_again_and_again(tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    pytest.importorskip("sklearn")
+    out = tmp_path / "demo"
+    shown = run("demo", "--out", out)
+    assert "Photographs  16 in 8 classes" in shown.stdout
+    assert "not diffusion" in shown.stdout
+    assert "images (16, 3, 224, 224) float32, labels (16,) int64, on the CPU" in shown.stdout
+    assert "images/s" in shown.stdout and f"Sheet        {out / 'sheet.png'}" in shown.stdout
+    assert shown.stderr == ""
+    sheet, photographs = (out / "sheet.png").read_bytes(), sorted((out / "photographs").rglob("*.jpg"))
+    for photograph in photographs:
+        with Image.open(photograph) as image:
+            assert 250 <= min(image.size) <= max(image.size) <= 500
+    # Anew: the same; kept: nothing is made twice.
+    times = [photograph.stat().st_mtime_ns for photograph in photographs]
+    result = run_json("demo", "--out", out, "--keep")
+    assert [photograph.stat().st_mtime_ns for photograph in photographs] == times
+    assert result["largest_difference"] <= 2 and result["compared"] == 16 and result["edits"] == 16 * len(PROMPTS)
+    (out / "sheet.png").unlink()
+    run("demo", "--out", out)
+    assert [photograph.stat().st_mtime_ns for photograph in photographs] != times
+    assert (out / "sheet.png").read_bytes() == sheet
+
+
+@pytest.mark.usefixtures("short_demo")
+def test_the_demo_takes_some_of_a_users_folder(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_MOST_ORIGINALS", 6)
+    before = sorted(root.rglob("*"))
+    shown = run("demo", root, "--out", tmp_path / "demo")
+    assert "Photographs  12 in 3 classes, of which the demo takes 6" in shown.stdout
+    store = EditStore.open(tmp_path / "demo" / "edits")
+    assert np.bincount(store.catalog.labels).tolist() == [2, 2, 2]
+    assert sorted(root.rglob("*")) == before
+    other = run("demo", make_images(tmp_path / "other"), "--out", tmp_path / "demo", "--keep", code=1)
+    assert "leave --keep out" in other.stderr
+
+
+def test_the_demo_names_the_packages_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else found(name))
+    result = run("demo", "--out", tmp_path / "demo", code=1)
+    assert "pip install scikit-image scikit-learn" in result.stderr
+    assert not (tmp_path / "demo").exists()
+    with pytest.raises(MissingDependencyError):
+        demo._find_photographs()
+
+
+def test_the_demo_touches_no_other_files(tmp_path: Path) -> None:
+    (tmp_path / "demo.json").write_text('{"magic": "something else"}')
+    (tmp_path / "edits").mkdir()
+    assert "found other files" in run("demo", "--out", tmp_path, code=1).stderr
+    assert (tmp_path / "edits").is_dir()
+
+
+def test_commands_are_the_ones_of_the_design() -> None:
+    assert cli.main.list_commands(click.Context(cli.main)) == list(COMMANDS)
