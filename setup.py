@@ -7,7 +7,8 @@ on and the NumPy definition does the work (`dali_diffusemix.native` says so once
 
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 LIBRARY = "dali_diffusemix.kernels.libdali_diffusemix"
@@ -25,14 +26,15 @@ class BuildLibrary(build_ext):
         return list(ext.export_symbols)
 
 
+class AnyPythonWheel(bdist_wheel):
+    """Tags the wheel for any Python 3 on this platform."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
-    packages=[
-        "dali_diffusemix",
-        "dali_diffusemix.editors",
-        "dali_diffusemix.engines",
-        "dali_diffusemix.integrations",
-        "dali_diffusemix.kernels",
-    ],
+    packages=[*find_packages(include=["dali_diffusemix*"]), "dali_diffusemix.kernels"],
     package_dir={"dali_diffusemix.kernels": "kernels"},
     package_data={"dali_diffusemix": ["py.typed"], "dali_diffusemix.kernels": ["*.cuh", "*.cu", "*.cpp"]},
     ext_modules=[
@@ -51,9 +53,7 @@ setup(
             ],
             extra_link_args=["-pthread"],
             optional=True,
-            py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": BuildLibrary},
-    options={"bdist_wheel": {"py_limited_api": "cp311"}},
+    cmdclass={"bdist_wheel": AnyPythonWheel, "build_ext": BuildLibrary},
 )
