@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
@@ -16,6 +16,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info kernels/*.so

@@ -46,6 +46,7 @@ setup(
             extra_compile_args=[
                 "-std=c++17",
                 "-O3",
+                "-g0",
                 "-fno-math-errno",
                 "-ffp-contract=off",
                 "-fvisibility=hidden",

@@ -39,7 +39,7 @@ class DiffuseMixLoader:
         dataset: What to load. It decides every sample; the loader only how it is delivered.
         batch_size: Samples per batch.
         shuffle: Go through each epoch in an order of its own.
-        num_workers: Threads that decode and mix, not processes; 0 is one, in step with DataLoader's meaning of few.
+        num_workers: Threads that decode and mix; there are no worker processes. 0 is one thread.
         device: Where the tensors lie. "cpu" is the one there is so far.
         dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
         memory_format: torch.contiguous_format or torch.channels_last.

@@ -59,7 +59,8 @@ class Decoded:
         )
 
 
-def _dali() -> tuple[Any, Any, Any]:
+def dali() -> tuple[Any, Any, Any]:
+    """DALI's (fn, pipeline_def, types). Raises MissingDependencyError where it is not installed."""
     try:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
@@ -73,7 +74,7 @@ def _dali() -> tuple[Any, Any, Any]:
 
 def _build(batch_size: int, threads: int, *, read_files: bool) -> Any:
     """A pipeline from `content`, encoded images (or, with `read_files`, `paths` as well) to pixels."""
-    fn, pipeline_def, types = _dali()
+    fn, pipeline_def, types = dali()
 
     # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
     # before the first is handed out.
