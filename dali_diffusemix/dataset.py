@@ -19,7 +19,7 @@ from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
 from dali_diffusemix.philox import check_seed
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.pixels import check_size, decode
 from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
 from dali_diffusemix.store import EditStore
 
@@ -153,7 +153,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
-        originals = [decode(self.path_of(row)) for row in plan.original]
+        originals = [self._decode_original(int(row)) for row in plan.original]
         edits = [None if edit < 0 else self._decode_edit(int(edit)) for edit in plan.edit]
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
@@ -167,6 +167,12 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         # Copies, so that a sample kept does not keep its batch.
         images = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
         return list(zip(images, self.labels_of(plan).tolist(), strict=True))
+
+    def _decode_original(self, original: int) -> NDArray[np.uint8]:
+        path = self.path_of(original)
+        pixels = decode(path)
+        check_size(pixels, self.catalog.sizes[original], path)
+        return pixels
 
     def _decode_edit(self, edit: int) -> NDArray[np.uint8]:
         assert self.store is not None

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dali_diffusemix import gpu
 from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, piece_table
+from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, piece_table
 from dali_diffusemix.philox import check_seed
 from dali_diffusemix.pipeline import Decoded, PieceDecoder, Sources
-from dali_diffusemix.plan import BatchPlan, Schedule
+from dali_diffusemix.plan import BatchPlan, Schedule, visible_parts
 
 _DTYPES: Final[dict[torch.dtype, DtypeName]] = {
     torch.float32: "float32",
@@ -40,15 +41,17 @@ class DiffuseMixLoader:
         batch_size: Samples per batch.
         shuffle: Go through each epoch in an order of its own.
         num_workers: Threads that decode and mix; there are no worker processes. 0 is one thread.
-        device: Where the tensors lie. "cpu" is the one there is so far.
+        device: Where decoding and mixing are done and the tensors lie: "cuda" (the current GPU at the first `iter`),
+            "cuda:N" or "cpu". On a GPU batches are ordered on torch's current stream, and nothing waits for it.
         dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
         memory_format: torch.contiguous_format or torch.channels_last.
         drop_last: Leave out a last batch that is not full.
         prefetch_factor: Batches that are decoded ahead.
+        visible_parts: Decode of each image only what its sample shows; False decodes whole images, for comparison.
 
     Raises:
         ConfigError: an argument breaks a rule.
-        MissingDependencyError: from `iter()`, where DALI is not installed.
+        MissingDependencyError: what the device needs is not installed; from `iter()`, DALI or a GPU is missing.
         DecodeError: from `next()`, where an image cannot be decoded; names the file.
     """
 
@@ -64,6 +67,7 @@ class DiffuseMixLoader:
         memory_format: torch.memory_format = torch.contiguous_format,
         drop_last: bool = False,
         prefetch_factor: int = 2,
+        visible_parts: bool = True,
     ) -> None:
         if not isinstance(dataset, DiffuseMixDataset):
             raise ConfigError(
@@ -72,11 +76,10 @@ class DiffuseMixLoader:
                 "    loader = DiffuseMixLoader(dataset, batch_size=...)\n"
                 "or keep torch.utils.data.DataLoader for datasets of other kinds"
             )
-        if torch.device(device).type != "cpu":
-            raise ConfigError(
-                f"device must be 'cpu' in this version, found {str(device)!r}: the CUDA path is not there yet. "
-                "Give device='cpu' and move the batches with images.to(device, non_blocking=True)"
-            )
+        if torch.device(device).type not in ("cuda", "cpu"):
+            raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(device)!r}")
+        if torch.device(device).type == "cuda":
+            gpu.check_installed()
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, found {dtype}")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -99,6 +102,7 @@ class DiffuseMixLoader:
         self.memory_format = memory_format
         self.drop_last = drop_last
         self.prefetch_factor = prefetch_factor
+        self.visible_parts = visible_parts
         self._format = TensorFormat(
             dtype=_DTYPES[dtype],
             channels_last=memory_format is torch.channels_last,
@@ -110,6 +114,8 @@ class DiffuseMixLoader:
         self._next_epoch = 0
         # Decoders that no iterator uses: building one takes longer than a batch.
         self._idle: list[PieceDecoder] = []
+        self._bank: gpu.DeviceBank | None = None
+        self._retained = gpu.Retained()
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -121,12 +127,21 @@ class DiffuseMixLoader:
         self._next_epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        device = self._current_device()
         epoch = self._next_epoch
         self._next_epoch = epoch + 1
-        return self._batches(epoch)
+        return self._batches(epoch, device)
 
-    def _batches(self, epoch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        decoder = self._idle.pop() if self._idle else PieceDecoder(self.batch_size, threads=self._threads)
+    def _current_device(self) -> torch.device:
+        """The device with its number. CUDA is touched here, at the first `iter`, and not before."""
+        if self.device.type == "cuda":
+            gpu.check_available()
+            if ":" not in str(self.device):
+                self.device = torch.device("cuda", torch.cuda.current_device())
+        return self.device
+
+    def _batches(self, epoch: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        decoder = self._idle.pop() if self._idle else self._new_decoder(device)
         plans: deque[BatchPlan] = deque()
         submitted = 0
         try:
@@ -136,11 +151,22 @@ class DiffuseMixLoader:
                     decoder.submit(self._sources(plans[-1]))
                     submitted += 1
                 plan = plans.popleft()
-                originals, edits = decoder.fetch()
-                yield self._mix(plan, originals, edits), torch.from_numpy(self.dataset.labels_of(plan))
+                labels = torch.from_numpy(self.dataset.labels_of(plan))
+                if device.type == "cpu":
+                    yield self._mix(plan, *decoder.fetch()), labels
+                else:
+                    with torch.cuda.device(device):
+                        stream = torch.cuda.current_stream(device).cuda_stream
+                        batch = self._mix_on_device(plan, *decoder.fetch(stream)), _to_device(labels, device)
+                    yield batch
         finally:
             decoder.drain()
             self._idle.append(decoder)
+
+    def _new_decoder(self, device: torch.device) -> PieceDecoder:
+        sizes = self.dataset.catalog.sizes
+        height, width = sizes[np.argmax(sizes.astype(np.int64).prod(axis=1))].tolist()
+        return PieceDecoder(self.batch_size, threads=self._threads, device=device.index, largest=(height, width))
 
     @property
     def _threads(self) -> int:
@@ -151,10 +177,23 @@ class DiffuseMixLoader:
         return self.dataset.planner.batch(epoch, self._schedule.indices(epoch, places))
 
     def _sources(self, plan: BatchPlan) -> Sources:
-        store = self.dataset.store
+        dataset, store = self.dataset, self.dataset.store
+        original_sizes = np.asarray(dataset.catalog.sizes[plan.original])
+        edit_sizes = np.zeros_like(original_sizes)
+        if store is not None and plan.mixed.any():
+            edit_sizes[plan.mixed] = store.sizes(plan.edit[plan.mixed])
+        if self.visible_parts:
+            windows = visible_parts(plan, original_sizes, edit_sizes)
+        else:
+            whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
+            windows = whole[0], whole[1]
         return Sources(
-            paths=[os.fsencode(self.dataset.path_of(row)) for row in plan.original],
+            paths=[os.fsencode(dataset.path_of(row)) for row in plan.original],
             edits=[None if store is None or edit < 0 else store.encoded(edit) for edit in plan.edit],
+            original_windows=windows[0],
+            edit_windows=windows[1],
+            original_sizes=original_sizes,
+            edit_sizes=edit_sizes,
         )
 
     def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
@@ -164,14 +203,35 @@ class DiffuseMixLoader:
         bank = self.dataset.bank
         mix(
             plan,
-            piece_table(originals.data, originals.shapes, plan.box),
-            piece_table(edits.data, edits.shapes, plan.box),
+            _pieces(originals, plan),
+            _pieces(edits, plan),
             None if bank is None else bank.images,
             out=_buffer(images, self._format),
             format=self._format,
             threads=self._threads,
         )
         return images
+
+    def _mix_on_device(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
+        self._raise_first_error(plan, originals, edits)
+        shape = (len(plan), 3, *plan.output_size)
+        images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
+        mix_on_device(
+            plan,
+            _pieces(originals, plan),
+            _pieces(edits, plan),
+            self._device_bank(),
+            out=images,
+            format=self._format,
+        )
+        self._retained.add((originals.owner, edits.owner), self.device)
+        return images
+
+    def _device_bank(self) -> gpu.DeviceBank | None:
+        bank = self.dataset.bank
+        if bank is not None and self._bank is None:
+            self._bank = gpu.device_bank(bank.path or bank, bank.images, self.device)
+        return self._bank
 
     def _raise_first_error(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> None:
         for kind, decoded in (("original", originals), ("edit", edits)):
@@ -183,9 +243,11 @@ class DiffuseMixLoader:
                 raise error
 
     def close(self) -> None:
-        """Give DALI's threads and memory back. The loader can be used again; iterators in progress go on."""
+        """Give the decoders' threads and memory back. The loader can be used again; iterators in progress go on."""
+        self._retained.wait()
         while self._idle:
             self._idle.pop().close()
+        self._bank = None
 
     def __enter__(self) -> Self:
         return self
@@ -196,7 +258,15 @@ class DiffuseMixLoader:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_idle": []}
+        return {**self.__dict__, "_idle": [], "_bank": None, "_retained": gpu.Retained()}
+
+
+def _to_device(labels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return labels.pin_memory().to(device, non_blocking=True)
+
+
+def _pieces(decoded: Decoded, plan: BatchPlan) -> NDArray[np.void]:
+    return piece_table(decoded.data, decoded.shapes, plan.box, places=decoded.places, image_sizes=decoded.image_sizes)
 
 
 def _buffer(images: torch.Tensor, format: TensorFormat) -> NDArray[np.generic]:

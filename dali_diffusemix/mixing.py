@@ -1,10 +1,11 @@
 """The mix itself: from decoded pieces and a plan to the training tensor.
 
 The functions named `resample_weights`, `edit_weight`, `mixed_image` and `encode` are the specification, in NumPy.
-`mix` does the same for a batch in one call, with the fused kernel of kernels/mix.cpp where it was built. Both work
-on a `piece_table`: a piece is a rectangle of decoded pixels and the place where it lies in its image.
+`mix` does the same for a batch in one call, with the fused kernel of kernels/mix.cpp where it was built, and
+`mix_on_device` with that of kernels/mix.cu. They work on a `piece_table`: a piece is a rectangle of decoded pixels and
+the place where it lies in its image.
 
-              image (of the original, or of the edit)
+        image (of the original, or of the edit)
       ┌─────────────────────────────────────┐
       │  place = (top, left)                │
       │    ┌───────────────────┐            │
@@ -18,7 +19,7 @@ on a `piece_table`: a piece is a rectangle of decoded pixels and the place where
 
 import ctypes
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,11 @@ from numpy.typing import NDArray
 from dali_diffusemix import native
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.plan import MASKS, BatchPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from dali_diffusemix import gpu
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -313,13 +319,7 @@ def mix(
         raise ConfigError(
             f"out must be contiguous {format.storage} of shape {expected}, found {out.dtype} of shape {out.shape}"
         )
-    if len(originals) != count or len(edits) != count:
-        raise ConfigError(f"the plan has {count} rows, found {len(originals)} originals and {len(edits)} edits")
-    if not originals["data"].all() or not edits["data"][plan.mixed].all():
-        raise ConfigError("every row needs a piece of its original, and every mixed row one of its edit")
-    fractals = 0 if bank is None else len(bank)
-    if count and plan.fractal.max() >= fractals:
-        raise ConfigError(f"the plan wants fractal {plan.fractal.max()}, the bank holds {fractals}")
+    _check_tables(plan, originals, edits, 0 if bank is None else len(bank))
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, found {threads}")
     scale, offset = format.scale_and_offset()
@@ -341,6 +341,75 @@ def mix(
             fractal = None if bank is None or plan.fractal[row] < 0 else bank[plan.fractal[row]]
             edit = _whole_image(edits[row]) if plan.edit[row] >= 0 else None
             out[row] = encode(mixed_image(plan, row, _whole_image(originals[row]), edit, fractal), format)
+
+
+def mix_on_device(
+    plan: BatchPlan,
+    originals: NDArray[np.void],
+    edits: NDArray[np.void],
+    bank: "gpu.DeviceBank | None",
+    *,
+    out: "torch.Tensor",
+    format: TensorFormat,
+) -> None:
+    """Mix a batch on a GPU: one launch on torch's current stream, which nothing here waits for.
+
+    Args:
+        plan: n rows, at most 65535.
+        originals: (n,) piece table of the originals; its addresses are the device's.
+        edits: (n,) piece table of the edits; data is 0 where a row is not mixed.
+        bank: Fractals on the same device; None where no row has one.
+        out: (n, 3, height, width) CUDA tensor of the format's type, contiguous in its memory format.
+        format: Type, layout and normalisation of the result.
+
+    The pieces must stay until the launch is done: `gpu.Retained`.
+
+    Raises:
+        ConfigError: the arguments do not fit together.
+    """
+    import torch
+
+    from dali_diffusemix import gpu
+
+    layout = torch.channels_last if format.channels_last else torch.contiguous_format
+    shape = (len(plan), 3, *plan.output_size)
+    if (
+        out.device.type != "cuda"
+        or out.shape != shape
+        or out.dtype is not getattr(torch, format.dtype)
+        or not out.is_contiguous(memory_format=layout)
+    ):
+        raise ConfigError(
+            f"out must be a CUDA tensor of {format.dtype}, shape {shape} and {layout}, found {out.dtype} of shape "
+            f"{tuple(out.shape)} on {out.device}"
+        )
+    if len(plan) > 65535:
+        raise ConfigError(f"a batch on a GPU has at most 65535 samples, found {len(plan)}; take a smaller batch_size")
+    _check_tables(plan, originals, edits, 0 if bank is None else len(bank))
+    if not len(plan):
+        return
+    scale, offset = format.scale_and_offset()
+    gpu.mix(
+        originals,
+        edits,
+        _row_table(plan),
+        bank,
+        out,
+        output_size=plan.output_size,
+        name=f"mix_{format.dtype}_{'channels_last' if format.channels_last else 'nchw'}",
+        scale=scale,
+        offset=offset,
+    )
+
+
+def _check_tables(plan: BatchPlan, originals: NDArray[np.void], edits: NDArray[np.void], fractals: int) -> None:
+    if len(originals) != len(plan) or len(edits) != len(plan):
+        raise ConfigError(f"the plan has {len(plan)} rows, found {len(originals)} originals and {len(edits)} edits")
+    # A source of which a sample shows nothing needs no piece: which, only the plan's visible_parts knows.
+    if not np.where(plan.mixed, originals["data"] | edits["data"], originals["data"]).all():
+        raise ConfigError("every row needs a piece of its original, and every mixed row one of its original or edit")
+    if len(plan) and plan.fractal.max() >= fractals:
+        raise ConfigError(f"the plan wants fractal {plan.fractal.max()}, the bank holds {fractals}")
 
 
 def _whole_image(piece: np.void) -> NDArray[np.uint8]:

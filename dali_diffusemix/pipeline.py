@@ -5,34 +5,38 @@ the same bytes as Pillow. One image that DALI cannot decode ends a DALI pipeline
 is decoded once more, one source at a time, and what DALI still refuses is tried with `pixels.decode`.
 """
 
+import functools
 import logging
 import os
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError, MissingDependencyError
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.pixels import check_size, decode
 
 _log = logging.getLogger(__name__)
 
 # A 1 x 1 picture (PNM): what a row without an edit decodes, for DALI wants every input of a batch alike in number.
 _PLACEHOLDER: Final = np.frombuffer(b"P6\n1 1\n255\n\0\0\0", dtype=np.uint8)
+_ENDS: Final = ("start", "end")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a batch decodes: a file per sample and, where the sample is mixed, an edit's bytes."""
+    """What a batch decodes: for each sample a window of a file and one of an edit's bytes."""
 
-    paths: Sequence[bytes]
-    """(n,) files of the originals."""
-    edits: Sequence[NDArray[np.uint8] | None]
-    """(n,) encoded edits; None where a sample is not mixed. They must not change until fetched."""
+    paths: Sequence[bytes]  # (n,) files of the originals
+    edits: Sequence[NDArray[np.uint8] | None]  # (n,) encoded edits; they must not change until fetched
+    original_windows: NDArray[np.int32]  # (n, 4) top, left, bottom, right, upright pixels; empty: not decoded
+    edit_windows: NDArray[np.int32]  # (n, 4); empty also where there is no edit
+    original_sizes: NDArray[np.int32]  # (n, 2) (height, width) that the windows are of
+    edit_sizes: NDArray[np.int32]  # (n, 2)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -40,23 +44,29 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """The decoded pieces of one source for a batch: whole upright RGB images, (height, width, 3) uint8 each."""
+    """The decoded pieces of one source for a batch: the windows, upright RGB, (height, width, 3) uint8 each."""
 
-    data: NDArray[np.uint64]  # (n,) addresses; 0: the sample has none
-    shapes: NDArray[np.int32]  # (n, 2) (height, width)
+    data: NDArray[np.uint64]  # (n,) addresses, on the decoder's device; 0: the sample has none
+    shapes: NDArray[np.int32]  # (n, 2) (height, width) of the pieces
+    places: NDArray[np.int32]  # (n, 2) (top, left) of the pieces in their images
+    image_sizes: NDArray[np.int32]  # (n, 2) (height, width) of the images
     owner: object  # keeps the memory
     errors: dict[int, DecodeError]  # by sample: what could not be decoded; its data is 0
 
-    @classmethod
-    def from_arrays(cls, arrays: Sequence[NDArray[np.uint8] | DecodeError | None]) -> Self:
-        """Describe pixels that lie in NumPy arrays."""
-        images = [a if isinstance(a, np.ndarray) else None for a in arrays]
-        return cls(
-            data=np.array([0 if a is None else a.ctypes.data for a in images], dtype=np.uint64),
-            shapes=np.array([(0, 0) if a is None else a.shape[:2] for a in images], dtype=np.int32).reshape(-1, 2),
-            owner=images,
-            errors={i: a for i, a in enumerate(arrays) if isinstance(a, DecodeError)},
-        )
+
+@functools.cache
+def _placeholder_file() -> NDArray[np.uint8]:
+    """The path of a file that holds the placeholder: for files, of which DALI reads one for every sample."""
+    descriptor = os.memfd_create("placeholder")
+    os.write(descriptor, _PLACEHOLDER.tobytes())
+    return np.frombuffer(f"/proc/self/fd/{descriptor}".encode(), dtype=np.uint8)
+
+
+class _Image(NamedTuple):
+    """One decoded image."""
+
+    address: int
+    owner: object
 
 
 def dali() -> tuple[Any, Any, Any]:
@@ -72,40 +82,27 @@ def dali() -> tuple[Any, Any, Any]:
     return fn, pipeline_def, types
 
 
-def _build(batch_size: int, threads: int, *, read_files: bool) -> Any:
-    """A pipeline from `content`, encoded images (or, with `read_files`, `paths` as well) to pixels."""
-    fn, pipeline_def, types = dali()
-
-    # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
-    # before the first is handed out.
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=None, prefetch_queue_depth=1)  # type: ignore[untyped-decorator]
-    def pieces() -> Any:
-        encoded = [fn.external_source(name="content", dtype=types.UINT8, ndim=1, no_copy=True)]
-        if read_files:
-            paths = fn.external_source(name="paths", dtype=types.UINT8, ndim=1, no_copy=True)
-            encoded.insert(0, fn.io.file.read(paths))
-        return tuple(fn.decoders.image(x, device="cpu", output_type=types.RGB) for x in encoded)
-
-    pipeline = pieces()
-    pipeline.build()
-    return pipeline
-
-
 class PieceDecoder:
     """Decodes batches in the background, in the order in which they were submitted.
 
     Args:
         batch_size: Largest number of samples in a batch.
         threads: DALI's worker threads.
+        device: The GPU that decodes and keeps the pieces, its number; None is the CPU.
+        largest: (height, width) of the largest image, for which a GPU's decoder makes room at once.
 
     Raises:
         MissingDependencyError: DALI is not installed.
     """
 
-    def __init__(self, batch_size: int, *, threads: int) -> None:
+    def __init__(
+        self, batch_size: int, *, threads: int, device: int | None = None, largest: tuple[int, int] = (0, 0)
+    ) -> None:
         self._batch_size = batch_size
         self._threads = threads
-        self._pipeline: Any = _build(batch_size, threads, read_files=True)
+        self._device = device
+        self._largest = largest
+        self._pipeline = self._build()
         # What DALI reads without a copy stays referenced here until it is fetched.
         self._waiting: deque[tuple[Sources, object]] = deque()
 
@@ -117,12 +114,16 @@ class PieceDecoder:
         """Start to decode a batch; returns at once."""
         self._waiting.append((sources, self._schedule(sources)))
 
-    def fetch(self) -> tuple[Decoded, Decoded]:
-        """Wait for the oldest batch and return its originals and its edits."""
+    def fetch(self, stream: int | None = None) -> tuple[Decoded, Decoded]:
+        """Return the oldest batch's originals and edits.
+
+        Args:
+            stream: The CUDA stream that will read the pieces: it is made to wait for them, not the caller. The CPU
+                decoder waits here.
+        """
         sources, _ = self._waiting[0]
         try:
-            originals, edits = self._pipeline.share_outputs()
-            self._pipeline.release_outputs()
+            originals, edits = self._share_outputs(self._pipeline, stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
             decoded = self._rescue(sources)
@@ -131,75 +132,183 @@ class PieceDecoder:
             self._waiting = deque((waiting, self._schedule(waiting)) for waiting, _ in self._waiting)
             return decoded
         self._waiting.popleft()
-        mixed = np.array([edit is not None for edit in sources.edits])
-        return self._describe(originals, np.ones(len(sources), dtype=np.bool_)), self._describe(edits, mixed)
+        return (
+            self._describe(originals, sources.original_windows, sources.original_sizes),
+            self._describe(edits, sources.edit_windows, sources.edit_sizes),
+        )
 
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
         while self._waiting:
             self._waiting.popleft()
             try:
-                self._pipeline.share_outputs()
-                self._pipeline.release_outputs()
+                self._share_outputs(self._pipeline, None)
             except RuntimeError:
                 self._waiting.clear()
-                self._pipeline = _build(self._batch_size, self._threads, read_files=True)
+                self._pipeline = self._build()
 
     def close(self) -> None:
         """Give DALI's threads and memory back."""
         self._waiting.clear()
         self._pipeline = None
 
+    def _build(self, *, alone: bool = False) -> Any:
+        """A pipeline from `paths` and `content` to pixels; `alone` from one image's `content`."""
+        fn, pipeline_def, types = dali()
+        height, width = self._largest
+        options = {"output_type": types.RGB, "device": "cpu"}
+        if self._device is not None:
+            options |= {"device": "mixed", "preallocate_height_hint": height, "preallocate_width_hint": width}
+
+        # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
+        # before the first is handed out.
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=1 if alone else self._batch_size,
+            num_threads=1 if alone else self._threads,
+            device_id=self._device,
+            prefetch_queue_depth=1,
+        )
+        def pieces() -> Any:
+            def external(name: str) -> Any:
+                # What is read is not copied: `_schedule` keeps it.
+                return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
+
+            def window(name: str) -> dict[str, Any]:
+                ends = {end: fn.external_source(name=f"{name}_{end}", dtype=types.INT32, ndim=1) for end in _ENDS}
+                return {**ends, "axes": [0, 1]}
+
+            decoded = [fn.decoders.image_slice(external("edits"), **window("edits"), **options)]
+            if not alone:
+                originals = fn.io.file.read(external("paths"))
+                decoded.insert(0, fn.decoders.image_slice(originals, **window("paths"), **options))
+            return tuple(decoded)
+
+        pipeline = pieces()
+        pipeline.build()
+        return pipeline
+
+    def _share_outputs(self, pipeline: Any, stream: int | None) -> Any:
+        # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
+        outputs = pipeline.share_outputs() if stream is None else pipeline.share_outputs(cuda_stream=stream or 1)
+        # Outputs outlive this: DALI's default executor only learns that the next may be made.
+        pipeline.release_outputs()
+        return outputs
+
     def _schedule(self, sources: Sources) -> object:
-        paths = [np.frombuffer(path, dtype=np.uint8) for path in sources.paths]
-        edits = [_PLACEHOLDER if edit is None else edit for edit in sources.edits]
-        self._pipeline.feed_input("paths", paths)
-        self._pipeline.feed_input("content", edits)
+        no_original, no_edit = _is_empty(sources.original_windows), _is_empty(sources.edit_windows)
+        paths = [
+            _placeholder_file() if empty else np.frombuffer(path, dtype=np.uint8)
+            for path, empty in zip(sources.paths, no_original, strict=True)
+        ]
+        edits = [
+            _PLACEHOLDER if empty or edit is None else edit for edit, empty in zip(sources.edits, no_edit, strict=True)
+        ]
+        _feed(self._pipeline, "paths", paths, sources.original_windows)
+        _feed(self._pipeline, "edits", edits, sources.edit_windows)
         self._pipeline.schedule_run()
         return paths, edits
 
     @staticmethod
-    def _describe(outputs: Any, present: NDArray[np.bool_]) -> Decoded:
+    def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32]) -> Decoded:
         data = np.array([outputs[i].data_ptr() for i in range(len(outputs))], dtype=np.uint64)
-        shapes = np.array(outputs.shape(), dtype=np.int32)[:, :2]
-        return Decoded(data=np.where(present, data, np.uint64(0)), shapes=shapes, owner=outputs, errors={})
+        return Decoded(
+            data=np.where(_is_empty(windows), np.uint64(0), data),
+            shapes=windows[:, 2:] - windows[:, :2],
+            places=windows[:, :2],
+            image_sizes=sizes,
+            owner=outputs,
+            errors={},
+        )
 
     def _rescue(self, sources: Sources) -> tuple[Decoded, Decoded]:
-        """Decode a batch one source at a time, so that each result depends on its own file alone."""
-        one = _OneByOne()
-        originals = [one.decode_file(path) for path in sources.paths]
-        edits = [None if edit is None else one.decode(edit) for edit in sources.edits]
-        self._pipeline = _build(self._batch_size, self._threads, read_files=True)
-        return Decoded.from_arrays(originals), Decoded.from_arrays(edits)
+        """Decode a batch one image at a time, so that each result depends on its own file alone."""
+        alone = _Alone(self)
+        originals = [
+            alone.decode_file(path, window, size) if _area(window) else None
+            for path, window, size in zip(sources.paths, sources.original_windows, sources.original_sizes, strict=True)
+        ]
+        edits = [
+            alone.decode(edit, window, size) if edit is not None and _area(window) else None
+            for edit, window, size in zip(sources.edits, sources.edit_windows, sources.edit_sizes, strict=True)
+        ]
+        self._pipeline = self._build()
+        return (
+            self._gather(originals, sources.original_windows, sources.original_sizes),
+            self._gather(edits, sources.edit_windows, sources.edit_sizes),
+        )
+
+    @staticmethod
+    def _gather(
+        results: Sequence[_Image | DecodeError | None], windows: NDArray[np.int32], sizes: NDArray[np.int32]
+    ) -> Decoded:
+        images = [result if isinstance(result, _Image) else _Image(0, None) for result in results]
+        return Decoded(
+            data=np.array([image.address for image in images], dtype=np.uint64),
+            shapes=windows[:, 2:] - windows[:, :2],
+            places=windows[:, :2],
+            image_sizes=sizes,
+            owner=images,
+            errors={i: result for i, result in enumerate(results) if isinstance(result, DecodeError)},
+        )
 
 
-class _OneByOne:
-    """Decodes single images with DALI, and with Pillow what DALI refuses."""
+class _Alone:
+    """Decodes windows of single images as a decoder does, and with Pillow what DALI refuses."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: PieceDecoder) -> None:
+        self._decoder = decoder
         self._pipeline: Any = None
 
-    def decode_file(self, path: bytes) -> NDArray[np.uint8] | DecodeError:
+    def decode_file(self, path: bytes, window: NDArray[np.int32], size: NDArray[np.int32]) -> _Image | DecodeError:
         name = Path(os.fsdecode(path))
         try:
             content = name.read_bytes()
         except OSError as error:
             return DecodeError(f"{name}: cannot be read ({error}); restore it, or list the folder anew")
-        return self.decode(np.frombuffer(content, dtype=np.uint8), name)
+        return self.decode(np.frombuffer(content, dtype=np.uint8), window, size, name)
 
-    def decode(self, content: NDArray[np.uint8], name: Path | None = None) -> NDArray[np.uint8] | DecodeError:
+    def decode(
+        self,
+        content: NDArray[np.uint8],
+        window: NDArray[np.int32],
+        size: NDArray[np.int32],
+        name: Path | None = None,
+    ) -> _Image | DecodeError:
         if content.size:
             try:
-                self._pipeline = self._pipeline or _build(1, 1, read_files=False)
-                self._pipeline.feed_input("content", [content])
+                self._pipeline = self._pipeline or self._decoder._build(alone=True)
+                _feed(self._pipeline, "edits", [content], window[None])
                 self._pipeline.schedule_run()
-                (pixels,) = self._pipeline.share_outputs()
-                image = np.array(pixels.at(0))
-                self._pipeline.release_outputs()
-                return image
+                (outputs,) = self._decoder._share_outputs(self._pipeline, None)
+                return _Image(outputs[0].data_ptr(), outputs)
             except RuntimeError:
                 self._pipeline = None
         try:
-            return decode(content if name is None else name)
+            source = content if name is None else name
+            pixels = decode(source)
+            check_size(pixels, size, source)
         except DecodeError as error:
             return error
+        top, left, bottom, right = window
+        piece = np.ascontiguousarray(pixels[top:bottom, left:right])
+        if self._decoder._device is None:
+            return _Image(piece.ctypes.data, piece)
+        from dali_diffusemix.gpu import to_device
+
+        return _Image(*to_device(piece, self._decoder._device))
+
+
+def _is_empty(windows: NDArray[np.int32]) -> NDArray[np.bool_]:
+    return np.asarray((windows[:, 2] <= windows[:, 0]) | (windows[:, 3] <= windows[:, 1]))
+
+
+def _area(window: NDArray[np.int32]) -> int:
+    return int((window[2] - window[0]) * (window[3] - window[1]))
+
+
+def _feed(pipeline: Any, name: str, encoded: list[NDArray[np.uint8]], windows: NDArray[np.int32]) -> None:
+    """Feed images and the windows to decode of them; where a window is empty, a placeholder's one pixel."""
+    pipeline.feed_input(name, encoded)
+    ends = np.where(_is_empty(windows)[:, None], np.array([0, 0, 1, 1], dtype=np.int32), windows)
+    for end, values in zip(_ENDS, (ends[:, :2], ends[:, 2:]), strict=True):
+        pipeline.feed_input(f"{name}_{end}", np.ascontiguousarray(values))

@@ -73,6 +73,15 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
         ) from error
 
 
+def check_size(pixels: NDArray[np.uint8], size: NDArray[np.int32], source: ImageSource) -> None:
+    """Raise DecodeError unless an image has the (height, width) that it is listed with."""
+    if pixels.shape[:2] != tuple(size):
+        raise DecodeError(
+            f"{_name(source)}: must have the {size[0]} x {size[1]} pixels that it was listed with, found "
+            f"{pixels.shape[0]} x {pixels.shape[1]}; restore it, or list the folder anew (index --refresh)."
+        )
+
+
 def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
     with Image.open(file, formats=FORMATS) as image:
         width, height = image.size

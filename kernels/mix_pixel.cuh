@@ -2,8 +2,8 @@
 //
 // The specification is dali_diffusemix/mixing.py (resample_weights, edit_weight, mixed_image, encode); the two change
 // together. Geometry is computed in double in the specification's order of operations, so that a pixel falls on the
-// same side of a seam or an edge everywhere; it is never contracted to fused multiply-adds. Pixels are float, and
-// contracted on the device only: within the tolerance, and half the instructions.
+// same side of a seam or an edge everywhere; it is never contracted to fused multiply-adds. Pixels are float; device
+// compilers may contract them, which stays within the tests' tolerance.
 #pragma once
 
 #ifdef __CUDACC_RTC__  // NVRTC has no standard headers
@@ -47,7 +47,7 @@ struct Row {          // mixing.ROW
     uint8_t fractal_flip[2];  // upside down, left to right
 };
 
-// a + b * c, rounded twice. Device compilers contract by default; these intrinsics they leave alone, whatever the flags.
+// a + b * c, rounded twice. Device compilers contract by default; these intrinsics they leave alone.
 MIX_FN double add_product(double a, double b, double c) {
 #ifdef __CUDA_ARCH__
     return __dadd_rn(a, __dmul_rn(b, c));

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import encoded, photograph, shared
+from material import encoded, photograph, shared
 from torch.utils.data import DataLoader
 
 from dali_diffusemix import (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MakeStore, encoded, photograph, shared
+from material import MakeStore, encoded, photograph, shared
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
@@ -296,7 +296,7 @@ def test_it_is_picklable_and_starts_nothing_in_the_constructor(photos: Path, edi
         ({"dtype": torch.int8}, "dtype must be one of"),
         ({"dtype": torch.uint8}, "uint8 holds plain pixels: give normalize=None"),
         ({"memory_format": torch.preserve_format}, "memory_format must be"),
-        ({"device": "cuda"}, "device must be 'cpu' in this version"),
+        ({"device": "mps"}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'mps'"),
     ],
 )
 def test_arguments_are_checked(photos: Path, options: dict[str, object], message: str) -> None:

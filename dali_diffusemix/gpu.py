@@ -1,0 +1,175 @@
+"""CuPy and the GPU: compiles kernels/mix.cu at first use and launches it on torch's current stream.
+
+CuPy is imported only here, and only when something is launched: importing this module touches no GPU. Nothing here
+waits for the device, but `Retained.wait` and the first use of a kernel or a bank.
+"""
+
+import functools
+import importlib.util
+import re
+import weakref
+from collections import deque
+from importlib import resources
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dali_diffusemix.errors import MissingDependencyError
+
+_TILE: Final = 32  # output pixels of a block, both ways: kernels/mix.cu
+_THREADS: Final = 256
+_INSTALL: Final = "pip install 'dali-diffusemix[cuda12]' (or [cuda13]) with a PyTorch built for CUDA"
+
+
+def check_installed() -> None:
+    """Raise MissingDependencyError unless what CUDA needs is installed. Touches no driver."""
+    missing = []
+    if torch.version.cuda is None:
+        missing.append(f"PyTorch {torch.__version__} is built without CUDA")
+    if importlib.util.find_spec("cupy") is None:
+        missing.append("CuPy is not installed")
+    _refuse(missing)
+
+
+def check_available() -> None:
+    """Raise MissingDependencyError unless there is a GPU that can be used. Initialises the driver."""
+    check_installed()
+    _refuse([] if torch.cuda.is_available() else ["no NVIDIA GPU or no driver is found"])
+
+
+def _refuse(missing: list[str]) -> None:
+    if missing:
+        raise MissingDependencyError(
+            f"device='cuda' cannot be used on this machine: {' and '.join(missing)}. On a machine with an NVIDIA GPU: "
+            f"{_INSTALL}; without one give device='cpu'"
+        )
+
+
+def source() -> str:
+    """The CUDA source of the mix, its header put in: CuPy's cache of compiled kernels goes by this text alone."""
+    folder = resources.files("dali_diffusemix.kernels")
+    header = (folder / "mix_pixel.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
+    text, count = re.subn(
+        r'#include "mix_pixel\.cuh"', lambda _: header, (folder / "mix.cu").read_text(encoding="utf-8")
+    )
+    assert count == 1
+    return text
+
+
+OPTIONS: Final = ("--std=c++17",)
+"""What NVRTC is given besides the architecture."""
+
+
+@functools.cache
+def _kernel(device: int, name: str) -> Any:
+    import cupy
+
+    with cupy.cuda.Device(device):
+        return cupy.RawModule(code=source(), options=OPTIONS).get_function(name)
+
+
+class DeviceBank:
+    """A fractal bank in a device's memory, (count, height, width, 3) uint8. `device_bank` shares them."""
+
+    def __init__(self, images: NDArray[np.uint8], device: torch.device) -> None:
+        # A copy, for torch cannot hold what is mapped read-only.
+        self.images = torch.from_numpy(np.array(images)).to(device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+_banks: weakref.WeakValueDictionary[tuple[object, torch.device], DeviceBank] = weakref.WeakValueDictionary()
+
+
+def device_bank(key: object, images: NDArray[np.uint8], device: torch.device) -> DeviceBank:
+    """The one copy of a bank on a device in this process, made when it is first asked for.
+
+    Args:
+        key: What names the bank: its path, or an object of its own.
+        images: (count, height, width, 3) uint8.
+        device: Where.
+    """
+    bank = _banks.get((key, device))
+    if bank is None:
+        bank = _banks[key, device] = DeviceBank(images, device)
+    return bank
+
+
+def mix(
+    originals: NDArray[np.void],
+    edits: NDArray[np.void],
+    rows: NDArray[np.void],
+    bank: DeviceBank | None,
+    out: torch.Tensor,
+    *,
+    output_size: tuple[int, int],
+    name: str,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+) -> None:
+    """Launch the kernel `name` of kernels/mix.cu; `mixing.mix_on_device` describes and checks the arguments."""
+    import cupy
+
+    device = out.device
+    count = len(rows)
+    tables = _upload([originals, edits, rows], device)
+    height, width = output_size
+    pixels = None if bank is None else bank.images
+    arguments = (
+        *(np.uintp(table) for table in tables[1]),
+        np.uintp(0 if pixels is None else pixels.data_ptr()),
+        np.int32(0 if pixels is None else pixels.shape[1]),
+        np.int32(0 if pixels is None else pixels.shape[2]),
+        np.uintp(out.data_ptr()),
+        np.int32(height),
+        np.int32(width),
+        *scale,
+        *offset,
+    )
+    grid = (-(-width // _TILE), -(-height // _TILE), count)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
+        _kernel(device.index, name)(grid, (_THREADS, 1, 1), arguments)
+    # `tables` goes now: torch gives its memory to nothing that could run before the kernel on this stream.
+
+
+def _upload(tables: list[NDArray[np.void]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
+    """Copy tables to the device in one go, without waiting; returns what holds them, and their addresses."""
+    sizes = [table.nbytes for table in tables]
+    starts = np.cumsum([0, *sizes])
+    staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=True)
+    view = staging.numpy()
+    for table, start in zip(tables, starts, strict=False):
+        view[start : start + table.nbytes] = table.view(np.uint8)
+    # torch does not use pinned memory again before a copy from it is done.
+    there = staging.to(device, non_blocking=True)
+    return there, [there.data_ptr() + int(start) for start in starts[:-1]]
+
+
+def to_device(pixels: NDArray[np.uint8], device: int) -> tuple[int, object]:
+    """Copy pixels to a device; returns their address there and what keeps them."""
+    there = torch.from_numpy(np.array(pixels)).to(torch.device("cuda", device))
+    return there.data_ptr(), there
+
+
+class Retained:
+    """Keeps what the device still reads, and lets it go once it has: looked at with each addition, never waited for."""
+
+    def __init__(self) -> None:
+        self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
+
+    def add(self, owner: object, device: torch.device) -> None:
+        """Keep `owner` until all work that is on torch's current stream by now is done."""
+        while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
+            self._kept.popleft()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(device))
+        self._kept.append((event, owner))
+
+    def wait(self) -> None:
+        """Wait for the device and let everything go."""
+        while self._kept:
+            self._kept.popleft()[0].synchronize()

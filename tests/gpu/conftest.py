@@ -1,0 +1,24 @@
+"""Tests that need a GPU. Without one they skip, with the reason."""
+
+from pathlib import Path
+
+import pytest
+
+
+def missing() -> str | None:
+    try:
+        from dali_diffusemix import gpu
+
+        gpu.check_available()
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    ours = [item for item in items if here in item.path.parents]
+    reason = missing() if ours else None
+    if reason is not None:
+        for item in ours:
+            item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,0 +1,38 @@
+"""Photographs for the tests: real ones where they lie beside the repository, else made up."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+MakeStore = Callable[..., Path]
+"""(root, *, prompts, size) to the folder of a new store of its edits."""
+
+
+def shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"../shared/data/{name} is not here")
+    return folder
+
+
+def photograph(seed: int, height: int, width: int) -> NDArray[np.uint8]:
+    """(height, width, 3) uint8: smooth shapes and some grain, so that JPEG treats it as a photograph."""
+    generator = np.random.default_rng(seed)
+    coarse = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    smooth = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+    grain = generator.normal(0, 6, (height, width, 3))
+    return np.clip(np.asarray(smooth) + grain, 0, 255).astype(np.uint8)
+
+
+def encoded(image: NDArray[np.uint8] | Image.Image, format: str = "JPEG", **options: object) -> bytes:
+    file = io.BytesIO()
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(file, format, **options)
+    return file.getvalue()

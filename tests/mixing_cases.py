@@ -1,0 +1,117 @@
+"""Cases for tests of the mix: random plans, ragged images and what the specification makes of them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.mixing import TensorFormat, encode, mixed_image, piece_table
+from dali_diffusemix.plan import BatchPlan
+
+NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
+
+# The kernel's sums differ from NumPy's in their order only. Values are below 3 in size after normalisation (255
+# before), a sample adds at most a few hundred products: float32 gives errors of some 1e-6 relative.
+FLOAT32_TOLERANCE = 2e-5
+
+
+def pixels(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    return generator.integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def plan_of(
+    count: int,
+    size: tuple[int, int],
+    *,
+    box: NDArray[np.float64],
+    span: NDArray[np.float64] | None = None,
+    mask: NDArray[np.int8] | None = None,
+    flip: NDArray[np.bool_] | None = None,
+    fractal: NDArray[np.int64] | None = None,
+    fractal_flip: NDArray[np.bool_] | None = None,
+    fractal_weight: NDArray[np.float32] | None = None,
+    seam_width: float = 0.0,
+) -> BatchPlan:
+    mask = np.full(count, -1, dtype=np.int8) if mask is None else mask
+    return BatchPlan(
+        epoch=0,
+        index=np.arange(count),
+        original=np.arange(count),
+        edit=np.where(mask >= 0, np.arange(count), -1),
+        mask=mask,
+        box=box,
+        span=box if span is None else span,
+        seam_width=seam_width,
+        flip=np.zeros(count, dtype=np.bool_) if flip is None else flip,
+        fractal=np.full(count, -1) if fractal is None else fractal,
+        fractal_flip=np.zeros((count, 2), dtype=np.bool_) if fractal_flip is None else fractal_flip,
+        fractal_weight=np.zeros(count, dtype=np.float32) if fractal_weight is None else fractal_weight,
+        output_size=size,
+    )
+
+
+def table(images: list[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> NDArray[np.void]:
+    data = np.array([image.ctypes.data if image.size else 0 for image in images], dtype=np.uint64)
+    return piece_table(data, np.array([image.shape[:2] for image in images], dtype=np.int32), boxes)
+
+
+def compare(result: NDArray[np.generic], expected: NDArray[np.generic], dtype: str) -> None:
+    if dtype == "uint8":
+        assert np.abs(result.astype(int) - expected.astype(int)).max() <= 1
+        return
+    if dtype == "bfloat16":
+        result, expected = ((a.astype(np.uint32) << 16).view(np.float32) for a in (result, expected))
+    # Half and bfloat16 may fall to either neighbour: one unit in the last place, 11 and 8 bits.
+    relative = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7}[dtype]
+    np.testing.assert_allclose(
+        result.astype(np.float64), expected.astype(np.float64), rtol=relative, atol=FLOAT32_TOLERANCE
+    )
+
+
+@dataclass
+class Case:
+    """A batch to mix."""
+
+    plan: BatchPlan
+    originals: list[NDArray[np.uint8]]
+    edits: list[NDArray[np.uint8]]  # NOTHING where a row is not mixed
+    bank: NDArray[np.uint8]
+
+    def expected(self, row: int, format: TensorFormat) -> NDArray[np.generic]:
+        """What the specification makes of a row."""
+        edit = self.edits[row] if self.plan.mask[row] >= 0 else None
+        fractal = self.bank[self.plan.fractal[row]] if self.plan.fractal[row] >= 0 else None
+        return encode(mixed_image(self.plan, row, self.originals[row], edit, fractal), format)
+
+
+def random_case(
+    generator: np.random.Generator,
+    count: int,
+    out: tuple[int, int],
+    largest: int,
+    *,
+    seam_width: float = 0.0,
+    own_span: bool = False,
+) -> Case:
+    """Images of up to `largest` pixels a side, some rows not mixed, some without a fractal, crops on any side."""
+    originals = [pixels(generator, *generator.integers(1, largest + 1, 2)) for _ in range(count)]
+    mask = generator.integers(-1, 4, count).astype(np.int8)
+    edits = [pixels(generator, *generator.integers(1, largest + 1, 2)) if m >= 0 else NOTHING for m in mask]
+    bank = generator.integers(0, 256, (3, *generator.integers(1, 50, 2), 3), dtype=np.uint8)
+    # Boxes from a thousandth of the image to more than all of it, leaving it on any side.
+    extent = np.exp(generator.uniform(np.log(1e-3), np.log(2), (count, 2)))
+    box = np.concatenate([generator.uniform(-0.3, 0.9, (count, 2)), extent], axis=1)
+    fractal = np.where(mask >= 0, generator.integers(-1, 3, count), -1)
+    plan = plan_of(
+        count,
+        out,
+        box=box,
+        span=np.tile([0.0, 0, 1, 1], (count, 1)) if own_span else None,
+        mask=mask,
+        flip=generator.random(count) < 0.5,
+        fractal=fractal,
+        fractal_flip=generator.random((count, 2)) < 0.5,
+        fractal_weight=np.where(fractal >= 0, generator.random(count), 0).astype(np.float32),
+        seam_width=seam_width,
+    )
+    return Case(plan=plan, originals=originals, edits=edits, bank=bank)
