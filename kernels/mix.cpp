@@ -17,69 +17,11 @@
 #define MIX_CLONES
 #endif
 #define MIX_INLINE static inline __attribute__((always_inline))
+#define MIX_INLINE_MEMBER __attribute__((always_inline))
 
 namespace {
 
 using namespace mix;
-
-// The taps of one axis: for output pixel i the source pixels first[i] + 0 .. count[i] with their weights.
-struct Taps {
-    std::vector<int> first, count;
-    std::vector<float> weights;  // (output, stride)
-    int stride = 0;
-
-    // `mirrored`: the taps of the mirrored source, addressed in the source as it lies.
-    void build(const Axis& axis, bool mirrored) {
-        const int output = axis.output;
-        first.resize(output);
-        count.resize(output);
-        stride = static_cast<int>(2 * axis.widened) + 3;
-        if (stride > axis.source) stride = axis.source;
-        weights.resize(static_cast<size_t>(output) * stride);
-        std::vector<double>& exact = scratch_;
-        exact.resize(stride);
-        for (int i = 0; i < output; ++i) {
-            int begin;
-            const int n = taps_of(axis, i, &begin);
-            double total = 0;
-            for (int k = 0; k < n; ++k) total += exact[k] = tap_weight(axis, i, begin + k);
-            float* out = &weights[static_cast<size_t>(i) * stride];
-            for (int k = 0; k < n; ++k) out[mirrored ? n - 1 - k : k] = static_cast<float>(exact[k] / total);
-            first[i] = mirrored ? axis.source - begin - n : begin;
-            count[i] = n;
-        }
-    }
-
-   private:
-    std::vector<double> scratch_;
-};
-
-// One source of a sample (original, edit or fractal) on its way to rows of the output grid.
-struct Source {
-    const uint8_t* data = nullptr;
-    int height = 0, width = 0, top = 0, left = 0;  // the piece in its image
-    Taps rows, columns;
-    std::vector<float> line;  // one output row before the horizontal pass: (width, 3) and one float to spare
-    std::vector<float> value;  // one output row: (output width, 3) and one float to spare
-
-    void open(const uint8_t* pixels, const int piece[4], const int image[2], const double box[4], const int out[2],
-              bool upside_down, bool left_right) {
-        data = pixels;
-        height = piece[0], width = piece[1], top = piece[2], left = piece[3];
-        rows.build(make_axis(box[0], box[2], out[0], image[0]), upside_down);
-        columns.build(make_axis(box[1], box[3], out[1], image[1]), left_right);
-        line.resize(static_cast<size_t>(width) * 3 + 1);
-        value.resize(static_cast<size_t>(out[1]) * 3 + 1);
-    }
-};
-
-MIX_INLINE void accumulate(float* line, const uint8_t* source, float weight, int n, bool start) {
-    if (start) {
-        for (int j = 0; j < n; ++j) line[j] = weight * static_cast<float>(source[j]);
-    } else {
-        for (int j = 0; j < n; ++j) line[j] = line[j] + weight * static_cast<float>(source[j]);
-    }
-}
 
 // Four lanes: red, green, blue and whatever follows.
 typedef float Pixel __attribute__((vector_size(16)));
@@ -90,60 +32,217 @@ MIX_INLINE Pixel load(const float* p) {
     return value;
 }
 
-// Row y of the output, columns [begin, end), into source.value.
-MIX_INLINE void resample_row(Source& source, int y, int begin, int end) {
-    // Every index is clamped to the piece, so that a piece smaller than it should be is wrong but never read past.
-    int low = source.width, high = 0;
-    for (int x = begin; x < end; ++x) {
-        if (!source.columns.count[x]) continue;
-        const int first = source.columns.first[x] - source.left, last = first + source.columns.count[x];
-        low = first < low ? first : low;
-        high = last > high ? last : high;
-    }
-    low = low < 0 ? 0 : low;
-    high = high > source.width ? source.width : high;
-    float* const line = source.line.data();
-    bool start = true;
-    if (low < high) {
-        const float* weights = &source.rows.weights[static_cast<size_t>(y) * source.rows.stride];
-        for (int k = 0; k < source.rows.count[y]; ++k) {
-            const int row = source.rows.first[y] + k - source.top;
-            if (row < 0 || row >= source.height) continue;
-            const uint8_t* pixels = source.data + (static_cast<size_t>(row) * source.width + low) * 3;
-            accumulate(line + low * 3, pixels, weights[k], (high - low) * 3, start);
-            start = false;
+MIX_INLINE void store(float* p, Pixel value) { memcpy(p, &value, sizeof value); }
+
+// The taps of one axis, padded with weights of 0 to one number of them: a loop of fixed length for every output pixel.
+struct Taps {
+    std::vector<int> first, count;  // output pixel i: source pixels first[i] to first[i] + taps; count 0: outside
+    std::vector<float> weights;     // (output, taps)
+    int taps = 1;
+
+    // `mirrored`: the taps of the mirrored source, addressed in the source as it lies. The piece holds the source's
+    // pixels [place, place + size); `first` counts from its begin, and what lies outside it weighs nothing.
+    void build(const Axis& axis, bool mirrored, int place, int size) {
+        const int output = axis.output;
+        first.resize(output);
+        count.resize(output);
+        int most = 1;
+        for (int i = 0; i < output; ++i) {
+            int begin;
+            const int n = taps_of(axis, i, &begin);
+            if (mirrored) begin = axis.source - begin - n;
+            first[i] = begin;
+            count[i] = n;
+            most = n > most ? n : most;
+        }
+        taps = most < size ? most : size;
+        weights.assign(static_cast<size_t>(output) * taps, 0.0f);
+        exact_.resize(most);
+        for (int i = 0; i < output; ++i) {
+            const int begin = first[i], n = count[i];
+            double total = 0;
+            for (int k = 0; k < n; ++k) {
+                const int at = mirrored ? axis.source - 1 - (begin + k) : begin + k;
+                total += exact_[k] = tap_weight(axis, i, at);
+            }
+            // Moved to where all `taps` of them lie in the piece.
+            int start = begin - place;
+            start = start > size - taps ? size - taps : start;
+            start = start < 0 ? 0 : start;
+            first[i] = start;
+            float* out = &weights[static_cast<size_t>(i) * taps];
+            for (int k = 0; k < n; ++k) {
+                const int at = begin + k - place - start;
+                if (at >= 0 && at < taps) out[at] = static_cast<float>(exact_[k] / total);
+            }
         }
     }
-    float* const value = source.value.data();
-    for (int x = begin; x < end; ++x) {
-        Pixel sum = {0, 0, 0, 0};
-        if (!start) {
-            const float* weights = &source.columns.weights[static_cast<size_t>(x) * source.columns.stride];
-            int first = source.columns.first[x] - source.left, n = source.columns.count[x];
-            if (first < 0) n += first, weights -= first, first = 0;
-            if (first + n > source.width) n = source.width - first;
-            const float* at = line + first * 3;
-            for (int k = 0; k < n; ++k) sum = sum + weights[k] * load(at + k * 3);
-        }
-        value[x * 3] = sum[0], value[x * 3 + 1] = sum[1], value[x * 3 + 2] = sum[2];
+
+   private:
+    std::vector<double> exact_;
+};
+
+// One source of a sample (original, edit or fractal) on its way to rows of the output grid.
+struct Source {
+    const uint8_t* data = nullptr;
+    int width = 0;            // of the piece
+    int begin = 0, end = 0;   // output columns that it is seen in
+    int low = 0, high = 0;    // columns of the piece that these read
+    Taps rows, columns;
+    std::vector<float> line;  // one output row before the horizontal pass: (width, 3) and one float to spare
+
+    void open(const uint8_t* pixels, const int piece[4], const int image[2], const double box[4], const int out[2],
+              bool upside_down, bool left_right) {
+        data = pixels;
+        width = piece[1];
+        if (!data) return;
+        rows.build(make_axis(box[0], box[2], out[0], image[0]), upside_down, piece[2], piece[0]);
+        columns.build(make_axis(box[1], box[3], out[1], image[1]), left_right, piece[3], piece[1]);
+        line.resize(static_cast<size_t>(width) * 3 + 1);
     }
+
+    void show(int first, int last) {
+        begin = first, end = last;
+        low = width, high = 0;
+        for (int x = begin; x < end && data; ++x) {
+            if (!columns.count[x]) continue;
+            low = columns.first[x] < low ? columns.first[x] : low;
+            high = columns.first[x] + columns.taps > high ? columns.first[x] + columns.taps : high;
+        }
+    }
+
+    bool seen() const { return data && begin < end; }
+};
+
+// line[j] = the weighted sum of n source rows, in their order.
+template <int N>
+MIX_INLINE void add_rows(float* line, const uint8_t* source, size_t pitch, const float* weights, int length, bool first) {
+    const uint8_t *s0 = source, *s1 = s0 + pitch, *s2 = s1 + pitch, *s3 = s2 + pitch;
+    const float w0 = weights[0], w1 = N > 1 ? weights[1] : 0, w2 = N > 2 ? weights[2] : 0, w3 = N > 3 ? weights[3] : 0;
+    for (int j = 0; j < length; ++j) {
+        float sum = w0 * static_cast<float>(s0[j]);
+        if (!first) sum = line[j] + sum;
+        if (N > 1) sum = sum + w1 * static_cast<float>(s1[j]);
+        if (N > 2) sum = sum + w2 * static_cast<float>(s2[j]);
+        if (N > 3) sum = sum + w3 * static_cast<float>(s3[j]);
+        line[j] = sum;
+    }
+}
+
+// Down: output row y before the horizontal pass, columns [low, high) of the piece.
+MIX_CLONES void resample_rows(Source& source, int y) {
+    const size_t pitch = static_cast<size_t>(source.width) * 3;
+    const float* weights = &source.rows.weights[static_cast<size_t>(y) * source.rows.taps];
+    const int length = (source.high - source.low) * 3;
+    const uint8_t* from = source.data + source.rows.first[y] * pitch + source.low * 3;
+    float* const line = source.line.data() + source.low * 3;
+    // The padding's rows weigh nothing and need not be read.
+    int n = source.rows.taps;
+    while (n > 1 && weights[n - 1] == 0) --n;
+    for (int k = 0; k < n; k += 4, from += 4 * pitch) {
+        const bool first = k == 0;
+        const int left = n - k;
+        if (left >= 4) add_rows<4>(line, from, pitch, weights + k, length, first);
+        else if (left == 3) add_rows<3>(line, from, pitch, weights + k, length, first);
+        else if (left == 2) add_rows<2>(line, from, pitch, weights + k, length, first);
+        else add_rows<1>(line, from, pitch, weights + k, length, first);
+    }
+}
+
+// What becomes of a source's pixel: it is the value, or is blended over it.
+struct Replace {
+    MIX_INLINE_MEMBER void operator()(float* value, int, Pixel pixel) const { store(value, pixel); }
+};
+struct BlendBy {
+    const float* weight;  // by column
+    MIX_INLINE_MEMBER void operator()(float* value, int x, Pixel pixel) const {
+        const float w = weight[x];
+        // Where only the edit is seen the value holds nothing yet.
+        store(value, w == 1 ? pixel : w * pixel + (1 - w) * load(value));
+    }
+};
+struct BlendAll {
+    float weight;
+    MIX_INLINE_MEMBER void operator()(float* value, int, Pixel pixel) const {
+        store(value, weight * pixel + (1 - weight) * load(value));
+    }
+};
+
+template <int N, typename Use>
+MIX_INLINE void across(const Source& source, float* value, const Use& use) {
+    const float* const line = source.line.data();
+    const int taps = N ? N : source.columns.taps;
+    const int* const first = source.columns.first.data();
+    for (int x = source.begin; x < source.end; ++x) {
+        const float* at = line + first[x] * 3;
+        const float* weights = &source.columns.weights[static_cast<size_t>(x) * taps];
+        Pixel sum = weights[0] * load(at);
+        for (int k = 1; k < taps; ++k) sum = sum + weights[k] * load(at + k * 3);
+        use(value + x * 4, x, sum);
+    }
+}
+
+// Across: columns [begin, end) of the output row into `value`, four floats a pixel.
+template <typename Use>
+MIX_INLINE void resample_columns(const Source& source, float* value, const Use& use) {
+    switch (source.columns.taps) {
+        case 1: return across<1>(source, value, use);
+        case 2: return across<2>(source, value, use);
+        case 3: return across<3>(source, value, use);
+        case 4: return across<4>(source, value, use);
+        case 5: return across<5>(source, value, use);
+        case 6: return across<6>(source, value, use);
+        case 7: return across<7>(source, value, use);
+        case 8: return across<8>(source, value, use);
+        default: return across<0>(source, value, use);
+    }
+}
+
+MIX_CLONES void replace_row(const Source& source, float* value) { resample_columns(source, value, Replace{}); }
+MIX_CLONES void blend_row(const Source& source, float* value, const float* weight) {
+    resample_columns(source, value, BlendBy{weight});
+}
+MIX_CLONES void blend_whole_row(const Source& source, float* value, float weight) {
+    resample_columns(source, value, BlendAll{weight});
+}
+
+// Normalise a row and turn it round if wanted: (width, 4) into three planes of `width`, or into (width, 3).
+MIX_CLONES void normalise_planes(const float* value, float* red, float* green, float* blue, int width, bool flip,
+                                 const float* scale, const float* offset) {
+    const Pixel s = {scale[0], scale[1], scale[2], 0}, o = {offset[0], offset[1], offset[2], 0};
+    const int step = flip ? -4 : 4;
+    const float* from = flip ? value + (width - 1) * 4 : value;
+    int x = 0;
+    for (; x + 4 <= width; x += 4, from += 4 * step) {
+        const Pixel a = load(from) * s + o, b = load(from + step) * s + o;
+        const Pixel c = load(from + 2 * step) * s + o, d = load(from + 3 * step) * s + o;
+        typedef int Lanes __attribute__((vector_size(16)));
+        const Pixel ab_low = __builtin_shuffle(a, b, Lanes{0, 4, 1, 5}), cd_low = __builtin_shuffle(c, d, Lanes{0, 4, 1, 5});
+        const Pixel ab_high = __builtin_shuffle(a, b, Lanes{2, 6, 3, 7}), cd_high = __builtin_shuffle(c, d, Lanes{2, 6, 3, 7});
+        store(red + x, __builtin_shuffle(ab_low, cd_low, Lanes{0, 1, 4, 5}));
+        store(green + x, __builtin_shuffle(ab_low, cd_low, Lanes{2, 3, 6, 7}));
+        store(blue + x, __builtin_shuffle(ab_high, cd_high, Lanes{0, 1, 4, 5}));
+    }
+    for (; x < width; ++x, from += step) {
+        const Pixel pixel = load(from) * s + o;
+        red[x] = pixel[0], green[x] = pixel[1], blue[x] = pixel[2];
+    }
+}
+
+// `out` has room for one float more.
+MIX_CLONES void normalise_pixels(const float* value, float* out, int width, bool flip, const float* scale,
+                                 const float* offset) {
+    const Pixel s = {scale[0], scale[1], scale[2], 0}, o = {offset[0], offset[1], offset[2], 0};
+    for (int x = 0; x < width; ++x) store(out + x * 3, load(value + (flip ? width - 1 - x : x) * 4) * s + o);
 }
 
 template <typename T, T (*Cast)(float)>
-MIX_INLINE void store_row(T* out, const float* value, int width, size_t plane, const float* scale,
-                          const float* offset, bool channels_last, bool flip) {
-    for (int c = 0; c < 3; ++c) {
-        const int step = channels_last ? 3 : 1;
-        T* const to = channels_last ? out + c : out + c * plane;
-        if (flip) {
-            for (int x = 0; x < width; ++x) to[x * step] = Cast(value[(width - 1 - x) * 3 + c] * scale[c] + offset[c]);
-        } else {
-            for (int x = 0; x < width; ++x) to[x * step] = Cast(value[x * 3 + c] * scale[c] + offset[c]);
-        }
-    }
+MIX_INLINE void cast(const float* from, T* to, int count) {
+    for (int j = 0; j < count; ++j) to[j] = Cast(from[j]);
 }
-
-MIX_INLINE float identity(float value) { return value; }
+MIX_CLONES void cast_float16(const float* from, uint16_t* to, int count) { cast<uint16_t, to_float16>(from, to, count); }
+MIX_CLONES void cast_bfloat16(const float* from, uint16_t* to, int count) { cast<uint16_t, to_bfloat16>(from, to, count); }
+MIX_CLONES void cast_uint8(const float* from, uint8_t* to, int count) { cast<uint8_t, to_uint8>(from, to, count); }
 
 struct Batch {
     const Piece* originals;
@@ -160,7 +259,9 @@ struct Batch {
 // What one thread reuses from sample to sample.
 struct Workspace {
     Source original, edit, fractal;
-    std::vector<float> weight, mixed;  // M along the seam's axis; one row of the sample
+    std::vector<float> weight;      // M along the seam's axis
+    std::vector<float> value;       // one row of the sample: (width, 4)
+    std::vector<float> normalised;  // the same as it is stored, before the cast, and one float to spare
 };
 
 void open_piece(Source& source, const Piece& piece, const int out[2]) {
@@ -169,81 +270,102 @@ void open_piece(Source& source, const Piece& piece, const int out[2]) {
     source.open(piece.data, shape, image, piece.box, out, false, false);
 }
 
-MIX_CLONES void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
+void store_values(const Batch& batch, const float* from, size_t at, int count) {
+    if (batch.dtype == kFloat32) memcpy(static_cast<float*>(batch.out) + at, from, count * sizeof(float));
+    else if (batch.dtype == kFloat16) cast_float16(from, static_cast<uint16_t*>(batch.out) + at, count);
+    else if (batch.dtype == kBfloat16) cast_bfloat16(from, static_cast<uint16_t*>(batch.out) + at, count);
+    else cast_uint8(from, static_cast<uint8_t*>(batch.out) + at, count);
+}
+
+// Row y of a sample into the tensor.
+void store_row(const Batch& batch, Workspace& work, int64_t index, int y, bool flip) {
+    const int width = batch.out_width;
+    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(index) * plane * 3;
+    const float* const value = work.value.data();
+    float* const row = work.normalised.data();
+    if (batch.channels_last) {
+        normalise_pixels(value, row, width, flip, batch.scale, batch.offset);
+        store_values(batch, row, sample + static_cast<size_t>(y) * width * 3, width * 3);
+        return;
+    }
+    const size_t at = sample + static_cast<size_t>(y) * width;
+    if (batch.dtype == kFloat32) {
+        float* const out = static_cast<float*>(batch.out) + at;
+        normalise_planes(value, out, out + plane, out + 2 * plane, width, flip, batch.scale, batch.offset);
+        return;
+    }
+    normalise_planes(value, row, row + width, row + 2 * width, width, flip, batch.scale, batch.offset);
+    for (int c = 0; c < 3; ++c) store_values(batch, row + c * width, at + c * plane, width);
+}
+
+void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     const Row& row = batch.rows[index];
     const int out[2] = {batch.out_height, batch.out_width};
     const int height = out[0], width = out[1];
-    const bool mixed = row.mask >= 0, across = mask_is_horizontal(row.mask);
-    open_piece(work.original, batch.originals[index], out);
+    const bool mixed = row.mask >= 0, horizontal = mask_is_horizontal(row.mask);
+    Source &original = work.original, &edit = work.edit, &fractal = work.fractal;
+    open_piece(original, batch.originals[index], out);
+    original.show(0, width);
+    edit.data = fractal.data = nullptr;
     if (mixed) {
-        open_piece(work.edit, batch.edits[index], out);
-        const int axis = across ? 1 : 0;
+        open_piece(edit, batch.edits[index], out);
+        const int axis = horizontal ? 1 : 0;
         work.weight.resize(out[axis]);
         for (int i = 0; i < out[axis]; ++i)
             work.weight[i] = edit_weight(row.mask, row.seam_width, row.span[axis], row.span[axis + 2], i, out[axis]);
+        // Columns that each source is seen in. M is monotonous, so they are one range.
+        int original_begin = 0, original_end = width, edit_begin = 0, edit_end = width;
+        if (horizontal) {
+            while (edit_begin < width && work.weight[edit_begin] == 0) ++edit_begin;
+            while (edit_end > edit_begin && work.weight[edit_end - 1] == 0) --edit_end;
+            while (original_begin < width && work.weight[original_begin] == 1) ++original_begin;
+            while (original_end > original_begin && work.weight[original_end - 1] == 1) --original_end;
+        }
+        original.show(original_begin, original_end);
+        edit.show(edit_begin, edit_end);
     }
-    const bool fractal = row.fractal >= 0;
-    if (fractal) {
+    if (row.fractal >= 0) {
         const int h = batch.bank_height, w = batch.bank_width;
         const int shape[4] = {h, w, 0, 0}, image[2] = {h, w};
         const double box[4] = {row.span[0] * h, row.span[1] * w, row.span[2] * h, row.span[3] * w};
         const uint8_t* pixels = batch.bank + static_cast<size_t>(row.fractal) * h * w * 3;
-        work.fractal.open(pixels, shape, image, box, out, row.fractal_flip[0], row.fractal_flip[1]);
+        fractal.open(pixels, shape, image, box, out, row.fractal_flip[0], row.fractal_flip[1]);
+        fractal.show(0, width);
     }
-    // Columns that each source is seen in. M is monotonous, so they are one range.
-    int original_begin = 0, original_end = width, edit_begin = 0, edit_end = width;
-    if (mixed && across) {
-        while (edit_begin < width && work.weight[edit_begin] == 0) ++edit_begin;
-        while (edit_end > edit_begin && work.weight[edit_end - 1] == 0) --edit_end;
-        while (original_begin < width && work.weight[original_begin] == 1) ++original_begin;
-        while (original_end > original_begin && work.weight[original_end - 1] == 1) --original_end;
-    }
-    work.mixed.resize(static_cast<size_t>(width) * 3 + 1);
-    float* const value = work.mixed.data();
-    const size_t plane = static_cast<size_t>(height) * width;
+    // Where a centre lies outside the image the value is 0, the fractal included. All sources lie alike in the crop.
+    const Piece& piece = original.data ? batch.originals[index] : batch.edits[index];
+    const Axis rows = make_axis(piece.box[0], piece.box[2], height, piece.image_height);
+    const Axis columns = make_axis(piece.box[1], piece.box[3], width, piece.image_width);
+    int unused, inside_begin = 0, inside_end = width;
+    while (inside_begin < width && !taps_of(columns, inside_begin, &unused)) ++inside_begin;
+    while (inside_end > inside_begin && !taps_of(columns, inside_end - 1, &unused)) --inside_end;
+    work.value.assign(static_cast<size_t>(width) * 4, 0.0f);
+    work.normalised.resize(static_cast<size_t>(width) * 3 + 1);
+    float* const value = work.value.data();
     for (int y = 0; y < height; ++y) {
-        const float m = mixed && !across ? work.weight[y] : 0;
-        const bool see_edit = mixed && (across ? edit_begin < edit_end : m > 0);
-        const bool see_original = !mixed || (across ? original_begin < original_end : m < 1);
-        if (see_original) {
-            resample_row(work.original, y, original_begin, original_end);
-            const float* from = work.original.value.data();
-            for (int j = original_begin * 3; j < original_end * 3; ++j) value[j] = from[j];
+        const float m = mixed && !horizontal ? work.weight[y] : 0;
+        if (!taps_of(rows, y, &unused)) {
+            memset(value, 0, static_cast<size_t>(width) * 4 * sizeof(float));
+            store_row(batch, work, index, y, row.flip);
+            continue;
         }
-        if (see_edit) {
-            resample_row(work.edit, y, edit_begin, edit_end);
-            const float* from = work.edit.value.data();
-            for (int x = edit_begin; x < edit_end; ++x) {
-                const float weight = across ? work.weight[x] : m;
-                for (int c = 0; c < 3; ++c) {
-                    const int j = x * 3 + c;
-                    // Where only the edit is seen `value` holds nothing yet.
-                    value[j] = weight == 1 ? from[j] : blend(value[j], from[j], weight);
-                }
-            }
+        if (original.seen() && m < 1) {
+            resample_rows(original, y);
+            replace_row(original, value);
         }
-        if (fractal) {
-            resample_row(work.fractal, y, 0, width);
-            const float* from = work.fractal.value.data();
-            const bool inside = work.original.rows.count[y] > 0;
-            for (int x = 0; x < width; ++x) {
-                const bool seen = inside && work.original.columns.count[x] > 0;
-                for (int c = 0; c < 3; ++c) {
-                    const int j = x * 3 + c;
-                    value[j] = seen ? blend(value[j], from[j], row.fractal_weight) : 0;
-                }
-            }
+        if (mixed && edit.seen() && (horizontal || m > 0)) {
+            resample_rows(edit, y);
+            if (horizontal) blend_row(edit, value, work.weight.data());
+            else if (m == 1) replace_row(edit, value);
+            else blend_whole_row(edit, value, m);
         }
-        const size_t at = static_cast<size_t>(index) * plane * 3 + static_cast<size_t>(y) * width * (batch.channels_last ? 3 : 1);
-        const bool last = batch.channels_last, flip = row.flip;
-        if (batch.dtype == kFloat32)
-            store_row<float, identity>(static_cast<float*>(batch.out) + at, value, width, plane, batch.scale, batch.offset, last, flip);
-        else if (batch.dtype == kFloat16)
-            store_row<uint16_t, to_float16>(static_cast<uint16_t*>(batch.out) + at, value, width, plane, batch.scale, batch.offset, last, flip);
-        else if (batch.dtype == kBfloat16)
-            store_row<uint16_t, to_bfloat16>(static_cast<uint16_t*>(batch.out) + at, value, width, plane, batch.scale, batch.offset, last, flip);
-        else
-            store_row<uint8_t, to_uint8>(static_cast<uint8_t*>(batch.out) + at, value, width, plane, batch.scale, batch.offset, last, flip);
+        if (fractal.data) {
+            resample_rows(fractal, y);
+            blend_whole_row(fractal, value, row.fractal_weight);
+        }
+        memset(value, 0, static_cast<size_t>(inside_begin) * 4 * sizeof(float));
+        memset(value + inside_end * 4, 0, static_cast<size_t>(width - inside_end) * 4 * sizeof(float));
+        store_row(batch, work, index, y, row.flip);
     }
 }
 
