@@ -3,7 +3,9 @@
 plan ──> sources ──> DALI, some batches ahead ──> pieces ──> one mix call ──> tensors
 """
 
+import math
 import os
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from types import TracebackType
@@ -116,6 +118,7 @@ class DiffuseMixLoader:
         self._idle: list[PieceDecoder] = []
         self._bank: gpu.DeviceBank | None = None
         self._retained = gpu.Retained()
+        self._memory = _Memory()
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -198,19 +201,19 @@ class DiffuseMixLoader:
 
     def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
         self._raise_first_error(plan, originals, edits)
-        shape = (len(plan), 3, *plan.output_size)
-        images = torch.empty(shape, dtype=self.dtype, memory_format=self.memory_format)
+        buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
         bank = self.dataset.bank
         mix(
             plan,
             _pieces(originals, plan),
             _pieces(edits, plan),
             None if bank is None else bank.images,
-            out=_buffer(images, self._format),
+            out=buffer,
             format=self._format,
             threads=self._threads,
         )
-        return images
+        images = torch.from_numpy(buffer).view(self.dtype)
+        return images.permute(0, 3, 1, 2) if self._format.channels_last else images
 
     def _mix_on_device(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
         self._raise_first_error(plan, originals, edits)
@@ -245,6 +248,7 @@ class DiffuseMixLoader:
     def close(self) -> None:
         """Give the decoders' threads and memory back. The loader can be used again; iterators in progress go on."""
         self._retained.wait()
+        self._memory = _Memory()
         while self._idle:
             self._idle.pop().close()
         self._bank = None
@@ -258,7 +262,7 @@ class DiffuseMixLoader:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_idle": [], "_bank": None, "_retained": gpu.Retained()}
+        return {**self.__dict__, "_idle": [], "_bank": None, "_retained": gpu.Retained(), "_memory": _Memory()}
 
 
 def _to_device(labels: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -269,11 +273,28 @@ def _pieces(decoded: Decoded, plan: BatchPlan) -> NDArray[np.void]:
     return piece_table(decoded.data, decoded.shapes, plan.box, places=decoded.places, image_sizes=decoded.image_sizes)
 
 
-def _buffer(images: torch.Tensor, format: TensorFormat) -> NDArray[np.generic]:
-    """The tensor's memory as the contiguous NumPy array that `mix` fills."""
-    if format.channels_last:
-        images = images.permute(0, 2, 3, 1)
-    if format.dtype == "bfloat16":
-        images = images.view(torch.uint16)
-    array: NDArray[np.generic] = images.numpy()
-    return array
+class _Memory:
+    """Memory for batches on the CPU, used again once nobody holds the batch: fresh pages cost more than the mix does.
+
+    A batch's tensor, and whatever shares its storage, keeps the array that it was made of. When that array goes, its
+    memory comes back here, so a batch that somebody keeps is never overwritten.
+    """
+
+    _KEPT = 4  # blocks that lie idle at most
+
+    def __init__(self) -> None:
+        self._idle: list[NDArray[np.uint8]] = []
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+        """An array of this shape and type, its content undefined."""
+        size = math.prod(shape) * dtype.itemsize
+        block = self._idle.pop() if self._idle else None
+        if block is None or block.nbytes < size:
+            block = np.empty(size, dtype=np.uint8)
+        array: NDArray[np.generic] = block[:size].view(dtype).reshape(shape)
+        weakref.finalize(array, self._give_back, block).atexit = False
+        return array
+
+    def _give_back(self, block: NDArray[np.uint8]) -> None:
+        if len(self._idle) < self._KEPT:
+            self._idle.append(block)

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix import native
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan import MASKS, BatchPlan
+from dali_diffusemix.plan import MASKS, BatchPlan, seam_ramp
 
 if TYPE_CHECKING:
     import torch
@@ -146,7 +146,7 @@ def edit_weight(mask: int, seam_width: float, span: NDArray[np.float64], size: t
     name = MASKS[mask]
     axis = 1 if name in ("left", "right") else 0
     t = span[axis] + span[axis + 2] * ((np.arange(size[axis]) + 0.5) / size[axis])
-    m = np.clip((t - 0.5) / seam_width + 0.5, 0, 1) if seam_width > 0 else (t >= 0.5).astype(np.float64)
+    m = seam_ramp(t, seam_width)
     m = m if name in ("right", "bottom") else 1 - m
     return np.asarray(m, dtype=np.float32).reshape((1, -1) if axis == 1 else (-1, 1))
 

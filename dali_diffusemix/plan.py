@@ -350,19 +350,30 @@ def _centre(
     return np.asarray(start + extent * ((place + 0.5) / output))
 
 
-def _first_at_least(
-    start: NDArray[np.float64], extent: NDArray[np.float64], output: int, bound: float, *, strictly: bool = False
+def seam_ramp(t: NDArray[np.float64], seam_width: float) -> NDArray[np.float64]:
+    """m at t, the coordinate across the seam of what the mask spans: 0 before the seam, 1 behind it.
+
+    m = clamp((t - 1/2) / seam_width + 1/2, 0, 1), and without a width [t >= 1/2].
+    """
+    if seam_width > 0:
+        return np.clip((t - 0.5) / seam_width + 0.5, 0, 1)
+    return (t >= 0.5).astype(np.float64)
+
+
+def _first_output(
+    start: NDArray[np.float64],
+    extent: NDArray[np.float64],
+    output: int,
+    near: float,
+    reached: Callable[[NDArray[np.float64]], NDArray[np.bool_]],
 ) -> NDArray[np.int64]:
-    """(n,) the first output pixel whose centre is at least (or strictly above) a bound; `output` if none is."""
-    guess = np.ceil((bound - start) / extent * output - 0.5)
-    place = np.clip(guess, -1, output + 1).astype(np.int64)
-    # The division rounds: step to the pixel on which the comparison itself turns.
+    """(n,) the first output pixel whose centre has `reached` what begins near a place; `output` if none has."""
+    place = np.clip(np.ceil((near - start) / extent * output - 0.5), -1, output + 1).astype(np.int64)
+    # The division rounds: step to the pixel on which the condition itself turns.
     for _ in range(2):
-        before = _centre(start, extent, place - 1, output)
-        place = np.where((before > bound) if strictly else (before >= bound), place - 1, place)
+        place = np.where(reached(_centre(start, extent, place - 1, output)), place - 1, place)
     for _ in range(2):
-        here = _centre(start, extent, place, output)
-        place = np.where((here <= bound) if strictly else (here < bound), place + 1, place)
+        place = np.where(reached(_centre(start, extent, place, output)), place, place + 1)
     return np.clip(place, 0, output)
 
 
@@ -371,12 +382,12 @@ def _seen_outputs(plan: BatchPlan, axis: int, is_edit: bool) -> tuple[NDArray[np
     output = plan.output_size[axis]
     start, extent = plan.box[:, axis], plan.box[:, axis + 2]
     # Inside the image.
-    first = _first_at_least(start, extent, output, 0.0)
-    last = _first_at_least(start, extent, output, 1.0) - 1
+    first = _first_output(start, extent, output, 0.0, lambda t: t >= 0)
+    last = _first_output(start, extent, output, 1.0, lambda t: t >= 1) - 1
     # On its side of the seam: M > 0 from `high` on, M < 1 before `low`.
-    start, extent, half = plan.span[:, axis], plan.span[:, axis + 2], plan.seam_width / 2
-    high = _first_at_least(start, extent, output, 0.5 - half, strictly=half > 0)
-    low = _first_at_least(start, extent, output, 0.5 + half)
+    start, extent, width = plan.span[:, axis], plan.span[:, axis + 2], plan.seam_width
+    high = _first_output(start, extent, output, 0.5 - width / 2, lambda t: seam_ramp(t, width) > 0)
+    low = _first_output(start, extent, output, 0.5 + width / 2, lambda t: seam_ramp(t, width) >= 1)
     across = [MASKS.index(name) for name in (("top", "bottom") if axis == 0 else ("left", "right"))]
     for mask, edit_is_high in zip(across, (False, True), strict=True):
         rows = plan.mask == mask
