@@ -29,7 +29,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
-from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any, BinaryIO, TypeAlias
@@ -38,6 +37,7 @@ from urllib.parse import quote_from_bytes
 import numpy as np
 from numpy.typing import NDArray
 
+from dali_diffusemix import __version__
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.errors import CatalogError, StoreError
 
@@ -218,7 +218,7 @@ class _Header:
             "prompts": self.prompts,
             "segments": [segment.to_json() for segment in self.segments],
             "fingerprint": self.fingerprint,
-            "written_by": f"dali_diffusemix {metadata.version('dali-diffusemix')}",
+            "written_by": f"dali_diffusemix {__version__}",
         }
         _write_json(store / "store.json", _STORE, content)
 

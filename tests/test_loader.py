@@ -6,6 +6,7 @@ import pickle
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from dali_diffusemix import (
     DiffuseMixLoader,
     EvalCrop,
     FractalBank,
+    MissingDependencyError,
     MixSpec,
     RandomCrop,
     TrainCrop,
@@ -352,3 +354,26 @@ def test_a_damaged_edit_is_named(photos: Path, make_store: MakeStore, bank: Frac
     assert any("edit of sample 5 of epoch 0" in note for note in caught.value.__notes__)
     with pytest.raises(DecodeError, match="edit"):
         dataset[5]
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")
+def test_a_gpu_that_cannot_be_used_is_one_clear_error(photos: Path) -> None:
+    dataset = DiffuseMixDataset(photos, crop=EvalCrop(16))
+    for device in ("cuda", "cuda:1", torch.device("cuda")):
+        with pytest.raises(MissingDependencyError) as caught:
+            DiffuseMixLoader(dataset, device=device)
+        message = str(caught.value)
+        assert "is built without CUDA" in message and "dali-diffusemix[cuda12]" in message
+        assert ("CuPy is not installed" in message) == (find_spec("cupy") is None)
+        assert "device='cpu'" in message
+    with pytest.raises(MissingDependencyError):
+        DiffuseMixLoader(dataset)  # the default
+
+
+def test_the_cuda_source_is_one_text_without_includes_of_ours() -> None:
+    """CuPy's cache of compiled kernels goes by the text, so the header must be part of it."""
+    from dali_diffusemix import gpu
+
+    text = gpu.source()
+    assert '#include "' not in text
+    assert "struct Piece {" in text and "__global__" in text
