@@ -1,0 +1,110 @@
+"""Where a mixed sample's CPU time goes: plan, DALI (read and decode), mix, and the rest.
+
+Method: epochs of DiffuseMixLoader, batch 64, 224 x 224 float32, every sample mixed, on `--threads` threads, files in
+the page cache. CPU time is the whole process's (all threads), so DALI's and the kernel's threads count. Parts are taken
+out one at a time and the epochs run in turn, the figure for each variant being the median of `--rounds`:
+
+    whole      everything
+    no mix     without the call of the kernel: read, decode, plan, Python
+    plan       planning, windows and looking up the encoded edits alone
+    whole images  everything, with visible_parts=False
+
+`mix` is whole minus no mix; `read and decode` is no mix minus plan, and holds DALI's own overhead. Below them what the
+kernel costs alone, with its inputs warm in the cache, and the plan of one batch of 256.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from record import write
+
+import dali_diffusemix.loader as module
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
+from dali_diffusemix.fractals import render_bank
+from dali_diffusemix.generate import GenerateConfig, generate
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", type=Path, help="a folder of photographs, root/class/image")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        store, bank = Path(folder) / "edits", Path(folder) / "fractals.npy"
+        generate(options.root, store, GenerateConfig(prompts=("sunset",), size=256))
+        render_bank(bank, count=64, size=256)
+        mix, crop = MixSpec(probability=1), TrainCrop(224)
+        dataset = DiffuseMixDataset(options.root, edits=store, fractals=bank, mix=mix, crop=crop)
+
+        def loader(visible_parts: bool) -> DiffuseMixLoader:
+            return DiffuseMixLoader(
+                dataset, 64, shuffle=True, num_workers=options.threads, device="cpu", visible_parts=visible_parts
+            )
+
+        parts, whole = loader(True), loader(False)
+        real = module.mix
+
+        def plan_only() -> None:
+            for step in range(len(parts)):
+                parts._sources(parts._plan(parts._next_epoch, step))
+            parts._next_epoch += 1
+
+        def epoch(which: DiffuseMixLoader, *, mixed: bool = True) -> None:
+            module.mix = real if mixed else lambda *arguments, **more: None
+            for _ in which:
+                pass
+            module.mix = real
+
+        variants = {
+            "whole": lambda: epoch(parts),
+            "no mix": lambda: epoch(parts, mixed=False),
+            "plan": plan_only,
+            "whole images": lambda: epoch(whole),
+        }
+        cpu: dict[str, list[float]] = {name: [] for name in variants}
+        wall: dict[str, list[float]] = {name: [] for name in variants}
+        for turn in range(1 + options.rounds):
+            for name, work in variants.items():
+                begin, begin_cpu = time.perf_counter(), time.process_time()
+                for _ in range(4):
+                    work()
+                if turn:
+                    wall[name].append((time.perf_counter() - begin) / (4 * len(dataset)) * 1e3)
+                    cpu[name].append((time.process_time() - begin_cpu) / (4 * len(dataset)) * 1e3)
+        middle = {name: statistics.median(values) for name, values in cpu.items()}
+
+        plans = []
+        for turn in range(60):
+            begin = time.perf_counter()
+            dataset.planner.batch(turn, np.arange(256) % len(dataset))
+            plans.append(time.perf_counter() - begin)
+        # The shares are differences within a round, so that drift between rounds drops out.
+        mix_share = statistics.median(a - b for a, b in zip(cpu["whole"], cpu["no mix"], strict=True))
+        decode_share = statistics.median(a - b for a, b in zip(cpu["no mix"], cpu["plan"], strict=True))
+    results = {
+        "cpu_milliseconds_an_image": {
+            "everything": round(middle["whole"], 3),
+            "read and decode": round(decode_share, 3),
+            "mix": round(mix_share, 3),
+            "plan and lookups": round(middle["plan"], 3),
+            "outside reading and decoding": round(mix_share + middle["plan"], 3),
+            "everything, whole images decoded": round(middle["whole images"], 3),
+        },
+        "images_per_second": {
+            name: round(1e3 / statistics.median(wall[name]), 1) for name in ("whole", "no mix", "whole images")
+        },
+        "plan_of_256_milliseconds": round(statistics.median(plans[10:]) * 1e3, 3),
+        "rounds_cpu_milliseconds": {name: [round(value, 3) for value in values] for name, values in cpu.items()},
+    }
+    settings = {"images": len(dataset), "batch_size": 64, "threads": options.threads}
+    write(options.out, {"benchmark": "bench_budget", "settings": settings, "results": results})
+
+
+if __name__ == "__main__":
+    main()
