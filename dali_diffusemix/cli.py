@@ -243,7 +243,13 @@ def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool)
     import numpy as np
 
     from dali_diffusemix.catalog import default_location, index
+    from dali_diffusemix.store import OriginalStore
 
+    if OriginalStore.find(root) is not None:
+        raise ConfigError(
+            f"root must be a folder of images, found a packed store, {str(root)!r}, which is listed already; index the "
+            "folder that it was packed from."
+        )
     display = _Display(as_json)
     location = default_location(root)
     with display.progress("Reading headers", "images") as progress:
@@ -333,7 +339,7 @@ def fractals_command(
 )
 @_json_option
 def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, as_json: bool, **settings: Any) -> None:
-    """Edit the images of ROOT into the folder STORE.
+    """Edit the images of ROOT, a folder or a packed store, into the folder STORE.
 
     Each image is edited once under each prompt. Run again, it makes what is missing and nothing twice.
     The procedural editor restyles without a model: it is not diffusion.
@@ -342,14 +348,13 @@ def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, a
     Example:
       dali-diffusemix generate data/train cache/edits --prompts autumn,snowy
     """
-    from dali_diffusemix.catalog import index
     from dali_diffusemix.editors import PROMPTS
-    from dali_diffusemix.generate import GenerateConfig, generate
+    from dali_diffusemix.generate import GenerateConfig, generate, list_originals
 
     display = _Display(as_json)
     config = GenerateConfig(prompts=prompts or PROMPTS, **settings)
     with display.progress("Reading headers", "images") as progress:
-        catalog = index(root, progress=progress)
+        catalog = list_originals(root, progress=progress)
     with display.progress("Making edits", "edits") as progress:
         summary = generate(root, store, config, catalog=catalog, progress=progress)
     if catalog.rejected:
@@ -373,6 +378,52 @@ def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, a
             "made": summary.made,
             "seconds": summary.seconds,
             "images_per_second": summary.images_per_second,
+        }
+    )
+
+
+@main.command("pack")
+@click.argument("root", type=_PATH)
+@click.argument("store", type=_PATH)
+@click.option("--max-side", type=int, metavar="N", help="Make larger images smaller: pixels of the longest side.")
+@click.option("--quality", type=int, metavar="N", help="Of JPEG files, 1 to 100.  [default: 90 with --max-side]")
+@_json_option
+def pack_command(root: Path, store: Path, max_side: int | None, quality: int | None, as_json: bool) -> None:
+    """Pack the images of ROOT into the folder STORE, to be read in its place.
+
+    Without options the files are stored as they are; with any, all are made JPEG. Run again, it goes on
+    where it was stopped. Train on STORE as on ROOT: edits made of one serve the other.
+
+    \b
+    Example:
+      dali-diffusemix pack data/train cache/originals --max-side 500
+    """
+    from dali_diffusemix.catalog import index
+    from dali_diffusemix.pack import PackConfig, pack
+    from dali_diffusemix.store import OriginalStore
+
+    display = _Display(as_json)
+    config = PackConfig(max_side=max_side, quality=quality)
+    catalog = None
+    if OriginalStore.find(root) is None:  # else `pack` says what is wrong
+        with display.progress("Reading headers", "images") as progress:
+            catalog = index(root, progress=progress)
+    with display.progress("Packing", "images") as progress:
+        summary = pack(root, store, config, catalog=catalog, progress=progress)
+    display.line(f"{summary.originals} images, {summary.bytes / 1e6:.1f} MB")
+    if summary.left_out:
+        display.line(f"{len(summary.left_out)} left out: they could not be decoded")
+        _list(display, (f"  {one.path}" for one in summary.left_out))
+    display.line(f"{summary.made} done now, in {summary.seconds:.1f} s" if summary.made else "all were there already")
+    display.line(f"kept in {store}")
+    display.result(
+        {
+            "store": str(store),
+            "originals": summary.originals,
+            "bytes": summary.bytes,
+            "left_out": [{"path": one.path, "reason": one.reason} for one in summary.left_out],
+            "made": summary.made,
+            "seconds": summary.seconds,
         }
     )
 

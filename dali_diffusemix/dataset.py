@@ -21,7 +21,7 @@ from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece
 from dali_diffusemix.philox import check_seed
 from dali_diffusemix.pixels import check_size, decode
 from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
-from dali_diffusemix.store import EditStore
+from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
 
@@ -40,9 +40,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
 
     Args:
-        root: Folder of originals, root/class/**/image.
+        root: Folder of originals, root/class/**/image, or a packed store of them.
         catalog: The originals to use, for other layouts: paths relative to `root`. Else the edit store's catalog;
-            without edits, the one in the user's cache folder, made on first use.
+            without edits, the packed store's, or the one in the user's cache folder, made on first use.
         edits: Edit store, or its folder. Needed where `mix` is given.
         fractals: Fractal bank, or its file. Needed where `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation.
@@ -52,9 +52,11 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     Raises:
         CatalogError: the folder holds no images, or its catalog cannot be used.
-        StoreError: the edit store or the bank cannot be used, or is of other originals.
+        StoreError: the edit store, the packed store or the bank cannot be used, or is of other originals.
         ConfigError: arguments do not fit together.
     """
+
+    original_store: OriginalStore | None  # row r of the catalog is its image r; None: the originals are files
 
     def __init__(
         self,
@@ -69,13 +71,19 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         seed: int = 0,
     ) -> None:
         self.root = Path(root)
+        packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
         if self.store is not None:
             if catalog is not None:
                 self.store.check_originals(catalog)
             catalog = self.store.catalog
-            _check_same_originals(self.root, self.store)
+            if packed is None:
+                _check_same_originals(self.root, self.store)
+        if packed is not None:
+            packed = packed if catalog is None else packed.in_order_of(catalog)
+            catalog = packed.catalog
+        self.original_store = packed
         self.catalog = index(root) if catalog is None else catalog
         self.mix = mix
         self.crop = crop
@@ -107,7 +115,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     @property
     def samples(self) -> Sequence[tuple[str, int]]:
-        """(path, label) of every original; a view that makes each pair when it is looked at."""
+        """(path, label) of every original; a view that makes each pair when it is looked at.
+
+        Of a packed store a path tells which original it is: there is no such file.
+        """
         return _Samples(self.root, self.catalog)
 
     imgs = samples
@@ -144,7 +155,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return self._samples_of(np.asarray(indices, dtype=np.int64) % len(self))
 
     def path_of(self, original: int) -> str:
-        """Path of an original, by its row in the catalog."""
+        """Path of an original, by its row in the catalog; of a packed store the name of none of its files."""
         return str(self.root / self.catalog.path(original))
 
     def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
@@ -153,7 +164,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
-        originals = [self._decode_original(int(row)) for row in plan.original]
+        originals = [self.decode_original(int(row)) for row in plan.original]
         edits = [None if edit < 0 else self._decode_edit(int(edit)) for edit in plan.edit]
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
@@ -168,9 +179,20 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         images = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
         return list(zip(images, self.labels_of(plan).tolist(), strict=True))
 
-    def _decode_original(self, original: int) -> NDArray[np.uint8]:
+    def decode_original(self, original: int) -> NDArray[np.uint8]:
+        """An original's upright pixels, (height, width, 3) uint8, by its row in the catalog.
+
+        Raises:
+            DecodeError: it cannot be decoded, or has another size than it is listed with.
+        """
         path = self.path_of(original)
-        pixels = decode(path)
+        if self.original_store is None:
+            pixels = decode(path)
+        else:
+            try:
+                pixels = decode(self.original_store.encoded(original))
+            except DecodeError as error:
+                raise DecodeError(f"{path}: {error}") from error
         check_size(pixels, self.catalog.sizes[original], path)
         return pixels
 

@@ -1,4 +1,4 @@
-"""Generation: from a folder of originals to an edit store.
+"""Generation: from a folder of originals, or a packed store of them, to an edit store.
 
     original --decode, upright--> RGB --squash to size x size--> editor, all prompts at once --JPEG--> shard
 
@@ -29,9 +29,9 @@ from dali_diffusemix.engines import Engine
 from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import decode
-from dali_diffusemix.store import VERDICTS, Shard, ShardWriter, StoreWriter
+from dali_diffusemix.store import VERDICTS, OriginalStore, Shard, ShardWriter, StoreWriter
 
-__all__ = ["GenerateConfig", "Summary", "edit_seed", "generate"]
+__all__ = ["GenerateConfig", "Summary", "edit_seed", "generate", "list_originals"]
 
 _log = logging.getLogger(__name__)
 
@@ -117,10 +117,10 @@ def generate(
     An original that cannot be read gets a verdict, and the run goes on.
 
     Args:
-        root: The folder of originals.
+        root: The folder of originals, or a packed store.
         store: The edit store, a folder outside `root`.
         config: Which edits to make; all defaults unless given.
-        catalog: The originals to use, with paths relative to `root`; unless given, `index(root)`.
+        catalog: The originals to use, with paths relative to `root`; unless given, `list_originals(root)`.
         engine: Where the work is done; in this process unless given.
         progress: Called with the edits done, those of earlier runs included, and the edits there will be.
 
@@ -138,7 +138,7 @@ def generate(
         raise ConfigError(
             f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
         )
-    originals = index(root) if catalog is None else catalog
+    originals = list_originals(root) if catalog is None else catalog
     with StoreWriter.open(store, originals, settings) as writer:
         writer.order(config.prompts, config.variants, config.originals_per_shard)
         shards, verdicts = writer.shards(), writer.done()
@@ -160,6 +160,17 @@ def generate(
         made=made,
         seconds=time.perf_counter() - begin,
     )
+
+
+def list_originals(root: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Catalog:
+    """A packed store's own catalog, or `index(root)` of a folder.
+
+    Raises:
+        CatalogError: The folder's originals cannot be listed.
+        StoreError: The root is an edit store, or a packed one that cannot be opened.
+    """
+    packed = OriginalStore.find(root)
+    return index(root, progress=progress) if packed is None else packed.catalog
 
 
 def edit_seed(seed: int, path: bytes, prompt: str, variant: int) -> int:
@@ -190,6 +201,8 @@ class _Worker:
         self._config = config
         self._editor = _editor(config)
         self._catalog = Catalog.open(store / "catalog")
+        packed = OriginalStore.find(root)
+        self._packed = None if packed is None else packed.in_order_of(self._catalog)
 
     def __call__(self, shard: Shard) -> Iterator[_Progress]:
         """Make one shard; yield after each batch how far it has come."""
@@ -232,10 +245,11 @@ class _Worker:
 
     def _read(self, original: int) -> NDArray[np.uint8] | None:
         """An original as the editor gets it, (size, size, 3) uint8; None if it cannot be read."""
+        path = self._catalog.path(original)
         try:
-            pixels = decode(self._root / self._catalog.path(original))
+            pixels = decode(self._root / path if self._packed is None else self._packed.encoded(original))
         except DecodeError as error:
-            _log.warning("No edits are made of an original: %s", error)
+            _log.warning("No edits are made of the original %r: %s", path, error)
             return None
         side = (self._config.size, self._config.size)
         return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC))

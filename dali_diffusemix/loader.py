@@ -169,7 +169,13 @@ class DiffuseMixLoader:
     def _new_decoder(self, device: torch.device) -> PieceDecoder:
         sizes = self.dataset.catalog.sizes
         height, width = sizes[np.argmax(sizes.astype(np.int64).prod(axis=1))].tolist()
-        return PieceDecoder(self.batch_size, threads=self._threads, device=device.index, largest=(height, width))
+        return PieceDecoder(
+            self.batch_size,
+            threads=self._threads,
+            device=device.index,
+            largest=(height, width),
+            packed=self.dataset.original_store is not None,
+        )
 
     @property
     def _threads(self) -> int:
@@ -191,13 +197,20 @@ class DiffuseMixLoader:
             whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
             windows = whole[0], whole[1]
         return Sources(
-            paths=[os.fsencode(dataset.path_of(row)) for row in plan.original],
+            originals=self._originals(plan),
             edits=[None if store is None or edit < 0 else store.encoded(edit) for edit in plan.edit],
             original_windows=windows[0],
             edit_windows=windows[1],
             original_sizes=original_sizes,
             edit_sizes=edit_sizes,
         )
+
+    def _originals(self, plan: BatchPlan) -> list[NDArray[np.uint8]]:
+        """Encoded originals of a packed store, else the paths of their files."""
+        dataset, packed = self.dataset, self.dataset.original_store
+        if packed is not None:
+            return [packed.encoded(row) for row in plan.original]
+        return [np.frombuffer(os.fsencode(dataset.path_of(row)), dtype=np.uint8) for row in plan.original]
 
     def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
         self._raise_first_error(plan, originals, edits)

@@ -29,9 +29,9 @@ _ENDS: Final = ("start", "end")
 
 @dataclass(frozen=True, kw_only=True)
 class Sources:
-    """What a batch decodes: for each sample a window of a file and one of an edit's bytes."""
+    """What a batch decodes: for each sample a window of its original and one of its edit."""
 
-    paths: Sequence[bytes]  # (n,) files of the originals
+    originals: Sequence[NDArray[np.uint8]]  # (n,) files' paths, or with `packed` encoded images, which must not change
     edits: Sequence[NDArray[np.uint8] | None]  # (n,) encoded edits; they must not change until fetched
     original_windows: NDArray[np.int32]  # (n, 4) top, left, bottom, right, upright pixels; empty: not decoded
     edit_windows: NDArray[np.int32]  # (n, 4); empty also where there is no edit
@@ -39,7 +39,7 @@ class Sources:
     edit_sizes: NDArray[np.int32]  # (n, 2)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.originals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,18 +90,26 @@ class PieceDecoder:
         threads: DALI's worker threads.
         device: The GPU that decodes and keeps the pieces, its number; None is the CPU.
         largest: (height, width) of the largest image, for which a GPU's decoder makes room at once.
+        packed: Originals are given as encoded images, as edits are, and not as files' paths.
 
     Raises:
         MissingDependencyError: DALI is not installed.
     """
 
     def __init__(
-        self, batch_size: int, *, threads: int, device: int | None = None, largest: tuple[int, int] = (0, 0)
+        self,
+        batch_size: int,
+        *,
+        threads: int,
+        device: int | None = None,
+        largest: tuple[int, int] = (0, 0),
+        packed: bool = False,
     ) -> None:
         self._batch_size = batch_size
         self._threads = threads
         self._device = device
         self._largest = largest
+        self._packed = packed
         self._pipeline = self._build()
         # What DALI reads without a copy stays referenced here until it is fetched.
         self._waiting: deque[tuple[Sources, object]] = deque()
@@ -153,7 +161,7 @@ class PieceDecoder:
         self._pipeline = None
 
     def _build(self, *, alone: bool = False) -> Any:
-        """A pipeline from `paths` and `content` to pixels; `alone` from one image's `content`."""
+        """A pipeline from originals and edits to pixels; `alone` from one image, which it calls an edit."""
         fn, pipeline_def, types = dali()
         height, width = self._largest
         options = {"output_type": types.RGB, "device": "cpu"}
@@ -179,8 +187,9 @@ class PieceDecoder:
 
             decoded = [fn.decoders.image_slice(external("edits"), **window("edits"), **options)]
             if not alone:
-                originals = fn.io.file.read(external("paths"))
-                decoded.insert(0, fn.decoders.image_slice(originals, **window("paths"), **options))
+                originals = external("originals")
+                contents = originals if self._packed else fn.io.file.read(originals)
+                decoded.insert(0, fn.decoders.image_slice(contents, **window("originals"), **options))
             return tuple(decoded)
 
         pipeline = pieces()
@@ -196,17 +205,17 @@ class PieceDecoder:
 
     def _schedule(self, sources: Sources) -> object:
         no_original, no_edit = _is_empty(sources.original_windows), _is_empty(sources.edit_windows)
-        paths = [
-            _placeholder_file() if empty else np.frombuffer(path, dtype=np.uint8)
-            for path, empty in zip(sources.paths, no_original, strict=True)
+        placeholder = _PLACEHOLDER if self._packed else _placeholder_file()
+        originals = [
+            placeholder if empty else original for original, empty in zip(sources.originals, no_original, strict=True)
         ]
         edits = [
             _PLACEHOLDER if empty or edit is None else edit for edit, empty in zip(sources.edits, no_edit, strict=True)
         ]
-        _feed(self._pipeline, "paths", paths, sources.original_windows)
+        _feed(self._pipeline, "originals", originals, sources.original_windows)
         _feed(self._pipeline, "edits", edits, sources.edit_windows)
         self._pipeline.schedule_run()
-        return paths, edits
+        return originals, edits
 
     @staticmethod
     def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32]) -> Decoded:
@@ -223,9 +232,12 @@ class PieceDecoder:
     def _rescue(self, sources: Sources) -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
         alone = _Alone(self)
+        decode_original = alone.decode if self._packed else alone.decode_file
         originals = [
-            alone.decode_file(path, window, size) if _area(window) else None
-            for path, window, size in zip(sources.paths, sources.original_windows, sources.original_sizes, strict=True)
+            decode_original(original, window, size) if _area(window) else None
+            for original, window, size in zip(
+                sources.originals, sources.original_windows, sources.original_sizes, strict=True
+            )
         ]
         edits = [
             alone.decode(edit, window, size) if edit is not None and _area(window) else None
@@ -259,8 +271,10 @@ class _Alone:
         self._decoder = decoder
         self._pipeline: Any = None
 
-    def decode_file(self, path: bytes, window: NDArray[np.int32], size: NDArray[np.int32]) -> _Image | DecodeError:
-        name = Path(os.fsdecode(path))
+    def decode_file(
+        self, path: NDArray[np.uint8], window: NDArray[np.int32], size: NDArray[np.int32]
+    ) -> _Image | DecodeError:
+        name = Path(os.fsdecode(path.tobytes()))
         try:
             content = name.read_bytes()
         except OSError as error:

@@ -139,7 +139,7 @@ class _Sample:
             row=row,
             class_name=dataset.classes[int(dataset.catalog.labels[original])],
             prompt=None if store is None else store.prompt_of(edit),
-            original=decode(dataset.path_of(original)),
+            original=dataset.decode_original(original),
             edit=None if store is None else decode(store.encoded(edit)),
             fractal=None if bank is None or fractal < 0 else bank.images[fractal],
         )

@@ -1,4 +1,6 @@
-"""The edit store: edits on disk, made once by many processes and killed at any moment, read ever after by many.
+"""Stores: images on disk, made once by processes that may be killed at any moment, read ever after by many.
+
+An edit store holds edits:
 
     store.json                       what was asked for: settings, prompts, and the work ordered so far ("segments")
     catalog/                         the originals; a row never shifts
@@ -11,6 +13,15 @@
 
 A segment is a box of work, originals x prompts x variants, cut into shards along the originals. Shards are numbered by
 the segments alone, never by when or where they were made, so that a later run knows which are missing.
+
+A packed store holds originals, in shards of the same four files:
+
+    store.json                       settings, and how many originals make a shard
+    listed/                          the catalog of the folder that is packed, whose rows the shards name
+    shards/originals-000000.tar      one member for each original (.idx, .npy: `ORIGINAL_SHARD_ROW`, .json)
+    catalog/                         derived: the originals that were packed, with the sizes that they have here
+    index.npy                        derived: where they lie, a row for each row of catalog/
+    index.json                       of which shards these are derived; written last: without it a store is unfinished
 """
 
 import hashlib
@@ -24,6 +35,7 @@ import os
 import re
 import tarfile
 import warnings
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -31,21 +43,26 @@ from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Self, TypeAlias
 from urllib.parse import quote_from_bytes
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
-from dali_diffusemix.catalog import Catalog
+from dali_diffusemix.catalog import Catalog, Rejected
 from dali_diffusemix.errors import CatalogError, StoreError
 
 __all__ = [
     "INDEX_ROW",
+    "ORIGINAL_INDEX_ROW",
+    "ORIGINAL_SHARD_ROW",
     "SHARD_ROW",
     "VERDICTS",
     "EditStore",
+    "OriginalShardWriter",
+    "OriginalStore",
+    "OriginalStoreWriter",
     "Shard",
     "ShardWriter",
     "StoreWriter",
@@ -55,10 +72,10 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
-"""What decides an edit besides its original, prompt and variant."""
+"""What decides a store's images besides the original, prompt and variant of each."""
 
 VERDICTS = ("accepted", "unreadable original")
-"""What a verdict's number means. Only accepted edits are trained on."""
+"""What a verdict's number means. Only what was accepted is trained on."""
 
 SHARD_ROW = np.dtype(
     [
@@ -91,17 +108,79 @@ INDEX_ROW = np.dtype(
 )
 """An accepted edit in the index of the whole store."""
 
+ORIGINAL_SHARD_ROW = np.dtype(
+    [
+        ("original", "<i8"),  # row of the catalog of what was listed
+        ("offset", "<i8"),  # of the file in the tar
+        ("length", "<i4"),  # of the file in bytes; 0: there is none
+        ("height", "<i4"),  # upright
+        ("width", "<i4"),
+        ("verdict", "u1"),  # place in VERDICTS
+    ]
+)
+"""An original in its shard, packed or not."""
+
+ORIGINAL_INDEX_ROW = np.dtype(
+    [("original", "<i8"), ("shard", "<i4"), ("offset", "<i8"), ("length", "<i4"), ("height", "<i4"), ("width", "<i4")]
+)
+"""A packed original in the index of the whole store."""
+
 _VERSION = 1
-_STORE, _SHARD, _INDEX = (f"dali_diffusemix.{kind}" for kind in ("store", "shard", "index"))
+_SHARD, _INDEX = (f"dali_diffusemix.{kind}" for kind in ("shard", "index"))
 _FILES = ("tar", "idx", "npy")
 # Each open map holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
 _OPEN_MAPS = 256
+# Shard to the bytes of each of _FILES.
+_Sizes: TypeAlias = dict[int, tuple[int, ...]]
 # prompt and variant are int16.
 _MOST = 32768
 
 
 class UnfinishedStoreWarning(UserWarning):
     """A store is read of which shards are missing, or whose index is not up to date."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What a store is of; all else of a store is alike."""
+
+    images: str  # what it holds, and how its shards' names begin
+    name: str
+    magic: str  # of store.json
+    command: str  # what makes it
+    use: str  # what such a store is good for: the remedy where it is found in the other's place
+    listing: str  # the folder of the catalog whose rows its shards name
+    shard_row: np.dtype[Any]
+    index_row: np.dtype[Any]
+
+    def file(self, number: int, ending: str) -> str:
+        """A shard's file."""
+        return f"{self.images}-{number:06d}.{ending}"
+
+    def damaged(self, file: Path, what: str) -> StoreError:
+        return StoreError(f"{str(file)!r}: {what}; run `{self.command}` again, which makes it anew.")
+
+
+_EDITS = _Kind(
+    images="edits",
+    name="edit store",
+    magic="dali_diffusemix.store",
+    command="dali-diffusemix generate",
+    use="is given as edits",
+    listing="catalog",
+    shard_row=SHARD_ROW,
+    index_row=INDEX_ROW,
+)
+_ORIGINALS = _Kind(
+    images="originals",
+    name="packed store",
+    magic="dali_diffusemix.originals",
+    command="dali-diffusemix pack",
+    use="is given in place of the folder of originals",
+    listing="listed",
+    shard_row=ORIGINAL_SHARD_ROW,
+    index_row=ORIGINAL_INDEX_ROW,
+)
 
 
 # What was asked for --------------------------------------------------------------------------------------------------
@@ -220,19 +299,11 @@ class _Header:
             "fingerprint": self.fingerprint,
             "written_by": f"dali_diffusemix {__version__}",
         }
-        _write_json(store / "store.json", _STORE, content)
+        _write_json(store / "store.json", _EDITS.magic, content)
 
     @classmethod
     def read(cls, store: Path) -> "_Header":
-        file = store / "store.json"
-        try:
-            stored = _read_json(file, _STORE, "use another folder")
-        except FileNotFoundError as error:
-            raise StoreError(
-                f"{str(store)!r}: there is no edit store (store.json); make one with "
-                "`dali-diffusemix generate ROOT STORE`."
-            ) from error
-        with _understood(file, "bring back a copy of it, or make a new store"):
+        with _stored_header(_EDITS, store) as stored:
             header = cls(
                 settings=MappingProxyType(dict(stored["settings"])),
                 prompts=tuple(map(str, stored["prompts"])),
@@ -243,6 +314,59 @@ class _Header:
                 if segment.originals_per_shard < 1 or not set(segment.prompts) <= set(range(len(header.prompts))):
                     raise ValueError(f"segment {segment}")
         return header
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OriginalHeader:
+    """The content of a packed store's store.json."""
+
+    settings: Settings
+    originals: int  # that are listed
+    originals_per_shard: int
+
+    @property
+    def shard_count(self) -> int:
+        return math.ceil(self.originals / self.originals_per_shard)
+
+    def rows(self, shard: int) -> range:
+        return range(self.originals)[shard * self.originals_per_shard : (shard + 1) * self.originals_per_shard]
+
+    def write(self, store: Path) -> None:
+        content = {
+            "settings": dict(self.settings),
+            "originals": self.originals,
+            "originals_per_shard": self.originals_per_shard,
+            "written_by": f"dali_diffusemix {__version__}",
+        }
+        _write_json(store / "store.json", _ORIGINALS.magic, content)
+
+    @classmethod
+    def read(cls, store: Path) -> "_OriginalHeader":
+        with _stored_header(_ORIGINALS, store) as stored:
+            header = cls(
+                settings=MappingProxyType(dict(stored["settings"])),
+                originals=int(stored["originals"]),
+                originals_per_shard=int(stored["originals_per_shard"]),
+            )
+            if header.originals_per_shard < 1:
+                raise ValueError(f"originals_per_shard {header.originals_per_shard}")
+        return header
+
+
+@contextmanager
+def _stored_header(kind: _Kind, store: Path) -> Iterator[dict[str, Any]]:
+    """The content of store.json; whatever is found wrong with it becomes a StoreError."""
+    file = store / "store.json"
+    other = _ORIGINALS if kind is _EDITS else _EDITS
+    remedy = f"use another folder (what has {other.magic!r}, the {other.name}, {other.use})"
+    try:
+        stored = _read_json(file, kind.magic, remedy)
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{str(store)!r}: there is no {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
+        ) from error
+    with _understood(file, "bring back a copy of it, or make a new store"):
+        yield stored
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -272,7 +396,7 @@ class EditStore:
         self.index = tables.index
         self.starts = tables.starts
         self._shards = tables.shards
-        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, path / "shards", tables.sizes))
+        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, _EDITS, path / "shards", tables.sizes))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "EditStore":
@@ -290,16 +414,14 @@ class EditStore:
                 f"catalog has {catalog.fingerprint[:16]}; bring back the catalog that the store was made with."
             )
         listing = _list_shards(path)
-        done = [number for number in range(header.shard_count) if _name(number, "json") in listing]
+        done = [number for number in range(header.shard_count) if _EDITS.file(number, "json") in listing]
         if not done:
             raise StoreError(
                 f"{str(path)!r}: none of its {header.shard_count} shards is finished; "
                 "run `dali-diffusemix generate` until it is."
             )
         tables, derived = _open_tables(path, header, len(catalog), done)
-        for number, sizes in tables.sizes.items():
-            for kind, size in zip(_FILES, sizes, strict=True):
-                _check_size(path / "shards" / _name(number, kind), size, listing.get(_name(number, kind)))
+        _check_sizes(_EDITS, path, tables.sizes, listing)
         missing = header.shard_count - len(done)
         if missing or not derived:
             what = (
@@ -351,13 +473,132 @@ class EditStore:
         _check_originals(self.path, self.catalog, catalog)
 
 
+class OriginalStore:
+    """Packed originals: row r of the catalog is image r. Finished, it never changes; it is pickled as its path.
+
+    Shards are mapped when they are first touched.
+    """
+
+    path: Path
+    settings: Settings  # how the originals were packed
+    catalog: Catalog  # the originals in here, with the sizes that they have in here
+    index: NDArray[np.void]  # (originals,) ORIGINAL_INDEX_ROW
+
+    def __init__(
+        self, path: Path, settings: Settings, catalog: Catalog, index: NDArray[np.void], sizes: _Sizes
+    ) -> None:
+        """Use `OriginalStore.open`."""
+        self.path = path
+        self.settings = settings
+        self.catalog = catalog
+        self.index = index
+        self._sizes = sizes
+        self._order: Catalog | None = None  # whose rows these are, if not the store's own
+        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, _ORIGINALS, path / "shards", sizes))
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "OriginalStore":
+        """Open a packed store.
+
+        Raises:
+            StoreError: There is no packed store, it is unfinished, a file is missing, cut short, or of a newer version.
+        """
+        path = Path(path).absolute()
+        header = _OriginalHeader.read(path)
+        file = path / "index.json"
+        remedy = f"remove it and run `{_ORIGINALS.command}` again"
+        try:
+            stored = _read_json(file, _INDEX, remedy)
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"{str(path)!r}: the packed store is not finished (it has no index.json); run the "
+                f"`{_ORIGINALS.command}` that makes it again: it does the rest."
+            ) from error
+        with _understood(file, remedy):
+            fingerprint = str(stored["fingerprint"])
+            sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in stored["shards"]}
+        catalog = _open_catalog(path)
+        if catalog.fingerprint != fingerprint:
+            raise StoreError(
+                f"{str(path)!r}: index.json is of originals with fingerprint {fingerprint[:16]}, but the store's "
+                f"catalog has {catalog.fingerprint[:16]}; {remedy}."
+            )
+        _check_sizes(_ORIGINALS, path, sizes, _list_shards(path))
+        index = _load(_ORIGINALS, path / "index.npy", ORIGINAL_INDEX_ROW, len(catalog), mapped=True)
+        return cls(path, header.settings, catalog, index, sizes)
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> "OriginalStore | None":
+        """The packed store that `path` is, or None where it is a folder of images.
+
+        Raises:
+            StoreError: It is an edit store, or a packed one that cannot be opened.
+        """
+        try:
+            with (Path(path) / "store.json").open("rb") as file:
+                ours = b'"magic": "dali_diffusemix.' in file.read(256)
+        except OSError:
+            return None
+        return cls.open(path) if ours else None
+
+    def in_order_of(self, catalog: Catalog) -> "OriginalStore":
+        """These originals with the rows and labels of another catalog, which pairs by path.
+
+        Raises:
+            StoreError: The catalog lists an original that is not in here.
+        """
+        ours = self.catalog
+        arrays = ("path_offsets", "path_bytes", "labels")
+        if ours.classes == catalog.classes and all(
+            np.array_equal(getattr(ours, name), getattr(catalog, name)) for name in arrays
+        ):
+            return self
+        row_of = {path: row for row, path in enumerate(ours.paths)}
+        rows = np.fromiter((row_of.get(path, -1) for path in catalog.paths), np.int64, len(catalog))
+        if missing := np.flatnonzero(rows < 0).tolist():
+            raise StoreError(
+                f"{str(self.path)!r}: the packed store lacks {len(missing)} of the {len(catalog)} originals asked for "
+                f"(for one {catalog.path(missing[0])!r}); give the store that was packed from the same folder, or "
+                "make the edits from this one. What could not be decoded was not packed: its catalog's `rejected`."
+            )
+        own_order = replace(catalog, sizes=ours.sizes[rows], _origin=None)
+        ordered = OriginalStore(self.path, self.settings, own_order, self.index[rows], self._sizes)
+        ordered._order = catalog
+        return ordered
+
+    def __reduce__(self) -> tuple[Callable[..., "OriginalStore"], tuple[Any, ...]]:
+        return _reopen_originals, (self.path, self._order)
+
+    def __len__(self) -> int:
+        """How many originals there are."""
+        return len(self.index)
+
+    def __repr__(self) -> str:
+        return f"<OriginalStore {str(self.path)!r}: {len(self)} originals>"
+
+    def encoded(self, original: int) -> NDArray[np.uint8]:
+        """An original's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
+
+        Raises:
+            StoreError: The shard has gone or was changed since the store was opened.
+        """
+        row = self.index[original]
+        offset = int(row["offset"])
+        return self._map(int(row["shard"]))[offset : offset + int(row["length"])]
+
+
+def _reopen_originals(path: Path, order: Catalog | None) -> OriginalStore:
+    store = OriginalStore.open(path)
+    return store if order is None else store.in_order_of(order)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Tables:
     """The index of some shards."""
 
     index: NDArray[np.void]  # (edits,) INDEX_ROW
     starts: NDArray[np.int64]  # (originals + 1,)
-    sizes: dict[int, tuple[int, ...]]  # shard to the bytes of each of _FILES
+    sizes: _Sizes
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -378,31 +619,19 @@ def _open_tables(path: Path, header: _Header, originals: int, shards: Sequence[i
     except FileNotFoundError:
         record = None
     if record is not None and list(record.sizes) == list(shards) and record.originals == originals:
-        index = _load(path / "index.npy", INDEX_ROW, record.edits, mapped=True)
-        starts = _load(path / "starts.npy", np.dtype("<i8"), originals + 1, mapped=True)
+        index = _load(_EDITS, path / "index.npy", INDEX_ROW, record.edits, mapped=True)
+        starts = _load(_EDITS, path / "starts.npy", np.dtype("<i8"), originals + 1, mapped=True)
         if starts[0] != 0 or starts[-1] != record.edits:
-            raise _damaged(path / "starts.npy", f"must run from 0 to {record.edits}, found {starts[0]} to {starts[-1]}")
+            found = f"{starts[0]} to {starts[-1]}"
+            raise _EDITS.damaged(path / "starts.npy", f"must run from 0 to {record.edits}, found {found}")
         return _Tables(index=index, starts=starts, sizes=record.sizes), True
-    records = {number: _ShardRecord.read(path, number) for number in shards}
+    records = {number: _ShardRecord.read(_EDITS, path, number) for number in shards}
     return _derive(path, records, originals), False
 
 
 def _derive(path: Path, records: Mapping[int, "_ShardRecord"], originals: int) -> _Tables:
     """Gather the accepted edits of these shards, sorted."""
-    index = np.empty(sum(record.verdicts[VERDICTS[0]] for record in records.values()), INDEX_ROW)
-    filled = 0
-    for number, record in records.items():
-        file = path / "shards" / _name(number, "npy")
-        rows = _load(file, SHARD_ROW, sum(record.verdicts.values()))
-        rows = rows[rows["verdict"] == 0]
-        part = index[filled : filled + len(rows)]
-        if len(part) != len(rows) or (
-            len(rows) and not 0 <= rows["original"].min() <= rows["original"].max() < originals
-        ):
-            raise _damaged(file, "does not agree with its .json and the store's catalog")
-        for name in INDEX_ROW.names or ():
-            part[name] = number if name == "shard" else rows[name]
-        filled += len(rows)
+    index = _gather(_EDITS, path, records, originals)
     key = (index["original"] << 32) | (index["prompt"].astype(np.int64) << 16) | index["variant"]
     if (key[1:] < key[:-1]).any():  # shards of one segment come sorted already
         index = index[np.argsort(key, kind="stable")]
@@ -412,13 +641,32 @@ def _derive(path: Path, records: Mapping[int, "_ShardRecord"], originals: int) -
     return _Tables(index=index, starts=starts, sizes={number: record.sizes for number, record in records.items()})
 
 
+def _gather(kind: _Kind, path: Path, records: Mapping[int, "_ShardRecord"], originals: int) -> NDArray[np.void]:
+    """(accepted,) rows of the index, shard after shard; `originals` are listed."""
+    index = np.empty(sum(record.verdicts[VERDICTS[0]] for record in records.values()), kind.index_row)
+    filled = 0
+    for number, record in records.items():
+        file = path / "shards" / kind.file(number, "npy")
+        rows = _load(kind, file, kind.shard_row, sum(record.verdicts.values()))
+        rows = rows[rows["verdict"] == 0]
+        part = index[filled : filled + len(rows)]
+        if len(part) != len(rows) or (
+            len(rows) and not 0 <= rows["original"].min() <= rows["original"].max() < originals
+        ):
+            raise kind.damaged(file, "does not agree with its .json and the store's catalog")
+        for name in kind.index_row.names or ():
+            part[name] = number if name == "shard" else rows[name]
+        filled += len(rows)
+    return index
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Record:
     """The content of index.json: of what index.npy and starts.npy were derived."""
 
     edits: int
     originals: int
-    sizes: dict[int, tuple[int, ...]]
+    sizes: _Sizes
 
     @classmethod
     def read(cls, store: Path) -> "_Record":
@@ -442,36 +690,43 @@ class _ShardRecord:
     verdicts: Counter[str]
 
     @classmethod
-    def read(cls, store: Path, number: int) -> "_ShardRecord":
-        file = store / "shards" / _name(number, "json")
-        remedy = "remove it and run `dali-diffusemix generate` again"
+    def read(cls, kind: _Kind, store: Path, number: int) -> "_ShardRecord":
+        file = store / "shards" / kind.file(number, "json")
+        remedy = f"remove it and run `{kind.command}` again"
         try:
             stored = _read_json(file, _SHARD, remedy)
         except FileNotFoundError as error:
-            raise StoreError(f"{str(file)!r}: has gone; run `dali-diffusemix generate` again.") from error
+            raise StoreError(f"{str(file)!r}: has gone; run `{kind.command}` again.") from error
         with _understood(file, remedy):
             return cls(
-                sizes=tuple(int(stored["files"][kind]["bytes"]) for kind in _FILES),
+                sizes=tuple(int(stored["files"][ending]["bytes"]) for ending in _FILES),
                 verdicts=Counter({str(name): int(count) for name, count in stored["verdicts"].items()}),
             )
 
 
-def _map_tar(shards: Path, sizes: Mapping[int, tuple[int, ...]], number: int) -> NDArray[np.uint8]:
+def _map_tar(kind: _Kind, shards: Path, sizes: _Sizes, number: int) -> NDArray[np.uint8]:
     """A whole tar, (bytes,) uint8. Its size is checked: touching what is mapped beyond a file's end kills a process."""
-    file = shards / _name(number, "tar")
+    file = shards / kind.file(number, "tar")
     try:
         with file.open("rb") as stream:
-            _check_size(file, sizes[number][0], os.fstat(stream.fileno()).st_size)
+            _check_size(kind, file, sizes[number][0], os.fstat(stream.fileno()).st_size)
             return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except OSError as error:
         raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
 
 
-def _check_size(file: Path, expected: int, found: int | None) -> None:
+def _check_sizes(kind: _Kind, store: Path, sizes: _Sizes, listing: Mapping[str, int]) -> None:
+    for number, of_shard in sizes.items():
+        for ending, size in zip(_FILES, of_shard, strict=True):
+            name = kind.file(number, ending)
+            _check_size(kind, store / "shards" / name, size, listing.get(name))
+
+
+def _check_size(kind: _Kind, file: Path, expected: int, found: int | None) -> None:
     if found != expected:
         what = "is missing" if found is None else f"must have {expected} bytes, found {found}"
         raise StoreError(
-            f"{str(file)!r}: {what}; run `dali-diffusemix generate` again, which makes this shard anew "
+            f"{str(file)!r}: {what}; run `{kind.command}` again, which makes this shard anew "
             "(`dali-diffusemix verify` checks them all)."
         )
 
@@ -487,17 +742,17 @@ def _list_shards(store: Path) -> dict[str, int]:
         raise StoreError(f"{str(store / 'shards')!r}: cannot be listed ({error.strerror}).") from error
 
 
-def _open_catalog(store: Path) -> Catalog:
+def _open_catalog(store: Path, folder: str = "catalog") -> Catalog:
     try:
-        return Catalog.open(store / "catalog")
+        return Catalog.open(store / folder)
     except CatalogError as error:
         raise StoreError(
-            f"{str(store)!r}: the store's own catalog cannot be used; bring back a copy of its folder 'catalog', or "
+            f"{str(store)!r}: the store's own catalog cannot be used; bring back a copy of its folder {folder!r}, or "
             f"make a new store. {error}"
         ) from error
 
 
-def _check_originals(store: Path, ours: Catalog, given: Catalog) -> None:
+def _check_originals(store: Path, ours: Catalog, given: Catalog, folder: str = "catalog") -> None:
     if ours.fingerprint == given.fingerprint:
         return
     stored, found = set(ours.paths), set(given.paths)
@@ -509,7 +764,7 @@ def _check_originals(store: Path, ours: Catalog, given: Catalog) -> None:
     raise StoreError(
         f"{str(store)!r}: the store was built from other originals: it has {len(stored)}, given are {len(found)}; "
         f"{', '.join(differences)}. Give the folder it was built from, or another store; if that folder has changed "
-        f"since, Catalog.open({str(store / 'catalog')!r}) is the list that the store goes by."
+        f"since, Catalog.open({str(store / folder)!r}) is the list that the store goes by."
     )
 
 
@@ -538,37 +793,14 @@ class StoreWriter:
                 the folder is something else or cannot be written.
         """
         path = Path(path).absolute()
-        with _writing(path):
-            if path.is_dir() and not (path / "store.json").exists():
-                if any((path / "shards").glob("edits-*")):
-                    raise StoreError(
-                        f"{str(path)!r}: has shards, but no store.json, which says what they are; bring back a copy of "
-                        "it, or give a new folder."
-                    )
-                # What a run that was killed at its very beginning leaves, besides temporary files.
-                others = {entry.name for entry in path.iterdir()} - {"catalog", "shards"}
-                if foreign := sorted(name for name in others if not name.startswith(".")):
-                    raise StoreError(
-                        f"{str(path)!r}: is no edit store, but has other files in it ({foreign[0]!r}); "
-                        "give an empty or a new folder."
-                    )
-            (path / "shards").mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        with _begun(_EDITS, path, catalog) as listed:
             writer = cls()
             writer.path = path
-            with _writing(path):
-                for folder in (path, path / "catalog", path / "shards"):
-                    for leftover in folder.glob(".*.tmp"):
-                        leftover.unlink()
-                if not (path / "store.json").exists():
-                    catalog.save(path / "catalog")
-                    writer._header = _Header(
-                        settings=settings, prompts=(), segments=(), fingerprint=catalog.fingerprint
-                    )
-                else:
-                    writer._header = _Header.read(path)
-            writer.catalog = _open_catalog(path)
-            _check_originals(path, writer.catalog, catalog)
+            writer.catalog = listed
+            if (path / "store.json").exists():
+                writer._header = _Header.read(path)
+            else:
+                writer._header = _Header(settings=settings, prompts=(), segments=(), fingerprint=catalog.fingerprint)
             _check_settings(path, writer._header.settings, settings)
             yield writer
 
@@ -596,21 +828,12 @@ class StoreWriter:
 
     def done(self) -> dict[int, Counter[str]]:
         """Finished shards, and how many of their edits had which verdict. One whose files have other sizes is not."""
-        listing = _list_shards(self.path)
-        finished = {}
-        for number in range(self._header.shard_count):
-            if _name(number, "json") not in listing:
-                continue
-            record = _ShardRecord.read(self.path, number)
-            if tuple(listing.get(_name(number, kind)) for kind in _FILES) == record.sizes:
-                finished[number] = record.verdicts
-            else:
-                _log.warning("Shard %d of %r is damaged and will be made anew.", number, str(self.path))
-        return finished
+        finished = _finished_shards(_EDITS, self.path, self._header.shard_count)
+        return {number: record.verdicts for number, record in finished.items()}
 
     def finish(self) -> None:
         """Derive the index of the whole store from its shards."""
-        records = {number: _ShardRecord.read(self.path, number) for number in self.done()}
+        records = _finished_shards(_EDITS, self.path, self._header.shard_count)
         tables = _derive(self.path, records, len(self.catalog))
         with _writing(self.path):
             # Without its record the index is not used: no reader takes half of the old one and half of the new.
@@ -621,8 +844,223 @@ class StoreWriter:
             _Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path)
 
 
-class ShardWriter:
-    """Writes one shard: all of it, at the end of the `with` block, or after an error nothing.
+class OriginalStoreWriter:
+    """The one run that may add to a packed store at a time."""
+
+    path: Path
+    catalog: Catalog  # what is listed; the shards name its rows
+    _header: _OriginalHeader
+
+    @classmethod
+    @contextmanager
+    def open(
+        cls, path: str | os.PathLike[str], catalog: Catalog, settings: Settings, originals_per_shard: int
+    ) -> Iterator["OriginalStoreWriter"]:
+        """Open a packed store for writing, or begin one; until the block ends no other run can.
+
+        Args:
+            path: The store's folder; it may be there, empty.
+            catalog: The originals to pack.
+            settings: How they are packed.
+            originals_per_shard: Of a new store; one that was begun goes on with its own.
+
+        Raises:
+            StoreError: Another run is writing, the store is of other originals or settings, of a newer version, or
+                the folder is something else or cannot be written.
+        """
+        path = Path(path).absolute()
+        with _begun(_ORIGINALS, path, catalog) as listed:
+            writer = cls()
+            writer.path = path
+            writer.catalog = listed
+            if not (path / "store.json").exists():
+                header = _OriginalHeader(
+                    settings=settings, originals=len(listed), originals_per_shard=originals_per_shard
+                )
+                with _writing(path):
+                    header.write(path)
+            writer._header = _OriginalHeader.read(path)
+            _check_settings(path, writer._header.settings, settings)
+            yield writer
+
+    def shards(self) -> dict[int, range]:
+        """All shards: number to rows of the catalog."""
+        return {number: self._header.rows(number) for number in range(self._header.shard_count)}
+
+    def done(self) -> dict[int, Counter[str]]:
+        """Finished shards, and how many of their originals had which verdict; see `StoreWriter.done`."""
+        finished = _finished_shards(_ORIGINALS, self.path, self._header.shard_count)
+        return {number: record.verdicts for number, record in finished.items()}
+
+    def finish(self, left_out: str) -> None:
+        """Derive the catalog and the index of the whole store from its shards, which must all be there.
+
+        Args:
+            left_out: Why the catalog rejects an original that was not accepted.
+
+        Raises:
+            StoreError: No original was accepted, or the folder cannot be written.
+        """
+        records = _finished_shards(_ORIGINALS, self.path, self._header.shard_count)
+        index = _gather(_ORIGINALS, self.path, records, len(self.catalog))
+        if not len(index):
+            raise StoreError(
+                f"{str(self.path)!r}: none of the {len(self.catalog)} originals could be packed; give a folder of "
+                "images that can be decoded, and a new store."
+            )
+        catalog = self._packed(index, left_out)
+        with _writing(self.path):
+            # Without its record the store is unfinished: no reader takes half of the old one and half of the new.
+            (self.path / "index.json").unlink(missing_ok=True)
+            catalog.save(self.path / "catalog")
+            with _replacing(self.path / "index.npy") as stream:
+                np.save(stream, index, allow_pickle=False)
+            content = {
+                "fingerprint": catalog.fingerprint,
+                "shards": [[number, *record.sizes] for number, record in records.items()],
+            }
+            _write_json(self.path / "index.json", _INDEX, content)
+
+    def _packed(self, index: NDArray[np.void], left_out: str) -> Catalog:
+        """The catalog of what was packed, a row for each of the index."""
+        listed, rows = self.catalog, index["original"]
+        sizes = np.stack([index["height"], index["width"]], axis=-1)
+        rejected = np.setdiff1d(np.arange(len(listed)), rows).tolist()
+        packed = Catalog.from_arrays(
+            [listed.encoded_path(row) for row in rows.tolist()], listed.labels[rows], listed.classes, sizes
+        )
+        return replace(packed, rejected=(*listed.rejected, *(Rejected(listed.path(row), left_out) for row in rejected)))
+
+
+@contextmanager
+def _begun(kind: _Kind, path: Path, catalog: Catalog) -> Iterator[Catalog]:
+    """Hold the lock of a store, a new one if there is none, and give the catalog whose rows its shards name."""
+    with _writing(path):
+        if (path / "store.json").exists():
+            with _stored_header(kind, path):
+                pass  # one of the other kind, or of another version, is refused before anything is touched
+        elif path.is_dir():
+            if any((path / "shards").glob(f"{kind.images}-*")):
+                raise StoreError(
+                    f"{str(path)!r}: has shards, but no store.json, which says what they are; bring back a copy of "
+                    "it, or give a new folder."
+                )
+            # What a run that was killed at its very beginning leaves, besides temporary files.
+            others = {entry.name for entry in path.iterdir()} - {kind.listing, "shards"}
+            if foreign := sorted(name for name in others if not name.startswith(".")):
+                raise StoreError(
+                    f"{str(path)!r}: is no {kind.name}, but has other files in it ({foreign[0]!r}); "
+                    "give an empty or a new folder."
+                )
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        with _writing(path):
+            for folder in (path, path / "catalog", path / kind.listing, path / "shards"):
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink()
+            if not (path / "store.json").exists():
+                catalog.save(path / kind.listing)
+        listed = _open_catalog(path, kind.listing)
+        _check_originals(path, listed, catalog, kind.listing)
+        yield listed
+
+
+def _finished_shards(kind: _Kind, path: Path, count: int) -> dict[int, _ShardRecord]:
+    """Of this many shards those that are there, by number. One whose files have other sizes is not."""
+    listing = _list_shards(path)
+    finished = {}
+    for number in range(count):
+        if kind.file(number, "json") not in listing:
+            continue
+        record = _ShardRecord.read(kind, path, number)
+        if tuple(listing.get(kind.file(number, ending)) for ending in _FILES) == record.sizes:
+            finished[number] = record
+        else:
+            _log.warning("Shard %d of %r is damaged and will be made anew.", number, str(path))
+    return finished
+
+
+class _ShardFiles(ABC):
+    """Writes the files of one shard: all of them, at the end of the `with` block, or after an error nothing."""
+
+    def __init__(self, kind: _Kind, store: Path, catalog: Catalog, number: int, length: int) -> None:
+        self._kind = kind
+        self._folder = store / "shards"
+        self._catalog = catalog
+        self._number = number
+        self._length = length  # rows that it must have in the end
+        self._rows: list[tuple[Any, ...]] = []
+        self._groups: list[list[str]] = []  # of the .idx, a line each
+        self._verdicts: Counter[str] = Counter()
+        self._key_of: tuple[int, str] = (-1, "")  # an original and its key
+        self._hash = hashlib.sha256()
+        self._size = 0
+
+    def __enter__(self) -> Self:
+        with _writing(self._folder), ExitStack() as stack:
+            self._tar = stack.enter_context(_replacing(self._folder / self._kind.file(self._number, "tar")))
+            self._close = stack.pop_all()
+        return self
+
+    @abstractmethod
+    def _content(self) -> dict[str, Any]:
+        """What the .json says of the shard besides its number, files and verdicts."""
+
+    def _add_file(self, original: int, extension: str, data: bytes) -> int:
+        """Write a file of an original's group; return where it begins. Those of one group must follow each other."""
+        if original != self._key_of[0]:
+            self._key_of = original, _key(self._catalog.encoded_path(original))
+            self._groups.append([])
+        name = f"{self._key_of[1]}.{extension}"
+        self._write(_member_header(name, len(data)))
+        offset = self._size
+        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        self._groups[-1].append(f"{extension} {offset} {len(data)} {name}")
+        return offset
+
+    def _add_row(self, *row: object, verdict: str) -> None:
+        self._rows.append(row)
+        self._verdicts[verdict] += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with _writing(self._folder):
+            if error is not None:
+                self._close.__exit__(kind, error, trace)
+                return
+            with self._close:
+                if len(self._rows) != self._length:
+                    raise StoreError(
+                        f"shard {self._number} needs {self._length} {self._kind.images}, got {len(self._rows)}."
+                    )
+                blocks = -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+                self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
+            files = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
+            rows = io.BytesIO()
+            np.save(rows, np.array(self._rows, self._kind.shard_row), allow_pickle=False)
+            lines = [f"v1.2 {len(self._groups)}", *map(" ".join, self._groups), ""]
+            for ending, data in (("idx", "\n".join(lines).encode("ascii")), ("npy", rows.getvalue())):
+                with _replacing(self._folder / self._kind.file(self._number, ending)) as stream:
+                    stream.write(data)
+                files[ending] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            content = {
+                "shard": self._number,
+                **self._content(),
+                "files": files,
+                "verdicts": {name: self._verdicts[name] for name in VERDICTS},
+            }
+            _write_json(self._folder / self._kind.file(self._number, "json"), _SHARD, content)
+
+    def _write(self, data: bytes) -> None:
+        with _writing(self._folder):
+            self._tar.write(data)
+        self._hash.update(data)
+        self._size += len(data)
+
+
+class ShardWriter(_ShardFiles):
+    """Writes one shard of edits: all of it, at the end of the `with` block, or after an error nothing.
 
         with ShardWriter(store, catalog, shard) as writer:
             writer.add(...)  # for each original, for each prompt, for each variant
@@ -634,22 +1072,9 @@ class ShardWriter:
     """
 
     def __init__(self, store: Path, catalog: Catalog, shard: Shard) -> None:
+        super().__init__(_EDITS, store, catalog, shard.number, len(shard))
         self._header = _Header.read(store)
-        self._folder = store / "shards"
-        self._catalog = catalog
         self._shard = shard
-        self._rows: list[tuple[Any, ...]] = []
-        self._groups: list[list[str]] = []  # of the .idx, a line each
-        self._verdicts: Counter[str] = Counter()
-        self._key_of: tuple[int, str] = (-1, "")  # an original and its key
-        self._hash = hashlib.sha256()
-        self._size = 0
-
-    def __enter__(self) -> "ShardWriter":
-        with _writing(self._folder), ExitStack() as stack:
-            self._tar = stack.enter_context(_replacing(self._folder / _name(self._shard.number, "tar")))
-            self._close = stack.pop_all()
-        return self
 
     def add(
         self,
@@ -665,61 +1090,42 @@ class ShardWriter:
         score: float = math.nan,
     ) -> None:
         """Write one edit; without `jpeg` its verdict alone. Edits of one original must follow each other."""
-        offset = 0
+        offset = length = 0
         if jpeg is not None:
-            extension = f"{self._header.slugs[prompt]}.{variant}.jpg"
-            if original != self._key_of[0]:
-                self._key_of = original, _key(self._catalog.encoded_path(original))
-                self._groups.append([])
-            name = f"{self._key_of[1]}.{extension}"
-            self._write(_member_header(name, len(jpeg)))
-            offset = self._size
-            self._write(jpeg + bytes(-len(jpeg) % tarfile.BLOCKSIZE))
-            self._groups[-1].append(f"{extension} {offset} {len(jpeg)} {name}")
+            offset = self._add_file(original, f"{self._header.slugs[prompt]}.{variant}.jpg", jpeg)
+            length = len(jpeg)
         code = VERDICTS.index(verdict)
-        length = 0 if jpeg is None else len(jpeg)
-        self._rows.append((original, prompt, variant, seed, offset, length, height, width, code, score))
-        self._verdicts[verdict] += 1
+        self._add_row(original, prompt, variant, seed, offset, length, height, width, code, score, verdict=verdict)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        with _writing(self._folder):
-            if error is not None:
-                self._close.__exit__(kind, error, trace)
-                return
-            with self._close:
-                if len(self._rows) != len(self._shard):
-                    raise StoreError(
-                        f"shard {self._shard.number} needs {len(self._shard)} edits, got {len(self._rows)}."
-                    )
-                blocks = -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
-                self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
-            files = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
-            rows = io.BytesIO()
-            np.save(rows, np.array(self._rows, SHARD_ROW), allow_pickle=False)
-            lines = [f"v1.2 {len(self._groups)}", *map(" ".join, self._groups), ""]
-            for name, data in (("idx", "\n".join(lines).encode("ascii")), ("npy", rows.getvalue())):
-                with _replacing(self._folder / _name(self._shard.number, name)) as stream:
-                    stream.write(data)
-                files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-            shard = self._shard
-            content = {
-                "shard": shard.number,
-                "settings": dict(self._header.settings),
-                "rows": [shard.rows.start, shard.rows.stop],
-                "prompts": {place: self._header.prompts[place] for place in shard.prompts},
-                "variants": [shard.variants.start, shard.variants.stop],
-                "files": files,
-                "verdicts": {name: self._verdicts[name] for name in VERDICTS},
-            }
-            _write_json(self._folder / _name(shard.number, "json"), _SHARD, content)
+    def _content(self) -> dict[str, Any]:
+        shard = self._shard
+        return {
+            "settings": dict(self._header.settings),
+            "rows": [shard.rows.start, shard.rows.stop],
+            "prompts": {place: self._header.prompts[place] for place in shard.prompts},
+            "variants": [shard.variants.start, shard.variants.stop],
+        }
 
-    def _write(self, data: bytes) -> None:
-        with _writing(self._folder):
-            self._tar.write(data)
-        self._hash.update(data)
-        self._size += len(data)
+
+class OriginalShardWriter(_ShardFiles):
+    """Writes one shard of a packed store, as `ShardWriter` does one of edits; `add` each of its rows in turn."""
+
+    def __init__(self, store: Path, catalog: Catalog, number: int) -> None:
+        self._header = _OriginalHeader.read(store)
+        self.rows = self._header.rows(number)
+        super().__init__(_ORIGINALS, store, catalog, number, len(self.rows))
+
+    def add(self, original: int, extension: str, content: bytes, *, height: int, width: int) -> None:
+        """Write one original's file, whose image has this upright size; `extension` is ASCII, without a dot."""
+        offset = self._add_file(original, extension, content)
+        self._add_row(original, offset, len(content), height, width, 0, verdict=VERDICTS[0])
+
+    def leave_out(self, original: int) -> None:
+        """Record that an original cannot be read."""
+        self._add_row(original, 0, 0, 0, 0, 1, verdict=VERDICTS[1])
+
+    def _content(self) -> dict[str, Any]:
+        return {"settings": dict(self._header.settings), "rows": [self.rows.start, self.rows.stop]}
 
 
 def _key(path: bytes) -> str:
@@ -736,10 +1142,6 @@ def _member_header(name: str, size: int) -> bytes:
     except ValueError:
         # A longer name needs an extension. GNU's is the one that DALI understands without the .idx, too.
         return member.tobuf(tarfile.GNU_FORMAT, "ascii", "strict")
-
-
-def _name(number: int, kind: str) -> str:
-    return f"edits-{number:06d}.{kind}"
 
 
 def _check_settings(store: Path, stored: Settings, asked: Settings) -> None:
@@ -848,16 +1250,12 @@ def _understood(file: Path, remedy: str) -> Iterator[None]:
         raise StoreError(f"{str(file)!r}: is damaged ({error!r}); {remedy}.") from error
 
 
-def _load(file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
+def _load(kind: _Kind, file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
     """An array of `count` rows. Raises StoreError."""
     try:
         array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(file, f"is missing or cut short ({error})") from error
+        raise kind.damaged(file, f"is missing or cut short ({error})") from error
     if array.dtype != dtype or array.shape != (count,):
-        raise _damaged(file, f"must be {count} rows of {dtype}, found {array.shape} of {array.dtype}")
+        raise kind.damaged(file, f"must be {count} rows of {dtype}, found {array.shape} of {array.dtype}")
     return np.asarray(array)
-
-
-def _damaged(file: Path, what: str) -> StoreError:
-    return StoreError(f"{str(file)!r}: {what}; run `dali-diffusemix generate` again, which makes it anew.")

@@ -93,25 +93,28 @@ struct Source {
 
     void open(const uint8_t* pixels, const int piece[4], const int image[2], const double box[4], const int out[2],
               bool upside_down, bool left_right) {
-        data = pixels;
-        width = piece[1];
-        if (!data) return;
-        rows.build(make_axis(box[0], box[2], out[0], image[0]), upside_down, piece[2], piece[0]);
-        columns.build(make_axis(box[1], box[3], out[1], image[1]), left_right, piece[3], piece[1]);
+        // What a piece leaves out is black; so a piece without pixels is a black one.
+        static const uint8_t black[3] = {0, 0, 0};
+        const bool none = !pixels || piece[0] <= 0 || piece[1] <= 0;
+        data = none ? black : pixels;
+        const int height = none ? 1 : piece[0];
+        width = none ? 1 : piece[1];
+        rows.build(make_axis(box[0], box[2], out[0], image[0]), upside_down, piece[2], height);
+        columns.build(make_axis(box[1], box[3], out[1], image[1]), left_right, piece[3], width);
         line.resize(static_cast<size_t>(width) * 3 + 1);
     }
 
     void show(int first, int last) {
         begin = first, end = last;
         low = width, high = 0;
-        for (int x = begin; x < end && data; ++x) {
+        for (int x = begin; x < end; ++x) {
             if (!columns.count[x]) continue;
             low = columns.first[x] < low ? columns.first[x] : low;
             high = columns.first[x] + columns.taps > high ? columns.first[x] + columns.taps : high;
         }
     }
 
-    bool seen() const { return data && begin < end; }
+    bool seen() const { return begin < end; }
 };
 
 // line[j] = the weighted sum of n source rows, in their order.
@@ -306,7 +309,6 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     Source &original = work.original, &edit = work.edit, &fractal = work.fractal;
     open_piece(original, batch.originals[index], out);
     original.show(0, width);
-    edit.data = fractal.data = nullptr;
     if (mixed) {
         open_piece(edit, batch.edits[index], out);
         const int axis = horizontal ? 1 : 0;
@@ -333,7 +335,7 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
         fractal.show(0, width);
     }
     // Where a centre lies outside the image the value is 0, the fractal included. All sources lie alike in the crop.
-    const Piece& piece = original.data ? batch.originals[index] : batch.edits[index];
+    const Piece& piece = batch.originals[index].image_height > 0 ? batch.originals[index] : batch.edits[index];
     const Axis rows = make_axis(piece.box[0], piece.box[2], height, piece.image_height);
     const Axis columns = make_axis(piece.box[1], piece.box[3], width, piece.image_width);
     int unused, inside_begin = 0, inside_end = width;
@@ -359,7 +361,7 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
             else if (m == 1) replace_row(edit, value);
             else blend_whole_row(edit, value, m);
         }
-        if (fractal.data) {
+        if (row.fractal >= 0) {
             resample_rows(fractal, y);
             blend_whole_row(fractal, value, row.fractal_weight);
         }

@@ -17,7 +17,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
     1: ("philox", "catalog", "pixels", "quality", "native", "gpu", "editors", "engines"),
     2: ("plan", "store", "fractals"),
-    3: ("mixing", "generate", "pipeline"),
+    3: ("mixing", "generate", "pack", "pipeline"),
     4: ("dataset",),
     5: ("loader", "fn", "preview", "report", "bench"),
     6: ("integrations", "demo", "cli"),
