@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from record import interleaved, write
 from torch.utils.data import DataLoader, Dataset
 
@@ -131,12 +131,30 @@ def ours(dataset: DiffuseMixDataset, batch_size: int, threads: int, device: str)
     return epoch
 
 
+def packed(root: Path, folder: Path, max_side: int) -> Path:
+    """A folder with the images of `root`, their longest side at most `max_side`, as JPEGs of quality 90."""
+    for file in root.glob("*/*"):
+        target = folder / file.parent.name / f"{file.stem}.jpg"
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(file) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
+        partial = folder / "partial"
+        image.save(partial, "JPEG", quality=90)
+        partial.rename(target)
+    return folder
+
+
 def linked(root: Path, folder: Path, repeat: int) -> Path:
     """A folder with each image of `root` several times."""
     for file in root.glob("*/*"):
         (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
         for turn in range(repeat):
-            (folder / file.parent.name / f"{turn}-{file.name}").symlink_to(file.resolve())
+            link = folder / file.parent.name / f"{turn}-{file.name}"
+            if not link.is_symlink():
+                link.symlink_to(file.resolve())
     return folder
 
 
@@ -149,13 +167,20 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="contenders, separated by commas")
+    parser.add_argument("--max-side", type=int, help="pack the originals first: longest side N px, quality 90")
+    parser.add_argument("--cache", type=Path, help="keep links, edits and fractals here for the next run, of one root")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        store, bank = Path(folder) / "edits", Path(folder) / "fractals.npy"
-        root = linked(options.root, Path(folder) / "train", options.repeat)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, originals = options.cache or Path(temporary), options.root
+        if options.max_side:
+            originals = packed(originals, folder / f"originals-{options.max_side}", options.max_side)
+        case = folder / f"{options.max_side or 'whole'}-{options.repeat}"
+        store, bank = case / "edits", folder / "fractals.npy"
+        root = linked(originals, case / "train", options.repeat)
         generate(root, store, GenerateConfig(prompts=("sunset",), size=256))
-        render_bank(bank, count=64, size=256)
+        if not bank.exists():
+            render_bank(bank, count=64, size=256)
         crop, batch, threads, device = TrainCrop(SIZE), options.batch_size, options.threads, options.device
         mixed = DiffuseMixDataset(root, edits=store, fractals=bank, mix=MixSpec(probability=1), crop=crop)
         plain = DiffuseMixDataset(root, edits=store, crop=crop)
@@ -169,6 +194,7 @@ def main() -> None:
         wanted = options.only.split(",") if options.only else list(contenders)
         results = interleaved({name: contenders[name] for name in wanted}, options.rounds)
     settings = {"images": len(plain), "batch_size": batch, "threads": threads, "device": device}
+    settings["max_side"] = options.max_side
     write(options.out, {"benchmark": "bench_loader", "settings": settings, "results": results})
 
 

@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# DiffuseMix, plain DALI and Pillow against plain FFCV, which needs an environment of its own (see bench_ffcv.py).
+#
+#     benchmarks/compare_ffcv.sh OUT [IMAGES]               originals as they are
+#     MAX_SIDE=400 benchmarks/compare_ffcv.sh OUT [IMAGES]  packed to 400 px, quality 90, for all of them
+#
+# Method: whole processes in turn, bench_loader.py, bench_ffcv.py, bench_loader.py, ..., ROUNDS times each, so that a
+# machine whose speed drifts treats both alike. Each process makes one epoch of each of its contenders uncounted and one
+# counted; setting up is never counted. One turn before, uncounted too, fills the cache (links, edits, fractals, FFCV's
+# files). The record, OUT/compare_ffcv-*.json, has the median of each contender and its ratio under diffusemix.
+#
+# PYTHON and FFCV_PYTHON are the two interpreters; CACHE keeps what was set up (else a temporary folder);
+# THREADS, BATCH, REPEAT, AHEAD (FFCV's batches_ahead), ONLY, WRITE and LAYOUT go to the two scripts.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:?usage: compare_ffcv.sh OUT [IMAGES]}
+images=${2:-../shared/data/imagenet_sample}
+python=${PYTHON:-python3}
+ffcv=${FFCV_PYTHON:?the python of the environment with FFCV, see benchmarks/bench_ffcv.py}
+rounds=${ROUNDS:-5}
+mkdir -p "$out"
+export PYTHONPATH="$PWD:${PYTHONPATH:-}"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+cache=${CACHE:-$scratch/cache}
+shared=("$images" --cache "$cache" --rounds 1 --threads "${THREADS:-2}" --batch-size "${BATCH:-64}")
+shared+=(--repeat "${REPEAT:-8}")
+[ -z "${MAX_SIDE:-}" ] || shared+=(--max-side "$MAX_SIDE")
+
+for turn in $(seq 0 "$rounds"); do
+    echo "== turn $turn of $rounds"
+    for side in loader ffcv; do
+        if [ $side = loader ]; then
+            command=("$python" benchmarks/bench_loader.py --device cpu
+                --only "${ONLY:-diffusemix,plain_dali,pillow_mixed}")
+        else
+            command=("$ffcv" benchmarks/bench_ffcv.py --batches-ahead "${AHEAD:-1}" --write "${WRITE:-kept,encoded}"
+                --layout "${LAYOUT:-nchw,contiguous,channels_last}")
+        fi
+        "${command[@]}" "${shared[@]}" --out "$scratch/$side-$turn.json" > "$scratch/log" 2>&1 || {
+            tail -n 25 "$scratch/log"
+            exit 1
+        }
+    done
+done
+
+"$python" - "$scratch" "$rounds" "$out/compare_ffcv-${MAX_SIDE:-whole}.json" << 'END'
+import json
+import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, "benchmarks")
+from record import write
+
+scratch, rounds, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+rates, settings, machines = {}, {}, {}
+for side in ("loader", "ffcv"):
+    for turn in range(1, rounds + 1):
+        record = json.loads((scratch / f"{side}-{turn}.json").read_text())
+        settings[side], machines[side] = record["settings"], record["machine"]
+        for name, found in record["results"].items():
+            rates.setdefault(name, []).append(found["images_per_second"])
+            if "steady_images_per_second" in found:
+                rates.setdefault(f"{name}_steady", []).append(found["steady_images_per_second"])
+middle = {name: statistics.median(values) for name, values in rates.items()}
+results = {
+    name: {
+        "images_per_second": round(middle[name], 1),
+        "lowest": min(values),
+        "highest": max(values),
+        "rounds": values,
+        **({"diffusemix_over_this": round(middle["diffusemix"] / middle[name], 3)} if "diffusemix" in middle else {}),
+    }
+    for name, values in rates.items()
+}
+write(out, {"benchmark": "compare_ffcv", "settings": settings, "machines": machines, "results": results})
+END
