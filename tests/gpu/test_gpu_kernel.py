@@ -138,3 +138,21 @@ def test_launches_are_ordered_on_the_current_stream_and_wait_for_nothing() -> No
         torch.cuda.set_sync_debug_mode(mode)
     assert bool(same)
     del kept, kept_too
+
+
+def test_a_source_of_which_nothing_is_seen_needs_no_piece() -> None:
+    """A crop wholly on the edit's side: the original's address is 0 and is not touched; and the other way round."""
+    generator = np.random.default_rng(3)
+    case = random_case(generator, 1, (33, 40), 90)
+    plan = case.plan
+    plan.fractal[:], plan.fractal_weight[:], plan.edit[:] = -1, 0, 0
+    plan.box[:] = plan.span[:] = [0.1, 0.55, 0.8, 0.4]
+    image, edit = (generator.integers(0, 256, (60, 70, 3), dtype=np.uint8) for _ in range(2))
+    for name, unseen in (("right", 0), ("left", 1)):
+        plan.mask[:] = MASKS.index(name)
+        tables, kept = zip(*(on_device([source], plan.box) for source in (image, edit)), strict=True)
+        tables[unseen]["data"] = 0
+        images = empty(1, (33, 40), TensorFormat())
+        mix_on_device(plan, *tables, None, out=images, format=TensorFormat())
+        compare(values(images, TensorFormat())[0], encode(mixed_image(plan, 0, image, edit), TensorFormat()), "float32")
+        del kept
