@@ -42,3 +42,20 @@ def test_the_budget_and_the_start() -> None:
     assert f"{start['index']['files_per_second']} files/s" in TEXT
     assert f"{start['index']['minutes_for_1280000']:.1f} minutes" in TEXT
     assert f"{start['start']['seconds']:.2f} s" in TEXT
+
+
+def test_the_ffcv_table() -> None:
+    whole, packed = results("ffcv"), results("ffcv-400")
+    rows = {
+        "**DiffuseMix, NCHW**": "diffusemix",
+        "FFCV, same JPEGs, contiguous NCHW": "ffcv_kept_contiguous",
+        "FFCV, same JPEGs, channels-last": "ffcv_kept_channels_last",
+        "FFCV, its own JPEGs, contiguous NCHW": "ffcv_encoded_contiguous",
+        "FFCV, its own JPEGs, channels-last": "ffcv_encoded_channels_last",
+    }
+    for title, name in rows.items():
+        line = next(line for line in TEXT.splitlines() if line.startswith(f"| {title} "))
+        for record in (whole, packed):
+            assert f"{record[name]['images_per_second']:.0f}" in line, (title, name)
+            if name != "diffusemix":
+                assert f"{record[name]['diffusemix_over_this']:.2f}x" in line, (title, name)
