@@ -276,6 +276,34 @@ def test_batches_are_never_overwritten(photos: Path, edits: Path, bank: FractalB
     assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_part_that_is_kept_is_never_overwritten(
+    photos: Path, edits: Path, bank: FractalBank, memory_format: torch.memory_format
+) -> None:
+    """Batches' memory is used again, but not while a view, a NumPy array or a detached tensor of it is held."""
+    loader = DiffuseMixLoader(mixed(photos, edits, bank), batch_size=3, device="cpu", memory_format=memory_format)
+    keepers = (lambda i: i[1], lambda i: i.numpy()[:, 0], lambda i: i.detach()[..., 3:], lambda i: i.flatten(1)[0])
+    for keep in keepers:
+        kept, copies = [], []
+        for images, _ in loader:
+            kept.append(keep(images))
+            copies.append(torch.as_tensor(kept[-1]).clone())
+            del images
+        for _ in loader:  # which would write over what was given back too early
+            pass
+        assert all(torch.equal(torch.as_tensor(a), b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_memory_is_used_again_once_nobody_holds_the_batch(photos: Path) -> None:
+    loader = DiffuseMixLoader(DiffuseMixDataset(photos, crop=EvalCrop(64)), batch_size=11, device="cpu")
+    places = set()
+    for _ in range(4):
+        for images, _ in loader:
+            places.add(images.data_ptr())
+            del images
+    assert len(places) <= 2
+
+
 def test_it_is_picklable_and_starts_nothing_in_the_constructor(photos: Path, edits: Path, bank: FractalBank) -> None:
     threads = threading.active_count()
     loader = DiffuseMixLoader(mixed(photos, edits, bank), batch_size=11, device="cpu")
