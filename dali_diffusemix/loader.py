@@ -287,7 +287,7 @@ def _pieces(decoded: Decoded, plan: BatchPlan) -> NDArray[np.void]:
 
 
 class _Memory:
-    """Memory for batches on the CPU, used again once nobody holds the batch: fresh pages cost more than the mix does.
+    """Memory for batches on the CPU, used again once nobody holds the batch: fresh pages cost time.
 
     A batch's tensor, and whatever shares its storage, keeps the array that it was made of. When that array goes, its
     memory comes back here, so a batch that somebody keeps is never overwritten.

@@ -38,9 +38,6 @@ class Sources:
     original_sizes: NDArray[np.int32]  # (n, 2) (height, width) that the windows are of
     edit_sizes: NDArray[np.int32]  # (n, 2)
 
-    def __len__(self) -> int:
-        return len(self.originals)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
@@ -113,10 +110,6 @@ class PieceDecoder:
         self._pipeline = self._build()
         # What DALI reads without a copy stays referenced here until it is fetched.
         self._waiting: deque[tuple[Sources, object]] = deque()
-
-    def __len__(self) -> int:
-        """Batches submitted and not yet fetched."""
-        return len(self._waiting)
 
     def submit(self, sources: Sources) -> None:
         """Start to decode a batch; returns at once."""

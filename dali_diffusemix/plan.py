@@ -25,9 +25,12 @@ MASKS: Final = ("left", "right", "top", "bottom")
 Mask: TypeAlias = Literal["left", "right", "top", "bottom"]
 
 # The third word of the counter: which decision a draw is for.
-_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT, _FLIP = range(6)
-_CROP: Final = 16  # the first of a crop's tries; the others follow
-_COMMON: Final = (_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT, _FLIP, _CROP)
+_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT = range(5)
+FLIP: Final = 5
+"""Field of a crop's flip."""
+CROP: Final = 16
+"""Field of a crop's first try; the others follow."""
+_COMMON: Final = (_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT, FLIP, CROP)
 
 Words: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[np.uint32]]
 """(field, rows (m,)) to (m, 4) uint32: the draws of one field for some rows of the batch."""
@@ -126,7 +129,7 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _flips(probability: float, count: int, words: Words) -> NDArray[np.bool_]:
-    return uniform(words(_FLIP, np.arange(count))[:, 0]) < probability
+    return uniform(words(FLIP, np.arange(count))[:, 0]) < probability
 
 
 def _relative(boxes: NDArray[np.float64], extents: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,7 +188,7 @@ class TrainCrop:
         for attempt in range(self._TRIES):
             if not rows.size:
                 break
-            drawn = words(_CROP + attempt, rows)
+            drawn = words(CROP + attempt, rows)
             area = extents[rows].prod(axis=1) * self._between(drawn[:, 0], *self.scale)
             ratio = np.exp(self._between(drawn[:, 1], log_low, log_high))
             shape = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=1)))
@@ -246,7 +249,7 @@ class RandomCrop:
         shape = np.broadcast_to(np.array(self.output_size, dtype=np.float64), extents.shape)
         first, last = np.float64(-self.padding), extents + self.padding - shape
         low, high = np.minimum(first, last), np.maximum(first, last)
-        drawn = words(_CROP, np.arange(len(sizes)))
+        drawn = words(CROP, np.arange(len(sizes)))
         corner = low + below(drawn[:, :2], high - low + 1)
         boxes = np.concatenate([corner, shape], axis=1)
         return _relative(boxes, extents), _flips(self.flip, len(sizes), words)

@@ -1,6 +1,10 @@
 """The NumPy specification against Pillow and the written equations; the kernel against the specification."""
 
+import ctypes
 import math
+import platform
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -275,6 +279,32 @@ def test_the_kernel_gives_the_same_bits_on_any_number_of_threads() -> None:
         mix(plan, table(images, box), table(images, box), None, out=result, format=TensorFormat(), threads=threads)
         results.append(result.tobytes())
     assert len(set(results)) == 1
+
+
+@needs_library
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="wants g++ on x86-64")
+def test_every_processor_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library's clones, built one by one: without AVX, with AVX2, and what this machine has."""
+    source = Path(__file__).parents[1] / "kernels" / "mix.cpp"
+    flags = "-std=c++17 -O3 -fno-math-errno -ffp-contract=off -fPIC -shared -pthread -DMIX_CLONES="
+    libraries = [native.library()]
+    supported = Path("/proc/cpuinfo").read_text()
+    for processor, feature in (("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512vl")):
+        if feature in supported:
+            target = tmp_path / f"{processor}.so"
+            subprocess.run(["g++", *flags.split(), f"-march={processor}", "-o", target, source], check=True)
+            libraries.append(ctypes.CDLL(str(target)))
+    case = random_case(np.random.default_rng(8), 24, (61, 75), 300, seam_width=0.1)
+    originals, edits = table(case.originals, case.plan.box), table(case.edits, case.plan.box)
+    for dtype in DTYPES:
+        format = TensorFormat(dtype=dtype, normalize=None if dtype == "uint8" else IMAGENET)
+        results = []
+        for library in libraries:
+            monkeypatch.setattr(native, "library", lambda library=library: library)
+            result = np.zeros(format.shape(24, (61, 75)), dtype=format.storage)
+            mix(case.plan, originals, edits, case.bank, out=result, format=format)
+            results.append(result.tobytes())
+        assert len(libraries) > 2 and len(set(results)) == 1, dtype
 
 
 @needs_library
