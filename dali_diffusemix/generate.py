@@ -7,7 +7,6 @@ them, in any order, on any number of processes.
 """
 
 import hashlib
-import io
 import logging
 import os
 import time
@@ -28,7 +27,7 @@ from dali_diffusemix.editors.procedural import ProceduralEditor
 from dali_diffusemix.engines import Engine
 from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import ConfigError, DecodeError
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.pixels import RESTARTS, decode, encode
 from dali_diffusemix.store import VERDICTS, OriginalStore, Shard, ShardWriter, StoreWriter
 
 __all__ = ["GenerateConfig", "Summary", "edit_seed", "generate", "list_originals"]
@@ -84,6 +83,7 @@ class GenerateConfig:
             "resize": "bicubic, aspect ratio squashed",
             "quality": self.quality,
             "subsampling": "4:2:0",
+            "restarts": RESTARTS,
             "seed": self.seed,
         }
 
@@ -236,7 +236,7 @@ class _Worker:
             if readable:
                 edit = next(edits)
                 height, width = edit.shape[:2]
-                jpeg, verdict = _jpeg(edit, self._config.quality), _ACCEPTED
+                jpeg, verdict = encode(edit, self._config.quality), _ACCEPTED
             else:
                 height, width, jpeg, verdict = 0, 0, None, _UNREADABLE
             writer.add(original, place, variant, seed=seed, jpeg=jpeg, height=height, width=width, verdict=verdict)
@@ -253,13 +253,6 @@ class _Worker:
             return None
         side = (self._config.size, self._config.size)
         return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC))
-
-
-def _jpeg(edit: NDArray[np.uint8], quality: int) -> bytes:
-    """An edit, (height, width, 3) uint8 RGB, as a JPEG file."""
-    stream = io.BytesIO()
-    Image.fromarray(edit).save(stream, "JPEG", quality=quality, subsampling="4:2:0")
-    return stream.getvalue()
 
 
 def _editor(config: GenerateConfig) -> ProceduralEditor:

@@ -7,7 +7,7 @@ import math
 import os
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Final, Self
 
@@ -22,6 +22,7 @@ from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, 
 from dali_diffusemix.philox import check_seed
 from dali_diffusemix.pipeline import Decoded, PieceDecoder, Sources
 from dali_diffusemix.plan import BatchPlan, Schedule, visible_parts
+from dali_diffusemix.reading import Place
 
 _DTYPES: Final[dict[torch.dtype, DtypeName]] = {
     torch.float32: "float32",
@@ -149,7 +150,8 @@ class DiffuseMixLoader:
         submitted = 0
         try:
             for step in range(len(self)):
-                while submitted < min(len(self), step + 1 + self.prefetch_factor):
+                # As many batches again are read ahead as are decoded ahead.
+                while submitted < min(len(self), step + 1 + 2 * self.prefetch_factor):
                     plans.append(self._plan(epoch, submitted))
                     decoder.submit(self._sources(plans[-1]))
                     submitted += 1
@@ -173,8 +175,8 @@ class DiffuseMixLoader:
             self.batch_size,
             threads=self._threads,
             device=device.index,
+            ahead=1 + self.prefetch_factor,
             largest=(height, width),
-            packed=self.dataset.original_store is not None,
         )
 
     @property
@@ -197,20 +199,28 @@ class DiffuseMixLoader:
             whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
             windows = whole[0], whole[1]
         return Sources(
-            originals=self._originals(plan),
-            edits=[None if store is None or edit < 0 else store.encoded(edit) for edit in plan.edit],
+            originals=self._originals(plan.original),
+            edits=self._edits(plan.edit),
             original_windows=windows[0],
             edit_windows=windows[1],
             original_sizes=original_sizes,
             edit_sizes=edit_sizes,
         )
 
-    def _originals(self, plan: BatchPlan) -> list[NDArray[np.uint8]]:
-        """Encoded originals of a packed store, else the paths of their files."""
-        dataset, packed = self.dataset, self.dataset.original_store
+    def _originals(self, rows: NDArray[np.int64]) -> Sequence[Place | None]:
+        packed, catalog = self.dataset.original_store, self.dataset.catalog
         if packed is not None:
-            return [packed.encoded(row) for row in plan.original]
-        return [np.frombuffer(os.fsencode(dataset.path_of(row)), dtype=np.uint8) for row in plan.original]
+            return packed.extents(rows)
+        root = os.fsencode(self.dataset.root)
+        return [root + b"/" + catalog.encoded_path(row) for row in rows.tolist()]
+
+    def _edits(self, rows: NDArray[np.int64]) -> Sequence[Place | None]:
+        places: list[Place | None] = [None] * len(rows)
+        if self.dataset.store is not None:
+            mixed = np.flatnonzero(rows >= 0)
+            for row, place in zip(mixed.tolist(), self.dataset.store.extents(rows[mixed]), strict=True):
+                places[row] = place
+        return places
 
     def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
         self._raise_first_error(plan, originals, edits)

@@ -105,3 +105,35 @@ def play_flame(
     )  # fmt: skip
     if short:
         raise MemoryError("no memory for the histograms of a fractal")
+
+
+def read(
+    paths: bytes,
+    path_starts: NDArray[np.int64],
+    files: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    windows: NDArray[np.int32],
+    out: NDArray[np.uint8],
+    places: NDArray[np.int64],
+    errors: NDArray[np.int32],
+    threads: int,
+) -> int:
+    """Run kernels/read.cpp, which describes the arguments. The library must be there.
+
+    Returns:
+        The bytes that `out` must have room for; if it has not, call again with the arguments as they were.
+    """
+    loaded = library()
+    assert loaded is not None
+    loaded.dali_diffusemix_read.restype = ctypes.c_int64
+    needed = int(
+        loaded.dali_diffusemix_read(
+            ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
+            _address(lengths), _address(windows), _address(out), ctypes.c_int64(len(out)), _address(places),
+            _address(errors), threads,
+        )
+    )  # fmt: skip
+    if needed < 0:
+        raise MemoryError("no memory to read a batch")
+    return needed

@@ -6,7 +6,6 @@
 A shard is the unit of work: a run that is killed loses at most its open shard.
 """
 
-import io
 import logging
 import os
 import re
@@ -23,7 +22,7 @@ from PIL import Image
 
 from dali_diffusemix.catalog import Catalog, Rejected, index
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.pixels import RESTARTS, decode, encode
 from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter
 
 __all__ = ["PackConfig", "PackSummary", "pack"]
@@ -61,7 +60,11 @@ class PackConfig:
     def settings(self) -> dict[str, str | int | None]:
         """What a packed store records: all that decides a packed original besides its file."""
         settings: dict[str, str | int | None] = {"max_side": self.max_side, "quality": self.quality}
-        return settings if self.quality is None else {**settings, "resize": "lanczos", "subsampling": "4:2:0"}
+        return (
+            settings
+            if self.quality is None
+            else {**settings, "resize": "lanczos", "subsampling": "4:2:0", "restarts": RESTARTS}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,9 +179,7 @@ def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Pac
     image = Image.fromarray(pixels)
     if (height, width) != pixels.shape[:2]:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=config.quality, subsampling="4:2:0")
-    return _Packed(file=("jpg", stream.getvalue()), height=height, width=width)
+    return _Packed(file=("jpg", encode(image, config.quality)), height=height, width=width)
 
 
 def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:

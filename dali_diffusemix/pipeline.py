@@ -1,17 +1,19 @@
 """DALI: reads and decodes the pieces of a batch, several batches ahead, and does nothing else.
 
-`PieceDecoder` is a queue: `submit` a batch's sources, `fetch` its decoded pieces, in order. DALI's CPU decoder gives
-the same bytes as Pillow. One image that DALI cannot decode ends a DALI pipeline; here it costs a rebuild: the batch
-is decoded once more, one source at a time, and what DALI still refuses is tried with `pixels.decode`.
+`PieceDecoder` is a queue: `submit` a batch's sources, `fetch` its decoded pieces, in order. A thread of its own reads
+batches ahead of DALI. DALI's CPU decoder gives the same bytes as Pillow. One image that DALI cannot decode ends a DALI
+pipeline; here it costs a rebuild: the batch is decoded once more, one source at a time, and what DALI still refuses is
+tried with `pixels.decode`.
+
+    submit ──> read, cut ──> DALI, `ahead` batches of it ──> fetch
 """
 
-import functools
 import logging
-import os
+import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError, MissingDependencyError
 from dali_diffusemix.pixels import check_size, decode
+from dali_diffusemix.reading import Batch, Place, name_of, read
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +34,8 @@ _ENDS: Final = ("start", "end")
 class Sources:
     """What a batch decodes: for each sample a window of its original and one of its edit."""
 
-    originals: Sequence[NDArray[np.uint8]]  # (n,) files' paths, or with `packed` encoded images, which must not change
-    edits: Sequence[NDArray[np.uint8] | None]  # (n,) encoded edits; they must not change until fetched
+    originals: Sequence[Place | None]  # (n,)
+    edits: Sequence[Place | None]  # (n,); None where there is no edit
     original_windows: NDArray[np.int32]  # (n, 4) top, left, bottom, right, upright pixels; empty: not decoded
     edit_windows: NDArray[np.int32]  # (n, 4); empty also where there is no edit
     original_sizes: NDArray[np.int32]  # (n, 2) (height, width) that the windows are of
@@ -49,14 +52,6 @@ class Decoded:
     image_sizes: NDArray[np.int32]  # (n, 2) (height, width) of the images
     owner: object  # keeps the memory
     errors: dict[int, DecodeError]  # by sample: what could not be decoded; its data is 0
-
-
-@functools.cache
-def _placeholder_file() -> NDArray[np.uint8]:
-    """The path of a file that holds the placeholder: for files, of which DALI reads one for every sample."""
-    descriptor = os.memfd_create("placeholder")
-    os.write(descriptor, _PLACEHOLDER.tobytes())
-    return np.frombuffer(f"/proc/self/fd/{descriptor}".encode(), dtype=np.uint8)
 
 
 class _Image(NamedTuple):
@@ -85,9 +80,9 @@ class PieceDecoder:
     Args:
         batch_size: Largest number of samples in a batch.
         threads: DALI's worker threads.
+        ahead: Batches that DALI is given at once; those behind are read meanwhile.
         device: The GPU that decodes and keeps the pieces, its number; None is the CPU.
         largest: (height, width) of the largest image, for which a GPU's decoder makes room at once.
-        packed: Originals are given as encoded images, as edits are, and not as files' paths.
 
     Raises:
         MissingDependencyError: DALI is not installed.
@@ -98,22 +93,27 @@ class PieceDecoder:
         batch_size: int,
         *,
         threads: int,
+        ahead: int = 2,
         device: int | None = None,
         largest: tuple[int, int] = (0, 0),
-        packed: bool = False,
     ) -> None:
         self._batch_size = batch_size
         self._threads = threads
+        self._ahead = ahead
         self._device = device
         self._largest = largest
-        self._packed = packed
         self._pipeline = self._build()
-        # What DALI reads without a copy stays referenced here until it is fetched.
-        self._waiting: deque[tuple[Sources, object]] = deque()
+        self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
+        self._reading: deque[tuple[Sources, Future[_Read]]] = deque()
+        self._decoding: deque[tuple[Sources, _Read]] = deque()
+        self._memory: list[NDArray[np.uint8]] = []  # to read into
+        self._fetched: _Read | None = None
 
     def submit(self, sources: Sources) -> None:
-        """Start to decode a batch; returns at once."""
-        self._waiting.append((sources, self._schedule(sources)))
+        """Start to read and decode a batch; returns at once."""
+        memory = self._memory.pop() if self._memory else None
+        self._reading.append((sources, self._reader.submit(_read, sources, memory)))
+        self._advance()
 
     def fetch(self, stream: int | None = None) -> tuple[Decoded, Decoded]:
         """Return the oldest batch's originals and edits.
@@ -122,36 +122,60 @@ class PieceDecoder:
             stream: The CUDA stream that will read the pieces: it is made to wait for them, not the caller. The CPU
                 decoder waits here.
         """
-        sources, _ = self._waiting[0]
+        self._advance()
+        sources, encoded = self._decoding[0]
         try:
-            originals, edits = self._share_outputs(self._pipeline, stream)
+            outputs = self._share_outputs(self._pipeline, stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
-            decoded = self._rescue(sources)
-            self._waiting.popleft()
+            decoded = self._rescue(sources, encoded)
+            self._decoding.popleft()
             # The pipeline took the batches behind with it.
-            self._waiting = deque((waiting, self._schedule(waiting)) for waiting, _ in self._waiting)
-            return decoded
-        self._waiting.popleft()
-        return (
-            self._describe(originals, sources.original_windows, sources.original_sizes),
-            self._describe(edits, sources.edit_windows, sources.edit_sizes),
-        )
+            for _, waiting in self._decoding:
+                self._schedule(waiting)
+        else:
+            self._decoding.popleft()
+            decoded = (
+                self._describe(outputs[0], sources.original_windows, sources.original_sizes, encoded.originals),
+                (self._describe(outputs[1], sources.edit_windows, sources.edit_sizes, encoded.edits)),
+            )
+        # A GPU may read the batch before this one a little longer than its outputs' hand-over.
+        if self._fetched is not None:
+            self._memory.append(self._fetched.memory)
+        self._fetched = encoded
+        return decoded
 
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
-        while self._waiting:
-            self._waiting.popleft()
+        for _, future in self._reading:
+            future.cancel()
+        self._reading.clear()
+        while self._decoding:
+            self._decoding.popleft()
             try:
                 self._share_outputs(self._pipeline, None)
             except RuntimeError:
-                self._waiting.clear()
+                self._decoding.clear()
                 self._pipeline = self._build()
 
     def close(self) -> None:
         """Give DALI's threads and memory back."""
-        self._waiting.clear()
+        self._reader.shutdown(cancel_futures=True)
+        self._reading.clear()
+        self._decoding.clear()
+        self._memory.clear()
+        self._fetched = None
         self._pipeline = None
+
+    def _advance(self) -> None:
+        """Give DALI what has been read. Waits for a read only if DALI has nothing to do."""
+        while self._reading and len(self._decoding) < self._ahead:
+            if self._decoding and not self._reading[0][1].done():
+                break
+            sources, future = self._reading.popleft()
+            encoded = future.result()
+            self._schedule(encoded)
+            self._decoding.append((sources, encoded))
 
     def _build(self, *, alone: bool = False) -> Any:
         """A pipeline from originals and edits to pixels; `alone` from one image, which it calls an edit."""
@@ -171,19 +195,15 @@ class PieceDecoder:
         )
         def pieces() -> Any:
             def external(name: str) -> Any:
-                # What is read is not copied: `_schedule` keeps it.
+                # It is not copied: `_decoding` keeps it.
                 return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
 
             def window(name: str) -> dict[str, Any]:
                 ends = {end: fn.external_source(name=f"{name}_{end}", dtype=types.INT32, ndim=1) for end in _ENDS}
                 return {**ends, "axes": [0, 1]}
 
-            decoded = [fn.decoders.image_slice(external("edits"), **window("edits"), **options)]
-            if not alone:
-                originals = external("originals")
-                contents = originals if self._packed else fn.io.file.read(originals)
-                decoded.insert(0, fn.decoders.image_slice(contents, **window("originals"), **options))
-            return tuple(decoded)
+            names = ("edits",) if alone else ("originals", "edits")
+            return tuple(fn.decoders.image_slice(external(name), **window(name), **options) for name in names)
 
         pipeline = pieces()
         pipeline.build()
@@ -196,51 +216,44 @@ class PieceDecoder:
         pipeline.release_outputs()
         return outputs
 
-    def _schedule(self, sources: Sources) -> object:
-        no_original, no_edit = _is_empty(sources.original_windows), _is_empty(sources.edit_windows)
-        placeholder = _PLACEHOLDER if self._packed else _placeholder_file()
-        originals = [
-            placeholder if empty else original for original, empty in zip(sources.originals, no_original, strict=True)
-        ]
-        edits = [
-            _PLACEHOLDER if empty or edit is None else edit for edit, empty in zip(sources.edits, no_edit, strict=True)
-        ]
-        _feed(self._pipeline, "originals", originals, sources.original_windows)
-        _feed(self._pipeline, "edits", edits, sources.edit_windows)
+    def _schedule(self, encoded: "_Read") -> None:
+        _feed(self._pipeline, "originals", encoded.originals)
+        _feed(self._pipeline, "edits", encoded.edits)
         self._pipeline.schedule_run()
-        return originals, edits
 
     @staticmethod
-    def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32]) -> Decoded:
+    def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32], encoded: Batch) -> Decoded:
         data = np.array([outputs[i].data_ptr() for i in range(len(outputs))], dtype=np.uint64)
+        data[_is_empty(windows)] = 0
+        data[list(encoded.errors)] = 0
         return Decoded(
-            data=np.where(_is_empty(windows), np.uint64(0), data),
+            data=data,
             shapes=windows[:, 2:] - windows[:, :2],
             places=windows[:, :2],
             image_sizes=sizes,
             owner=outputs,
-            errors={},
+            errors=encoded.errors,
         )
 
-    def _rescue(self, sources: Sources) -> tuple[Decoded, Decoded]:
+    def _rescue(self, sources: Sources, encoded: "_Read") -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
         alone = _Alone(self)
-        decode_original = alone.decode if self._packed else alone.decode_file
-        originals = [
-            decode_original(original, window, size) if _area(window) else None
-            for original, window, size in zip(
-                sources.originals, sources.original_windows, sources.original_sizes, strict=True
-            )
-        ]
-        edits = [
-            alone.decode(edit, window, size) if edit is not None and _area(window) else None
-            for edit, window, size in zip(sources.edits, sources.edit_windows, sources.edit_sizes, strict=True)
-        ]
+
+        def decoded(
+            places: Sequence[Place | None], windows: NDArray[np.int32], sizes: NDArray[np.int32], batch: Batch
+        ) -> Decoded:
+            results = [
+                batch.errors.get(i) if image is None else alone.decode(place, image, cut, window, size)
+                for i, (place, image, cut, window, size) in enumerate(
+                    zip(places, batch.images, batch.windows, windows, sizes, strict=True)
+                )
+            ]
+            return self._gather(results, windows, sizes)
+
+        originals = decoded(sources.originals, sources.original_windows, sources.original_sizes, encoded.originals)
+        edits = decoded(sources.edits, sources.edit_windows, sources.edit_sizes, encoded.edits)
         self._pipeline = self._build()
-        return (
-            self._gather(originals, sources.original_windows, sources.original_sizes),
-            self._gather(edits, sources.edit_windows, sources.edit_sizes),
-        )
+        return originals, edits
 
     @staticmethod
     def _gather(
@@ -264,38 +277,31 @@ class _Alone:
         self._decoder = decoder
         self._pipeline: Any = None
 
-    def decode_file(
-        self, path: NDArray[np.uint8], window: NDArray[np.int32], size: NDArray[np.int32]
-    ) -> _Image | DecodeError:
-        name = Path(os.fsdecode(path.tobytes()))
-        try:
-            content = name.read_bytes()
-        except OSError as error:
-            return DecodeError(f"{name}: cannot be read ({error}); restore it, or list the folder anew")
-        return self.decode(np.frombuffer(content, dtype=np.uint8), window, size, name)
-
     def decode(
         self,
-        content: NDArray[np.uint8],
+        place: Place | None,
+        image: NDArray[np.uint8],
+        cut: NDArray[np.int32],
         window: NDArray[np.int32],
         size: NDArray[np.int32],
-        name: Path | None = None,
     ) -> _Image | DecodeError:
-        if content.size:
-            try:
-                self._pipeline = self._pipeline or self._decoder._build(alone=True)
-                _feed(self._pipeline, "edits", [content], window[None])
-                self._pipeline.schedule_run()
-                (outputs,) = self._decoder._share_outputs(self._pipeline, None)
-                return _Image(outputs[0].data_ptr(), outputs)
-            except RuntimeError:
-                self._pipeline = None
+        """Decode the window `cut` of an encoded image, which is `window` of the one in its place."""
         try:
-            source = content if name is None else name
-            pixels = decode(source)
-            check_size(pixels, size, source)
+            self._pipeline = self._pipeline or self._decoder._build(alone=True)
+            _feed(self._pipeline, "edits", Batch([image], cut[None], {}, image))
+            self._pipeline.schedule_run()
+            (outputs,) = self._decoder._share_outputs(self._pipeline, None)
+            return _Image(outputs[0].data_ptr(), outputs)
+        except RuntimeError:
+            self._pipeline = None
+        whole = read([place], np.zeros((1, 4), dtype=np.int32))
+        if whole.images[0] is None:
+            return whole.errors[0]
+        try:
+            pixels = decode(whole.images[0])
+            check_size(pixels, size, "the image")
         except DecodeError as error:
-            return error
+            return DecodeError(f"{name_of(place)}: {error}")
         top, left, bottom, right = window
         piece = np.ascontiguousarray(pixels[top:bottom, left:right])
         if self._decoder._device is None:
@@ -305,17 +311,40 @@ class _Alone:
         return _Image(*to_device(piece, self._decoder._device))
 
 
+class _Read(NamedTuple):
+    """A batch's encoded images."""
+
+    originals: Batch
+    edits: Batch
+    memory: NDArray[np.uint8]  # that both lie in
+    seconds: float  # that it took
+
+
+def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Read:
+    """Read what a batch decodes, in one go."""
+    begin = time.perf_counter()
+    windows = np.concatenate([sources.original_windows, sources.edit_windows])
+    places = [
+        None if empty else place
+        for place, empty in zip([*sources.originals, *sources.edits], _is_empty(windows).tolist(), strict=True)
+    ]
+    batch, n = read(places, windows, memory), len(sources.originals)
+    errors: tuple[dict[int, DecodeError], ...] = ({}, {})
+    for row, error in batch.errors.items():
+        errors[row // n][row % n] = error
+    originals = Batch(batch.images[:n], batch.windows[:n], errors[0], batch.memory)
+    edits = Batch(batch.images[n:], batch.windows[n:], errors[1], batch.memory)
+    return _Read(originals, edits, batch.memory, time.perf_counter() - begin)
+
+
 def _is_empty(windows: NDArray[np.int32]) -> NDArray[np.bool_]:
     return np.asarray((windows[:, 2] <= windows[:, 0]) | (windows[:, 3] <= windows[:, 1]))
 
 
-def _area(window: NDArray[np.int32]) -> int:
-    return int((window[2] - window[0]) * (window[3] - window[1]))
-
-
-def _feed(pipeline: Any, name: str, encoded: list[NDArray[np.uint8]], windows: NDArray[np.int32]) -> None:
-    """Feed images and the windows to decode of them; where a window is empty, a placeholder's one pixel."""
-    pipeline.feed_input(name, encoded)
-    ends = np.where(_is_empty(windows)[:, None], np.array([0, 0, 1, 1], dtype=np.int32), windows)
+def _feed(pipeline: Any, name: str, batch: Batch) -> None:
+    """Feed images and the windows to decode of them; a placeholder's one pixel where there is none."""
+    pipeline.feed_input(name, [_PLACEHOLDER if image is None else image for image in batch.images])
+    none = np.array([image is None for image in batch.images])
+    ends = np.where(none[:, None], np.array([0, 0, 1, 1], dtype=np.int32), batch.windows)
     for end, values in zip(_ENDS, (ends[:, :2], ends[:, 2:]), strict=True):
         pipeline.feed_input(f"{name}_{end}", np.ascontiguousarray(values))

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import BinaryIO, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,13 +19,18 @@ from PIL import Image, UnidentifiedImageError
 from dali_diffusemix.catalog import MAX_PIXELS, orientation
 from dali_diffusemix.errors import DecodeError
 
-__all__ = ["FORMATS", "ImageSource", "decode"]
+__all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 """Pillow's names of the formats that are read; PPM is all of PNM."""
 
 ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
 """A file's content (as bytes or a (n,) array of them), its path, or the open file."""
+
+RESTARTS: Final = "tiles of at most 64 pixels"
+"""How `encode` sets restart markers, for the settings that a store records."""
+
+_UNIT, _UNITS = 16, 4  # a JPEG's unit with subsampled colours, pixels; of a tile at most
 
 # EXIF orientation to what makes it upright.
 _UPRIGHT = {
@@ -37,6 +42,20 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
+    """Return a JPEG of an RGB image, (height, width, 3) uint8, out of which `reading.read` can cut.
+
+    Colours are subsampled (4:2:0), and restart markers stand between tiles: 16 pixels high and at most 64 wide, as wide
+    as divides the image evenly. Smaller tiles are cut closer, but each costs some bytes.
+    """
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    units = -(-image.width // _UNIT)
+    tile = max(width for width in range(1, _UNITS + 1) if units % width == 0)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=tile)
+    return stream.getvalue()
 
 
 def decode(source: ImageSource) -> NDArray[np.uint8]:

@@ -51,7 +51,8 @@ from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
 from dali_diffusemix.catalog import Catalog, Rejected
-from dali_diffusemix.errors import CatalogError, StoreError
+from dali_diffusemix.errors import CatalogError, DecodeError, StoreError
+from dali_diffusemix.reading import Extent, OpenFile
 
 __all__ = [
     "INDEX_ROW",
@@ -128,8 +129,8 @@ ORIGINAL_INDEX_ROW = np.dtype(
 _VERSION = 1
 _SHARD, _INDEX = (f"dali_diffusemix.{kind}" for kind in ("shard", "index"))
 _FILES = ("tar", "idx", "npy")
-# Each open map holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
-_OPEN_MAPS = 256
+# Each open or mapped shard holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
+_OPEN_SHARDS = 200
 # Shard to the bytes of each of _FILES.
 _Sizes: TypeAlias = dict[int, tuple[int, ...]]
 # prompt and variant are int16.
@@ -396,7 +397,8 @@ class EditStore:
         self.index = tables.index
         self.starts = tables.starts
         self._shards = tables.shards
-        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, _EDITS, path / "shards", tables.sizes))
+        self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, _EDITS, path / "shards", tables.sizes))
+        self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, _EDITS, path / "shards", tables.sizes))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "EditStore":
@@ -458,6 +460,10 @@ class EditStore:
         """The prompt that an edit was made under, without the template."""
         return self.prompts[int(self.index["prompt"][edit])]
 
+    def extents(self, edits: NDArray[np.int64]) -> list[Extent | DecodeError]:
+        """Where the JPEG files of these edits, (n,), are; of a shard that has gone or was changed the error."""
+        return _extents(self._open, self.index[edits])
+
     def encoded(self, edit: int) -> NDArray[np.uint8]:
         """An edit's JPEG file, (bytes,) uint8: a read-only view into its shard, which is mapped.
 
@@ -494,7 +500,8 @@ class OriginalStore:
         self.index = index
         self._sizes = sizes
         self._order: Catalog | None = None  # whose rows these are, if not the store's own
-        self._map = lru_cache(_OPEN_MAPS)(partial(_map_tar, _ORIGINALS, path / "shards", sizes))
+        self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, _ORIGINALS, path / "shards", sizes))
+        self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, _ORIGINALS, path / "shards", sizes))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "OriginalStore":
@@ -575,6 +582,10 @@ class OriginalStore:
 
     def __repr__(self) -> str:
         return f"<OriginalStore {str(self.path)!r}: {len(self)} originals>"
+
+    def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
+        """Where the files of these originals, (n,), are; of a shard that has gone or was changed the error."""
+        return _extents(self._open, self.index[originals])
 
     def encoded(self, original: int) -> NDArray[np.uint8]:
         """An original's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
@@ -704,15 +715,33 @@ class _ShardRecord:
             )
 
 
-def _map_tar(kind: _Kind, shards: Path, sizes: _Sizes, number: int) -> NDArray[np.uint8]:
-    """A whole tar, (bytes,) uint8. Its size is checked: touching what is mapped beyond a file's end kills a process."""
+def _open_tar(kind: _Kind, shards: Path, sizes: _Sizes, number: int) -> OpenFile:
+    """A whole tar, its size checked: touching what is mapped beyond a file's end kills a process."""
     file = shards / kind.file(number, "tar")
     try:
-        with file.open("rb") as stream:
-            _check_size(kind, file, sizes[number][0], os.fstat(stream.fileno()).st_size)
-            return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+        tar = OpenFile(file)
     except OSError as error:
         raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
+    _check_size(kind, file, sizes[number][0], os.fstat(tar.descriptor).st_size)
+    return tar
+
+
+def _map_tar(kind: _Kind, shards: Path, sizes: _Sizes, number: int) -> NDArray[np.uint8]:
+    """A whole tar, (bytes,) uint8."""
+    tar = _open_tar(kind, shards, sizes, number)
+    return np.frombuffer(mmap.mmap(tar.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def _extents(tar: Callable[[int], OpenFile], rows: NDArray[np.void]) -> list[Extent | DecodeError]:
+    extents: list[Extent | DecodeError] = []
+    for number, offset, length in zip(
+        rows["shard"].tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True
+    ):
+        try:
+            extents.append(Extent(tar(number), offset, length))
+        except StoreError as error:
+            extents.append(DecodeError(str(error)))
+    return extents
 
 
 def _check_sizes(kind: _Kind, store: Path, sizes: _Sizes, listing: Mapping[str, int]) -> None:

@@ -219,14 +219,14 @@ def test_longest_sides_orientations_and_qualities(odd: Path, tmp_path: Path) -> 
         height, width = store.catalog.sizes[row].tolist()
         pixels = Image.fromarray(decode(odd / path))
         smaller = pixels if pixels.size == (width, height) else pixels.resize((width, height), Image.Resampling.LANCZOS)
-        assert store.encoded(row).tobytes() == encoded(smaller, quality=90, subsampling="4:2:0")
-        assert decode(store.encoded(row)).shape == (height, width, 3)
+        expected = decode(encoded(smaller, quality=90, subsampling="4:2:0"))
+        np.testing.assert_array_equal(decode(store.encoded(row)), expected)
+        assert expected.shape == (height, width, 3)
     pack(odd, tmp_path / "quality", PackConfig(quality=30))
     rough = OriginalStore.open(tmp_path / "quality")
     np.testing.assert_array_equal(rough.catalog.sizes, listed.sizes)
-    assert rough.encoded(2).tobytes() == encoded(
-        Image.fromarray(decode(odd / rough.catalog.path(2))), quality=30, subsampling="4:2:0"
-    )
+    expected = decode(encoded(decode(odd / rough.catalog.path(2)), quality=30, subsampling="4:2:0"))
+    np.testing.assert_array_equal(decode(rough.encoded(2)), expected)
 
 
 def test_edits_of_the_folder_serve_smaller_originals(

@@ -1,0 +1,280 @@
+// Reads the encoded images of a batch into one block of memory, and cuts out of each JPEG what its sample shows.
+//
+// Cutting decodes nothing. A restart marker sets the decoder's predictions to zero, so what lies between two of them is
+// a piece that can be moved: where they divide every row of a picture's minimum coded units (MCUs) evenly, they divide
+// the picture into tiles, and any rectangle of tiles is a JPEG of its own. Its header is the file's with another height
+// and width, its pieces are the file's bytes with their markers numbered anew. Decoding it costs what its own tiles
+// cost; a decoder that is given the file and a window has to go through all that lies above and beside it.
+//
+//     +----+----+----+----+
+//     | 0  | 1  | 2  | 3  |        the window touches tiles 5, 6, 9, 10:
+//     +----+-##-+-##-+----+
+//     | 4  | 5# | #6 | 7  |        header (two tiles by two), 5, RST0, 6, RST1, 9, RST2, 10, EOI
+//     +----+-##-+-##-+----+
+//     | 8  | 9  | 10 | 11 |
+//     +----+----+----+----+
+//
+// A pixel's colour may depend on the chroma sample beside its own, so a window is widened by one of them before the
+// tiles are chosen; its pixels are then those that decoding everything gives, bit for bit.
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace {
+
+constexpr int kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDri = 0xDD, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC, kExif = 0xE1;
+
+// Where a JPEG's tiles are.
+struct Layout {
+    int64_t size = 0;  // offset of the height and width in the header, two bytes each
+    int64_t scan = 0;  // offset of the first byte after the header
+    int height = 0, width = 0;          // pixels
+    int mcu_height = 0, mcu_width = 0;  // pixels
+    int interval = 0;                   // MCUs between two restart markers
+};
+
+int two_bytes(const uint8_t *at) { return at[0] << 8 | at[1]; }
+
+// Reads a header. False: not a file whose rectangles can be cut out.
+bool read_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
+    const uint8_t *at = file;
+    if (end - at < 4 || at[0] != 0xFF || at[1] != kSoi) return false;
+    at += 2;
+    int components = 0;
+    while (end - at >= 4) {
+        if (at[0] != 0xFF) return false;
+        const int marker = at[1];
+        if (marker == 0xFF) {  // a fill byte
+            ++at;
+            continue;
+        }
+        const uint8_t *content = at + 4;
+        const int length = two_bytes(at + 2) - 2;
+        if (length < 0 || end - content < length) return false;
+        if (marker == 0xC0 || marker == 0xC1) {  // one pass over the picture, Huffman codes
+            if (components || length < 6 || content[0] != 8) return false;
+            components = content[5];
+            if ((components != 1 && components != 3) || length < 6 + 3 * components) return false;
+            layout.size = content + 1 - file;
+            layout.height = two_bytes(content + 1);
+            layout.width = two_bytes(content + 3);
+            int high = 1, wide = 1;
+            for (int c = 0; c < components; ++c) {
+                const int sampling = content[7 + 3 * c];
+                if ((sampling >> 4) > wide) wide = sampling >> 4;
+                if ((sampling & 15) > high) high = sampling & 15;
+            }
+            // With one component there is nothing to interleave, and an MCU is a block.
+            layout.mcu_height = components == 1 ? 8 : 8 * high;
+            layout.mcu_width = components == 1 ? 8 : 8 * wide;
+        } else if (marker >= 0xC2 && marker <= 0xCF && marker != kDht && marker != kJpg && marker != kDac) {
+            return false;  // progressive, lossless or arithmetic
+        } else if (marker == kExif) {
+            return false;  // perhaps turned, and windows are upright
+        } else if (marker == kDri) {
+            if (length < 2) return false;
+            layout.interval = two_bytes(content);
+        } else if (marker == kSos) {
+            layout.scan = content + length - file;
+            return components && length >= 1 && content[0] == components && layout.interval && layout.height &&
+                   layout.width;
+        }
+        at = content + length;
+    }
+    return false;
+}
+
+int up(int a, int b) { return (a + b - 1) / b; }
+
+// Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
+// `length` if the file cannot be cut or nothing would be gained.
+int64_t cut(uint8_t *file, int64_t length, int32_t *window, std::vector<int64_t> &starts) {
+    const uint8_t *const end = file + length;
+    Layout layout;
+    if (!read_header(file, end, layout)) return length;
+    const int columns = up(layout.width, layout.mcu_width);
+    const bool whole_rows = layout.interval % columns == 0;
+    if (!whole_rows && columns % layout.interval) return length;
+    const int tile_height = layout.mcu_height * (whole_rows ? layout.interval / columns : 1);
+    const int tile_width = layout.mcu_width * (whole_rows ? columns : layout.interval);
+    const int down = up(layout.height, tile_height), across = up(layout.width, tile_width);
+
+    if (window[0] < 0 || window[1] < 0 || window[2] > layout.height || window[3] > layout.width) return length;
+    const int chroma_height = layout.mcu_height / 8, chroma_width = layout.mcu_width / 8;
+    const int top = std::max(window[0] - chroma_height, 0) / tile_height;
+    const int left = std::max(window[1] - chroma_width, 0) / tile_width;
+    const int bottom = std::min(up(window[2] + chroma_height, tile_height), down);
+    const int right = std::min(up(window[3] + chroma_width, tile_width), across);
+    if (top == 0 && left == 0 && bottom == down && right == across) return length;
+
+    // Piece i is [starts[i], starts[i + 1] - 2), and a marker follows.
+    const size_t last = static_cast<size_t>(down) * across, needed = static_cast<size_t>(bottom) * across;
+    starts.assign(1, layout.scan);
+    for (const uint8_t *at = file + layout.scan; starts.size() <= needed;) {
+        at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at));
+        if (!at || end - at < 2) return length;
+        if (at[1] == 0x00) {  // not a marker
+            at += 2;
+        } else if (at[1] == 0xFF) {  // a fill byte
+            at += 1;
+        } else {
+            if (at[1] != (starts.size() == last ? kEoi : 0xD0 + (starts.size() - 1) % 8)) return length;
+            at += 2;
+            starts.push_back(at - file);
+        }
+    }
+
+    const int y = top * tile_height, x = left * tile_width;
+    const int height = (bottom == down ? layout.height : bottom * tile_height) - y;
+    const int width = (right == across ? layout.width : right * tile_width) - x;
+    uint8_t *size = file + layout.size;
+    size[0] = height >> 8, size[1] = height & 255, size[2] = width >> 8, size[3] = width & 255;
+    uint8_t *to = file + layout.scan;  // never ahead of what is read
+    int piece = 0;
+    for (int row = top; row < bottom; ++row) {
+        for (int column = left; column < right; ++column, ++piece) {
+            const int64_t *start = &starts[static_cast<size_t>(row) * across + column];
+            const int64_t bytes = start[1] - 2 - start[0];
+            std::memmove(to, file + start[0], bytes);
+            to += bytes;
+            *to++ = 0xFF;
+            *to++ = 0xD0 + piece % 8;
+        }
+    }
+    to[-1] = kEoi;
+    window[0] -= y, window[2] -= y, window[1] -= x, window[3] -= x;
+    return to - file;
+}
+
+constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3;  // beside the system's error numbers
+
+// What a batch is read from and to.
+struct Batch {
+    int64_t count;
+    const char *paths;
+    const int64_t *path_starts;
+    const int32_t *files;
+    const int64_t *offsets;
+    int64_t *lengths;
+    int32_t *windows;
+    uint8_t *out;
+    int64_t capacity;
+    int64_t *places;
+    int32_t *errors;
+    std::atomic<int64_t> next{0}, used{0};
+
+    // Reads [offset, offset + length) of an open file to `to`. Returns the bytes that there were; sets errors[i].
+    int64_t read_bytes(int64_t i, int file, int64_t offset, int64_t length, uint8_t *to) const {
+        int64_t done = 0;
+        while (done < length) {
+            const ssize_t bytes = pread(file, to + done, length - done, offset + done);
+            if (bytes < 0 && errno == EINTR) continue;
+            if (bytes < 0) errors[i] = errno;
+            if (bytes <= 0) break;
+            done += bytes;
+        }
+        return done;
+    }
+
+    void read_open(int64_t i, int file, int64_t offset, int64_t length, bool whole, std::vector<int64_t> &starts) {
+        const int64_t place = used.fetch_add(length);
+        lengths[i] = length;
+        if (place + length > capacity) return;  // the caller comes back with more room
+        places[i] = place;
+        uint8_t *to = out + place;
+        const int64_t bytes = read_bytes(i, file, offset, length, to);
+        if (errors[i]) return;
+        if (bytes < length && !whole) {
+            errors[i] = kEndsEarly;
+            return;
+        }
+        int32_t *window = windows + 4 * i;
+        lengths[i] = window[2] > window[0] && window[3] > window[1] ? cut(to, bytes, window, starts) : bytes;
+    }
+
+    void read(int64_t i, std::vector<int64_t> &starts) {
+        if (files[i] >= 0) return read_open(i, files[i], offsets[i], lengths[i], false, starts);
+        if (path_starts[i] < 0) return;
+        // Opening a pipe would wait for somebody to write to it.
+        const int file = open(paths + path_starts[i], O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+        struct stat found;
+        if (file < 0 || fstat(file, &found)) {
+            errors[i] = errno;
+        } else if (!S_ISREG(found.st_mode)) {
+            errors[i] = S_ISDIR(found.st_mode) ? EISDIR : kNotAFile;
+        } else if (!found.st_size) {
+            errors[i] = kEmpty;
+        } else {
+            read_open(i, file, 0, found.st_size, true, starts);
+        }
+        if (file >= 0) close(file);
+    }
+
+    // Reads what no other thread has begun; until a read has to wait for storage, if `until_waiting`.
+    void work(bool until_waiting) {
+        std::vector<int64_t> starts;
+        const long before = until_waiting ? waits() : 0;
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            read(i, starts);
+            if (until_waiting && waits() > before) return;
+        }
+    }
+
+    static long waits() {
+        struct rusage usage;
+        getrusage(RUSAGE_THREAD, &usage);
+        return usage.ru_nvcsw;
+    }
+};
+
+}  // namespace
+
+// Reads a batch. A read that has to wait shows that storage is slow: then, and only then, others go on beside it.
+//
+//     count        images
+//     paths        files' names, each with a final zero
+//     path_starts  (count) where an image's name begins; negative: it has none
+//     files        (count) descriptors of open files; negative: the whole file of that name is read, if it has one
+//     offsets      (count) where in the open file it begins
+//     lengths      (count) its bytes; in turn those of what is to be decoded
+//     windows      (count, 4) top, left, bottom, right in pixels, empty: not looked at; in turn in what is to be decoded
+//     out          (capacity) where to
+//     places       (count) where in `out` what is to be decoded begins
+//     errors       (count) zeros; in turn 0, an error number or one of those above
+//     threads      that read at once, at most
+//
+// Returns the bytes that `out` must have room for: if that is more than `capacity`, call again with the arguments as
+// they were. Negative: there is no memory.
+extern "C" __attribute__((visibility("default"))) int64_t dali_diffusemix_read(
+    int64_t count, const char *paths, const int64_t *path_starts, const int32_t *files, const int64_t *offsets,
+    int64_t *lengths, int32_t *windows, uint8_t *out, int64_t capacity, int64_t *places, int32_t *errors, int threads) {
+    try {
+        Batch batch{count, paths,  path_starts, files,  offsets, lengths,
+                    windows, out, capacity, places, errors};
+        batch.work(threads > 1);
+        std::vector<std::thread> others;
+        const int64_t left = count - std::min(batch.next.load(), count);
+        try {
+            for (int64_t i = 1; i < std::min<int64_t>(threads, left); ++i) {
+                others.emplace_back([&batch] { batch.work(false); });
+            }
+        } catch (const std::system_error &) {  // no more threads: those that there are do it
+        }
+        batch.work(false);
+        for (std::thread &other : others) other.join();
+        return batch.used;
+    } catch (const std::bad_alloc &) {
+        return -1;
+    }
+}
