@@ -25,8 +25,9 @@ if TYPE_CHECKING:
         StoreError,
     )
     from dali_diffusemix.fractals import FractalBank
-    from dali_diffusemix.loader import DiffuseMixLoader
+    from dali_diffusemix.loader import DiffuseMixLoader, LoaderStats
     from dali_diffusemix.plan import EvalCrop, MixSpec, RandomCrop, TrainCrop
+    from dali_diffusemix.quarantine import Quarantined, QuarantineWarning
     from dali_diffusemix.store import EditStore
 
 __version__ = "0.1.0"
@@ -43,8 +44,11 @@ __all__ = [
     "EditStore",
     "EvalCrop",
     "FractalBank",
+    "LoaderStats",
     "MissingDependencyError",
     "MixSpec",
+    "QuarantineWarning",
+    "Quarantined",
     "RandomCrop",
     "RepeatedEpochWarning",
     "StaleCatalogWarning",
@@ -59,7 +63,10 @@ _HOME = {
     "EditStore": "store",
     "EvalCrop": "plan",
     "FractalBank": "fractals",
+    "LoaderStats": "loader",
     "MixSpec": "plan",
+    "QuarantineWarning": "quarantine",
+    "Quarantined": "quarantine",
     "RandomCrop": "plan",
     "RepeatedEpochWarning": "dataset",
     "StaleCatalogWarning": "catalog",

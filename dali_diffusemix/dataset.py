@@ -21,9 +21,11 @@ from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece
 from dali_diffusemix.philox import check_seed
 from dali_diffusemix.pixels import check_size, decode
 from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
+from dali_diffusemix.quarantine import Failure, Kind, OnError, Quarantine, Substitution
 from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
+_Pair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
 
 _EPOCH: Final = 0  # the shared cells: the epoch, then samples served in it by the main process and by each worker
 _SLOTS: Final = 257
@@ -49,12 +51,18 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         crop: How to crop, and the output size.
         normalize: (mean, std) for values in [0, 1]; None leaves [0, 1].
         seed: 0 ≤ seed < 2³².
+        on_error: What to do about an image that cannot be read or decoded: "substitute" gives for a failed edit the
+            original unmixed and for a failed original the sample of the next index (the one after the last is the
+            first), and logs it in `quarantine`; "raise" raises DecodeError.
 
     Raises:
         CatalogError: the folder holds no images, or its catalog cannot be used.
         StoreError: the edit store, the packed store or the bank cannot be used, or is of other originals.
         ConfigError: arguments do not fit together.
     """
+
+    quarantine: Quarantine
+    """The images that could not be read or decoded by this object in this process, by path; a loader has its own."""
 
     original_store: OriginalStore | None  # row r of the catalog is its image r; None: the originals are files
 
@@ -69,6 +77,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         mix: MixSpec | None = None,
         normalize: Normalize | None = IMAGENET,
         seed: int = 0,
+        on_error: OnError = "substitute",
     ) -> None:
         self.root = Path(root)
         packed = OriginalStore.find(root)
@@ -97,6 +106,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             edits=self.store,
             fractals=0 if self.bank is None else len(self.bank),
         )
+        self.on_error = on_error
+        self.substitution = Substitution(self.planner, self._name_of, on_error)
+        self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
         # In shared memory, so that persistent workers see a new epoch.
         self._cells = torch.zeros(1 + _SLOTS, dtype=torch.int64)
@@ -164,8 +176,17 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
-        originals = [self.decode_original(int(row)) for row in plan.original]
-        edits = [None if edit < 0 else self._decode_edit(int(edit)) for edit in plan.edit]
+        images, substituted = [], {}
+        for place in range(len(plan)):
+            row = plan.row(place)
+            pair, failure = self._decode(row)
+            if failure is not None:
+                row, pair = self.substitution(row, failure, self._decode, self.quarantine)
+                substituted[place] = row
+            images.append(pair)
+        if substituted:
+            plan = plan.with_rows(substituted)
+        originals, edits = zip(*images, strict=True)
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
             plan,
@@ -176,8 +197,30 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             format=self._format,
         )
         # Copies, so that a sample kept does not keep its batch.
-        images = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
-        return list(zip(images, self.labels_of(plan).tolist(), strict=True))
+        samples = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
+        return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
+
+    def _decode(self, row: BatchPlan) -> tuple[_Pair, Failure | None]:
+        """The original and the edit of a plan of one row; what failed, the original if both did."""
+        try:
+            original = self.decode_original(int(row.original[0]))
+        except DecodeError as error:
+            return (None, None), Failure("original", error)
+        try:
+            return (original, self._decode_edit(int(row.edit[0])) if row.mixed[0] else None), None
+        except DecodeError as error:
+            return (original, None), Failure("edit", error)
+
+    def _name_of(self, row: BatchPlan, kind: Kind) -> str:
+        """What the quarantine calls the original or the edit of a plan of one row."""
+        path = self.path_of(int(row.original[0]))
+        if kind == "original" or self.store is None:
+            return path
+        edit = self.store.index[row.edit[0]]
+        return (
+            f"{self.store.path}/{self.catalog.path(int(row.original[0]))}: {self.store.prompts[edit['prompt']]}, "
+            f"variant {edit['variant']}"
+        )
 
     def decode_original(self, original: int) -> NDArray[np.uint8]:
         """An original's upright pixels, (height, width, 3) uint8, by its row in the catalog.
@@ -191,7 +234,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         else:
             try:
                 pixels = decode(self.original_store.encoded(original))
-            except DecodeError as error:
+            except (DecodeError, StoreError) as error:
                 raise DecodeError(f"{path}: {error}") from error
         check_size(pixels, self.catalog.sizes[original], path)
         return pixels
@@ -200,7 +243,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         assert self.store is not None
         try:
             return decode(self.store.encoded(edit))
-        except DecodeError as error:
+        except (DecodeError, StoreError) as error:
             raise DecodeError(f"{self.store.path}: edit {edit}: {error}") from error
 
     def _count(self, samples: int) -> None:

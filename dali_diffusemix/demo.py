@@ -282,7 +282,7 @@ def _fractals(display: Display, path: Path) -> FractalBank:
 
 def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
     """Samples compared, and the largest difference between DALI's and Pillow's pixels in steps of 1/255."""
-    order = Schedule(length=len(dataset), batch_size=loader.batch_size, shuffle=True, seed=dataset.seed)
+    order = Schedule(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
     batches = [order.indices(0, order.places(step)).tolist() for step in range(len(order))]
     deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
     count, largest = 0, 0.0

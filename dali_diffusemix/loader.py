@@ -1,28 +1,36 @@
 """The loader: DataLoader's place in the training loop, with DALI decoding and one call per batch mixing.
 
-plan ──> sources ──> DALI, some batches ahead ──> pieces ──> one mix call ──> tensors
+indices ──> plan ──> read, DALI: some batches ahead ──> pieces ──> one mix call ──> tensors
 """
 
 import math
 import os
+import random
+import sys
+import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.data import BatchSampler, RandomSampler
 
 from dali_diffusemix import gpu
 from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, piece_table
-from dali_diffusemix.philox import check_seed
+from dali_diffusemix.philox import check_seed, draw
 from dali_diffusemix.pipeline import Decoded, PieceDecoder, Sources
 from dali_diffusemix.plan import BatchPlan, Schedule, visible_parts
+from dali_diffusemix.quarantine import Failure, Quarantine
 from dali_diffusemix.reading import Place
+from dali_diffusemix.samplers import BatchOrder, OwnBatches, OwnOrder, UsersOrder
 
 _DTYPES: Final[dict[torch.dtype, DtypeName]] = {
     torch.float32: "float32",
@@ -31,47 +39,115 @@ _DTYPES: Final[dict[torch.dtype, DtypeName]] = {
     torch.uint8: "uint8",
 }
 
+Batch = tuple[torch.Tensor, ...]
+BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+# DataLoader's arguments that mean nothing here: the value that asks for nothing, and what to do instead.
+_MEANINGLESS: Final[dict[str, tuple[object, str]]] = {
+    "collate_fn": (None, "batches are made whole; change them with batch_transform=, or in the training loop"),
+    "pin_memory": (False, "batches lie on the device already"),
+    "pin_memory_device": ("", "batches lie on the device already"),
+    "timeout": (0, "there are no worker processes to wait for"),
+    "worker_init_fn": (None, "there are no worker processes; all randomness comes from the dataset's seed"),
+    "multiprocessing_context": (None, "there are no worker processes"),
+    "persistent_workers": (False, "threads are always kept; close() ends them"),
+    "in_order": (True, "batches always come in order"),
+}
+# Philox fields of batch transforms, from here on, one for each rank; the plan's are small.
+_TRANSFORM: Final = 2**31
+_STATE_VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """What a loader's newest iterator spent its time on, in seconds, since its first batch was asked for.
+
+    Reading and decoding go on beside training. On the CPU mixing is done inside `next()`; on a GPU `mix` is what it
+    takes to launch it.
+    """
+
+    batches: int = 0
+    images: int = 0
+    total: float = 0.0
+    wait: float = 0.0
+    """Inside `next()`: training waited for the loader."""
+    idle: float = 0.0
+    """Of `wait`: nothing was decoded yet."""
+    mix: float = 0.0
+    """Of `wait`: mixing."""
+    read: float = 0.0
+    """Reading, in a thread of its own."""
+    decode: float = 0.0
+    """Processor time of DALI's threads, all of them together. 0 where the GPU decodes."""
+
+    @property
+    def bottleneck(self) -> Literal["loader", "training"]:
+        """Which waits for the other: the loader is in the way if training spends more than a tenth waiting for it."""
+        return "loader" if self.wait > 0.1 * self.total else "training"
+
 
 class DiffuseMixLoader:
     """Iterates over batches of a `DiffuseMixDataset`: (images, labels) as PyTorch tensors on the device.
 
-    The first `iter()` is epoch 0, each later one the next, unless `set_epoch` was called since. Two iterators at once
-    are independent. The same (seed, epoch, index) gives the same sample as under `torch.utils.data.DataLoader`,
-    whatever the batch size and the number of threads.
+    The first `iter()` is epoch 0, each later one the next, unless `set_epoch` was called since. Iterators are
+    independent of each other. The same (seed, epoch, index) gives the same sample as under
+    `torch.utils.data.DataLoader`, whatever the batch size, the number of threads and of ranks.
 
     Args:
         dataset: What to load. It decides every sample; the loader only how it is delivered.
-        batch_size: Samples per batch.
-        shuffle: Go through each epoch in an order of its own.
+        batch_size: Samples per batch, on each rank.
+        shuffle: Go through each epoch in an order of its own, which the dataset's seed decides; with `generator`, in
+            the order that DataLoader would draw from it.
+        sampler: The indices to load, in order; of this rank alone, as with DataLoader. It is not told the epoch.
+        batch_sampler: The same as lists of indices, one for each batch.
         num_workers: Threads that decode and mix; there are no worker processes. 0 is one thread.
         device: Where decoding and mixing are done and the tensors lie: "cuda" (the current GPU at the first `iter`),
             "cuda:N" or "cpu". On a GPU batches are ordered on torch's current stream, and nothing waits for it.
         dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
         memory_format: torch.contiguous_format or torch.channels_last.
         drop_last: Leave out a last batch that is not full.
-        prefetch_factor: Batches that are decoded ahead.
+        generator: Decides the order when shuffling, in place of the dataset's seed.
+        prefetch_factor: Batches that are decoded ahead; as many again are read ahead.
+        rank, world_size: This process's share of each global batch of batch_size x world_size samples. Both None:
+            torch.distributed's where it is initialised, else 0 of 1. Ranks deliver equally many batches.
+        batch_transform: Called with (images, labels, generator) of each batch on the device; gives the images and
+            labels to deliver. The generator, on the device too, and the global ones of torch, NumPy and Python are
+            seeded for the call by (seed, epoch, step, rank).
+        return_index: Deliver (images, labels, indices): (n,) int64, which samples of the epoch these are, on the CPU.
         visible_parts: Decode of each image only what its sample shows; False decodes whole images, for comparison.
 
     Raises:
         ConfigError: an argument breaks a rule.
         MissingDependencyError: what the device needs is not installed; from `iter()`, DALI or a GPU is missing.
-        DecodeError: from `next()`, where an image cannot be decoded; names the file.
+        DecodeError: from `next()`: an image cannot be read or decoded, and the dataset has on_error="raise".
     """
+
+    quarantine: Quarantine
+    """The images that could not be read or decoded, by path."""
 
     def __init__(
         self,
         dataset: DiffuseMixDataset,
         batch_size: int = 1,
-        shuffle: bool = False,
-        *,
+        shuffle: bool | None = None,
+        sampler: Iterable[int] | None = None,
+        batch_sampler: Iterable[Sequence[int]] | None = None,
         num_workers: int = 0,
+        *,
         device: str | torch.device = "cuda",
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
         drop_last: bool = False,
-        prefetch_factor: int = 2,
+        generator: torch.Generator | None = None,
+        prefetch_factor: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+        batch_transform: BatchTransform | None = None,
+        return_index: bool = False,
         visible_parts: bool = True,
+        **others: object,
     ) -> None:
+        prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
         if not isinstance(dataset, DiffuseMixDataset):
             raise ConfigError(
                 f"dataset must be a DiffuseMixDataset, found {type(dataset).__name__}. Instead of it write\n"
@@ -79,10 +155,8 @@ class DiffuseMixLoader:
                 "    loader = DiffuseMixLoader(dataset, batch_size=...)\n"
                 "or keep torch.utils.data.DataLoader for datasets of other kinds"
             )
-        if torch.device(device).type not in ("cuda", "cpu"):
-            raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(device)!r}")
-        if torch.device(device).type == "cuda":
-            gpu.check_installed()
+        _check_others(others)
+        _check_device(device)
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, found {dtype}")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -94,98 +168,278 @@ class DiffuseMixLoader:
             ("num_workers", num_workers, 0),
             ("prefetch_factor", prefetch_factor, 1),
         ):
-            if value < least:
+            if value is None or value < least:
                 raise ConfigError(f"{name} must be at least {least}, found {value}")
+        if (rank is None) != (world_size is None):
+            raise ConfigError(f"rank and world_size go together, found rank={rank} and world_size={world_size}")
+        if sampler is not None and shuffle:
+            raise ConfigError("sampler decides the order: found shuffle=True beside it; leave one of them out")
+        if batch_sampler is not None and (batch_size != 1 or shuffle or sampler is not None or drop_last):
+            raise ConfigError(
+                "batch_sampler decides the batches: batch_size, shuffle, sampler and drop_last must be left out"
+            )
+        if rank is not None and (sampler is not None or batch_sampler is not None):
+            raise ConfigError(
+                "rank and world_size cut the loader's own order: found them beside a sampler, which gives one rank's "
+                "indices (as DistributedSampler does); leave them or it out"
+            )
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.shuffle = shuffle
+        self.batch_size: int | None = batch_size if batch_sampler is None else None
+        self.shuffle = bool(shuffle)
         self.num_workers = num_workers
         self.device = torch.device(device)
         self.dtype = dtype
         self.memory_format = memory_format
         self.drop_last = drop_last
+        self.generator = generator
         self.prefetch_factor = prefetch_factor
+        self.batch_transform = batch_transform
+        self.return_index = return_index
         self.visible_parts = visible_parts
+        self.quarantine = Quarantine()
+        if shuffle and generator is not None:
+            if rank is not None:
+                raise ConfigError("generator decides the order of one process: leave out rank and world_size, or it")
+            sampler = RandomSampler(dataset, generator=generator)
+        self._users: UsersOrder | None = None
+        if sampler is not None or batch_sampler is not None:
+            batches = batch_sampler or BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
+            sampler = getattr(batches, "sampler", None) if sampler is None else sampler
+            self._users = UsersOrder(batches, sampler, generator)
+        self._placement = None if rank is None or world_size is None else (rank, world_size)
+        if self._placement is not None:
+            _ = self._schedule  # checks them
         self._format = TensorFormat(
             dtype=_DTYPES[dtype],
             channels_last=memory_format is torch.channels_last,
             normalize=dataset.normalize,
         )
-        self._schedule = Schedule(
-            length=len(dataset), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=dataset.seed
-        )
-        self._next_epoch = 0
+        self._next = _Position(0, 0)
+        self._newest: _Progress | None = None  # unless its epoch was given up since
+        self._measured: _Progress | None = None
         # Decoders that no iterator uses: building one takes longer than a batch.
         self._idle: list[PieceDecoder] = []
         self._bank: gpu.DeviceBank | None = None
         self._retained = gpu.Retained()
         self._memory = _Memory()
 
+    # --- DataLoader's protocol
+
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return len(self._schedule)
+        """Batches in an epoch on this rank; all ranks have equally many."""
+        return len(self._schedule) if self._users is None else len(self._users.batches)  # type: ignore[arg-type]
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next `iter()`; those after it go on from there."""
-        check_seed(self.dataset.seed, epoch)
-        self._next_epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        device = self._current_device()
-        epoch = self._next_epoch
-        self._next_epoch = epoch + 1
-        return self._batches(epoch, device)
-
-    def _current_device(self) -> torch.device:
-        """The device with its number. CUDA is touched here, at the first `iter`, and not before."""
+    def __iter__(self) -> "_Iterator":
         if self.device.type == "cuda":
             gpu.check_available()
             if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
-        return self.device
+        start = self._next
+        self._next = _Position(start.epoch + 1, 0)
+        self._newest = _Progress(start.epoch, start.places, self._users.begin() if self._users else None)
+        self._measured = self._newest
+        return _Iterator(self, self._newest)
 
-    def _batches(self, epoch: int, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        decoder = self._idle.pop() if self._idle else self._new_decoder(device)
-        plans: deque[BatchPlan] = deque()
-        submitted = 0
-        try:
-            for step in range(len(self)):
-                # As many batches again are read ahead as are decoded ahead.
-                while submitted < min(len(self), step + 1 + 2 * self.prefetch_factor):
-                    plans.append(self._plan(epoch, submitted))
-                    decoder.submit(self._sources(plans[-1]))
-                    submitted += 1
-                plan = plans.popleft()
-                labels = torch.from_numpy(self.dataset.labels_of(plan))
-                if device.type == "cpu":
-                    yield self._mix(plan, *decoder.fetch()), labels
-                else:
-                    with torch.cuda.device(device):
-                        stream = torch.cuda.current_stream(device).cuda_stream
-                        batch = self._mix_on_device(plan, *decoder.fetch(stream)), _to_device(labels, device)
-                    yield batch
-        finally:
-            decoder.drain()
-            self._idle.append(decoder)
+    @property
+    def rank(self) -> int:
+        """Which share of each global batch this process takes."""
+        return self._share()[0]
 
-    def _new_decoder(self, device: torch.device) -> PieceDecoder:
+    @property
+    def world_size(self) -> int:
+        """How many processes share each global batch."""
+        return self._share()[1]
+
+    @property
+    def sampler(self) -> Iterable[int]:
+        """The user's sampler, or a view of the loader's own order of the next epoch on this rank; both have `len`."""
+        users = None if self._users is None else self._users.sampler
+        return OwnOrder(self) if users is None else users
+
+    @property
+    def batch_sampler(self) -> Iterable[Sequence[int]]:
+        """The same in batches."""
+        return OwnBatches(self) if self._users is None else self._users.batches
+
+    # What DataLoader has and nothing here uses.
+    collate_fn = None
+    pin_memory = False
+    pin_memory_device = ""
+    timeout = 0
+    worker_init_fn = None
+    multiprocessing_context = None
+    persistent_workers = False
+    in_order = True
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next `iter()`; those after it go on from there.
+
+        After `load_state_dict`, choosing the epoch that the state is of leaves the place in it.
+        """
+        check_seed(self.dataset.seed, epoch)
+        if epoch != self._next.epoch:
+            self._next = _Position(epoch, 0)
+        if self._newest is not None and not self._newest.running:
+            self._newest = None
+
+    def plan(self, epoch: int, step: int) -> BatchPlan:
+        """The plan of this rank's batch `step` of an epoch, before any substitution; not with a user's sampler."""
+        if self._users is not None:
+            raise ConfigError("plan: the batches are a sampler's; give its indices to dataset.planner.batch instead")
+        schedule = self._schedule
+        return self.dataset.planner.batch(epoch, schedule.indices(epoch, schedule.places(step)))
+
+    def stats(self) -> LoaderStats:
+        """Where the newest iterator's time went so far."""
+        return LoaderStats() if self._measured is None else self._measured.stats()
+
+    # --- resuming
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the newest iterator is, for `load_state_dict`: counts what was delivered, not what is under way.
+
+        After the last batch it is the beginning of the next epoch. The state is plain data, of the same size at any
+        place.
+        """
+        newest = self._newest
+        position = self._next if newest is None else _Position(newest.epoch, newest.places)
+        state: dict[str, Any] = {
+            "version": _STATE_VERSION,
+            "seed": self.dataset.seed,
+            "epoch": position.epoch,
+            "places": position.places,
+            "length": len(self.dataset),
+            "shuffle": self.shuffle,
+            "fingerprint": self.dataset.catalog.fingerprint,
+        }
+        if self._users is not None:
+            state["sampler"] = self._users.state() if newest is None else newest.sampler
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Let the next `iter()` go on where the state was taken, by any number of ranks with the same global batch.
+
+        Raises:
+            ConfigError: the state is of another dataset, seed or order, with what differs; or the number of samples
+                delivered is no multiple of the global batch.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != _STATE_VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ConfigError(f"state must be of version {_STATE_VERSION}, from a DiffuseMixLoader, found {found}")
+        ours = self.state_dict()
+        remedies = {
+            "seed": "give the dataset this seed",
+            "length": "give the dataset the same originals, mix and, in an expanded epoch, edits",
+            "shuffle": "give the loader the same shuffle",
+            "fingerprint": "give the dataset the same originals: it covers their relative paths and labels",
+        }
+        for name, remedy in remedies.items():
+            if state.get(name) != ours[name]:
+                raise ConfigError(f"{name} of the state is {state.get(name)!r}, here it is {ours[name]!r}; {remedy}")
+        if ("sampler" in state) != (self._users is not None):
+            there, here = ("a", "none") if "sampler" in state else ("no", "one")
+            raise ConfigError(f"the state was taken with {there} sampler, this loader has {here}")
+        epoch, places = int(state["epoch"]), int(state["places"])
+        check_seed(self.dataset.seed, epoch)
+        if self._users is None:
+            size = self._schedule.global_batch_size
+            if not 0 <= places < len(self) * size or places % size:
+                raise ConfigError(
+                    f"places of the state is {places} of {len(self.dataset)}, which must be a multiple of the global "
+                    f"batch (batch_size x world_size = {size}); change batch_size so that their product stays the same"
+                )
+        else:
+            self._users.restore(state["sampler"])
+        self._next = _Position(epoch, places)
+        self._newest = None
+
+    # --- lifetime
+
+    def close(self) -> None:
+        """Give the decoders' threads and memory back. The loader can be used again; iterators in progress go on."""
+        self._retained.wait()
+        self._memory = _Memory()
+        while self._idle:
+            self._idle.pop().close()
+        self._bank = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        fresh: dict[str, object] = {
+            "_idle": [],
+            "_bank": None,
+            "_retained": gpu.Retained(),
+            "_memory": _Memory(),
+            "_newest": None,
+            "_measured": None,
+        }
+        return {**self.__dict__, **fresh}
+
+    # --- one batch
+
+    def _share(self) -> tuple[int, int]:
+        if self._placement is None:
+            distributed = torch.distributed
+            if not (distributed.is_available() and distributed.is_initialized()):
+                return 0, 1
+            return distributed.get_rank(), distributed.get_world_size()
+        return self._placement
+
+    @property
+    def _schedule(self) -> Schedule:
+        rank, world_size = self._share()
+        return Schedule(
+            length=len(self.dataset),
+            batch_size=self.batch_size or 1,
+            shuffle=self.shuffle,
+            drop_last=self.drop_last,
+            seed=self.dataset.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def count(self) -> int:
+        """Samples in an epoch on this rank; not with a user's sampler."""
+        return self._schedule.count()
+
+    def next_orders(self) -> Iterator[BatchOrder]:
+        """The batches of the next epoch on this rank; not with a user's sampler."""
+        return self._orders(self._next.epoch, 0)
+
+    def _orders(self, epoch: int, places: int) -> Iterator[BatchOrder]:
+        """What to deliver from a place of an epoch on."""
+        if self._users is not None:
+            yield from self._users.orders(places)
+            return
+        schedule = self._schedule
+        size = schedule.global_batch_size
+        for step in range(places // size, len(schedule)):
+            indices = schedule.indices(epoch, schedule.places(step))
+            yield BatchOrder(step, (step + 1) * size, indices)
+
+    def _take_decoder(self, batch_size: int) -> PieceDecoder:
+        if self._idle:
+            return self._idle.pop()
         sizes = self.dataset.catalog.sizes
         height, width = sizes[np.argmax(sizes.astype(np.int64).prod(axis=1))].tolist()
         return PieceDecoder(
-            self.batch_size,
+            batch_size,
             threads=self._threads,
-            device=device.index,
             ahead=1 + self.prefetch_factor,
+            device=self.device.index if self.device.type == "cuda" else None,
             largest=(height, width),
         )
 
     @property
     def _threads(self) -> int:
         return max(1, self.num_workers)
-
-    def _plan(self, epoch: int, step: int) -> BatchPlan:
-        places = self._schedule.places(step)
-        return self.dataset.planner.batch(epoch, self._schedule.indices(epoch, places))
 
     def _sources(self, plan: BatchPlan) -> Sources:
         dataset, store = self.dataset, self.dataset.store
@@ -222,14 +476,36 @@ class DiffuseMixLoader:
                 places[row] = place
         return places
 
-    def _mix(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
-        self._raise_first_error(plan, originals, edits)
+    def _complete(
+        self, plan: BatchPlan, decoder: PieceDecoder, decoded: tuple[Decoded, Decoded]
+    ) -> tuple[BatchPlan, "_Pieces"]:
+        """A batch's pieces, and its plan after the samples that cannot be made were substituted."""
+        pieces = _Pieces.of(plan, decoded)
+        failures = _failures(decoded)
+        if not failures:
+            return plan, pieces
+
+        def decode(row: BatchPlan) -> tuple[_Pieces, Failure | None]:
+            alone = decoder.decode_now(self._sources(row))
+            return _Pieces.of(row, alone), _failures(alone).get(0)
+
+        rows = {}
+        for place in sorted(failures):
+            row, found = self.dataset.substitution(plan.row(place), failures[place], decode, self.quarantine)
+            rows[place] = row
+            pieces.originals[place], pieces.edits[place] = found.originals[0], found.edits[0]
+            pieces.owners.extend(found.owners)
+        return plan.with_rows(rows), pieces
+
+    def _mix(self, plan: BatchPlan, pieces: "_Pieces") -> torch.Tensor:
+        if self.device.type == "cuda":
+            return self._mix_on_device(plan, pieces)
         buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
         bank = self.dataset.bank
         mix(
             plan,
-            _pieces(originals, plan),
-            _pieces(edits, plan),
+            pieces.originals,
+            pieces.edits,
             None if bank is None else bank.images,
             out=buffer,
             format=self._format,
@@ -238,19 +514,11 @@ class DiffuseMixLoader:
         images = torch.from_numpy(buffer).view(self.dtype)
         return images.permute(0, 3, 1, 2) if self._format.channels_last else images
 
-    def _mix_on_device(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> torch.Tensor:
-        self._raise_first_error(plan, originals, edits)
+    def _mix_on_device(self, plan: BatchPlan, pieces: "_Pieces") -> torch.Tensor:
         shape = (len(plan), 3, *plan.output_size)
         images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
-        mix_on_device(
-            plan,
-            _pieces(originals, plan),
-            _pieces(edits, plan),
-            self._device_bank(),
-            out=images,
-            format=self._format,
-        )
-        self._retained.add((originals.owner, edits.owner), self.device)
+        mix_on_device(plan, pieces.originals, pieces.edits, self._device_bank(), out=images, format=self._format)
+        self._retained.add(tuple(pieces.owners), self.device)
         return images
 
     def _device_bank(self) -> gpu.DeviceBank | None:
@@ -259,41 +527,226 @@ class DiffuseMixLoader:
             self._bank = gpu.device_bank(bank.path or bank, bank.images, self.device)
         return self._bank
 
-    def _raise_first_error(self, plan: BatchPlan, originals: Decoded, edits: Decoded) -> None:
-        for kind, decoded in (("original", originals), ("edit", edits)):
-            for row, error in decoded.errors.items():
-                error.add_note(
-                    f"{kind} of sample {plan.index[row]} of epoch {plan.epoch}: "
-                    f"{self.dataset.path_of(int(plan.original[row]))}"
-                )
-                raise error
+    def _transformed(self, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int) -> Batch:
+        assert self.batch_transform is not None
+        words = draw(self.dataset.seed, epoch, [step], [_TRANSFORM + self._share()[0]])[0, 0].astype(np.uint64)
+        seed = int(words[0] << np.uint64(32) | words[1])
+        with _seeded(seed, self.device):
+            changed = self.batch_transform(images, labels, torch.Generator(self.device).manual_seed(seed))
+        if not (isinstance(changed, Sequence) and len(changed) == 2):
+            raise ConfigError(f"batch_transform must give (images, labels), found {type(changed).__name__}")
+        return tuple(changed)
 
-    def close(self) -> None:
-        """Give the decoders' threads and memory back. The loader can be used again; iterators in progress go on."""
-        self._retained.wait()
-        self._memory = _Memory()
-        while self._idle:
-            self._idle.pop().close()
-        self._bank = None
 
-    def __enter__(self) -> Self:
-        return self
+class _Position(NamedTuple):
+    epoch: int
+    places: int  # delivered, by all ranks together; with a user's sampler, of it
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+
+@dataclass
+class _Progress:
+    """How far an iterator is."""
+
+    epoch: int
+    places: int
+    sampler: object  # the sampler's state when the epoch began
+    running: bool = True
+    batches: int = 0
+    images: int = 0
+    begin: float = 0.0
+    end: float = 0.0
+    wait: float = 0.0
+    idle: float = 0.0
+    mix: float = 0.0
+    decoder: PieceDecoder | None = None
+    before: tuple[float, float] = (0.0, 0.0)  # the decoder's seconds when the iterator took it
+    seconds: tuple[float, float] = (0.0, 0.0)  # when it was given back
+
+    def stats(self) -> LoaderStats:
+        read, decode = self.seconds if self.decoder is None else self.decoder.seconds()
+        return LoaderStats(
+            batches=self.batches,
+            images=self.images,
+            total=self.end - self.begin,
+            wait=self.wait,
+            idle=self.idle,
+            mix=self.mix,
+            read=read - self.before[0],
+            decode=decode - self.before[1],
+        )
+
+
+class _Iterator(Iterator[Batch]):
+    """One epoch. Nothing is read before the first `next`."""
+
+    def __init__(self, loader: DiffuseMixLoader, progress: _Progress) -> None:
+        self._loader = loader
+        self._progress = progress
+        self._orders: Iterator[BatchOrder] | None = None
+        self._under_way: deque[tuple[BatchOrder, BatchPlan]] = deque()
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __next__(self) -> Batch:
+        if self._closed:
+            raise StopIteration
+        begin = time.perf_counter()
+        progress, loader = self._progress, self._loader
+        try:
+            if self._orders is None:
+                progress.begin = begin
+                self._orders = loader._orders(progress.epoch, progress.places)
+            self._submit()
+            if not self._under_way:
+                self._finish()
+                raise StopIteration
+            batch, order = self._deliver()
+        except BaseException:
+            self.close()
+            raise
+        progress.batches += 1
+        progress.images += len(batch[0])
+        progress.places = order.places
+        # Is there another one? With a sampler nobody can tell before asking it.
+        self._submit()
+        if not self._under_way:
+            self._finish()
+        progress.end = time.perf_counter()
+        progress.wait += progress.end - begin
+        return batch
+
+    def _submit(self) -> None:
+        loader, progress = self._loader, self._progress
+        # As many batches again are read ahead as are decoded ahead.
+        while len(self._under_way) < 1 + 2 * loader.prefetch_factor:
+            assert self._orders is not None
+            order = next(self._orders, None)
+            if order is None:
+                return
+            if progress.decoder is None:
+                progress.decoder = loader._take_decoder(loader.batch_size or len(order.indices))
+                progress.before = progress.decoder.seconds()
+            plan = loader.dataset.planner.batch(progress.epoch, order.indices)
+            progress.decoder.submit(loader._sources(plan))
+            self._under_way.append((order, plan))
+
+    def _deliver(self) -> tuple[Batch, BatchOrder]:
+        loader, progress, decoder = self._loader, self._progress, self._progress.decoder
+        assert decoder is not None
+        order, plan = self._under_way.popleft()
+        begin = time.perf_counter()
+        if loader.device.type == "cpu":
+            decoded = decoder.fetch()
+            progress.idle += time.perf_counter() - begin
+            images, plan = self._mixed(plan, decoded)
+            labels = torch.from_numpy(loader.dataset.labels_of(plan))
+        else:
+            with torch.cuda.device(loader.device):
+                decoded = decoder.fetch(torch.cuda.current_stream(loader.device).cuda_stream)
+                progress.idle += time.perf_counter() - begin
+                images, plan = self._mixed(plan, decoded)
+                labels = torch.from_numpy(loader.dataset.labels_of(plan)).pin_memory()
+                labels = labels.to(loader.device, non_blocking=True)
+        batch: Batch = (images, labels)
+        if loader.batch_transform is not None:
+            batch = loader._transformed(images, labels, progress.epoch, order.step)
+        if loader.return_index:
+            batch = (*batch, torch.from_numpy(plan.index.copy()))
+        return batch, order
+
+    def _mixed(self, plan: BatchPlan, decoded: tuple[Decoded, Decoded]) -> tuple[torch.Tensor, BatchPlan]:
+        assert self._progress.decoder is not None
+        plan, pieces = self._loader._complete(plan, self._progress.decoder, decoded)
+        begin = time.perf_counter()
+        images = self._loader._mix(plan, pieces)
+        self._progress.mix += time.perf_counter() - begin
+        return images, plan
+
+    def _finish(self) -> None:
+        """The epoch is over: a state taken from now on is the next one's beginning."""
+        progress, loader = self._progress, self._loader
+        if loader._newest is progress:
+            progress.epoch, progress.places = progress.epoch + 1, 0
+            progress.sampler = None if loader._users is None else loader._users.state()
         self.close()
 
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_idle": [], "_bank": None, "_retained": gpu.Retained(), "_memory": _Memory()}
+    def close(self) -> None:
+        """Give the decoder back."""
+        if self._closed:
+            return
+        self._closed = True
+        progress = self._progress
+        progress.running = False
+        self._under_way.clear()
+        decoder, progress.decoder = progress.decoder, None
+        if decoder is not None:
+            progress.seconds = decoder.seconds()
+            decoder.drain()
+            self._loader._idle.append(decoder)
+
+    def __del__(self) -> None:
+        # DALI is gone before what is left at the interpreter's end.
+        if not sys.is_finalizing():
+            self.close()
 
 
-def _to_device(labels: torch.Tensor, device: torch.device) -> torch.Tensor:
-    return labels.pin_memory().to(device, non_blocking=True)
+@dataclass
+class _Pieces:
+    """Decoded pieces as the mix takes them, and what keeps their memory."""
+
+    originals: NDArray[np.void]
+    edits: NDArray[np.void]
+    owners: list[object] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plan: BatchPlan, decoded: tuple[Decoded, Decoded]) -> Self:
+        tables = [piece_table(d.data, d.shapes, plan.box, places=d.places, image_sizes=d.image_sizes) for d in decoded]
+        return cls(tables[0], tables[1], [d.owner for d in decoded])
 
 
-def _pieces(decoded: Decoded, plan: BatchPlan) -> NDArray[np.void]:
-    return piece_table(decoded.data, decoded.shapes, plan.box, places=decoded.places, image_sizes=decoded.image_sizes)
+def _failures(decoded: tuple[Decoded, Decoded]) -> dict[int, Failure]:
+    originals, edits = decoded
+    return {
+        **{row: Failure("edit", error) for row, error in edits.errors.items()},
+        **{row: Failure("original", error) for row, error in originals.errors.items()},
+    }
+
+
+def _check_others(others: Mapping[str, object]) -> None:
+    for name, value in others.items():
+        if name not in _MEANINGLESS:
+            raise TypeError(f"DiffuseMixLoader has no argument {name!r}")
+        neutral, remedy = _MEANINGLESS[name]
+        if value != neutral:
+            raise ConfigError(f"{name} has no meaning here, found {value!r}: {remedy}. Leave it out")
+
+
+def _check_device(device: str | torch.device) -> None:
+    if torch.device(device).type not in ("cuda", "cpu"):
+        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(device)!r}")
+    if torch.device(device).type == "cuda":
+        gpu.check_installed()
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global random number generators, and put them back afterwards."""
+    devices = [device] if device.type == "cuda" else []
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices, device_type="cuda"):
+        torch.default_generator.manual_seed(seed)
+        for there in devices:
+            with torch.cuda.device(there):
+                torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 class _Memory:

@@ -9,10 +9,12 @@ tried with `pixels.decode`.
 """
 
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -78,7 +80,7 @@ class PieceDecoder:
     """Decodes batches in the background, in the order in which they were submitted.
 
     Args:
-        batch_size: Largest number of samples in a batch.
+        batch_size: Samples in a batch; a larger one takes a new pipeline.
         threads: DALI's worker threads.
         ahead: Batches that DALI is given at once; those behind are read meanwhile.
         device: The GPU that decodes and keeps the pieces, its number; None is the CPU.
@@ -102,10 +104,13 @@ class PieceDecoder:
         self._ahead = ahead
         self._device = device
         self._largest = largest
-        self._pipeline = self._build()
+        self._decoders: set[int] = set()  # the pipeline's threads
+        self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
+        self._pipeline = self._build_main()
+        self._alone = _Alone(self)
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._reading: deque[tuple[Sources, Future[_Read]]] = deque()
-        self._decoding: deque[tuple[Sources, _Read]] = deque()
+        self._decoding: deque[tuple[Sources, _Read, Any]] = deque()  # with the pipeline that does it
         self._memory: list[NDArray[np.uint8]] = []  # to read into
         self._fetched: _Read | None = None
 
@@ -123,21 +128,21 @@ class PieceDecoder:
                 decoder waits here.
         """
         self._advance()
-        sources, encoded = self._decoding[0]
+        sources, encoded, pipeline = self._decoding.popleft()
         try:
-            outputs = self._share_outputs(self._pipeline, stream)
+            originals, edits = self._share_outputs(pipeline, stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
-            decoded = self._rescue(sources, encoded)
-            self._decoding.popleft()
+            decoded = self._decode_alone(sources, encoded)
             # The pipeline took the batches behind with it.
-            for _, waiting in self._decoding:
-                self._schedule(waiting)
+            self._pipeline = self._build_main()
+            behind, self._decoding = self._decoding, deque()
+            for later_sources, later, its in behind:
+                self._decoding.append((later_sources, later, self._schedule(later) if its is pipeline else its))
         else:
-            self._decoding.popleft()
             decoded = (
-                self._describe(outputs[0], sources.original_windows, sources.original_sizes, encoded.originals),
-                (self._describe(outputs[1], sources.edit_windows, sources.edit_sizes, encoded.edits)),
+                self._describe(originals, sources.original_windows, sources.original_sizes, encoded.originals),
+                self._describe(edits, sources.edit_windows, sources.edit_sizes, encoded.edits),
             )
         # A GPU may read the batch before this one a little longer than its outputs' hand-over.
         if self._fetched is not None:
@@ -145,18 +150,30 @@ class PieceDecoder:
         self._fetched = encoded
         return decoded
 
+    def decode_now(self, sources: Sources) -> tuple[Decoded, Decoded]:
+        """Read and decode a batch beside those that were submitted, one image at a time."""
+        return self._decode_alone(sources, _read(sources, None))
+
+    def seconds(self) -> tuple[float, float]:
+        """What reading took so far, and the processor time of DALI's threads (which do nothing but decode)."""
+        reading, decoding = self._seconds
+        for thread in self._decoders:
+            with suppress(OSError):  # it has ended
+                decoding += time.clock_gettime(~thread << 3 | 6)  # Linux's clock of that thread
+        return reading, decoding
+
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
         for _, future in self._reading:
             future.cancel()
         self._reading.clear()
         while self._decoding:
-            self._decoding.popleft()
+            _, _, pipeline = self._decoding.popleft()
             try:
-                self._share_outputs(self._pipeline, None)
+                self._share_outputs(pipeline, None)
             except RuntimeError:
                 self._decoding.clear()
-                self._pipeline = self._build()
+                self._pipeline = self._build_main()
 
     def close(self) -> None:
         """Give DALI's threads and memory back."""
@@ -165,6 +182,7 @@ class PieceDecoder:
         self._decoding.clear()
         self._memory.clear()
         self._fetched = None
+        self._alone = _Alone(self)
         self._pipeline = None
 
     def _advance(self) -> None:
@@ -174,8 +192,15 @@ class PieceDecoder:
                 break
             sources, future = self._reading.popleft()
             encoded = future.result()
-            self._schedule(encoded)
-            self._decoding.append((sources, encoded))
+            self._seconds[0] += encoded.seconds
+            self._decoding.append((sources, encoded, self._schedule(encoded)))
+
+    def _build_main(self) -> Any:
+        self._seconds[1] = self.seconds()[1]
+        before = _threads()
+        pipeline = self._build()
+        self._decoders = _threads() - before
+        return pipeline
 
     def _build(self, *, alone: bool = False) -> Any:
         """A pipeline from originals and edits to pixels; `alone` from one image, which it calls an edit."""
@@ -216,10 +241,15 @@ class PieceDecoder:
         pipeline.release_outputs()
         return outputs
 
-    def _schedule(self, encoded: "_Read") -> None:
+    def _schedule(self, encoded: "_Read") -> Any:
+        """Give a batch to the pipeline, which is returned; to a new one if the batch is larger than any before."""
+        if len(encoded.originals.images) > self._batch_size:
+            self._batch_size = len(encoded.originals.images)
+            self._pipeline = self._build_main()
         _feed(self._pipeline, "originals", encoded.originals)
         _feed(self._pipeline, "edits", encoded.edits)
         self._pipeline.schedule_run()
+        return self._pipeline
 
     @staticmethod
     def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32], encoded: Batch) -> Decoded:
@@ -235,15 +265,14 @@ class PieceDecoder:
             errors=encoded.errors,
         )
 
-    def _rescue(self, sources: Sources, encoded: "_Read") -> tuple[Decoded, Decoded]:
+    def _decode_alone(self, sources: Sources, encoded: "_Read") -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
-        alone = _Alone(self)
 
         def decoded(
             places: Sequence[Place | None], windows: NDArray[np.int32], sizes: NDArray[np.int32], batch: Batch
         ) -> Decoded:
             results = [
-                batch.errors.get(i) if image is None else alone.decode(place, image, cut, window, size)
+                batch.errors.get(i) if image is None else self._alone.decode(place, image, cut, window, size)
                 for i, (place, image, cut, window, size) in enumerate(
                     zip(places, batch.images, batch.windows, windows, sizes, strict=True)
                 )
@@ -252,7 +281,6 @@ class PieceDecoder:
 
         originals = decoded(sources.originals, sources.original_windows, sources.original_sizes, encoded.originals)
         edits = decoded(sources.edits, sources.edit_windows, sources.edit_sizes, encoded.edits)
-        self._pipeline = self._build()
         return originals, edits
 
     @staticmethod
@@ -335,6 +363,11 @@ def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Read:
     originals = Batch(batch.images[:n], batch.windows[:n], errors[0], batch.memory)
     edits = Batch(batch.images[n:], batch.windows[n:], errors[1], batch.memory)
     return _Read(originals, edits, batch.memory, time.perf_counter() - begin)
+
+
+def _threads() -> set[int]:
+    """This process's threads."""
+    return {int(name) for name in os.listdir("/proc/self/task")}  # noqa: PTH208
 
 
 def _is_empty(windows: NDArray[np.int32]) -> NDArray[np.bool_]:

@@ -6,8 +6,8 @@ row of any epoch costs the same. Nothing else in this package draws.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Final, Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -309,6 +309,34 @@ class BatchPlan:
         """(n,) whether the sample shows an edit."""
         return self.edit >= 0
 
+    def row(self, place: int) -> "BatchPlan":
+        """The plan of one sample, a view."""
+        return replace(self, **{name: getattr(self, name)[place : place + 1] for name in self._columns()})
+
+    def with_rows(self, rows: Mapping[int, "BatchPlan"]) -> "BatchPlan":
+        """A plan with other rows, of one sample each, at some places."""
+        columns = {name: getattr(self, name).copy() for name in self._columns()}
+        for place, row in rows.items():
+            for name, column in columns.items():
+                column[place] = getattr(row, name)[0]
+        return replace(self, **columns)
+
+    def unmixed(self) -> "BatchPlan":
+        """The same crops and flips of the originals alone: no edit, no fractal."""
+        none = np.full(len(self), -1)
+        return replace(
+            self,
+            edit=none.astype(self.edit.dtype),
+            mask=none.astype(self.mask.dtype),
+            fractal=none.astype(self.fractal.dtype),
+            fractal_flip=np.zeros_like(self.fractal_flip),
+            fractal_weight=np.zeros_like(self.fractal_weight),
+        )
+
+    @classmethod
+    def _columns(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in ("epoch", "seam_width", "output_size")]
+
 
 def visible_parts(
     plan: BatchPlan, original_sizes: NDArray[np.int32], edit_sizes: NDArray[np.int32]
@@ -574,6 +602,11 @@ class Schedule:
         if self.drop_last:
             return self.length // self.global_batch_size
         return -(-self.length // self.global_batch_size)
+
+    def count(self) -> int:
+        """Samples that this rank takes in an epoch."""
+        steps = len(self)
+        return (steps - 1) * self.batch_size + len(self.places(steps - 1)) if steps else 0
 
     def places(self, step: int) -> NDArray[np.int64]:
         """(n,) places of the epoch's order that this rank takes at `step`."""

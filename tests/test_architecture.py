@@ -15,11 +15,11 @@ PACKAGE = Path(dali_diffusemix.__file__).parent
 # DESIGN's table. A module may import modules of lower levels, and those of its own level that stand before it.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
-    1: ("philox", "catalog", "pixels", "quality", "native", "reading", "gpu", "editors", "engines"),
+    1: ("philox", "catalog", "pixels", "quality", "native", "reading", "remote", "gpu", "editors", "engines"),
     2: ("plan", "store", "fractals"),
     3: ("mixing", "generate", "pack", "pipeline"),
-    4: ("dataset",),
-    5: ("loader", "fn", "preview", "report", "bench"),
+    4: ("quarantine", "dataset"),
+    5: ("samplers", "loader", "fn", "preview", "report", "bench"),
     6: ("integrations", "demo", "cli"),
 }
 RANK = {name: (level, place) for level, names in LEVELS.items() for place, name in enumerate(names)}
@@ -31,7 +31,9 @@ ROOMS = {
     "diffusers": {"editors"},
     "transformers": {"editors"},
     "ray": {"engines"},
-    "torch": {"dataset", "loader", "fn", "mixing", "gpu", "preview", "bench", "integrations", "cli", "demo", "editors"},
+    "fsspec": {"remote"},
+    "s3fs": set(),
+    "torch": {"dataset", "samplers", "loader", "fn", "mixing", "gpu", "preview", "bench", "integrations", "cli", "demo", "editors"},
 }
 
 

@@ -228,7 +228,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     (root / "a b").mkdir(parents=True)
     file = root / "a b" / 'it\'s "odd".jpg'
     file.write_bytes(encoded(photograph(1, 200, 150)))
-    dataset = DiffuseMixDataset(root, crop=RandomCrop(32, padding=4))
+    dataset = DiffuseMixDataset(root, crop=RandomCrop(32, padding=4), on_error="raise")
     assert dataset[0][0].shape == (3, 32, 32)
     if damage == "gone":
         file.unlink()

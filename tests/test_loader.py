@@ -345,7 +345,7 @@ def test_a_damaged_original_is_named_and_the_loader_lives_on(tmp_path: Path, dam
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i in range(12):
         (tmp_path / "train" / "a" / f"{i:02}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
-    dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(32))
+    dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(32), on_error="raise")
     file = tmp_path / "train" / "a" / "07.jpg"
     content = file.read_bytes()
     file.unlink()
@@ -370,7 +370,7 @@ def test_a_damaged_original_is_named_and_the_loader_lives_on(tmp_path: Path, dam
 
 def test_a_damaged_edit_is_named(photos: Path, make_store: MakeStore, bank: FractalBank) -> None:
     store = make_store(photos)
-    dataset = mixed(photos, store, bank, mix=MixSpec(probability=1))
+    dataset = mixed(photos, store, bank, mix=MixSpec(probability=1), on_error="raise")
     assert dataset.store is not None
     row = dataset.store.index[dataset.planner.batch(0, [5]).edit[0]]
     (tar,) = (store / "shards").glob("*.tar")
