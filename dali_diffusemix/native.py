@@ -114,6 +114,7 @@ def read(
     offsets: NDArray[np.int64],
     lengths: NDArray[np.int64],
     windows: NDArray[np.int32],
+    sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
     errors: NDArray[np.int32],
@@ -130,7 +131,7 @@ def read(
     needed = int(
         loaded.dali_diffusemix_read(
             ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
-            _address(lengths), _address(windows), _address(out), ctypes.c_int64(len(out)), _address(places),
+            _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)), _address(places),
             _address(errors), threads,
         )
     )  # fmt: skip

@@ -356,7 +356,8 @@ def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Read:
         None if empty else place
         for place, empty in zip([*sources.originals, *sources.edits], _is_empty(windows).tolist(), strict=True)
     ]
-    batch, n = read(places, windows, memory), len(sources.originals)
+    sizes = np.concatenate([sources.original_sizes, sources.edit_sizes])
+    batch, n = read(places, windows, sizes, memory), len(sources.originals)
     errors: tuple[dict[int, DecodeError], ...] = ({}, {})
     for row, error in batch.errors.items():
         errors[row // n][row % n] = error

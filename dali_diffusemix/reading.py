@@ -20,7 +20,12 @@ from dali_diffusemix.errors import DecodeError
 # Reads that wait for storage at once; on a fast one there are none.
 _THREADS: Final = 16
 _ENDS_EARLY: Final = -1
-_REASONS: Final = {_ENDS_EARLY: "it ends early", -2: "it is empty", -3: "it is not a file"}
+_REASONS: Final = {
+    _ENDS_EARLY: "it ends early",
+    -2: "it is empty",
+    -3: "it is not a file",
+    -4: "it has not the size that it was listed with",
+}
 
 
 class OpenFile:
@@ -57,12 +62,19 @@ class Batch:
     memory: NDArray[np.uint8]  # that the images lie in
 
 
-def read(places: Sequence[Place | None], windows: NDArray[np.int32], memory: NDArray[np.uint8] | None = None) -> Batch:
+def read(
+    places: Sequence[Place | None],
+    windows: NDArray[np.int32],
+    sizes: NDArray[np.int32] | None = None,
+    memory: NDArray[np.uint8] | None = None,
+) -> Batch:
     """Read images, and cut out of those that allow it what a window shows.
 
     Args:
         places: Where n images are; None is not read.
         windows: (n, 4) top, left, bottom, right, upright pixels; an image whose window is empty is read whole.
+        sizes: (n, 2) (height, width) that they must have, turned or not. Looked at in JPEGs and PNGs, which are nearly
+            all images; of others the decoder finds out. Without the library this is left to it altogether.
         memory: What to read into, if it is large enough.
     """
     count = len(places)
@@ -79,11 +91,12 @@ def read(places: Sequence[Place | None], windows: NDArray[np.int32], memory: NDA
     offsets[rows] = [extent.offset for _, extent in extents]
     lengths[rows] = [extent.length for _, extent in extents]
 
+    sizes = np.zeros((count, 2), dtype=np.int32) if sizes is None else np.ascontiguousarray(sizes, dtype=np.int32)
     memory = np.empty(0, dtype=np.uint8) if memory is None else memory
     run = partial(_read if native.library() is None else native.read, b"\0".join(names) + b"\0", path_starts)
     while True:
         found = lengths.copy(), windows.copy(), np.full(count, -1, dtype=np.int64), np.zeros(count, dtype=np.int32)
-        needed = run(files, offsets, *found[:2], memory, *found[2:], _THREADS)
+        needed = run(files, offsets, *found[:2], sizes, memory, *found[2:], _THREADS)
         if needed <= len(memory):
             break
         memory = np.empty(needed + needed // 4, dtype=np.uint8)
@@ -113,6 +126,7 @@ def _read(
     offsets: NDArray[np.int64],
     lengths: NDArray[np.int64],
     windows: NDArray[np.int32],
+    sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
     errors: NDArray[np.int32],

@@ -46,12 +46,13 @@ struct Layout {
 
 int two_bytes(const uint8_t *at) { return at[0] << 8 | at[1]; }
 
-// Reads a header. False: not a file whose rectangles can be cut out.
+// Reads a JPEG's header: at least its height and width, if they are there. False: rectangles cannot be cut out.
 bool read_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
     const uint8_t *at = file;
     if (end - at < 4 || at[0] != 0xFF || at[1] != kSoi) return false;
     at += 2;
     int components = 0;
+    bool can = true;
     while (end - at >= 4) {
         if (at[0] != 0xFF) return false;
         const int marker = at[1];
@@ -62,13 +63,14 @@ bool read_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
         const uint8_t *content = at + 4;
         const int length = two_bytes(at + 2) - 2;
         if (length < 0 || end - content < length) return false;
-        if (marker == 0xC0 || marker == 0xC1) {  // one pass over the picture, Huffman codes
-            if (components || length < 6 || content[0] != 8) return false;
+        if (marker >= 0xC0 && marker <= 0xCF && marker != kDht && marker != kJpg && marker != kDac) {
+            if (components || length < 6) return false;
             components = content[5];
-            if ((components != 1 && components != 3) || length < 6 + 3 * components) return false;
             layout.size = content + 1 - file;
             layout.height = two_bytes(content + 1);
             layout.width = two_bytes(content + 3);
+            if (content[0] != 8 || (components != 1 && components != 3) || length < 6 + 3 * components) return false;
+            can = can && marker <= 0xC1;  // one pass over the picture, Huffman codes
             int high = 1, wide = 1;
             for (int c = 0; c < components; ++c) {
                 const int sampling = content[7 + 3 * c];
@@ -78,31 +80,34 @@ bool read_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
             // With one component there is nothing to interleave, and an MCU is a block.
             layout.mcu_height = components == 1 ? 8 : 8 * high;
             layout.mcu_width = components == 1 ? 8 : 8 * wide;
-        } else if (marker >= 0xC2 && marker <= 0xCF && marker != kDht && marker != kJpg && marker != kDac) {
-            return false;  // progressive, lossless or arithmetic
         } else if (marker == kExif) {
-            return false;  // perhaps turned, and windows are upright
+            can = false;  // perhaps it has to be turned, and windows are upright
         } else if (marker == kDri) {
             if (length < 2) return false;
             layout.interval = two_bytes(content);
         } else if (marker == kSos) {
             layout.scan = content + length - file;
-            return components && length >= 1 && content[0] == components && layout.interval && layout.height &&
-                   layout.width;
+            return can && components && length >= 1 && content[0] == components && layout.interval &&
+                   layout.height && layout.width;
         }
         at = content + length;
     }
     return false;
 }
 
+// Reads a PNG's height and width, if it is one.
+void read_png_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
+    if (end - file < 24 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
+    layout.width = two_bytes(file + 16) << 16 | two_bytes(file + 18);
+    layout.height = two_bytes(file + 20) << 16 | two_bytes(file + 22);
+}
+
 int up(int a, int b) { return (a + b - 1) / b; }
 
 // Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
 // `length` if the file cannot be cut or nothing would be gained.
-int64_t cut(uint8_t *file, int64_t length, int32_t *window, std::vector<int64_t> &starts) {
+int64_t cut(uint8_t *file, int64_t length, const Layout &layout, int32_t *window, std::vector<int64_t> &starts) {
     const uint8_t *const end = file + length;
-    Layout layout;
-    if (!read_header(file, end, layout)) return length;
     const int columns = up(layout.width, layout.mcu_width);
     const bool whole_rows = layout.interval % columns == 0;
     if (!whole_rows && columns % layout.interval) return length;
@@ -157,7 +162,7 @@ int64_t cut(uint8_t *file, int64_t length, int32_t *window, std::vector<int64_t>
     return to - file;
 }
 
-constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3;  // beside the system's error numbers
+constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3, kOtherSize = -4;  // beside the system's error numbers
 
 // What a batch is read from and to.
 struct Batch {
@@ -168,6 +173,7 @@ struct Batch {
     const int64_t *offsets;
     int64_t *lengths;
     int32_t *windows;
+    const int32_t *sizes;
     uint8_t *out;
     int64_t capacity;
     int64_t *places;
@@ -199,8 +205,18 @@ struct Batch {
             errors[i] = kEndsEarly;
             return;
         }
+        lengths[i] = bytes;
+        Layout layout;
+        const bool can = read_header(to, to + bytes, layout);
+        if (!layout.height) read_png_header(to, to + bytes, layout);
+        const int32_t *size = sizes + 2 * i;
+        if (size[0] && layout.height && !(layout.height == size[0] && layout.width == size[1]) &&
+            !(layout.height == size[1] && layout.width == size[0])) {  // it may have to be turned
+            errors[i] = kOtherSize;
+            return;
+        }
         int32_t *window = windows + 4 * i;
-        lengths[i] = window[2] > window[0] && window[3] > window[1] ? cut(to, bytes, window, starts) : bytes;
+        if (can && window[2] > window[0] && window[3] > window[1]) lengths[i] = cut(to, bytes, layout, window, starts);
     }
 
     void read(int64_t i, std::vector<int64_t> &starts) {
@@ -249,6 +265,7 @@ struct Batch {
 //     offsets      (count) where in the open file it begins
 //     lengths      (count) its bytes; in turn those of what is to be decoded
 //     windows      (count, 4) top, left, bottom, right in pixels, empty: not looked at; in turn in what is to be decoded
+//     sizes        (count, 2) height and width that JPEGs and PNGs must have, in either order; zeros: any
 //     out          (capacity) where to
 //     places       (count) where in `out` what is to be decoded begins
 //     errors       (count) zeros; in turn 0, an error number or one of those above
@@ -258,10 +275,10 @@ struct Batch {
 // they were. Negative: there is no memory.
 extern "C" __attribute__((visibility("default"))) int64_t dali_diffusemix_read(
     int64_t count, const char *paths, const int64_t *path_starts, const int32_t *files, const int64_t *offsets,
-    int64_t *lengths, int32_t *windows, uint8_t *out, int64_t capacity, int64_t *places, int32_t *errors, int threads) {
+    int64_t *lengths, int32_t *windows, const int32_t *sizes, uint8_t *out, int64_t capacity, int64_t *places,
+    int32_t *errors, int threads) {
     try {
-        Batch batch{count, paths,  path_starts, files,  offsets, lengths,
-                    windows, out, capacity, places, errors};
+        Batch batch{count, paths, path_starts, files, offsets, lengths, windows, sizes, out, capacity, places, errors};
         batch.work(threads > 1);
         std::vector<std::thread> others;
         const int64_t left = count - std::min(batch.next.load(), count);

@@ -181,7 +181,7 @@ def test_files_and_parts_of_files(tmp_path: Path) -> None:
     a, b, c = contents.values()
     expected = [a, None, b[300:1300], b, c, b[-1:], None]
     batch = read(places, windows)
-    again = read(places, windows, batch.memory)
+    again = read(places, windows, memory=batch.memory)
     for found in (batch, again):
         assert not found.errors
         assert [None if image is None else image.tobytes() for image in found.images] == expected
@@ -214,6 +214,17 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         if reason:
             assert f"cannot be read ({reason})" in str(batch.errors[row]) and str(tmp_path) in str(batch.errors[row])
     assert "short at byte 50" in str(batch.errors[5]) and batch.errors[6] is gone
+
+
+@pytest.mark.parametrize("form", ["JPEG", "progressive", "PNG"])
+def test_an_image_of_another_size_is_another_image(tmp_path: Path, form: str) -> None:
+    options = {"progressive": True} if form == "progressive" else {}
+    content = encoded(photograph(0, 30, 40), "JPEG" if form == "progressive" else form, **options)
+    (tmp_path / "file").write_bytes(content)
+    place = os.fsencode(tmp_path / "file")
+    sizes = np.array([[30, 40], [40, 30], [0, 0], [30, 41], [60, 80]], dtype=np.int32)
+    batch = read([place] * 5, np.zeros((5, 4), dtype=np.int32), sizes)
+    assert sorted(batch.errors) == [3, 4] and "has not the size that it was listed with" in str(batch.errors[3])
 
 
 def test_a_pipe_does_not_stop_it(tmp_path: Path) -> None:
