@@ -1,0 +1,417 @@
+"""The loader's protocol: samplers, ranks, transforms, state, statistics and lifetime."""
+
+import copy
+import gc
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+
+from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, EvalCrop, FractalBank, MixSpec, TrainCrop
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
+
+
+@pytest.fixture
+def dataset(photos: Path, edits: Path, bank: FractalBank) -> DiffuseMixDataset:
+    return DiffuseMixDataset(photos, crop=TrainCrop(24), mix=MixSpec.paper(), edits=edits, fractals=bank, seed=3)
+
+
+def loader_of(dataset: DiffuseMixDataset, batch_size: int = 4, **options: Any) -> DiffuseMixLoader:
+    return DiffuseMixLoader(dataset, batch_size, **{"device": "cpu", "num_workers": 2, **options})
+
+
+def delivered(batches: Iterator[tuple[torch.Tensor, ...]]) -> list[tuple[list[int], bytes]]:
+    """Indices and pixels of each batch."""
+    return [(indices.tolist(), images.numpy().tobytes()) for images, _, indices in batches]
+
+
+# --- samplers
+
+
+def samples(dataset: DiffuseMixDataset, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+    dataset.set_epoch(epoch)
+    images, labels = zip(*(dataset[i] for i in range(len(dataset))), strict=True)
+    return torch.stack(images), torch.tensor(labels)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("kind", ["random", "subset", "weighted", "list", "batches", "uneven batches", "generator"])
+def test_the_order_is_the_one_that_dataloader_has(dataset: DiffuseMixDataset, kind: str) -> None:
+    def options() -> dict[str, Any]:
+        return {
+            "random": lambda: {"sampler": RandomSampler(dataset, generator=seeded(1)), "batch_size": 5},
+            "subset": lambda: {"sampler": SubsetRandomSampler(range(3, 20), generator=seeded(1)), "batch_size": 4},
+            "weighted": lambda: {"sampler": WeightedRandomSampler([1, 0, 2] * 11, 29, generator=seeded(1))},
+            "list": lambda: {"sampler": [4, 4, 0, 32, 7], "batch_size": 2, "drop_last": True},
+            "batches": lambda: {"batch_sampler": BatchSampler(RandomSampler(dataset, generator=seeded(1)), 7, False)},
+            "uneven batches": lambda: {"batch_sampler": [[0], [1, 2, 3], [4] * 9, [5, 6]]},
+            "generator": lambda: {"shuffle": True, "generator": seeded(5), "batch_size": 6},
+        }[kind]()
+
+    ours = DiffuseMixLoader(dataset, device="cpu", return_index=True, **options())
+    theirs = DataLoader([(i, 0) for i in range(len(dataset))], **options())  # type: ignore[arg-type]
+    assert len(ours) == len(theirs)
+    for epoch in range(3):
+        images, labels = samples(dataset, epoch)
+        batches, expected = list(ours), list(theirs)
+        assert [indices.tolist() for _, _, indices in batches] == [indices.tolist() for indices, _ in expected]
+        for found, found_labels, indices in batches:
+            assert torch.equal(found, images[indices]) and torch.equal(found_labels, labels[indices])
+
+
+def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset, 5, shuffle=True, drop_last=True, prefetch_factor=3)
+    assert (loader.batch_size, loader.drop_last, loader.num_workers, loader.prefetch_factor) == (5, True, 2, 3)
+    assert loader.dataset is dataset and len(loader.sampler) == 30 and len(loader.batch_sampler) == 6  # type: ignore[arg-type]
+    ahead = list(loader.batch_sampler)
+    assert list(loader.sampler) == [i for batch in ahead for i in batch]
+    loader.return_index = True
+    assert [indices.tolist() for _, _, indices in loader] == ahead
+    assert list(loader.batch_sampler) != ahead  # of the next epoch
+    loader.sampler.set_epoch(0)  # type: ignore[attr-defined]
+    assert list(loader.batch_sampler) == ahead
+    assert set(vars(DataLoader([1]))) - {k for k in vars(DataLoader([1])) if k.startswith("_")} <= set(dir(loader))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": [1], "shuffle": True}, "sampler decides the order"),
+        ({"batch_sampler": [[1]], "batch_size": 2}, "batch_sampler decides the batches"),
+        ({"batch_sampler": [[1]], "drop_last": True}, "batch_sampler decides the batches"),
+        ({"sampler": [1], "rank": 0, "world_size": 1}, "rank and world_size cut the loader's own order"),
+        ({"rank": 1}, "rank and world_size go together"),
+        ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size 2\), found 2"),
+        ({"batch_size": None}, "batch_size must be at least 1, found None"),
+        ({"collate_fn": list}, r"collate_fn has no meaning here.*batch_transform"),
+        ({"pin_memory": True}, "pin_memory has no meaning here, found True: batches lie on the device already"),
+        ({"persistent_workers": True}, "threads are always kept"),
+        ({"worker_init_fn": print}, "the dataset's seed"),
+        ({"timeout": 3}, "no worker processes"),
+        ({"in_order": False}, "batches always come in order"),
+    ],
+)
+def test_meaningless_arguments_are_refused(dataset: DiffuseMixDataset, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DiffuseMixLoader(dataset, **{"device": "cpu", **options})
+
+
+def test_unknown_arguments_and_indices_are_refused(dataset: DiffuseMixDataset) -> None:
+    with pytest.raises(TypeError, match="no argument 'batchsize'"):
+        DiffuseMixLoader(dataset, device="cpu", batchsize=3)
+    neutral = {"pin_memory": False, "timeout": 0, "collate_fn": None, "persistent_workers": False, "shuffle": None}
+    assert len(DiffuseMixLoader(dataset, device="cpu", **neutral)) == 33  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"index must lie in \[0, 33\), found 33 to 33"):
+        next(iter(DiffuseMixLoader(dataset, device="cpu", sampler=[33])))
+
+
+# --- ranks
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_ranks_share_the_global_batches(dataset: DiffuseMixDataset, world_size: int, drop_last: bool) -> None:
+    options = {"shuffle": True, "return_index": True, "drop_last": drop_last}
+    alone = [i.tolist() for _, _, i in loader_of(dataset, 30 // world_size * world_size, **options)]
+    ranks = [
+        [i.tolist() for _, _, i in loader_of(dataset, 30 // world_size, rank=r, world_size=world_size, **options)]
+        for r in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    together = [[i for part in parts for i in part] for parts in zip(*ranks, strict=True)]
+    if not drop_last and world_size == 5:  # the last 3 are filled up to 5, from the epoch's start
+        assert together[-1][:3] == alone[-1] and together[-1][3:] == alone[0][:2]
+        together, alone = together[:-1], alone[:-1]
+    assert together == alone
+
+
+# --- transforms
+
+
+def mixup(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """With the generator given, and with every global one, as others' transforms do."""
+    import random
+
+    order = torch.randperm(len(images), generator=generator)
+    weight = torch.rand(()) + float(np.random.rand()) + random.random()
+    return weight * images + images[order], labels[order]
+
+
+def test_a_transform_is_a_function_of_the_step(dataset: DiffuseMixDataset) -> None:
+    options = {"shuffle": True, "batch_transform": mixup, "return_index": True}
+    torch.manual_seed(1)
+    whole = delivered(iter(loader_of(dataset, **options)))
+    first = loader_of(dataset, **options)
+    batches = iter(first)
+    part = [next(batches) for _ in range(3)]
+    state = first.state_dict()
+    torch.manual_seed(2)
+    np.random.seed(2)
+    before = torch.get_rng_state()
+    second = loader_of(dataset, num_workers=1, **{k: v for k, v in options.items() if k != "num_workers"})
+    second.load_state_dict(state)
+    assert delivered(iter(part)) + delivered(iter(second)) == whole
+    assert torch.equal(torch.get_rng_state(), before)  # the caller's own numbers go on as if nothing had been
+    plain = delivered(iter(loader_of(dataset, shuffle=True, return_index=True)))
+    assert [i for i, _ in plain] == [i for i, _ in whole] and plain[0][1] != whole[0][1]
+    ranks = [delivered(iter(loader_of(dataset, 2, rank=r, world_size=2, **options)))[0][1] for r in range(2)]
+    assert ranks[0] != ranks[1]
+
+
+def test_what_a_transform_gives_is_checked(dataset: DiffuseMixDataset) -> None:
+    with pytest.raises(ConfigError, match=r"batch_transform must give \(images, labels\), found Tensor"):
+        next(iter(loader_of(dataset, batch_transform=lambda images, labels, generator: images)))  # type: ignore[arg-type,return-value]
+
+
+def test_the_plan_of_a_batch(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset, shuffle=True, return_index=True)
+    for step, (_, _, indices) in enumerate(loader):
+        np.testing.assert_array_equal(loader.plan(0, step).index, indices.numpy())
+    with pytest.raises(ConfigError, match="the batches are a sampler's"):
+        loader_of(dataset, sampler=[1]).plan(0, 0)
+
+
+# --- state
+
+
+@pytest.mark.parametrize("epoch", ["fixed", "expanded"])
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_resume_at_every_step(photos: Path, edits: Path, bank: FractalBank, epoch: str, shuffle: bool) -> None:
+    mix = MixSpec(epoch=epoch)  # type: ignore[arg-type]
+    dataset = DiffuseMixDataset(photos, crop=TrainCrop(8), mix=mix, edits=edits, fractals=bank)
+    size = len(dataset) // 4
+    loader = loader_of(dataset, size, shuffle=shuffle, return_index=True)
+    steps, states = [], [loader.state_dict()]
+    for _ in range(3):
+        for batch in loader:
+            steps.append(batch)
+            states.append(loader.state_dict())
+    whole = delivered(iter(steps))
+    per_epoch = len(loader)
+    assert states[per_epoch] == {**states[0], "epoch": 1, "places": 0}
+    assert all(len(pickle.dumps(state)) < 500 for state in states)
+    for step, state in enumerate(copy.deepcopy(states[:-1])):
+        again = loader_of(dataset, size, shuffle=shuffle, return_index=True, num_workers=1, prefetch_factor=1)
+        again.load_state_dict(state)
+        assert again.state_dict() == state
+        left = per_epoch - step % per_epoch
+        assert delivered(iter(again)) == whole[step : step + left]
+    ranks = []
+    for rank in range(2):  # the same global batch on two
+        again = loader_of(dataset, size // 2, shuffle=shuffle, return_index=True, rank=rank, world_size=2)
+        if size % 2 == 0:
+            again.load_state_dict(states[2])
+            ranks.append([i.tolist() for _, _, i in again])
+    if ranks:
+        together, alone = [a + b for a, b in zip(*ranks, strict=True)], [i for i, _ in whole[2:per_epoch]]
+        assert together[:-1] == alone[:-1] and together[-1][: len(alone[-1])] == alone[-1]  # filled up to two
+
+
+def test_what_is_under_way_does_not_count(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset, prefetch_factor=4)
+    batches = iter(loader)
+    assert loader.state_dict()["places"] == 0
+    next(batches)
+    assert loader.state_dict()["places"] == 4
+    older, newer = batches, iter(loader)
+    next(older)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["places"]) == (1, 0)
+    next(newer)
+    del newer, older  # a loop that was left: the state stays where it was
+    assert (loader.state_dict()["epoch"], loader.state_dict()["places"]) == (1, 4)
+    loader.set_epoch(9)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["places"]) == (9, 0)
+
+
+def test_setting_the_epoch_that_a_state_is_of_keeps_its_place(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset, return_index=True)
+    loader.load_state_dict({**loader.state_dict(), "epoch": 5, "places": 8})
+    loader.set_epoch(5)
+    assert next(iter(loader))[2].tolist() == [8, 9, 10, 11]
+    loader.load_state_dict({**loader.state_dict(), "epoch": 5, "places": 8})
+    loader.set_epoch(6)
+    assert next(iter(loader))[2].tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 4}, "seed of the state is 4, here it is 3; give the dataset this seed"),
+        ({"length": 34}, "length of the state is 34, here it is 33"),
+        ({"shuffle": True}, "shuffle of the state is True"),
+        ({"fingerprint": "0"}, "fingerprint of the state is '0'.*relative paths and labels"),
+        ({"version": 2}, "state must be of version 1.*found 2"),
+        ({"places": 6}, r"places of the state is 6 of 33.*multiple of the global batch.* = 4\)"),
+        ({"places": 36}, "places of the state is 36"),
+        ({"sampler": None}, "the state was taken with a sampler, this loader has none"),
+    ],
+)
+def test_foreign_states_are_refused(dataset: DiffuseMixDataset, change: dict[str, Any], message: str) -> None:
+    loader = loader_of(dataset)
+    with pytest.raises(ConfigError, match=message):
+        loader.load_state_dict({**loader.state_dict(), **change})
+    with pytest.raises(ConfigError, match="found list"):
+        loader.load_state_dict([])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["generator", "random", "batches"])
+def test_resume_with_a_users_sampler(dataset: DiffuseMixDataset, kind: str) -> None:
+    def new() -> DiffuseMixLoader:
+        options: dict[str, Any] = {
+            "generator": lambda: {"shuffle": True, "generator": seeded(1), "batch_size": 5},
+            "random": lambda: {"sampler": RandomSampler(dataset, generator=seeded(1)), "batch_size": 5},
+            "batches": lambda: {"batch_sampler": [[0, 1], [5] * 4, [7], [9, 9, 9], [3]]},
+        }[kind]()
+        return DiffuseMixLoader(dataset, device="cpu", return_index=True, **options)
+
+    loader, steps, states = new(), [], []
+    for _ in range(2):
+        for batch in loader:
+            steps.append(batch)
+            states.append(loader.state_dict())
+    whole, per_epoch = delivered(iter(steps)), len(loader)
+    for step, state in enumerate(states[:-1], start=1):
+        again = new()
+        again.load_state_dict(state)
+        assert delivered(iter(again)) == whole[step : (step // per_epoch + 1) * per_epoch]
+
+
+# --- statistics
+
+
+def test_statistics_say_who_waits(photos: Path, edits: Path, bank: FractalBank) -> None:
+    dataset = DiffuseMixDataset(photos, crop=TrainCrop(64), mix=MixSpec(probability=1), edits=edits, fractals=bank)
+    loader = loader_of(dataset)
+    assert loader.stats().batches == 0 and loader.stats().bottleneck == "training"
+    for _ in loader:
+        pass
+    stats = loader.stats()
+    assert (stats.batches, stats.images) == (9, 33) and stats.bottleneck == "loader"
+    assert 0 < stats.idle + stats.mix <= stats.wait <= stats.total and stats.read > 0 and stats.decode > 0
+    for _ in loader:
+        time.sleep(0.05)
+    stats = loader.stats()
+    assert stats.batches == 9 and stats.bottleneck == "training" and stats.total > 0.4 > 8 * stats.wait / 2
+
+
+# --- lifetime
+
+
+def dali_threads() -> set[str]:
+    names = set()
+    for task in Path("/proc/self/task").iterdir():
+        names.add(f"{task.name} {(task / 'comm').read_text().strip()}")
+    return {name for name in names if "DALI" in name or "dali" in name}
+
+
+def test_nothing_is_left_behind(dataset: DiffuseMixDataset) -> None:
+    gc.collect()
+    before, threads = dali_threads(), set(threading.enumerate())
+
+    def train() -> None:
+        with loader_of(dataset) as loader:
+            for step, _ in enumerate(loader):
+                if step == 2:
+                    raise ValueError("in the training loop")
+
+    with pytest.raises(ValueError, match="in the training loop"):
+        train()
+    loader = loader_of(dataset)
+    batches = [iter(loader), iter(loader)]
+    next(batches[0]), next(batches[1])
+    del batches
+    loader.close()
+    assert len(list(loader)) == 9  # it can be used again
+    loader.close()
+    del loader
+    gc.collect()
+    for _ in range(50):
+        if dali_threads() <= before and set(threading.enumerate()) <= threads:
+            break
+        time.sleep(0.1)
+    assert dali_threads() <= before and set(threading.enumerate()) <= threads
+
+
+def run(script: str, *arguments: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_process_ends_quietly_with_an_iterator_open(photos: Path) -> None:
+    process = run(
+        """
+        import sys
+        from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+        loader = DiffuseMixLoader(DiffuseMixDataset(sys.argv[1], crop=EvalCrop(16)), 4, device="cpu")
+        batches = iter(loader)
+        next(batches)
+        """,
+        photos,
+    )
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and not errors
+
+
+def test_ctrl_c_ends_it_within_two_seconds(photos: Path) -> None:
+    process = run(
+        """
+        import sys
+        from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+        loader = DiffuseMixLoader(DiffuseMixDataset(sys.argv[1], crop=EvalCrop(64)), 4, device="cpu")
+        while True:
+            for _ in loader:
+                print("batch", flush=True)
+        """,
+        photos,
+    )
+    assert process.stdout is not None and process.stdout.readline() == "batch\n"
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - begin < 2 and "KeyboardInterrupt" in errors and process.returncode != 0
+
+
+def in_a_new_process(loader: DiffuseMixLoader, batches: Any) -> None:
+    batches.put([images.numpy().copy() for images, _ in loader])
+
+
+def test_a_spawned_process_gets_the_same(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset, 17)
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=in_a_new_process, args=(loader, queue))
+    process.start()
+    there = queue.get(timeout=60)
+    process.join()
+    here: Sequence[torch.Tensor] = [images for images, _ in loader]
+    assert all(np.array_equal(a, b.numpy()) for a, b in zip(there, here, strict=True))
+    assert os.getpid() != process.pid
+
+
+def test_validation_goes_the_same_way(photos: Path) -> None:
+    dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
+    loader = loader_of(dataset, 10)
+    epochs = [torch.cat([images for images, _ in loader]) for _ in range(2)]
+    assert torch.equal(*epochs)  # nothing is random
+    assert torch.equal(epochs[0], torch.stack([dataset[i][0] for i in range(33)]))
