@@ -9,7 +9,7 @@ resized by RandomResizedCropRGBImageDecoder, RandomHorizontalFlip, NormalizeImag
 How the file is written (`--write`), because FFCV's own writer knows pixels only and encodes them anew:
 
     kept          the JPEGs' own bytes, through a field whose encoder copies them; colours and subsampling stay too.
-                  With --max-side they are bench_loader's, packed by Pillow.
+                  With --max-side they are bench_loader's, of this package's `pack`.
     encoded       by FFCV: RGBImageField(write_mode="jpg", max_resolution=--max-side, jpeg_quality=--quality); OpenCV
                   subsamples the colours (4:2:0), which makes originals without subsampling much cheaper to decode
 
@@ -32,6 +32,8 @@ FFCV needs an environment of its own (compiled against OpenCV and libturbojpeg; 
     VENV/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
     VENV/bin/pip install "numpy<2" numba "opencv-python-headless<4.11" pillow tqdm psutil
     VENV/bin/pip install --no-build-isolation --no-deps ffcv==1.0.2
+
+It reads this package's measuring from the checkout: PYTHONPATH=. VENV/bin/python benchmarks/bench_ffcv.py ...
 
 compare_ffcv.sh runs this script and bench_loader.py in turn and puts both into one record.
 """
@@ -199,10 +201,11 @@ def main() -> None:
         contenders, sizes, steady = {}, {}, {}
         for way in options.write.split(","):
             kept, root = way == "kept", options.root
-            if kept and options.max_side:
-                root = folder / f"originals-{options.max_side}"
             side = options.max_side or "whole"
-            beton = folder / (f"kept-{side}.beton" if kept else f"encoded-{side}-{options.quality}.beton")
+            if kept and options.max_side:
+                root = folder / f"files-{side}"
+            kind = "files" if kept else f"encoded-{options.quality}"
+            beton = folder / f"{kind}-{side}.beton"
             if not beton.exists():
                 write_beton(root, beton, kept, options.max_side, options.quality)
             sizes[way] = round(mean_bytes(beton))

@@ -1,149 +1,188 @@
-"""Images a second: DiffuseMixLoader, mixed and plain, against plain DALI and against Pillow with DataLoader.
+"""Images a second: DiffuseMixLoader, mixed and plain, against plain DALI, Pillow with DataLoader, SPDL and WebDataset.
 
-Method: one process, contenders in turn (A B C A B C ...), one epoch each time, the first not counted; the figure is the
-median of `--rounds`. All make 224 x 224 float32 NCHW batches, normalised, with random crops and flips, on `--device`.
-Files are in the page cache after the first epoch. Each image is taken `--repeat` times, by links: DALI decodes first
-batches of its next epoch while the others are timed, which a short epoch would count in its favour.
+Method: each contender in a process of its own, in turn (A B C A B C ...), one epoch each time, the first not counted;
+the figure is the median of `--rounds`. All make batches of 224 x 224 float32, normalised, with random crops and flips,
+on `--device`; NCHW unless the name says channels_last. Files are in the page cache after the first epoch. Each image is
+taken `--repeat` times, so that epochs are long beside the batches that DALI decodes ahead while the others are timed.
+CPU seconds are those of the contender's process and its workers; the peak of their memory (PSS: a page that several
+share counts once) is taken in the first epoch, in which nothing is timed.
 
-    diffusemix        this package, MixSpec.paper() with every sample mixed: DALI, one fused kernel
-    plain             this package, mix=None
-    plain_dali        DALI alone: decode of the crop's region only, resize, crop_mirror_normalize
-    pillow_plain      DataLoader, Pillow's resize(box=...), torch's normalise
-    pillow_mixed      the same for original and edit, mixed for each sample with NumPy, as the released code does
+    diffusemix                this package, MixSpec.paper() with every sample mixed: DALI, one fused kernel
+    diffusemix_channels_last  the same, as torch.channels_last
+    diffusemix_whole          the same as the first, with visible_parts=False: whole images are decoded
+    plain                     this package, mix=None
+    plain_dali                DALI alone: decode of the crop's region only, resize, crop_mirror_normalize
+    pillow_plain              DataLoader, Pillow's resize(box=...), NumPy's normalise
+    pillow_mixed              the same for original and edit, mixed with NumPy a sample at a time, as the release does
+    spdl                      SPDL's DataLoader: FFmpeg decodes, crops, resizes and flips in threads; torch normalises
+    webdataset                the same JPEGs in tar shards, WebDataset, pillow_plain's work by WebLoader's workers
+
+With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then reads the packed
+store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.
+
+SPDL and WebDataset are in the extra `bench`; what is not installed is left out, with the reason. SPDL needs FFmpeg's
+libraries beside it.
 """
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from record import interleaved, write
-from torch.utils.data import DataLoader, Dataset
+from PIL import Image
+from record import write
 
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
+from dali_diffusemix.bench import (
+    Contender,
+    Factory,
+    Material,
+    PillowCrops,
+    diffusemix,
+    extract,
+    interleaved,
+    pillow,
+    plain_dali,
+)
+from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.errors import DataError, MissingDependencyError
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD, edit_weight
+from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.store import OriginalStore
 
-SIZE = 224
-
-
-def plain_dali(dataset: DiffuseMixDataset, batch_size: int, threads: int, device: str) -> Callable[[], int]:
-    """DALI as its users have it, with its own random crop."""
-    from nvidia.dali import fn, pipeline_def, types
-    from nvidia.dali.plugin.pytorch import DALIGenericIterator, LastBatchPolicy
-
-    cuda = device != "cpu"
-
-    @pipeline_def(batch_size=batch_size, num_threads=threads, device_id=0 if cuda else None, seed=0)
-    def pipeline() -> Any:
-        files, labels = [path for path, _ in dataset.samples], dataset.targets
-        encoded, label = fn.readers.file(files=files, labels=labels, random_shuffle=True, name="reader")
-        pixels = fn.decoders.image_random_crop(encoded, device="mixed" if cuda else "cpu", output_type=types.RGB)
-        pixels = fn.resize(pixels, size=[SIZE, SIZE], interp_type=types.INTERP_LINEAR, antialias=True)
-        images = fn.crop_mirror_normalize(
-            pixels,
-            dtype=types.FLOAT,
-            output_layout="CHW",
-            mean=[255 * m for m in IMAGENET_MEAN],
-            std=[255 * s for s in IMAGENET_STD],
-            mirror=fn.random.coin_flip(),
-        )
-        return images, label
-
-    names, policy = ["images", "labels"], LastBatchPolicy.PARTIAL
-    iterator = DALIGenericIterator(pipeline(), names, reader_name="reader", last_batch_policy=policy, auto_reset=True)
-
-    def epoch() -> int:
-        return sum(len(batch[0]["images"]) for batch in iterator)
-
-    return epoch
+IMAGES_PER_SHARD = 64  # of WebDataset's
 
 
-class PillowDataset(Dataset[tuple[torch.Tensor, int]]):
-    """The reference way, a sample at a time, at its fastest in Pillow and NumPy."""
-
-    def __init__(self, dataset: DiffuseMixDataset, mixed: bool) -> None:
-        self.dataset, self.mixed = dataset, mixed
-        self.mean = np.array(IMAGENET_MEAN, dtype=np.float32) * 255
-        self.deviation = np.array(IMAGENET_STD, dtype=np.float32) * 255
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    @staticmethod
-    def cropped(image: Image.Image, box: np.ndarray) -> np.ndarray:
-        top, left, height, width = box * [image.height, image.width, image.height, image.width]
-        region = (left, top, min(left + width, image.width), min(top + height, image.height))
-        resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR, box=region)
-        return np.asarray(resized, dtype=np.float32)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        dataset = self.dataset
-        plan = dataset.planner.batch(dataset.epoch, [index])
-        with Image.open(dataset.path_of(index)) as original:
-            sample = self.cropped(original, plan.box[0])
-        if self.mixed and plan.edit[0] >= 0:
-            import io
-
-            with Image.open(io.BytesIO(dataset.store.encoded(int(plan.edit[0])))) as edit:
-                m = edit_weight(int(plan.mask[0]), plan.seam_width, plan.span[0], (SIZE, SIZE))[..., None]
-                sample = m * self.cropped(edit, plan.box[0]) + (1 - m) * sample
-            fractal = Image.fromarray(dataset.bank.images[plan.fractal[0]])
-            weight = plan.fractal_weight[0]
-            sample = (1 - weight) * sample + weight * self.cropped(fractal, plan.span[0])
-        if plan.flip[0]:
-            sample = sample[:, ::-1]
-        sample = (sample - self.mean) / self.deviation
-        return torch.from_numpy(np.ascontiguousarray(sample.transpose(2, 0, 1))), int(dataset.catalog.labels[index])
+def missing(package: str) -> MissingDependencyError:
+    return MissingDependencyError(f"{package} is not installed: pip install '.[bench]'")
 
 
-def pillow(dataset: DiffuseMixDataset, batch_size: int, workers: int, device: str, mixed: bool) -> Callable[[], int]:
+@dataclass
+class Crops:
+    """The samples of epoch after epoch for SPDL: a file and FFmpeg's filters for it, in random order."""
+
+    dataset: DiffuseMixDataset
+    files: Path
+    epoch: int = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        dataset, (size, _) = self.dataset, self.dataset.crop.output_size
+        self.epoch += 1
+        order = np.random.default_rng().permutation(len(dataset))
+        for start in range(0, len(order), 256):
+            plan = dataset.planner.batch(self.epoch, order[start : start + 256])
+            boxes = np.rint(plan.box * np.tile(dataset.catalog.sizes[plan.original], 2)).astype(int)
+            for original, (top, left, height, width), flip in zip(plan.original, boxes, plan.flip, strict=True):
+                filters = f"crop={width}:{height}:{left}:{top}:exact=1,scale={size}:{size}:flags=bilinear"
+                filters += ",hflip,format=pix_fmts=rgb24" if flip else ",format=pix_fmts=rgb24"
+                yield str(self.files / dataset.catalog.path(int(original))), filters
+
+
+def spdl(material: Material) -> Contender:
+    """SPDL, as its documentation builds a DataLoader: threads decode with filters, whole batches are converted."""
+    try:
+        import spdl.io
+        from spdl.dataloader import DataLoader
+        from spdl.io.utils import get_ffmpeg_versions
+    except ImportError as error:
+        raise missing("spdl") from error
+    get_ffmpeg_versions()  # loads FFmpeg, or says what is missing: later each image would fail by itself
+    dataset = material.dataset(mixed=False)
+    mean = 255 * torch.tensor(IMAGENET_MEAN, device=material.device).view(3, 1, 1)
+    deviation = 255 * torch.tensor(IMAGENET_STD, device=material.device).view(3, 1, 1)
+    buffered = 3  # SPDL's own
+
+    def decoded(sample: tuple[str, str]) -> Any:
+        path, filters = sample
+        return spdl.io.decode_packets(spdl.io.demux_image(path), filter_desc=filters)
+
+    def batch(frames: list[Any]) -> torch.Tensor:
+        pixels = torch.from_numpy(spdl.io.to_numpy(spdl.io.convert_frames(frames))).to(material.device)
+        channels_first = pixels.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        return channels_first.sub_(mean).div_(deviation)
+
     loader = DataLoader(
-        PillowDataset(dataset, mixed),
-        batch_size=batch_size,
-        shuffle=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=device != "cpu",
+        Crops(dataset, material.files),
+        preprocessor=decoded,
+        batch_size=material.batch_size,
+        aggregator=batch,
+        buffer_size=buffered,
+        num_threads=material.num_workers,
     )
 
-    def epoch() -> int:
+    def epoch() -> Iterator[int]:
+        count = 0
+        for images in loader:
+            count += len(images)
+            yield len(images)
+        if count != len(dataset):  # SPDL logs what fails and goes on
+            raise DataError(f"SPDL must deliver {len(dataset)} images, found {count}; its log says why.")
+
+    return Contender(epoch=epoch, ahead=buffered + material.num_workers)
+
+
+def webdataset(material: Material, shards: Path, repeat: int) -> Contender:
+    """WebDataset over tar shards of the JPEGs, each read `repeat` times; the workers make whole batches."""
+    try:
+        import webdataset as wds
+    except ImportError as error:
+        raise missing("webdataset") from error
+    crops = PillowCrops(material)
+    dataset = crops.dataset
+
+    def batch(samples: list[dict[str, Any]]) -> tuple[torch.Tensor, torch.Tensor]:
+        plan = dataset.planner.batch(dataset.epoch, [int(sample["__key__"]) for sample in samples])
+        made = []
+        for row, sample in enumerate(samples):
+            with Image.open(BytesIO(sample["jpg"])) as original:
+                made.append(crops.sample(plan, row, original))
+        images, labels = zip(*made, strict=True)
+        return torch.stack(images), torch.tensor(labels)
+
+    urls = [str(shard) for shard in sorted(shards.glob("*.tar"))] * repeat
+    stream = wds.WebDataset(urls, shardshuffle=len(urls), empty_check=False).shuffle(1000)
+    stream = stream.batched(material.batch_size, collation_fn=None).map(batch)
+    loader = wds.WebLoader(
+        stream,
+        batch_size=None,
+        num_workers=material.num_workers,
+        persistent_workers=True,
+        pin_memory=material.device != "cpu",
+    )
+
+    def epoch() -> Iterator[int]:
         dataset.set_epoch(dataset.epoch + 1)
-        return sum(len(images.to(device, non_blocking=True)) for images, _ in loader)
+        return (len(images.to(material.device, non_blocking=True)) for images, _ in loader)
 
-    return epoch
-
-
-def ours(dataset: DiffuseMixDataset, batch_size: int, threads: int, device: str) -> Callable[[], int]:
-    loader = DiffuseMixLoader(dataset, batch_size=batch_size, shuffle=True, num_workers=threads, device=device)
-
-    def epoch() -> int:
-        count = sum(len(images) for images, _ in loader)
-        if device != "cpu":
-            torch.cuda.synchronize()
-        return count
-
-    return epoch
+    return Contender(epoch=epoch, ahead=2 * material.num_workers)
 
 
-def packed(root: Path, folder: Path, max_side: int) -> Path:
-    """A folder with the images of `root`, their longest side at most `max_side`, as JPEGs of quality 90."""
-    for file in root.glob("*/*"):
-        target = folder / file.parent.name / f"{file.stem}.jpg"
-        if target.exists():
+def write_shards(material: Material, folder: Path, repeat: int) -> Path:
+    """WebDataset's shards of the images, each once: the catalog has `repeat` links to each, of which one is taken."""
+    import tarfile
+
+    catalog = material.dataset(mixed=False).catalog
+    rows = [row for row, path in enumerate(catalog.paths) if Path(path).name.startswith("0-")]
+    if len(rows) * repeat != len(catalog):
+        raise SystemExit(f"{material.files} must have {repeat} links to each image, found {len(catalog)} in all.")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = np.random.default_rng(0).permutation(rows).tolist()
+    for number, start in enumerate(range(0, len(rows), IMAGES_PER_SHARD)):
+        shard = folder / f"{number:05}.tar"
+        if shard.exists():
             continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with Image.open(file) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-        image.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
-        partial = folder / "partial"
-        image.save(partial, "JPEG", quality=90)
-        partial.rename(target)
+        partial_shard = folder / "partial"
+        with tarfile.open(partial_shard, "w", dereference=True) as tar:
+            for row in rows[start : start + IMAGES_PER_SHARD]:
+                tar.add(material.files / catalog.path(row), f"{row:08}.jpg")
+        partial_shard.rename(shard)
     return folder
 
 
@@ -158,44 +197,79 @@ def linked(root: Path, folder: Path, repeat: int) -> Path:
     return folder
 
 
+def prepared(root: Path, folder: Path, repeat: int, max_side: int | None) -> Material:
+    """Links, packed store, edits and fractals, in `folder`; what is there already stays.
+
+    With `max_side` the packed images lie in `folder`/files-N too, as files: FFCV reads them there.
+    """
+    case = folder / (f"packed-{max_side}-{repeat}" if max_side else f"whole-{repeat}")
+    ours = files = linked(root, case / "train", repeat)
+    if max_side:
+        ours = case / "store"
+        pack(files, ours, PackConfig(max_side=max_side))
+        pack(root, folder / f"store-{max_side}", PackConfig(max_side=max_side))
+        once = OriginalStore.open(folder / f"store-{max_side}")
+        files = linked(extract(once, range(len(once)), folder / f"files-{max_side}"), case / "files", repeat)
+    generate(ours, case / "edits", GenerateConfig(prompts=("sunset",), size=256))
+    bank = folder / "fractals.npy"
+    if not bank.exists():
+        render_bank(bank, count=64, size=256)
+    return Material(root=ours, files=files, edits=case / "edits", fractals=bank)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("root", type=Path, help="a folder of photographs, root/class/image")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=2, help="of DALI and the kernel; workers of DataLoader")
+    parser.add_argument("--threads", type=int, default=2, help="of DALI, SPDL and the kernel; workers of the others")
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="contenders, separated by commas")
     parser.add_argument("--max-side", type=int, help="pack the originals first: longest side N px, quality 90")
-    parser.add_argument("--cache", type=Path, help="keep links, edits and fractals here for the next run, of one root")
+    parser.add_argument("--cache", type=Path, help="keep what is set up here for the next run, of one root")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder, originals = options.cache or Path(temporary), options.root
-        if options.max_side:
-            originals = packed(originals, folder / f"originals-{options.max_side}", options.max_side)
-        case = folder / f"{options.max_side or 'whole'}-{options.repeat}"
-        store, bank = case / "edits", folder / "fractals.npy"
-        root = linked(originals, case / "train", options.repeat)
-        generate(root, store, GenerateConfig(prompts=("sunset",), size=256))
-        if not bank.exists():
-            render_bank(bank, count=64, size=256)
-        crop, batch, threads, device = TrainCrop(SIZE), options.batch_size, options.threads, options.device
-        mixed = DiffuseMixDataset(root, edits=store, fractals=bank, mix=MixSpec(probability=1), crop=crop)
-        plain = DiffuseMixDataset(root, edits=store, crop=crop)
-        contenders = {
-            "diffusemix": ours(mixed, batch, threads, device),
-            "plain": ours(plain, batch, threads, device),
-            "plain_dali": plain_dali(plain, batch, threads, device),
-            "pillow_plain": pillow(plain, batch, threads, device, mixed=False),
-            "pillow_mixed": pillow(mixed, batch, threads, device, mixed=True),
+        folder = options.cache or Path(temporary)
+        material = replace(
+            prepared(options.root, folder, options.repeat, options.max_side),
+            batch_size=options.batch_size,
+            num_workers=options.threads,
+            device=options.device,
+        )
+        shards = folder / f"shards-{options.max_side or 'whole'}"
+        contenders: dict[str, Factory] = {
+            "diffusemix": partial(diffusemix, material),
+            "diffusemix_channels_last": partial(diffusemix, material, channels_last=True),
+            "diffusemix_whole": partial(diffusemix, material, visible_parts=False),
+            "plain": partial(diffusemix, material, mixed=False),
+            "plain_dali": partial(plain_dali, material),
+            "pillow_plain": partial(pillow, material),
+            "pillow_mixed": partial(pillow, material, mixed=True),
+            "spdl": partial(spdl, material),
+            "webdataset": partial(webdataset, material, shards, options.repeat),
         }
         wanted = options.only.split(",") if options.only else list(contenders)
-        results = interleaved({name: contenders[name] for name in wanted}, options.rounds)
-    settings = {"images": len(plain), "batch_size": batch, "threads": threads, "device": device}
-    settings["max_side"] = options.max_side
-    write(options.out, {"benchmark": "bench_loader", "settings": settings, "results": results})
+        if unknown := set(wanted) - set(contenders):
+            parser.error(f"--only must name some of {', '.join(contenders)}, found {', '.join(sorted(unknown))}")
+        if "webdataset" in wanted:
+            write_shards(material, shards, options.repeat)
+        results, left_out = interleaved(
+            {name: contenders[name] for name in wanted}, rounds=options.rounds, optional=("spdl", "webdataset")
+        )
+        images = len(material.dataset(mixed=False))
+    for name, reason in left_out.items():
+        print(f"{name} is left out: {reason}")
+    settings = {
+        "images": images,
+        "batch_size": options.batch_size,
+        "threads": options.threads,
+        "device": options.device,
+        "max_side": options.max_side,
+    }
+    found = {name: measurement.json() for name, measurement in results.items()}
+    write(options.out, {"benchmark": "bench_loader", "settings": settings, "results": found, "left_out": left_out})
 
 
 if __name__ == "__main__":

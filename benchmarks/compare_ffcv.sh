@@ -7,7 +7,8 @@
 # Method: whole processes in turn, bench_loader.py, bench_ffcv.py, bench_loader.py, ..., ROUNDS times each, so that a
 # machine whose speed drifts treats both alike. Each process makes one epoch of each of its contenders uncounted and one
 # counted; setting up is never counted. One turn before, uncounted too, fills the cache (links, edits, fractals, FFCV's
-# files). The record, OUT/compare_ffcv-*.json, has the median of each contender and its ratio under diffusemix.
+# files). The record, OUT/compare_ffcv-*.json, has the median of each contender and its ratio under diffusemix;
+# FFCV's channels-last layouts have their ratio under diffusemix_channels_last too, which lies in memory as they do.
 #
 # PYTHON and FFCV_PYTHON are the two interpreters; CACHE keeps what was set up (else a temporary folder);
 # THREADS, BATCH, REPEAT, AHEAD (FFCV's batches_ahead), ONLY, WRITE and LAYOUT go to the two scripts.
@@ -32,7 +33,7 @@ for turn in $(seq 0 "$rounds"); do
     for side in loader ffcv; do
         if [ $side = loader ]; then
             command=("$python" benchmarks/bench_loader.py --device cpu
-                --only "${ONLY:-diffusemix,plain_dali,pillow_mixed}")
+                --only "${ONLY:-diffusemix,diffusemix_channels_last,plain_dali,pillow_mixed}")
         else
             command=("$ffcv" benchmarks/bench_ffcv.py --batches-ahead "${AHEAD:-1}" --write "${WRITE:-kept,encoded}"
                 --layout "${LAYOUT:-nchw,contiguous,channels_last}")
@@ -54,23 +55,36 @@ sys.path.insert(0, "benchmarks")
 from record import write
 
 scratch, rounds, out = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-rates, settings, machines = {}, {}, {}
+rates, cpu, memory, settings, machines = {}, {}, {}, {}, {}
 for side in ("loader", "ffcv"):
     for turn in range(1, rounds + 1):
         record = json.loads((scratch / f"{side}-{turn}.json").read_text())
         settings[side], machines[side] = record["settings"], record["machine"]
         for name, found in record["results"].items():
             rates.setdefault(name, []).append(found["images_per_second"])
+            cpu.setdefault(name, []).append(found["cpu_seconds_per_image"])
+            if found["peak_memory_mib"] is not None:
+                memory.setdefault(name, []).append(found["peak_memory_mib"])
             if "steady_images_per_second" in found:
                 rates.setdefault(f"{name}_steady", []).append(found["steady_images_per_second"])
 middle = {name: statistics.median(values) for name, values in rates.items()}
+ours = ("diffusemix", "diffusemix_channels_last")
+
+
+def ratios(name):
+    alike = ours if name.startswith("ffcv") and "channels_last" in name else ours[:1]
+    return {f"{one}_over_this": round(middle[one] / middle[name], 3) for one in alike if one in middle}
+
+
 results = {
     name: {
         "images_per_second": round(middle[name], 1),
         "lowest": min(values),
         "highest": max(values),
+        **({"cpu_seconds_per_image": round(statistics.median(cpu[name]), 6)} if name in cpu else {}),
+        **({"peak_memory_mib": max(memory[name])} if name in memory else {}),
         "rounds": values,
-        **({"diffusemix_over_this": round(middle["diffusemix"] / middle[name], 3)} if "diffusemix" in middle else {}),
+        **ratios(name),
     }
     for name, values in rates.items()
 }

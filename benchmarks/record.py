@@ -1,44 +1,23 @@
 """What every benchmark shares: interleaved rounds, medians, and a JSON record that says where it came from."""
 
-import datetime
+import contextlib
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dali_diffusemix import bench
+
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("torch", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def machine() -> dict[str, Any]:
-    """The processor, the GPU where there is one, the versions and the commit."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    processor = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), platform.processor())
-    found: dict[str, Any] = {
-        "processor": processor,
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "versions": {},
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": sys.argv,
-    }
-    for package in PACKAGES:
-        try:
-            found["versions"][package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    import torch
-
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found["gpu"] = {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
+    """`bench.machine`, the command and the commit."""
+    found = {**bench.machine(), "command": sys.argv}
     git = ["git", "-C", str(ROOT)]
     try:
         found["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
@@ -48,35 +27,34 @@ def machine() -> dict[str, Any]:
     return found
 
 
-def interleaved(
-    contenders: Mapping[str, Callable[[], int]], rounds: int, warmups: int = 1
-) -> dict[str, dict[str, Any]]:
-    """Run the contenders in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike.
+def interleaved(contenders: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, Any]]:
+    """Run contenders of this process in turn, A B C A B C ..., the first round uncounted; see `bench.interleaved`.
 
     Args:
         contenders: Name to a function that does the work once and returns how many images it made.
         rounds: Counted runs of each.
-        warmups: Runs of each that are not counted.
 
     Returns:
-        For each: images_per_second (the median), lowest, highest, and all rounds.
+        For each what `bench.Measurement.json` gives. A process has one memory: the peak is there for one contender.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(warmups + rounds):
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+    with bench.MemoryWatch() if len(contenders) == 1 else contextlib.nullcontext() as watch:
+        for work in contenders.values():
+            work()
+    for _ in range(rounds):
         for name, work in contenders.items():
-            begin = time.perf_counter()
+            begin, begin_cpu = time.perf_counter(), bench.cpu_seconds()
             images = work()
-            rate = images / (time.perf_counter() - begin)
-            if turn >= warmups:
-                rates[name].append(rate)
+            rates[name].append(images / (time.perf_counter() - begin))
+            cpu[name].append((bench.cpu_seconds() - begin_cpu) / images)
     return {
-        name: {
-            "images_per_second": round(statistics.median(values), 1),
-            "lowest": round(min(values), 1),
-            "highest": round(max(values), 1),
-            "rounds": [round(value, 1) for value in values],
-        }
-        for name, values in rates.items()
+        name: bench.Measurement(
+            images_per_second=tuple(rates[name]),
+            cpu_seconds_per_image=tuple(cpu[name]),
+            peak_memory_mib=None if watch is None else watch.peak,
+        ).json()
+        for name in contenders
     }
 
 

@@ -485,6 +485,37 @@ def preview_command(
     display.result({"sheet": str(out), "width": sheet.width, "height": sheet.height, "indices": chosen})
 
 
+@main.command("bench")
+@click.argument("root", metavar="DATA", type=_PATH)
+@click.option("--edits", type=_PATH, metavar="STORE", help="The edit store; without it nothing is mixed.")
+@click.option("--fractals", type=_PATH, metavar="FILE", help="The fractal bank.")
+@click.option("--batch-size", default=64, show_default=True, metavar="N", help="Samples per batch.")
+@click.option("--threads", type=int, metavar="N", help="num_workers of all.  [default: the cores]")
+@click.option("--device", default="cpu", show_default=True, metavar="NAME", help="cpu, cuda or cuda:N.")
+@click.option("--size", default=224, show_default=True, metavar="N", help="Pixels a side of a sample.")
+@click.option("--rounds", default=5, show_default=True, metavar="N", help="Turns of each contender.")
+@click.option("--seconds", default=1.0, show_default=True, metavar="S", help="Length of a turn.")
+@click.option("--images", default=2048, show_default=True, metavar="N", help="Originals used at most.")
+@_json_option
+def bench_command(root: Path, threads: int | None, as_json: bool, **settings: Any) -> None:
+    """Compare this loader with others on DATA, and say what to change.
+
+    DATA is a folder or a packed store. Of many images a random sample is used; it takes a minute or two.
+
+    \b
+    Example:
+      dali-diffusemix bench data/train --edits cache/edits --fractals cache/fractals.npy
+    """
+    from dali_diffusemix.bench import bench
+
+    display = _Display(as_json)
+    with display.progress("Measuring", "turns") as progress:
+        result = bench(root, num_workers=threads, progress=progress, **settings)
+    for line in result.lines():
+        display.line(line)
+    display.result(result.json())
+
+
 @main.command("demo")
 @click.argument("folder", type=_PATH, required=False)
 @click.option("--out", type=_PATH, default="demo", show_default=True, metavar="DIR", help="Where to write.")

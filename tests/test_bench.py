@@ -1,0 +1,213 @@
+"""bench: contenders measured on real files in processes of their own, the advice, the text, and the command."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from dali_diffusemix import cli
+from dali_diffusemix.bench import (
+    BenchResult,
+    Contender,
+    Material,
+    Measurement,
+    PillowCrops,
+    Trial,
+    bench,
+    extract,
+    interleaved,
+)
+from dali_diffusemix.errors import ConfigError, DiffuseMixError, StoreError
+from dali_diffusemix.fractals import FractalBank
+from dali_diffusemix.pack import pack
+from dali_diffusemix.store import OriginalStore
+
+CONTENDERS = ["diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"]
+SMALL: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "size": 24, "rounds": 2, "seconds": 0.02}
+
+
+@pytest.fixture(scope="module")
+def result(photos: Path, edits: Path, bank: FractalBank) -> BenchResult:
+    """A comparison on a sample of 24 of the 33 photographs, which are much larger than 16 pixels."""
+    assert bank.path is not None
+    seen: list[tuple[int, int]] = []
+    found = bench(
+        photos,
+        edits=edits,
+        fractals=bank.path,
+        images=24,
+        progress=lambda done, total: seen.append((done, total)),
+        **(SMALL | {"batch_size": 1, "size": 16}),
+    )
+    total = seen[0][1]
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    return found
+
+
+def check_json(content: dict[str, Any], contenders: list[str]) -> None:
+    assert list(content) == ["machine", "settings", "results", "left_out", "tried", "advice"]
+    assert {"processor", "cores", "python", "versions", "date"} <= set(content["machine"])
+    assert list(content["results"]) == contenders
+    assert content["left_out"] == {}
+    for measured in content["results"].values():
+        assert len(measured["rounds"]) == 2
+        assert 0 < measured["lowest"] <= measured["images_per_second"] <= measured["highest"]
+        assert measured["cpu_seconds_per_image"] > 0
+        assert 50 < measured["peak_memory_mib"] < 5000
+    for one in content["tried"]:
+        assert 0 < one["lowest"] <= one["gain"] <= one["highest"]
+    assert all(one in content["tried"] for one in content["advice"])
+
+
+def test_all_contenders_are_measured_and_changes_tried(result: BenchResult) -> None:
+    content = json.loads(json.dumps(result.json()))
+    check_json(content, CONTENDERS)
+    assert (content["settings"]["originals"], content["settings"]["images"]) == (33, 32)
+    changes = " ".join(one["change"] for one in content["tried"])
+    assert "prefetch_factor=1 instead of 2" in changes
+    assert "pack --max-side 30 (on 32 of your originals)" in changes
+
+
+def test_the_text_fits_a_terminal(result: BenchResult) -> None:
+    lines = list(result.lines())
+    assert max(map(len, lines)) <= 80
+    for name in CONTENDERS:
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    assert lines[-1].startswith("Advice: ")
+
+
+def test_the_command_without_edits(photos: Path, tmp_path: Path) -> None:
+    pack(photos, tmp_path / "packed")
+    options = "--batch-size 8 --threads 1 --size 48 --rounds 2 --seconds 0.02 --json"
+    arguments = ["bench", str(tmp_path / "packed"), *options.split()]
+    shown = CliRunner().invoke(cli.main, arguments, catch_exceptions=False)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stderr == ""
+    content = json.loads(shown.stdout)
+    check_json(content, ["plain", "plain_dali", "pillow_plain"])
+    assert not any("pack" in one["change"] for one in content["tried"])  # it is packed already
+
+
+def measured(*rates: float) -> Measurement:
+    return Measurement(images_per_second=rates, cpu_seconds_per_image=(1e-3,) * len(rates), peak_memory_mib=300)
+
+
+def test_only_a_gain_in_every_round_is_advice_and_one_for_each_setting() -> None:
+    result = BenchResult(
+        machine={},
+        settings={},
+        results={"plain": measured(3, 1, 2)},
+        trials=(
+            Trial(setting="num_workers", change="2 workers", gains=(1.6, 1.7, 1.8)),
+            Trial(setting="num_workers", change="4 workers", gains=(1.9, 1.8, 2.0)),
+            Trial(setting="prefetch_factor", change="4 ahead", gains=(0.9, 1.2, 1.3)),
+            Trial(setting="pack", change="pack", gains=(1.01, 1.04, 1.2)),
+        ),
+    )
+    assert [str(trial) for trial in result.advice] == ["4 workers: 1.90x"]
+    assert result.json()["results"]["plain"]["images_per_second"] == 2
+
+
+def test_long_reasons_are_wrapped() -> None:
+    settings = {"images": 10**6, "originals": 10**7, "size": 224, "batch_size": 1024, "num_workers": 128}
+    result = BenchResult(
+        machine={},
+        settings={**settings, "device": "cuda:10", "rounds": 5},
+        results={"diffusemix": measured(123456.7)},
+        left_out={"plain_dali": "word " * 40},
+    )
+    lines = list(result.lines())
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == "Advice: nothing to change"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, found 0"),
+        ({"num_workers": 0}, "num_workers must be at least 1, found 0"),
+        ({"rounds": 0}, "rounds must be at least 1, found 0"),
+        ({"images": -1}, "images must be at least 1, found -1"),
+        ({"seconds": 0.0}, r"seconds must be greater than 0, found 0\.0"),
+        ({"device": "tpu"}, "device must be 'cpu', 'cuda' or 'cuda:N', found 'tpu'"),
+        ({"edits": "edits"}, "found edits alone; give fractals too"),
+        ({"fractals": "bank.npy"}, "found fractals alone; give edits too"),
+    ],
+)
+def test_wrong_settings_are_refused(photos: Path, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(photos, **settings)
+
+
+def test_edits_that_are_not_there(photos: Path, tmp_path: Path) -> None:
+    arguments = ["bench", str(photos), "--edits", str(tmp_path / "none"), "--fractals", str(tmp_path / "none.npy")]
+    shown = CliRunner().invoke(cli.main, arguments)
+    assert shown.exit_code == 1
+    assert str(tmp_path / "none") in shown.stderr
+    with pytest.raises(StoreError):
+        bench(photos, edits=tmp_path / "none", fractals=tmp_path / "none.npy")
+
+
+def broken() -> Contender:
+    raise RuntimeError("it does not work\nand this is the second line")
+
+
+def empty() -> Contender:
+    return Contender(epoch=lambda: iter(()), ahead=1)
+
+
+def refused() -> Contender:
+    error = StoreError("the store must be whole, found half of it")
+    error.add_note("found where it was looked for")
+    raise error
+
+
+def waiting() -> Contender:
+    def epoch() -> Any:
+        for _ in range(4):
+            time.sleep(0.01)
+            yield 5
+
+    return Contender(epoch=epoch, ahead=2)
+
+
+def test_a_turn_counts_every_image_of_its_time() -> None:
+    found, _ = interleaved({"waiting": waiting}, rounds=3, seconds=0.1)
+    assert all(200 < rate < 500 for rate in found["waiting"].images_per_second)
+    assert all(cpu < 0.01 for cpu in found["waiting"].cpu_seconds_per_image)
+
+
+def test_what_fails_is_left_out_with_its_reason_or_ends_the_run() -> None:
+    factories = {"waiting": waiting, "broken": broken, "empty": empty}
+    found, left_out = interleaved(factories, rounds=1, optional=("broken", "empty"), together=True)
+    assert list(found) == ["waiting"]
+    assert 200 < found["waiting"].images_per_second[0] < 500
+    assert left_out["broken"] == "RuntimeError: it does not work"
+    assert "at least one image, found none" in left_out["empty"]
+    with pytest.raises(DiffuseMixError, match="it does not work") as caught:
+        interleaved({"broken": broken}, rounds=1)
+    assert "in broken" in "".join(caught.value.__notes__)
+    with pytest.raises(StoreError, match="found half of it") as caught:
+        interleaved({"refused": refused}, rounds=1)
+    assert caught.value.__notes__ == ["found where it was looked for"]
+
+
+def test_packed_originals_are_extracted_as_they_are(photos: Path, tmp_path: Path) -> None:
+    pack(photos, tmp_path / "packed")
+    store = OriginalStore.open(tmp_path / "packed")
+    extract(store, range(len(store)), tmp_path / "files")
+    for path in store.catalog.paths:
+        assert (tmp_path / "files" / path).read_bytes() == (photos / path).read_bytes()
+
+
+def test_pillow_makes_the_samples_of_the_dataset(photos: Path, edits: Path, bank: FractalBank) -> None:
+    material = Material(root=photos, files=photos, edits=edits, fractals=bank.path, size=32)
+    for mixed in (False, True):
+        crops = PillowCrops(material, mixed=mixed)
+        theirs, ours = crops.__getitems__(range(33)), material.dataset(mixed=mixed).__getitems__(range(33))
+        for (image, label), (expected, same) in zip(theirs, ours, strict=True):
+            assert label == same
+            assert abs(image - expected).max() < 0.06  # Pillow rounds to whole levels twice: 3 of 255, normalised
