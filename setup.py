@@ -13,7 +13,7 @@ from setuptools.command.build_ext import build_ext
 
 LIBRARY = "dali_diffusemix.kernels.libdali_diffusemix"
 SOURCES = sorted(str(p) for p in Path("kernels").glob("*.cpp"))
-HEADERS = sorted(str(p) for p in Path("kernels").glob("*.cuh"))
+HEADERS = sorted(str(p) for p in Path("kernels").glob("*.*h"))
 
 
 class BuildLibrary(build_ext):
@@ -36,7 +36,7 @@ class AnyPythonWheel(bdist_wheel):
 setup(
     packages=[*find_packages(include=["dali_diffusemix*"]), "dali_diffusemix.kernels"],
     package_dir={"dali_diffusemix.kernels": "kernels"},
-    package_data={"dali_diffusemix": ["py.typed"], "dali_diffusemix.kernels": ["*.cuh", "*.cu", "*.cpp"]},
+    package_data={"dali_diffusemix": ["py.typed"], "dali_diffusemix.kernels": ["*.cuh", "*.cu", "*.h", "*.cpp"]},
     ext_modules=[
         Extension(
             LIBRARY,

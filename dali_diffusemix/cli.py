@@ -387,12 +387,16 @@ def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, a
 @click.argument("store", type=_PATH)
 @click.option("--max-side", type=int, metavar="N", help="Make larger images smaller: pixels of the longest side.")
 @click.option("--quality", type=int, metavar="N", help="Of JPEG files, 1 to 100.  [default: 90 with --max-side]")
+@click.option("--no-tiles", is_flag=True, help="Store files as they are, byte for byte; loading them takes longer.")
 @_json_option
-def pack_command(root: Path, store: Path, max_side: int | None, quality: int | None, as_json: bool) -> None:
+def pack_command(
+    root: Path, store: Path, max_side: int | None, quality: int | None, no_tiles: bool, as_json: bool
+) -> None:
     """Pack the images of ROOT into the folder STORE, to be read in its place.
 
-    Without options the files are stored as they are; with any, all are made JPEG. Run again, it goes on
-    where it was stopped. Train on STORE as on ROOT: edits made of one serve the other.
+    Without --max-side and --quality no pixel changes: JPEGs are rearranged into tiles, of which loading
+    reads those that are seen. With either, all are made JPEG. Run again, it goes on where it was stopped.
+    Train on STORE as on ROOT: edits made of one serve the other.
 
     \b
     Example:
@@ -403,7 +407,7 @@ def pack_command(root: Path, store: Path, max_side: int | None, quality: int | N
     from dali_diffusemix.store import OriginalStore
 
     display = _Display(as_json)
-    config = PackConfig(max_side=max_side, quality=quality)
+    config = PackConfig(max_side=max_side, quality=quality, tiled=not no_tiles)
     catalog = None
     if OriginalStore.find(root) is None:  # else `pack` says what is wrong
         with display.progress("Reading headers", "images") as progress:

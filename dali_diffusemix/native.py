@@ -1,4 +1,4 @@
-"""The CPU library behind ctypes: kernels/mix.cpp and kernels/flame.cpp, built by setup.py.
+"""The CPU library behind ctypes: kernels/*.cpp, built by setup.py.
 
 It is a plain C library: ctypes releases the GIL around every call, and it does not depend on the Python version.
 Where it was not built (no C++ compiler at installation) `library()` is None, said once, and NumPy does the work.
@@ -131,10 +131,33 @@ def read(
     needed = int(
         loaded.dali_diffusemix_read(
             ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
-            _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)), _address(places),
-            _address(errors), threads,
+            _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)),
+            _address(places), _address(errors), threads,
         )
     )  # fmt: skip
     if needed < 0:
         raise MemoryError("no memory to read a batch")
     return needed
+
+
+def tile_jpeg(content: bytes, width: int) -> bytes | None:
+    """Run kernels/tile.cpp: a JPEG in tiles of at most `width` pixels.
+
+    Returns:
+        The new file; None where it cannot be divided or the library was not built.
+    """
+    loaded = library()
+    if loaded is None:
+        return None
+    loaded.dali_diffusemix_tile_jpeg.restype = ctypes.c_int64
+    room = len(content) + len(content) // 4 + 1024
+    while True:
+        out = np.empty(room, dtype=np.uint8)
+        length = int(
+            loaded.dali_diffusemix_tile_jpeg(
+                content, ctypes.c_int64(len(content)), width, _address(out), ctypes.c_int64(room)
+            )
+        )
+        if length >= 0:
+            return out[:length].tobytes() if length else None
+        room = -length

@@ -1,6 +1,6 @@
 """Packing: from a folder of originals to a packed store, which is read in their place.
 
-    as it is:   file --decoded once, to know that it can be--> the same bytes
+    as it is:   file --decoded, to know that it can be--> the same bytes; of most JPEGs the same coefficients, in tiles
     smaller:    file --decode, upright--> RGB --longest side to max_side--> JPEG
 
 A shard is the unit of work: a run that is killed loses at most its open shard.
@@ -18,11 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.catalog import Catalog, Rejected, index
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
-from dali_diffusemix.pixels import RESTARTS, decode, encode
+from dali_diffusemix.pixels import RESTARTS, decode, encode, tile
 from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter
 
 __all__ = ["PackConfig", "PackSummary", "pack"]
@@ -38,13 +40,14 @@ _MOST_SIDE: Final = 65500  # of a JPEG, in libjpeg
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How to pack. With neither `max_side` nor `quality` the files' bytes are stored as they are.
+    """How to pack. With neither `max_side` nor `quality` no pixel changes.
 
     Raises ConfigError where a field breaks its rule.
     """
 
     max_side: int | None = None  # pixels; an image whose longest side exceeds it is made smaller
     quality: int | None = None  # of the JPEGs, 1 to 100; 90 where only max_side is given
+    tiled: bool = True  # JPEGs are divided into tiles, which loading can cut out; False leaves files' bytes as they are
     originals_per_shard: int = 512
 
     def __post_init__(self) -> None:
@@ -56,15 +59,15 @@ class PackConfig:
                 raise ConfigError(f"{name} must be a whole number from 1 to {most}, found {value!r}.")
         if self.max_side is not None and self.quality is None:
             object.__setattr__(self, "quality", _DEFAULT_QUALITY)
+        if self.quality is not None and not self.tiled:
+            raise ConfigError("tiled=False leaves files as they are: leave it out, or max_side and quality.")
 
     def settings(self) -> dict[str, str | int | None]:
         """What a packed store records: all that decides a packed original besides its file."""
         settings: dict[str, str | int | None] = {"max_side": self.max_side, "quality": self.quality}
-        return (
-            settings
-            if self.quality is None
-            else {**settings, "resize": "lanczos", "subsampling": "4:2:0", "restarts": RESTARTS}
-        )
+        if self.quality is not None:
+            settings |= {"resize": "lanczos", "subsampling": "4:2:0"}
+        return settings | {"restarts": RESTARTS if self.tiled else None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +172,7 @@ def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Pac
         pixels = decode(content)
         height, width = pixels.shape[:2]
         if config.quality is None:
+            content = _tiled(content, pixels) if config.tiled else content
             return _Packed(file=(_extension(path), content), height=height, width=width)
         height, width = _fitted(height, width, config.max_side)
         if max(height, width) > _MOST_SIDE:
@@ -180,6 +184,12 @@ def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Pac
     if (height, width) != pixels.shape[:2]:
         image = image.resize((width, height), Image.Resampling.LANCZOS)
     return _Packed(file=("jpg", encode(image, config.quality)), height=height, width=width)
+
+
+def _tiled(content: bytes, pixels: NDArray[np.uint8]) -> bytes:
+    """A JPEG in tiles, where that can be done without changing a pixel; else the file as it is."""
+    tiled = tile(content)
+    return tiled if tiled is not None and np.array_equal(decode(tiled), pixels) else content
 
 
 def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:

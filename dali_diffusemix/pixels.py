@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from dali_diffusemix import native
 from dali_diffusemix.catalog import MAX_PIXELS, orientation
 from dali_diffusemix.errors import DecodeError
 
-__all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode"]
+__all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 """Pillow's names of the formats that are read; PPM is all of PNM."""
@@ -30,7 +31,7 @@ ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | Bi
 RESTARTS: Final = "tiles of at most 64 pixels"
 """How `encode` sets restart markers, for the settings that a store records."""
 
-_UNIT, _UNITS = 16, 4  # a JPEG's unit with subsampled colours, pixels; of a tile at most
+_UNIT, _TILE = 16, 64  # a JPEG's unit with subsampled colours; the most that a tile is wide: pixels
 
 # EXIF orientation to what makes it upright.
 _UPRIGHT = {
@@ -52,10 +53,28 @@ def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     units = -(-image.width // _UNIT)
-    tile = max(width for width in range(1, _UNITS + 1) if units % width == 0)
+    tile = max(width for width in range(1, _TILE // _UNIT + 1) if units % width == 0)
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=tile)
     return stream.getvalue()
+
+
+def tile(content: bytes) -> bytes | None:
+    """Divide a JPEG into such tiles without loss: its coefficients stay what they are.
+
+    What programs have written about the picture is left out, but for the kind of its colours.
+
+    Returns:
+        The new file; None where that cannot be done: not a JPEG, progressive, damaged, turned by EXIF, or the library
+        was not built.
+    """
+    try:
+        with _quiet_pillow(), Image.open(io.BytesIO(content)) as image:
+            if image.format != "JPEG" or orientation(image) != 1:
+                return None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return native.tile_jpeg(content, _TILE)
 
 
 def decode(source: ImageSource) -> NDArray[np.uint8]:

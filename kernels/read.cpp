@@ -31,92 +31,32 @@
 #include <thread>
 #include <vector>
 
+#include "jpeg.h"
+
 namespace {
 
-constexpr int kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDri = 0xDD, kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC, kExif = 0xE1;
-
-// Where a JPEG's tiles are.
-struct Layout {
-    int64_t size = 0;  // offset of the height and width in the header, two bytes each
-    int64_t scan = 0;  // offset of the first byte after the header
-    int height = 0, width = 0;          // pixels
-    int mcu_height = 0, mcu_width = 0;  // pixels
-    int interval = 0;                   // MCUs between two restart markers
-};
-
-int two_bytes(const uint8_t *at) { return at[0] << 8 | at[1]; }
-
-// Reads a JPEG's header: at least its height and width, if they are there. False: rectangles cannot be cut out.
-bool read_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
-    const uint8_t *at = file;
-    if (end - at < 4 || at[0] != 0xFF || at[1] != kSoi) return false;
-    at += 2;
-    int components = 0;
-    bool can = true;
-    while (end - at >= 4) {
-        if (at[0] != 0xFF) return false;
-        const int marker = at[1];
-        if (marker == 0xFF) {  // a fill byte
-            ++at;
-            continue;
-        }
-        const uint8_t *content = at + 4;
-        const int length = two_bytes(at + 2) - 2;
-        if (length < 0 || end - content < length) return false;
-        if (marker >= 0xC0 && marker <= 0xCF && marker != kDht && marker != kJpg && marker != kDac) {
-            if (components || length < 6) return false;
-            components = content[5];
-            layout.size = content + 1 - file;
-            layout.height = two_bytes(content + 1);
-            layout.width = two_bytes(content + 3);
-            if (content[0] != 8 || (components != 1 && components != 3) || length < 6 + 3 * components) return false;
-            can = can && marker <= 0xC1;  // one pass over the picture, Huffman codes
-            int high = 1, wide = 1;
-            for (int c = 0; c < components; ++c) {
-                const int sampling = content[7 + 3 * c];
-                if ((sampling >> 4) > wide) wide = sampling >> 4;
-                if ((sampling & 15) > high) high = sampling & 15;
-            }
-            // With one component there is nothing to interleave, and an MCU is a block.
-            layout.mcu_height = components == 1 ? 8 : 8 * high;
-            layout.mcu_width = components == 1 ? 8 : 8 * wide;
-        } else if (marker == kExif) {
-            can = false;  // perhaps it has to be turned, and windows are upright
-        } else if (marker == kDri) {
-            if (length < 2) return false;
-            layout.interval = two_bytes(content);
-        } else if (marker == kSos) {
-            layout.scan = content + length - file;
-            return can && components && length >= 1 && content[0] == components && layout.interval &&
-                   layout.height && layout.width;
-        }
-        at = content + length;
-    }
-    return false;
-}
+using namespace jpeg;
 
 // Reads a PNG's height and width, if it is one.
-void read_png_header(const uint8_t *file, const uint8_t *end, Layout &layout) {
-    if (end - file < 24 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
-    layout.width = two_bytes(file + 16) << 16 | two_bytes(file + 18);
-    layout.height = two_bytes(file + 20) << 16 | two_bytes(file + 22);
+void read_png_header(const uint8_t *file, int64_t length, Header &header) {
+    if (length < 24 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
+    header.width = two_bytes(file + 16) << 16 | two_bytes(file + 18);
+    header.height = two_bytes(file + 20) << 16 | two_bytes(file + 22);
 }
-
-int up(int a, int b) { return (a + b - 1) / b; }
 
 // Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
 // `length` if the file cannot be cut or nothing would be gained.
-int64_t cut(uint8_t *file, int64_t length, const Layout &layout, int32_t *window, std::vector<int64_t> &starts) {
+int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window, std::vector<int64_t> &starts) {
     const uint8_t *const end = file + length;
-    const int columns = up(layout.width, layout.mcu_width);
-    const bool whole_rows = layout.interval % columns == 0;
-    if (!whole_rows && columns % layout.interval) return length;
-    const int tile_height = layout.mcu_height * (whole_rows ? layout.interval / columns : 1);
-    const int tile_width = layout.mcu_width * (whole_rows ? columns : layout.interval);
-    const int down = up(layout.height, tile_height), across = up(layout.width, tile_width);
+    const int columns = up(header.width, header.mcu_width);
+    const bool whole_rows = header.interval % columns == 0;
+    if (!whole_rows && columns % header.interval) return length;
+    const int tile_height = header.mcu_height * (whole_rows ? header.interval / columns : 1);
+    const int tile_width = header.mcu_width * (whole_rows ? columns : header.interval);
+    const int down = up(header.height, tile_height), across = up(header.width, tile_width);
 
-    if (window[0] < 0 || window[1] < 0 || window[2] > layout.height || window[3] > layout.width) return length;
-    const int chroma_height = layout.mcu_height / 8, chroma_width = layout.mcu_width / 8;
+    if (window[0] < 0 || window[1] < 0 || window[2] > header.height || window[3] > header.width) return length;
+    const int chroma_height = header.mcu_height / 8, chroma_width = header.mcu_width / 8;
     const int top = std::max(window[0] - chroma_height, 0) / tile_height;
     const int left = std::max(window[1] - chroma_width, 0) / tile_width;
     const int bottom = std::min(up(window[2] + chroma_height, tile_height), down);
@@ -125,8 +65,8 @@ int64_t cut(uint8_t *file, int64_t length, const Layout &layout, int32_t *window
 
     // Piece i is [starts[i], starts[i + 1] - 2), and a marker follows.
     const size_t last = static_cast<size_t>(down) * across, needed = static_cast<size_t>(bottom) * across;
-    starts.assign(1, layout.scan);
-    for (const uint8_t *at = file + layout.scan; starts.size() <= needed;) {
+    starts.assign(1, header.scan);
+    for (const uint8_t *at = file + header.scan; starts.size() <= needed;) {
         at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at));
         if (!at || end - at < 2) return length;
         if (at[1] == 0x00) {  // not a marker
@@ -134,18 +74,18 @@ int64_t cut(uint8_t *file, int64_t length, const Layout &layout, int32_t *window
         } else if (at[1] == 0xFF) {  // a fill byte
             at += 1;
         } else {
-            if (at[1] != (starts.size() == last ? kEoi : 0xD0 + (starts.size() - 1) % 8)) return length;
+            if (at[1] != (starts.size() == last ? kEoi : kRst + (starts.size() - 1) % 8)) return length;
             at += 2;
             starts.push_back(at - file);
         }
     }
 
     const int y = top * tile_height, x = left * tile_width;
-    const int height = (bottom == down ? layout.height : bottom * tile_height) - y;
-    const int width = (right == across ? layout.width : right * tile_width) - x;
-    uint8_t *size = file + layout.size;
+    const int height = (bottom == down ? header.height : bottom * tile_height) - y;
+    const int width = (right == across ? header.width : right * tile_width) - x;
+    uint8_t *size = file + header.size;
     size[0] = height >> 8, size[1] = height & 255, size[2] = width >> 8, size[3] = width & 255;
-    uint8_t *to = file + layout.scan;  // never ahead of what is read
+    uint8_t *to = file + header.scan;  // never ahead of what is read
     int piece = 0;
     for (int row = top; row < bottom; ++row) {
         for (int column = left; column < right; ++column, ++piece) {
@@ -154,7 +94,7 @@ int64_t cut(uint8_t *file, int64_t length, const Layout &layout, int32_t *window
             std::memmove(to, file + start[0], bytes);
             to += bytes;
             *to++ = 0xFF;
-            *to++ = 0xD0 + piece % 8;
+            *to++ = kRst + piece % 8;
         }
     }
     to[-1] = kEoi;
@@ -206,17 +146,18 @@ struct Batch {
             return;
         }
         lengths[i] = bytes;
-        Layout layout;
-        const bool can = read_header(to, to + bytes, layout);
-        if (!layout.height) read_png_header(to, to + bytes, layout);
+        Header header = read_header(to, bytes);
+        if (!header.height) read_png_header(to, bytes, header);
         const int32_t *size = sizes + 2 * i;
-        if (size[0] && layout.height && !(layout.height == size[0] && layout.width == size[1]) &&
-            !(layout.height == size[1] && layout.width == size[0])) {  // it may have to be turned
+        if (size[0] && header.height && !(header.height == size[0] && header.width == size[1]) &&
+            !(header.height == size[1] && header.width == size[0])) {  // it may have to be turned
             errors[i] = kOtherSize;
             return;
         }
         int32_t *window = windows + 4 * i;
-        if (can && window[2] > window[0] && window[3] > window[1]) lengths[i] = cut(to, bytes, layout, window, starts);
+        if (header.sequential && header.interval && !header.exif && window[2] > window[0] && window[3] > window[1]) {
+            lengths[i] = cut(to, bytes, header, window, starts);
+        }
     }
 
     void read(int64_t i, std::vector<int64_t> &starts) {
