@@ -309,8 +309,8 @@ def test_what_cannot_be_decoded_is_left_out_and_reported(
     assert list(store.catalog.paths) == [f"a/{i}.jpg" for i in (0, 2, 3, 5, 7)]
     assert store.catalog.sizes[:, 0].tolist() == [50, 52, 53, 55, 57]
     for row, i in enumerate((0, 2, 3, 5, 7)):
-        content = (damaged / "a" / f"{i}.jpg").read_bytes()
-        assert quality is not None or store.encoded(row).tobytes() in (content, tile(content))
+        file = (damaged / "a" / f"{i}.jpg").read_bytes()
+        assert quality is not None or store.encoded(row).tobytes() in (file, tile(file))
     rows = np.load(tmp_path / "packed" / "shards" / "originals-000001.npy", allow_pickle=False)
     assert rows.dtype == ORIGINAL_SHARD_ROW and rows["verdict"].tolist() == [0, 1, 0]
     before = content(tmp_path / "packed")
