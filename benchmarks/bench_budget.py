@@ -1,4 +1,4 @@
-"""Where a mixed sample's CPU time goes: plan, DALI (read and decode), mix, and the rest.
+"""Where a mixed sample's CPU time goes: plan, read, decode, mix.
 
 Method: epochs of DiffuseMixLoader, batch 64, 224 x 224 float32, every sample mixed, on `--threads` threads, files in
 the page cache. CPU time is the whole process's (all threads), so DALI's and the kernel's threads count. Parts are taken
@@ -6,11 +6,12 @@ out one at a time and the epochs run in turn, the figure for each variant being 
 
     whole      everything
     no mix     without the call of the kernel: read, decode, plan, Python
-    plan       planning, windows and looking up the encoded edits alone
+    no decode  planning, windows, places and reading, with cutting
+    plan       planning, windows and places alone
     whole images  everything, with visible_parts=False
 
-`mix` is whole minus no mix; `read and decode` is no mix minus plan, and holds DALI's own overhead. Below them what the
-kernel costs alone, with its inputs warm in the cache, and the plan of one batch of 256.
+`mix` is whole minus no mix; `decode` is no mix minus no decode, and holds DALI's own overhead; `read` is no decode
+minus plan. With --packed the originals are packed as they are (`tiles`), or to a longest side with --max-side.
 """
 
 import argparse
@@ -20,12 +21,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from record import write
 
 import dali_diffusemix.loader as module
+import dali_diffusemix.pipeline as pipeline
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.pack import PackConfig, pack
 
 
 def main() -> None:
@@ -33,6 +37,8 @@ def main() -> None:
     parser.add_argument("root", type=Path, help="a folder of photographs, root/class/image")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--packed", action="store_true")
+    parser.add_argument("--max-side", type=int)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -40,7 +46,11 @@ def main() -> None:
         generate(options.root, store, GenerateConfig(prompts=("sunset",), size=256))
         render_bank(bank, count=64, size=256)
         mix, crop = MixSpec(probability=1), TrainCrop(224)
-        dataset = DiffuseMixDataset(options.root, edits=store, fractals=bank, mix=mix, crop=crop)
+        root = options.root
+        if options.packed or options.max_side:
+            root = Path(folder) / "originals"
+            pack(options.root, root, PackConfig(max_side=options.max_side))
+        dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=mix, crop=crop)
 
         def loader(visible_parts: bool) -> DiffuseMixLoader:
             return DiffuseMixLoader(
@@ -51,9 +61,17 @@ def main() -> None:
         real = module.mix
 
         def plan_only() -> None:
-            for step in range(len(parts)):
-                parts._sources(parts._plan(parts._next_epoch, step))
-            parts._next_epoch += 1
+            for order in parts.next_orders():
+                parts._sources(dataset.planner.batch(parts._next.epoch, order.indices))
+            parts.set_epoch(parts._next.epoch + 1)
+
+        memory: list[NDArray[np.uint8] | None] = [None]
+
+        def no_decode() -> None:
+            for order in parts.next_orders():
+                sources = parts._sources(dataset.planner.batch(parts._next.epoch, order.indices))
+                memory[0] = pipeline._read(sources, memory[0]).memory
+            parts.set_epoch(parts._next.epoch + 1)
 
         def epoch(which: DiffuseMixLoader, *, mixed: bool = True) -> None:
             module.mix = real if mixed else lambda *arguments, **more: None
@@ -64,6 +82,7 @@ def main() -> None:
         variants = {
             "whole": lambda: epoch(parts),
             "no mix": lambda: epoch(parts, mixed=False),
+            "no decode": no_decode,
             "plan": plan_only,
             "whole images": lambda: epoch(whole),
         }
@@ -86,13 +105,15 @@ def main() -> None:
             plans.append(time.perf_counter() - begin)
         # The shares are differences within a round, so that drift between rounds drops out.
         mix_share = statistics.median(a - b for a, b in zip(cpu["whole"], cpu["no mix"], strict=True))
-        decode_share = statistics.median(a - b for a, b in zip(cpu["no mix"], cpu["plan"], strict=True))
+        decode_share = statistics.median(a - b for a, b in zip(cpu["no mix"], cpu["no decode"], strict=True))
+        read_share = statistics.median(a - b for a, b in zip(cpu["no decode"], cpu["plan"], strict=True))
     results = {
         "cpu_milliseconds_an_image": {
             "everything": round(middle["whole"], 3),
-            "read and decode": round(decode_share, 3),
+            "decode": round(decode_share, 3),
+            "read": round(read_share, 3),
             "mix": round(mix_share, 3),
-            "plan and lookups": round(middle["plan"], 3),
+            "plan, windows, places": round(middle["plan"], 3),
             "outside reading and decoding": round(mix_share + middle["plan"], 3),
             "everything, whole images decoded": round(middle["whole images"], 3),
         },
@@ -103,6 +124,7 @@ def main() -> None:
         "rounds_cpu_milliseconds": {name: [round(value, 3) for value in values] for name, values in cpu.items()},
     }
     settings = {"images": len(dataset), "batch_size": 64, "threads": options.threads}
+    settings |= {"packed": options.packed or options.max_side is not None, "max_side": options.max_side}
     write(options.out, {"benchmark": "bench_budget", "settings": settings, "results": results})
 
 

@@ -9,6 +9,7 @@ share counts once) is taken in the first epoch, in which nothing is timed.
 
     diffusemix                this package, MixSpec.paper() with every sample mixed: DALI, one fused kernel
     diffusemix_channels_last  the same, as torch.channels_last
+    diffusemix_packed         the same as the first, from a packed store: the same pixels, of JPEGs in tiles
     diffusemix_whole          the same as the first, with visible_parts=False: whole images are decoded
     plain                     this package, mix=None
     plain_dali                DALI alone: decode of the crop's region only, resize, crop_mirror_normalize
@@ -17,8 +18,8 @@ share counts once) is taken in the first epoch, in which nothing is timed.
     spdl                      SPDL's DataLoader: FFmpeg decodes, crops, resizes and flips in threads; torch normalises
     webdataset                the same JPEGs in tar shards, WebDataset, pillow_plain's work by WebLoader's workers
 
-With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then reads the packed
-store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.
+With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then always reads the
+packed store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.
 
 SPDL and WebDataset are in the extra `bench`; what is not installed is left out, with the reason. SPDL needs FFmpeg's
 libraries beside it.
@@ -198,15 +199,15 @@ def linked(root: Path, folder: Path, repeat: int) -> Path:
 
 
 def prepared(root: Path, folder: Path, repeat: int, max_side: int | None) -> Material:
-    """Links, packed store, edits and fractals, in `folder`; what is there already stays.
+    """Links, packed store, edits and fractals, in `folder`; what is there already stays. The edits are of the root.
 
     With `max_side` the packed images lie in `folder`/files-N too, as files: FFCV reads them there.
     """
     case = folder / (f"packed-{max_side}-{repeat}" if max_side else f"whole-{repeat}")
     ours = files = linked(root, case / "train", repeat)
+    pack(files, case / "store", PackConfig(max_side=max_side))
     if max_side:
         ours = case / "store"
-        pack(files, ours, PackConfig(max_side=max_side))
         pack(root, folder / f"store-{max_side}", PackConfig(max_side=max_side))
         once = OriginalStore.open(folder / f"store-{max_side}")
         files = linked(extract(once, range(len(once)), folder / f"files-{max_side}"), case / "files", repeat)
@@ -242,6 +243,7 @@ def main() -> None:
         contenders: dict[str, Factory] = {
             "diffusemix": partial(diffusemix, material),
             "diffusemix_channels_last": partial(diffusemix, material, channels_last=True),
+            "diffusemix_packed": partial(diffusemix, replace(material, root=material.edits.parent / "store")),
             "diffusemix_whole": partial(diffusemix, material, visible_parts=False),
             "plain": partial(diffusemix, material, mixed=False),
             "plain_dali": partial(plain_dali, material),

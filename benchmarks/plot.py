@@ -19,6 +19,7 @@ from matplotlib import pyplot as plt
 TITLES = {
     "diffusemix": "DiffuseMix, every sample mixed",
     "diffusemix_channels_last": "DiffuseMix, channels-last",
+    "diffusemix_packed": "DiffuseMix, packed, same pixels",
     "diffusemix_whole": "DiffuseMix, whole images decoded",
     "plain": "this loader, nothing mixed",
     "plain_dali": "plain DALI",
