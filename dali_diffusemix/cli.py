@@ -39,6 +39,18 @@ _INTERRUPTED: Final = 130  # 128 + SIGINT, as shells have it
 _PATH: Final = click.Path(path_type=Path)
 
 
+class _Store(click.Path):
+    """A folder, or the URL of a store, which stays a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        from dali_diffusemix.remote import is_url
+
+        return value if is_url(value) else Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
+_STORE: Final = _Store()
+
+
 # What is shown --------------------------------------------------------------------------------------------------------
 
 
@@ -433,8 +445,8 @@ def pack_command(
 
 
 @main.command("preview")
-@click.argument("root", type=_PATH)
-@click.option("--edits", type=_PATH, required=True, metavar="STORE", help="The edit store.")
+@click.argument("root", type=_STORE)
+@click.option("--edits", type=_STORE, required=True, metavar="STORE", help="The edit store.")
 @click.option("--fractals", type=_PATH, required=True, metavar="FILE", help="The fractal bank.")
 @click.option("--out", type=_PATH, default="sheet.png", show_default=True, metavar="FILE", help="PNG to write.")
 @click.option("--rows", default=8, show_default=True, metavar="N", help="How many samples, up to 64.")

@@ -21,7 +21,8 @@ from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece
 from dali_diffusemix.philox import check_seed
 from dali_diffusemix.pixels import check_size, decode
 from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
-from dali_diffusemix.quarantine import Failure, Kind, OnError, Quarantine, Substitution
+from dali_diffusemix.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
+from dali_diffusemix.remote import is_url
 from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
@@ -42,10 +43,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
 
     Args:
-        root: Folder of originals, root/class/**/image, or a packed store of them.
+        root: Folder of originals, root/class/**/image, or a packed store of them, which may be a URL.
         catalog: The originals to use, for other layouts: paths relative to `root`. Else the edit store's catalog;
             without edits, the packed store's, or the one in the user's cache folder, made on first use.
-        edits: Edit store, or its folder. Needed where `mix` is given.
+        edits: Edit store, or its folder or URL. Needed where `mix` is given.
         fractals: Fractal bank, or its file. Needed where `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation.
         crop: How to crop, and the output size.
@@ -79,7 +80,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         seed: int = 0,
         on_error: OnError = "substitute",
     ) -> None:
-        self.root = Path(root)
+        self.root = root if isinstance(root, str) and is_url(root) else Path(root)
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
@@ -107,7 +108,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             fractals=0 if self.bank is None else len(self.bank),
         )
         self.on_error = on_error
-        self.substitution = Substitution(self.planner, self._name_of, on_error)
+        check_on_error(on_error)
         self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
         # In shared memory, so that persistent workers see a new epoch.
@@ -168,7 +169,12 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def path_of(self, original: int) -> str:
         """Path of an original, by its row in the catalog; of a packed store the name of none of its files."""
-        return str(self.root / self.catalog.path(original))
+        return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
+
+    @property
+    def substitution(self) -> Substitution:
+        """Finds what takes the place of a sample that cannot be made."""
+        return Substitution(self.planner, self._name_of, self.on_error)
 
     def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
         """(n,) int64 labels of a plan's rows."""
@@ -275,10 +281,10 @@ def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.
     return piece_table(data, shapes, boxes)
 
 
-def _check_same_originals(root: Path, store: EditStore) -> None:
+def _check_same_originals(root: str | Path, store: EditStore) -> None:
     """Refuse edits of another folder: none of a spread of their originals is there."""
     rows = np.unique(np.linspace(0, len(store.catalog) - 1, 32).astype(np.int64))
-    if not any((root / store.catalog.path(int(row))).is_file() for row in rows):
+    if not any(Path(root, store.catalog.path(int(row))).is_file() for row in rows):
         raise StoreError(
             f"{store.path}: the edits are of other originals: {root} has none of {len(rows)} that were looked for, "
             f"such as {store.catalog.path(int(rows[0]))!r}; give the folder that they were generated from, or generate "
@@ -289,7 +295,7 @@ def _check_same_originals(root: Path, store: EditStore) -> None:
 class _Samples(Sequence[tuple[str, int]]):
     """ImageFolder's list of (path, label), without holding a million strings."""
 
-    def __init__(self, root: Path, catalog: Catalog) -> None:
+    def __init__(self, root: str | Path, catalog: Catalog) -> None:
         self._root, self._catalog = root, catalog
 
     def __len__(self) -> int:

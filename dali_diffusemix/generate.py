@@ -28,6 +28,7 @@ from dali_diffusemix.engines import Engine
 from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import RESTARTS, decode, encode
+from dali_diffusemix.remote import is_url
 from dali_diffusemix.store import VERDICTS, OriginalStore, Shard, ShardWriter, StoreWriter
 
 __all__ = ["GenerateConfig", "Summary", "edit_seed", "generate", "list_originals"]
@@ -131,6 +132,11 @@ def generate(
             finished shards stay, and the same call goes on from there.
     """
     begin = time.perf_counter()
+    for name, given in (("root", root), ("store", store)):
+        if isinstance(given, str) and is_url(given):
+            raise ConfigError(
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+            )
     root, store = Path(root).absolute(), Path(store).absolute()
     config = config or GenerateConfig()
     settings = config.settings()

@@ -25,6 +25,7 @@ from PIL import Image
 from dali_diffusemix.catalog import Catalog, Rejected, index
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.pixels import RESTARTS, decode, encode, tile
+from dali_diffusemix.remote import is_url
 from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter
 
 __all__ = ["PackConfig", "PackSummary", "pack"]
@@ -105,6 +106,11 @@ def pack(
             decoded, or the disk is full: then finished shards stay, and the same call goes on from there.
     """
     begin = time.perf_counter()
+    for name, given in (("root", root), ("store", store)):
+        if isinstance(given, str) and is_url(given):
+            raise ConfigError(
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+            )
     root, store = Path(root).absolute(), Path(store).absolute()
     config = config or PackConfig()
     if store.resolve().is_relative_to(root.resolve()):

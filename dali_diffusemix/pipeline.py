@@ -11,11 +11,13 @@ tried with `pixels.decode`.
 import logging
 import os
 import time
+import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -76,6 +78,12 @@ def dali() -> tuple[Any, Any, Any]:
     return fn, pipeline_def, types
 
 
+# DALI's threads do not live on in a forked process, and it ends a process that destroys a pipeline without them.
+_living: weakref.WeakSet["PieceDecoder"] = weakref.WeakSet()
+_inherited: list["PieceDecoder"] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_living))
+
+
 class PieceDecoder:
     """Decodes batches in the background, in the order in which they were submitted.
 
@@ -102,17 +110,17 @@ class PieceDecoder:
         self._batch_size = batch_size
         self._threads = threads
         self._ahead = ahead
-        self._device = device
-        self._largest = largest
+        self._build = partial(_build, device=device, largest=largest)
         self._decoders: set[int] = set()  # the pipeline's threads
         self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
         self._pipeline = self._build_main()
-        self._alone = _Alone(self)
+        self._alone = _Alone(self._build, device)
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._reading: deque[tuple[Sources, Future[_Read]]] = deque()
         self._decoding: deque[tuple[Sources, _Read, Any]] = deque()  # with the pipeline that does it
         self._memory: list[NDArray[np.uint8]] = []  # to read into
         self._fetched: _Read | None = None
+        _living.add(self)
 
     def submit(self, sources: Sources) -> None:
         """Start to read and decode a batch; returns at once."""
@@ -130,7 +138,7 @@ class PieceDecoder:
         self._advance()
         sources, encoded, pipeline = self._decoding.popleft()
         try:
-            originals, edits = self._share_outputs(pipeline, stream)
+            originals, edits = _share_outputs(pipeline, stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
             decoded = self._decode_alone(sources, encoded)
@@ -170,7 +178,7 @@ class PieceDecoder:
         while self._decoding:
             _, _, pipeline = self._decoding.popleft()
             try:
-                self._share_outputs(pipeline, None)
+                _share_outputs(pipeline, None)
             except RuntimeError:
                 self._decoding.clear()
                 self._pipeline = self._build_main()
@@ -182,7 +190,7 @@ class PieceDecoder:
         self._decoding.clear()
         self._memory.clear()
         self._fetched = None
-        self._alone = _Alone(self)
+        self._alone.close()
         self._pipeline = None
 
     def _advance(self) -> None:
@@ -198,48 +206,9 @@ class PieceDecoder:
     def _build_main(self) -> Any:
         self._seconds[1] = self.seconds()[1]
         before = _threads()
-        pipeline = self._build()
+        pipeline = self._build(("originals", "edits"), self._batch_size, self._threads)
         self._decoders = _threads() - before
         return pipeline
-
-    def _build(self, *, alone: bool = False) -> Any:
-        """A pipeline from originals and edits to pixels; `alone` from one image, which it calls an edit."""
-        fn, pipeline_def, types = dali()
-        height, width = self._largest
-        options = {"output_type": types.RGB, "device": "cpu"}
-        if self._device is not None:
-            options |= {"device": "mixed", "preallocate_height_hint": height, "preallocate_width_hint": width}
-
-        # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
-        # before the first is handed out.
-        @pipeline_def(  # type: ignore[untyped-decorator]
-            batch_size=1 if alone else self._batch_size,
-            num_threads=1 if alone else self._threads,
-            device_id=self._device,
-            prefetch_queue_depth=1,
-        )
-        def pieces() -> Any:
-            def external(name: str) -> Any:
-                # It is not copied: `_decoding` keeps it.
-                return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
-
-            def window(name: str) -> dict[str, Any]:
-                ends = {end: fn.external_source(name=f"{name}_{end}", dtype=types.INT32, ndim=1) for end in _ENDS}
-                return {**ends, "axes": [0, 1]}
-
-            names = ("edits",) if alone else ("originals", "edits")
-            return tuple(fn.decoders.image_slice(external(name), **window(name), **options) for name in names)
-
-        pipeline = pieces()
-        pipeline.build()
-        return pipeline
-
-    def _share_outputs(self, pipeline: Any, stream: int | None) -> Any:
-        # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
-        outputs = pipeline.share_outputs() if stream is None else pipeline.share_outputs(cuda_stream=stream or 1)
-        # Outputs outlive this: DALI's default executor only learns that the next may be made.
-        pipeline.release_outputs()
-        return outputs
 
     def _schedule(self, encoded: "_Read") -> Any:
         """Give a batch to the pipeline, which is returned; to a new one if the batch is larger than any before."""
@@ -301,9 +270,13 @@ class PieceDecoder:
 class _Alone:
     """Decodes windows of single images as a decoder does, and with Pillow what DALI refuses."""
 
-    def __init__(self, decoder: PieceDecoder) -> None:
-        self._decoder = decoder
+    def __init__(self, build: Callable[..., Any], device: int | None) -> None:
+        self._build = build
+        self._device = device
         self._pipeline: Any = None
+
+    def close(self) -> None:
+        self._pipeline = None
 
     def decode(
         self,
@@ -315,10 +288,10 @@ class _Alone:
     ) -> _Image | DecodeError:
         """Decode the window `cut` of an encoded image, which is `window` of the one in its place."""
         try:
-            self._pipeline = self._pipeline or self._decoder._build(alone=True)
+            self._pipeline = self._pipeline or self._build(("edits",), 1, 1)
             _feed(self._pipeline, "edits", Batch([image], cut[None], {}, image))
             self._pipeline.schedule_run()
-            (outputs,) = self._decoder._share_outputs(self._pipeline, None)
+            (outputs,) = _share_outputs(self._pipeline, None)
             return _Image(outputs[0].data_ptr(), outputs)
         except RuntimeError:
             self._pipeline = None
@@ -332,11 +305,48 @@ class _Alone:
             return DecodeError(f"{name_of(place)}: {error}")
         top, left, bottom, right = window
         piece = np.ascontiguousarray(pixels[top:bottom, left:right])
-        if self._decoder._device is None:
+        if self._device is None:
             return _Image(piece.ctypes.data, piece)
         from dali_diffusemix.gpu import to_device
 
-        return _Image(*to_device(piece, self._decoder._device))
+        return _Image(*to_device(piece, self._device))
+
+
+def _build(names: Sequence[str], batch_size: int, threads: int, *, device: int | None, largest: tuple[int, int]) -> Any:
+    """A pipeline that decodes windows of encoded images; for each name it has three inputs and one output."""
+    fn, pipeline_def, types = dali()
+    options = {"output_type": types.RGB, "device": "cpu"}
+    if device is not None:
+        height, width = largest
+        options |= {"device": "mixed", "preallocate_height_hint": height, "preallocate_width_hint": width}
+
+    # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
+    # before the first is handed out.
+    @pipeline_def(  # type: ignore[untyped-decorator]
+        batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
+    )
+    def pieces() -> Any:
+        def window(name: str) -> dict[str, Any]:
+            ends = {end: fn.external_source(name=f"{name}_{end}", dtype=types.INT32, ndim=1) for end in _ENDS}
+            return {**ends, "axes": [0, 1]}
+
+        def encoded(name: str) -> Any:
+            # It is not copied: who feeds it keeps it.
+            return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
+
+        return tuple(fn.decoders.image_slice(encoded(name), **window(name), **options) for name in names)
+
+    pipeline = pieces()
+    pipeline.build()
+    return pipeline
+
+
+def _share_outputs(pipeline: Any, stream: int | None) -> Any:
+    # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
+    outputs = pipeline.share_outputs() if stream is None else pipeline.share_outputs(cuda_stream=stream or 1)
+    # Outputs outlive this: DALI's default executor only learns that the next may be made.
+    pipeline.release_outputs()
+    return outputs
 
 
 class _Read(NamedTuple):

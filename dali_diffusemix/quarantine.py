@@ -70,6 +70,12 @@ class Quarantine(Mapping[str, Quarantined]):
         )
 
 
+def check_on_error(on_error: str) -> None:
+    """Raise ConfigError unless it is one of the two."""
+    if on_error not in ("substitute", "raise"):
+        raise ConfigError(f"on_error must be 'substitute' or 'raise', found {on_error!r}")
+
+
 class Failure(NamedTuple):
     """Why a sample cannot be made."""
 
@@ -87,8 +93,6 @@ class Substitution:
     """
 
     def __init__(self, planner: Planner, path_of: Callable[[BatchPlan, Kind], str], on_error: OnError) -> None:
-        if on_error not in ("substitute", "raise"):
-            raise ConfigError(f"on_error must be 'substitute' or 'raise', found {on_error!r}")
         self._planner = planner
         self._path_of = path_of
         self._on_error = on_error

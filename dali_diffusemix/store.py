@@ -22,6 +22,8 @@ A packed store holds originals, in shards of the same four files:
     catalog/                         derived: the originals that were packed, with the sizes that they have here
     index.npy                        derived: where they lie, a row for each row of catalog/
     index.json                       of which shards these are derived; written last: without it a store is unfinished
+
+A store may be read where it lies behind a URL; `remote` then makes a copy of it in a local folder.
 """
 
 import hashlib
@@ -53,6 +55,7 @@ from dali_diffusemix import __version__
 from dali_diffusemix.catalog import Catalog, Rejected
 from dali_diffusemix.errors import CatalogError, DecodeError, StoreError
 from dali_diffusemix.reading import Extent, OpenFile
+from dali_diffusemix.remote import Mirror, MirrorError, is_url
 
 __all__ = [
     "INDEX_ROW",
@@ -153,10 +156,15 @@ class _Kind:
     listing: str  # the folder of the catalog whose rows its shards name
     shard_row: np.dtype[Any]
     index_row: np.dtype[Any]
+    tables: tuple[str, ...]  # that index.json vouches for
+
+    def shard(self, number: int) -> str:
+        """A shard's name."""
+        return f"{self.images}-{number:06d}"
 
     def file(self, number: int, ending: str) -> str:
         """A shard's file."""
-        return f"{self.images}-{number:06d}.{ending}"
+        return f"{self.shard(number)}.{ending}"
 
     def damaged(self, file: Path, what: str) -> StoreError:
         return StoreError(f"{str(file)!r}: {what}; run `{self.command}` again, which makes it anew.")
@@ -171,6 +179,7 @@ _EDITS = _Kind(
     listing="catalog",
     shard_row=SHARD_ROW,
     index_row=INDEX_ROW,
+    tables=("index.npy", "starts.npy"),
 )
 _ORIGINALS = _Kind(
     images="originals",
@@ -181,6 +190,7 @@ _ORIGINALS = _Kind(
     listing="listed",
     shard_row=ORIGINAL_SHARD_ROW,
     index_row=ORIGINAL_INDEX_ROW,
+    tables=("index.npy",),
 )
 
 
@@ -381,33 +391,43 @@ class EditStore:
     that it saw, so that another process sees the same edits even while more are being made.
     """
 
-    path: Path
+    path: Path  # a mirror's folder, where there is one
+    mirror: Mirror | None  # where the files come from, if the store lies behind a URL
     settings: Settings  # what decides an edit besides its original, prompt and variant
     prompts: tuple[str, ...]
     catalog: Catalog
     index: NDArray[np.void]  # (edits,) INDEX_ROW
     starts: NDArray[np.int64]  # (originals + 1,) the edits of original i are starts[i] to starts[i + 1]
 
-    def __init__(self, path: Path, header: _Header, catalog: Catalog, tables: "_Tables") -> None:
+    def __init__(self, path: Path, header: _Header, catalog: Catalog, tables: "_Tables", mirror: Mirror | None) -> None:
         """Use `EditStore.open`."""
         self.path = path
+        self.mirror = mirror
         self.settings = header.settings
         self.prompts = header.prompts
         self.catalog = catalog
         self.index = tables.index
         self.starts = tables.starts
         self._shards = tables.shards
-        self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, _EDITS, path / "shards", tables.sizes))
-        self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, _EDITS, path / "shards", tables.sizes))
+        self._tars = _Tars(_EDITS, path, tables.sizes, mirror)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "EditStore":
         """Open a store; one that is unfinished with the shards that it has, and an `UnfinishedStoreWarning`.
 
+        Args:
+            path: Its folder, or a URL as `str`.
+
         Raises:
             StoreError: There is no store, no shard yet, a file is missing, cut short, or of a newer version.
+            MirrorError: Its URL does not answer or refuses, or the disk is full (a StoreError).
+            MissingDependencyError: What the URL needs is not installed.
         """
-        path = Path(path).absolute()
+        with _reached(_EDITS, path) as (folder, mirror):
+            return cls._open(folder, mirror)
+
+    @classmethod
+    def _open(cls, path: Path, mirror: Mirror | None) -> "EditStore":
         header = _Header.read(path)
         catalog = _open_catalog(path)
         if catalog.fingerprint != header.fingerprint:
@@ -415,14 +435,14 @@ class EditStore:
                 f"{str(path)!r}: store.json is of originals with fingerprint {header.fingerprint[:16]}, but its "
                 f"catalog has {catalog.fingerprint[:16]}; bring back the catalog that the store was made with."
             )
-        listing = _list_shards(path)
+        listing = _list_shards(path) if mirror is None else _list_mirrored(_EDITS, mirror)
         done = [number for number in range(header.shard_count) if _EDITS.file(number, "json") in listing]
         if not done:
             raise StoreError(
                 f"{str(path)!r}: none of its {header.shard_count} shards is finished; "
                 "run `dali-diffusemix generate` until it is."
             )
-        tables, derived = _open_tables(path, header, len(catalog), done)
+        tables, derived = _open_tables(path, header, len(catalog), done, mirror)
         _check_sizes(_EDITS, path, tables.sizes, listing)
         missing = header.shard_count - len(done)
         if missing or not derived:
@@ -433,11 +453,13 @@ class EditStore:
                 f"{str(path)!r}: {what}; the {len(tables.index)} edits that are there are used. Run the "
                 "`dali-diffusemix generate` that makes it again to finish it.",
                 UnfinishedStoreWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
-        return cls(path, header, catalog, tables)
+        return cls(path, header, catalog, tables, mirror)
 
     def __reduce__(self) -> tuple[Callable[..., "EditStore"], tuple[Any, ...]]:
+        if self.mirror is not None:
+            return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._shards)
         return _reopen, (self.path, self.catalog, self._shards)
 
     def __len__(self) -> int:
@@ -445,7 +467,7 @@ class EditStore:
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"<EditStore {str(self.path)!r}: {len(self)} edits of {len(self.catalog)} originals>"
+        return f"<EditStore {self._tars.where!r}: {len(self)} edits of {len(self.catalog)} originals>"
 
     def originals_of(self, edits: NDArray[np.int64]) -> NDArray[np.int64]:
         """The originals, (n,) rows of the catalog, that these edits, (n,), belong to."""
@@ -461,8 +483,14 @@ class EditStore:
         return self.prompts[int(self.index["prompt"][edit])]
 
     def extents(self, edits: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """Where the JPEG files of these edits, (n,), are; of a shard that has gone or was changed the error."""
-        return _extents(self._open, self.index[edits])
+        """Where the JPEG files of these edits, (n,), are; of a shard that has gone or was changed the error.
+
+        Of a store at a URL it waits for their shards, and has the rest fetched in the background.
+
+        Raises:
+            MirrorError: The URL does not answer or refuses, or the disk is full.
+        """
+        return self._tars.extents(self.index[edits])
 
     def encoded(self, edit: int) -> NDArray[np.uint8]:
         """An edit's JPEG file, (bytes,) uint8: a read-only view into its shard, which is mapped.
@@ -470,9 +498,7 @@ class EditStore:
         Raises:
             StoreError: The shard has gone or was changed since the store was opened.
         """
-        row = self.index[edit]
-        offset = int(row["offset"])
-        return self._map(int(row["shard"]))[offset : offset + int(row["length"])]
+        return self._tars.encoded(self.index[edit])
 
     def check_originals(self, catalog: Catalog) -> None:
         """Raise StoreError, with what differs, unless the store was built from the originals of `catalog`."""
@@ -485,32 +511,41 @@ class OriginalStore:
     Shards are mapped when they are first touched.
     """
 
-    path: Path
+    path: Path  # a mirror's folder, where there is one
+    mirror: Mirror | None  # where the files come from, if the store lies behind a URL
     settings: Settings  # how the originals were packed
     catalog: Catalog  # the originals in here, with the sizes that they have in here
     index: NDArray[np.void]  # (originals,) ORIGINAL_INDEX_ROW
 
     def __init__(
-        self, path: Path, settings: Settings, catalog: Catalog, index: NDArray[np.void], sizes: _Sizes
+        self, path: Path, settings: Settings, catalog: Catalog, index: NDArray[np.void], tars: "_Tars"
     ) -> None:
         """Use `OriginalStore.open`."""
         self.path = path
+        self.mirror = tars.mirror
         self.settings = settings
         self.catalog = catalog
         self.index = index
-        self._sizes = sizes
+        self._tars = tars
         self._order: Catalog | None = None  # whose rows these are, if not the store's own
-        self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, _ORIGINALS, path / "shards", sizes))
-        self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, _ORIGINALS, path / "shards", sizes))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "OriginalStore":
         """Open a packed store.
 
+        Args:
+            path: Its folder, or a URL as `str`.
+
         Raises:
             StoreError: There is no packed store, it is unfinished, a file is missing, cut short, or of a newer version.
+            MirrorError: Its URL does not answer or refuses, or the disk is full (a StoreError).
+            MissingDependencyError: What the URL needs is not installed.
         """
-        path = Path(path).absolute()
+        with _reached(_ORIGINALS, path) as (folder, mirror):
+            return cls._open(folder, mirror)
+
+    @classmethod
+    def _open(cls, path: Path, mirror: Mirror | None) -> "OriginalStore":
         header = _OriginalHeader.read(path)
         file = path / "index.json"
         remedy = f"remove it and run `{_ORIGINALS.command}` again"
@@ -530,17 +565,21 @@ class OriginalStore:
                 f"{str(path)!r}: index.json is of originals with fingerprint {fingerprint[:16]}, but the store's "
                 f"catalog has {catalog.fingerprint[:16]}; {remedy}."
             )
-        _check_sizes(_ORIGINALS, path, sizes, _list_shards(path))
+        listing = _list_shards(path) if mirror is None else _list_mirrored(_ORIGINALS, mirror)
+        _check_sizes(_ORIGINALS, path, sizes, listing)
         index = _load(_ORIGINALS, path / "index.npy", ORIGINAL_INDEX_ROW, len(catalog), mapped=True)
-        return cls(path, header.settings, catalog, index, sizes)
+        return cls(path, header.settings, catalog, index, _Tars(_ORIGINALS, path, sizes, mirror))
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> "OriginalStore | None":
-        """The packed store that `path` is, or None where it is a folder of images.
+        """The packed store that `path` is, or None where it is a folder of images, which no URL can be.
 
         Raises:
             StoreError: It is an edit store, or a packed one that cannot be opened.
+            MirrorError: See `open`.
         """
+        if is_url(path):
+            return cls.open(path)
         try:
             with (Path(path) / "store.json").open("rb") as file:
                 ours = b'"magic": "dali_diffusemix.' in file.read(256)
@@ -569,23 +608,29 @@ class OriginalStore:
                 "make the edits from this one. What could not be decoded was not packed: its catalog's `rejected`."
             )
         own_order = replace(catalog, sizes=ours.sizes[rows], _origin=None)
-        ordered = OriginalStore(self.path, self.settings, own_order, self.index[rows], self._sizes)
+        ordered = OriginalStore(self.path, self.settings, own_order, self.index[rows], self._tars)
         ordered._order = catalog
         return ordered
 
     def __reduce__(self) -> tuple[Callable[..., "OriginalStore"], tuple[Any, ...]]:
-        return _reopen_originals, (self.path, self._order)
+        return _reopen_originals, (self.path if self.mirror is None else self.mirror.url, self._order)
 
     def __len__(self) -> int:
         """How many originals there are."""
         return len(self.index)
 
     def __repr__(self) -> str:
-        return f"<OriginalStore {str(self.path)!r}: {len(self)} originals>"
+        return f"<OriginalStore {self._tars.where!r}: {len(self)} originals>"
 
     def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """Where the files of these originals, (n,), are; of a shard that has gone or was changed the error."""
-        return _extents(self._open, self.index[originals])
+        """Where the files of these originals, (n,), are; of a shard that has gone or was changed the error.
+
+        Of a store at a URL it waits for their shards, and has the rest fetched in the background.
+
+        Raises:
+            MirrorError: The URL does not answer or refuses, or the disk is full.
+        """
+        return self._tars.extents(self.index[originals])
 
     def encoded(self, original: int) -> NDArray[np.uint8]:
         """An original's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
@@ -593,12 +638,10 @@ class OriginalStore:
         Raises:
             StoreError: The shard has gone or was changed since the store was opened.
         """
-        row = self.index[original]
-        offset = int(row["offset"])
-        return self._map(int(row["shard"]))[offset : offset + int(row["length"])]
+        return self._tars.encoded(self.index[original])
 
 
-def _reopen_originals(path: Path, order: Catalog | None) -> OriginalStore:
+def _reopen_originals(path: str | Path, order: Catalog | None) -> OriginalStore:
     store = OriginalStore.open(path)
     return store if order is None else store.in_order_of(order)
 
@@ -619,11 +662,26 @@ class _Tables:
 def _reopen(path: Path, catalog: Catalog, shards: tuple[int, ...]) -> EditStore:
     """What `EditStore.open` gave elsewhere, whatever was added since."""
     header = _Header.read(path)
-    tables, _ = _open_tables(path, header, len(catalog), shards)
-    return EditStore(path, header, catalog, tables)
+    tables, _ = _open_tables(path, header, len(catalog), shards, None)
+    return EditStore(path, header, catalog, tables, None)
 
 
-def _open_tables(path: Path, header: _Header, originals: int, shards: Sequence[int]) -> tuple[_Tables, bool]:
+def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> EditStore:
+    """The same of a store at a URL, perhaps on another machine."""
+    with _reached(_EDITS, url) as (path, mirror):
+        header, catalog = _Header.read(path), _open_catalog(path)
+        if catalog.fingerprint != fingerprint:
+            raise StoreError(
+                f"{url}: the store was replaced by one of other originals while another process was using it; build "
+                "the dataset again."
+            )
+        tables, _ = _open_tables(path, header, len(catalog), shards, mirror)
+        return EditStore(path, header, catalog, tables, mirror)
+
+
+def _open_tables(
+    path: Path, header: _Header, originals: int, shards: Sequence[int], mirror: Mirror | None
+) -> tuple[_Tables, bool]:
     """The index of these shards, and whether the store's own serves; if not, it is derived here, in memory."""
     try:
         record = _Record.read(path)
@@ -636,6 +694,8 @@ def _open_tables(path: Path, header: _Header, originals: int, shards: Sequence[i
             found = f"{starts[0]} to {starts[-1]}"
             raise _EDITS.damaged(path / "starts.npy", f"must run from 0 to {record.edits}, found {found}")
         return _Tables(index=index, starts=starts, sizes=record.sizes), True
+    if mirror is not None:
+        mirror.copy_tables([_EDITS.shard(number) for number in shards])
     records = {number: _ShardRecord.read(_EDITS, path, number) for number in shards}
     return _derive(path, records, originals), False
 
@@ -687,9 +747,9 @@ class _Record:
             sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in stored["shards"]}
             return cls(edits=int(stored["edits"]), originals=int(stored["originals"]), sizes=sizes)
 
-    def write(self, store: Path) -> None:
+    def write(self, store: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         shards = [[number, *sizes] for number, sizes in self.sizes.items()]
-        content = {"edits": self.edits, "originals": self.originals, "shards": shards}
+        content = {"edits": self.edits, "originals": self.originals, "files": files, "shards": shards}
         _write_json(store / "index.json", _INDEX, content)
 
 
@@ -732,16 +792,47 @@ def _map_tar(kind: _Kind, shards: Path, sizes: _Sizes, number: int) -> NDArray[n
     return np.frombuffer(mmap.mmap(tar.descriptor, 0, access=mmap.ACCESS_READ), np.uint8)
 
 
-def _extents(tar: Callable[[int], OpenFile], rows: NDArray[np.void]) -> list[Extent | DecodeError]:
-    extents: list[Extent | DecodeError] = []
-    for number, offset, length in zip(
-        rows["shard"].tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True
-    ):
-        try:
-            extents.append(Extent(tar(number), offset, length))
-        except StoreError as error:
-            extents.append(DecodeError(str(error)))
-    return extents
+class _Tars:
+    """The tars of a store's shards, opened when they are first touched; those of a mirror fetched."""
+
+    def __init__(self, kind: _Kind, store: Path, sizes: _Sizes, mirror: Mirror | None) -> None:
+        self.where = str(store) if mirror is None else mirror.url
+        self.mirror = mirror
+        self._kind = kind
+        self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, kind, store / "shards", sizes))
+        self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, kind, store / "shards", sizes))
+        if mirror is not None:
+            mirror.expect({kind.shard(number): of_shard[0] for number, of_shard in sizes.items()})
+
+    def extents(self, rows: NDArray[np.void]) -> list[Extent | DecodeError]:
+        """Where the files of these rows, (n,) of the index, are, or what is wrong with their shard."""
+        tar: Callable[[int], OpenFile] = self._open
+        if self.mirror is not None:
+            tar = self._fetched
+            self.mirror.prefetch([self._kind.shard(number) for number in np.unique(rows["shard"]).tolist()])
+        extents: list[Extent | DecodeError] = []
+        for number, offset, length in zip(
+            rows["shard"].tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True
+        ):
+            try:
+                extents.append(Extent(tar(number), offset, length))
+            except MirrorError:
+                raise  # no fault of the shard's: there is nothing to put in its place
+            except StoreError as error:
+                extents.append(DecodeError(str(error)))
+        return extents
+
+    def encoded(self, row: np.void) -> NDArray[np.uint8]:
+        """The file of a row of the index, (bytes,) uint8, read-only."""
+        number, offset, length = int(row["shard"]), int(row["offset"]), int(row["length"])
+        if self.mirror is None:
+            return self._map(number)[offset : offset + length]
+        # Not mapped, so that the mirror can let go of the tar.
+        return np.frombuffer(os.pread(self._fetched(number).descriptor, length, offset), np.uint8)
+
+    def _fetched(self, number: int) -> OpenFile:
+        assert self.mirror is not None
+        return self.mirror.open(self._kind.shard(number))
 
 
 def _check_sizes(kind: _Kind, store: Path, sizes: _Sizes, listing: Mapping[str, int]) -> None:
@@ -769,6 +860,78 @@ def _list_shards(store: Path) -> dict[str, int]:
         return {}
     except OSError as error:
         raise StoreError(f"{str(store / 'shards')!r}: cannot be listed ({error.strerror}).") from error
+
+
+@contextmanager
+def _reached(kind: _Kind, path: str | os.PathLike[str]) -> Iterator[tuple[Path, Mirror | None]]:
+    """A store's folder; of one at a URL its mirror too, in whose folder the small files then are."""
+    if not is_url(path):
+        yield Path(path).absolute(), None
+        return
+    mirror = Mirror(str(path))
+    try:
+        with mirror.opening():
+            try:
+                mirror.refresh("store.json")
+            except FileNotFoundError as error:
+                raise StoreError(
+                    f"{mirror.url}: there is no {kind.name} (store.json: {error}); correct the URL, or upload a store "
+                    f"that `{kind.command}` made, all of it."
+                ) from error
+            with _stored_header(kind, mirror.folder):
+                pass
+            _mirror_index(kind, mirror)
+            _mirror_catalog(mirror)
+            yield mirror.folder, mirror
+    except StoreError as error:
+        error.add_note(f"{str(mirror.folder)!r} is the mirror of {mirror.url!r}.")
+        raise
+
+
+def _mirror_index(kind: _Kind, mirror: Mirror) -> None:
+    try:
+        data = mirror.refresh("index.json", vouches_for=kind.tables)
+    except FileNotFoundError:
+        return
+    with _understood(mirror.folder / "index.json", "upload the store again"):
+        files = dict(json.loads(data).get("files", {}))  # older stores have none
+        hashes = {name: str(files[name]["sha256"]) if files else "" for name in kind.tables}
+    for name, sha256 in hashes.items():
+        mirror.copy(name, sha256)
+
+
+def _mirror_catalog(mirror: Mirror) -> None:
+    try:
+        data = mirror.refresh("catalog/catalog.json")
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{mirror.url}/catalog/catalog.json: is missing; upload the store again, all of it."
+        ) from error
+    with _understood(mirror.folder / "catalog" / "catalog.json", "upload the store again"):
+        names = [str(name) for name in json.loads(data)["arrays"].values()]
+    for name in names:
+        if hashed := re.fullmatch(r"\w+-([0-9a-f]{16})\.npy", name):  # anything else `Catalog.open` refuses
+            mirror.copy(f"catalog/{name}", hashed[1])
+
+
+def _list_mirrored(kind: _Kind, mirror: Mirror) -> dict[str, int]:
+    """What lies in the shards' folder at the URL. Where that is not to be had, index.json's word is taken for it."""
+    listing = mirror.listing()
+    if listing is not None:
+        return listing
+    try:
+        stored = _read_json(mirror.folder / "index.json", _INDEX, "upload the store again")
+    except FileNotFoundError as error:
+        raise StoreError(
+            f"{mirror.url}: there is no list of its shards, and no index.json; finish the store with `{kind.command}`, "
+            "then upload all of it."
+        ) from error
+    with _understood(mirror.folder / "index.json", "upload the store again"):
+        return {
+            kind.file(int(number), ending): int(size)
+            for number, *sizes in stored["shards"]
+            for ending, size in (*zip(_FILES, sizes, strict=True), ("json", 0))
+        }
 
 
 def _open_catalog(store: Path, folder: str = "catalog") -> Catalog:
@@ -821,7 +984,7 @@ class StoreWriter:
             StoreError: Another run is writing, the store is of other originals or settings, of a newer version, or
                 the folder is something else or cannot be written.
         """
-        path = Path(path).absolute()
+        path = _local_folder(path)
         with _begun(_EDITS, path, catalog) as listed:
             writer = cls()
             writer.path = path
@@ -867,10 +1030,17 @@ class StoreWriter:
         with _writing(self.path):
             # Without its record the index is not used: no reader takes half of the old one and half of the new.
             (self.path / "index.json").unlink(missing_ok=True)
-            for name, table in (("index.npy", tables.index), ("starts.npy", tables.starts)):
-                with _replacing(self.path / name) as stream:
-                    np.save(stream, table, allow_pickle=False)
-            _Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path)
+            files = {
+                name: _write_table(self.path / name, table)
+                for name, table in zip(_EDITS.tables, (tables.index, tables.starts), strict=True)
+            }
+            _Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path, files)
+
+
+def _local_folder(path: str | os.PathLike[str]) -> Path:
+    if is_url(path):
+        raise StoreError(f"{path}: a store is written to a folder, found a URL; give a folder, and upload it then.")
+    return Path(path).absolute()
 
 
 class OriginalStoreWriter:
@@ -897,7 +1067,7 @@ class OriginalStoreWriter:
             StoreError: Another run is writing, the store is of other originals or settings, of a newer version, or
                 the folder is something else or cannot be written.
         """
-        path = Path(path).absolute()
+        path = _local_folder(path)
         with _begun(_ORIGINALS, path, catalog) as listed:
             writer = cls()
             writer.path = path
@@ -942,10 +1112,9 @@ class OriginalStoreWriter:
             # Without its record the store is unfinished: no reader takes half of the old one and half of the new.
             (self.path / "index.json").unlink(missing_ok=True)
             catalog.save(self.path / "catalog")
-            with _replacing(self.path / "index.npy") as stream:
-                np.save(stream, index, allow_pickle=False)
             content = {
                 "fingerprint": catalog.fingerprint,
+                "files": {"index.npy": _write_table(self.path / "index.npy", index)},
                 "shards": [[number, *record.sizes] for number, record in records.items()],
             }
             _write_json(self.path / "index.json", _INDEX, content)
@@ -1065,14 +1234,11 @@ class _ShardFiles(ABC):
                     )
                 blocks = -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
                 self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
-            files = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
-            rows = io.BytesIO()
-            np.save(rows, np.array(self._rows, self._kind.shard_row), allow_pickle=False)
+            files: dict[str, dict[str, Any]] = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
             lines = [f"v1.2 {len(self._groups)}", *map(" ".join, self._groups), ""]
-            for ending, data in (("idx", "\n".join(lines).encode("ascii")), ("npy", rows.getvalue())):
-                with _replacing(self._folder / self._kind.file(self._number, ending)) as stream:
-                    stream.write(data)
-                files[ending] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            idx, npy = (self._folder / self._kind.file(self._number, ending) for ending in ("idx", "npy"))
+            files["idx"] = _write_data(idx, "\n".join(lines).encode("ascii"))
+            files["npy"] = _write_table(npy, np.array(self._rows, self._kind.shard_row))
             content = {
                 "shard": self._number,
                 **self._content(),
@@ -1242,6 +1408,19 @@ def _replacing(file: Path) -> Iterator[BinaryIO]:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _write_data(file: Path, data: bytes) -> dict[str, Any]:
+    """Write a file; gives what a JSON file says of it."""
+    with _replacing(file) as stream:
+        stream.write(data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _write_table(file: Path, table: NDArray[Any]) -> dict[str, Any]:
+    content = io.BytesIO()
+    np.save(content, table, allow_pickle=False)
+    return _write_data(file, content.getvalue())
 
 
 def _write_json(file: Path, magic: str, content: Mapping[str, Any]) -> None:

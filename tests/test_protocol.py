@@ -392,6 +392,38 @@ def test_ctrl_c_ends_it_within_two_seconds(photos: Path) -> None:
     assert time.monotonic() - begin < 2 and "KeyboardInterrupt" in errors and process.returncode != 0
 
 
+def test_a_loader_that_is_dropped_goes_at_once(dataset: DiffuseMixDataset) -> None:
+    """Without cycles: a collection in a forked process would destroy DALI's pipeline, which ends that process."""
+    gc.collect()
+    before = dali_threads()
+    gc.disable()
+    try:
+        loader = loader_of(dataset)
+        next(iter(loader))
+        assert not dali_threads() <= before
+        del loader
+        assert dali_threads() <= before
+    finally:
+        gc.enable()
+
+
+def test_a_forked_process_leaves_the_decoder_alone(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset)
+    batches = iter(loader)
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            del batches, loader
+            gc.collect()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(list(batches)) == 8
+
+
 def in_a_new_process(loader: DiffuseMixLoader, batches: Any) -> None:
     batches.put([images.numpy().copy() for images, _ in loader])
 
