@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check clean
+.PHONY: demo test soak check clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
+
+# Ten minutes: kills, damage, memory, a million rows. Leaves a record; SOAK= gives pytest arguments of its own.
+SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json
+soak: $(INSTALLED)
+	DALI_DIFFUSEMIX_SOAK_RECORD=$(SOAK_RECORD) $(BIN)/python -m pytest -q tests/soak $(SOAK)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -248,7 +248,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     def _decode_edit(self, edit: int) -> NDArray[np.uint8]:
         assert self.store is not None
         try:
-            return decode(self.store.encoded(edit))
+            pixels = decode(self.store.encoded(edit))
+            check_size(pixels, self.store.sizes(np.array([edit]))[0], "the edit")
+            return pixels
         except (DecodeError, StoreError) as error:
             raise DecodeError(f"{self.store.path}: edit {edit}: {error}") from error
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, RandomSampler
 
-from dali_diffusemix import gpu
+from dali_diffusemix import gpu, native
 from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, piece_table
@@ -52,6 +52,7 @@ _MEANINGLESS: Final[dict[str, tuple[object, str]]] = {
     "multiprocessing_context": (None, "there are no worker processes"),
     "persistent_workers": (False, "threads are always kept; close() ends them"),
     "in_order": (True, "batches always come in order"),
+    "snapshot_every_n_steps": (1, "state_dict() is made when it is asked for, and costs nothing before"),
 }
 # Philox fields of batch transforms, from here on, one for each rank; the plan's are small.
 _TRANSFORM: Final = 2**31
@@ -203,7 +204,9 @@ class DiffuseMixLoader:
             sampler = RandomSampler(dataset, generator=generator)
         self._users: UsersOrder | None = None
         if sampler is not None or batch_sampler is not None:
-            batches = batch_sampler or BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
+            batches = batch_sampler
+            if batches is None:
+                batches = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
             sampler = getattr(batches, "sampler", None) if sampler is None else sampler
             self._users = UsersOrder(batches, sampler, generator)
         self._placement = None if rank is None or world_size is None else (rank, world_size)
@@ -277,6 +280,12 @@ class DiffuseMixLoader:
         After `load_state_dict`, choosing the epoch that the state is of leaves the place in it.
         """
         check_seed(self.dataset.seed, epoch)
+        newest = self._newest
+        if newest is not None and newest.running and not newest.begin:
+            # No batch was asked of it yet: it goes along, as DataLoader asks its sampler at the first `next`.
+            self._next = _Position(newest.epoch, newest.places)
+            if epoch != newest.epoch:
+                newest.epoch, newest.places = epoch, 0
         if epoch != self._next.epoch:
             self._next = _Position(epoch, 0)
         if self._newest is not None and not self._newest.running:
@@ -425,6 +434,7 @@ class DiffuseMixLoader:
             yield BatchOrder(step, (step + 1) * size, indices)
 
     def _take_decoder(self, batch_size: int) -> PieceDecoder:
+        self._idle = [decoder for decoder in self._idle if not decoder.inherited]
         if self._idle:
             return self._idle.pop()
         sizes = self.dataset.catalog.sizes
@@ -681,9 +691,10 @@ class _Iterator(Iterator[Batch]):
         progress.running = False
         self._under_way.clear()
         decoder, progress.decoder = progress.decoder, None
-        if decoder is not None:
+        if decoder is not None and not decoder.inherited:
             progress.seconds = decoder.seconds()
             decoder.drain()
+            native.trim()
             self._loader._idle.append(decoder)
 
     def __del__(self) -> None:

@@ -4,6 +4,7 @@ It is a plain C library: ctypes releases the GIL around every call, and it does 
 Where it was not built (no C++ compiler at installation) `library()` is None, said once, and NumPy does the work.
 """
 
+import contextlib
 import ctypes
 import functools
 import logging
@@ -117,6 +118,7 @@ def read(
     sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
+    sound: NDArray[np.bool_],
     errors: NDArray[np.int32],
     threads: int,
 ) -> int:
@@ -132,7 +134,7 @@ def read(
         loaded.dali_diffusemix_read(
             ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
             _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)),
-            _address(places), _address(errors), threads,
+            _address(places), _address(sound), _address(errors), threads,
         )
     )  # fmt: skip
     if needed < 0:
@@ -161,3 +163,9 @@ def tile_jpeg(content: bytes, width: int) -> bytes | None:
         if length >= 0:
             return out[:length].tobytes() if length else None
         room = -length
+
+
+def trim() -> None:
+    """Give freed memory back to the system, where the C library keeps it: decoders' allocations leave much of it."""
+    with contextlib.suppress(AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

@@ -1,11 +1,15 @@
 """DALI: reads and decodes the pieces of a batch, several batches ahead, and does nothing else.
 
 `PieceDecoder` is a queue: `submit` a batch's sources, `fetch` its decoded pieces, in order. A thread of its own reads
-batches ahead of DALI. DALI's CPU decoder gives the same bytes as Pillow. One image that DALI cannot decode ends a DALI
-pipeline; here it costs a rebuild: the batch is decoded once more, one source at a time, and what DALI still refuses is
-tried with `pixels.decode`.
+batches ahead of DALI. DALI's CPU decoder gives the same bytes as Pillow.
 
-    submit ──> read, cut ──> DALI, `ahead` batches of it ──> fetch
+    submit ──> read, cut ──┬─> DALI, `ahead` batches of it ───┬──> fetch
+                           └─> Pillow, what is not sound ─────┘
+
+DALI is given sound JPEGs and PNGs alone: a header that it cannot parse can crash the process (a batch's last part is
+parsed by a thread that leaves the others behind when it fails), and of codes with stray markers it delivers something
+where Pillow refuses. One image that DALI cannot decode ends a DALI pipeline; here it costs a rebuild: the batch is
+decoded once more, one source at a time, and what DALI still refuses is tried with `pixels.decode`.
 """
 
 import logging
@@ -13,10 +17,10 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final, NamedTuple
 
@@ -25,7 +29,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError, MissingDependencyError
 from dali_diffusemix.pixels import check_size, decode
-from dali_diffusemix.reading import Batch, Place, name_of, read
+from dali_diffusemix.reading import Place, name_of, read
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +67,9 @@ class _Image(NamedTuple):
 
     address: int
     owner: object
+
+
+_NO_IMAGE: Final = _Image(0, None)
 
 
 def dali() -> tuple[Any, Any, Any]:
@@ -110,22 +117,30 @@ class PieceDecoder:
         self._batch_size = batch_size
         self._threads = threads
         self._ahead = ahead
+        self._device = device
         self._build = partial(_build, device=device, largest=largest)
         self._decoders: set[int] = set()  # the pipeline's threads
         self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
         self._pipeline = self._build_main()
-        self._alone = _Alone(self._build, device)
+        self._alone: Any = None  # a pipeline for one image
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
-        self._reading: deque[tuple[Sources, Future[_Read]]] = deque()
-        self._decoding: deque[tuple[Sources, _Read, Any]] = deque()  # with the pipeline that does it
+        self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
+        self._reading: deque[Future[_Batch]] = deque()
+        self._decoding: deque[_Batch] = deque()
         self._memory: list[NDArray[np.uint8]] = []  # to read into
-        self._fetched: _Read | None = None
+        self._fetched: _Batch | None = None
+        self._process = os.getpid()
         _living.add(self)
+
+    @property
+    def inherited(self) -> bool:
+        """Whether this is a forked process's copy, whose threads stayed behind: it can do nothing."""
+        return os.getpid() != self._process
 
     def submit(self, sources: Sources) -> None:
         """Start to read and decode a batch; returns at once."""
         memory = self._memory.pop() if self._memory else None
-        self._reading.append((sources, self._reader.submit(_read, sources, memory)))
+        self._reading.append(self._reader.submit(_read, sources, memory))
         self._advance()
 
     def fetch(self, stream: int | None = None) -> tuple[Decoded, Decoded]:
@@ -136,31 +151,34 @@ class PieceDecoder:
                 decoder waits here.
         """
         self._advance()
-        sources, encoded, pipeline = self._decoding.popleft()
+        batch = self._decoding.popleft()
         try:
-            originals, edits = _share_outputs(pipeline, stream)
+            outputs = _share_outputs(batch.pipeline, stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
-            decoded = self._decode_alone(sources, encoded)
+            decoded = self._decode_alone(batch)
             # The pipeline took the batches behind with it.
             self._pipeline = self._build_main()
-            behind, self._decoding = self._decoding, deque()
-            for later_sources, later, its in behind:
-                self._decoding.append((later_sources, later, self._schedule(later) if its is pipeline else its))
+            for behind in self._decoding:
+                if behind.pipeline is batch.pipeline:
+                    self._schedule(behind)
         else:
-            decoded = (
-                self._describe(originals, sources.original_windows, sources.original_sizes, encoded.originals),
-                self._describe(edits, sources.edit_windows, sources.edit_sizes, encoded.edits),
+            originals, edits = (
+                self._gather(source, [_Image(part[i].data_ptr(), None) for i in range(len(part))], part)
+                for source, part in zip((batch.originals, batch.edits), outputs, strict=True)
             )
+            decoded = originals, edits
         # A GPU may read the batch before this one a little longer than its outputs' hand-over.
         if self._fetched is not None:
             self._memory.append(self._fetched.memory)
-        self._fetched = encoded
+        self._fetched = batch
         return decoded
 
     def decode_now(self, sources: Sources) -> tuple[Decoded, Decoded]:
         """Read and decode a batch beside those that were submitted, one image at a time."""
-        return self._decode_alone(sources, _read(sources, None))
+        batch = _read(sources, None)
+        self._decode_unsound(batch)
+        return self._decode_alone(batch)
 
     def seconds(self) -> tuple[float, float]:
         """What reading took so far, and the processor time of DALI's threads (which do nothing but decode)."""
@@ -172,36 +190,35 @@ class PieceDecoder:
 
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
-        for _, future in self._reading:
+        for future in self._reading:
             future.cancel()
         self._reading.clear()
         while self._decoding:
-            _, _, pipeline = self._decoding.popleft()
             try:
-                _share_outputs(pipeline, None)
+                _share_outputs(self._decoding.popleft().pipeline, None)
             except RuntimeError:
                 self._decoding.clear()
                 self._pipeline = self._build_main()
 
     def close(self) -> None:
-        """Give DALI's threads and memory back."""
+        """Give threads and memory back."""
         self._reader.shutdown(cancel_futures=True)
+        self._pillow.shutdown(cancel_futures=True)
         self._reading.clear()
         self._decoding.clear()
         self._memory.clear()
-        self._fetched = None
-        self._alone.close()
-        self._pipeline = None
+        self._fetched = self._alone = self._pipeline = None
 
     def _advance(self) -> None:
         """Give DALI what has been read. Waits for a read only if DALI has nothing to do."""
         while self._reading and len(self._decoding) < self._ahead:
-            if self._decoding and not self._reading[0][1].done():
+            if self._decoding and not self._reading[0].done():
                 break
-            sources, future = self._reading.popleft()
-            encoded = future.result()
-            self._seconds[0] += encoded.seconds
-            self._decoding.append((sources, encoded, self._schedule(encoded)))
+            batch = self._reading.popleft().result()
+            self._seconds[0] += batch.seconds
+            self._decode_unsound(batch)
+            self._schedule(batch)
+            self._decoding.append(batch)
 
     def _build_main(self) -> Any:
         self._seconds[1] = self.seconds()[1]
@@ -210,106 +227,141 @@ class PieceDecoder:
         self._decoders = _threads() - before
         return pipeline
 
-    def _schedule(self, encoded: "_Read") -> Any:
-        """Give a batch to the pipeline, which is returned; to a new one if the batch is larger than any before."""
-        if len(encoded.originals.images) > self._batch_size:
-            self._batch_size = len(encoded.originals.images)
+    def _schedule(self, batch: "_Batch") -> None:
+        """Give a batch to the pipeline; to a new one if the batch is larger than any before."""
+        if len(batch.originals.places) > self._batch_size:
+            self._batch_size = len(batch.originals.places)
             self._pipeline = self._build_main()
-        _feed(self._pipeline, "originals", encoded.originals)
-        _feed(self._pipeline, "edits", encoded.edits)
+        _feed(self._pipeline, "originals", batch.originals)
+        _feed(self._pipeline, "edits", batch.edits)
         self._pipeline.schedule_run()
-        return self._pipeline
+        batch.pipeline = self._pipeline
 
-    @staticmethod
-    def _describe(outputs: Any, windows: NDArray[np.int32], sizes: NDArray[np.int32], encoded: Batch) -> Decoded:
-        data = np.array([outputs[i].data_ptr() for i in range(len(outputs))], dtype=np.uint64)
-        data[_is_empty(windows)] = 0
-        data[list(encoded.errors)] = 0
-        return Decoded(
-            data=data,
-            shapes=windows[:, 2:] - windows[:, :2],
-            places=windows[:, :2],
-            image_sizes=sizes,
-            owner=outputs,
-            errors=encoded.errors,
-        )
+    def _decode_unsound(self, batch: "_Batch") -> None:
+        """Start what DALI is not given."""
+        for source in (batch.originals, batch.edits):
+            for row in np.flatnonzero(~source.sound).tolist():
+                if source.images[row] is not None:
+                    source.aside[row] = self._pillow.submit(_decode_by_pillow, source, row)
 
-    def _decode_alone(self, sources: Sources, encoded: "_Read") -> tuple[Decoded, Decoded]:
+    def _decode_alone(self, batch: "_Batch") -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
-
-        def decoded(
-            places: Sequence[Place | None], windows: NDArray[np.int32], sizes: NDArray[np.int32], batch: Batch
-        ) -> Decoded:
-            results = [
-                batch.errors.get(i) if image is None else self._alone.decode(place, image, cut, window, size)
-                for i, (place, image, cut, window, size) in enumerate(
-                    zip(places, batch.images, batch.windows, windows, sizes, strict=True)
-                )
-            ]
-            return self._gather(results, windows, sizes)
-
-        originals = decoded(sources.originals, sources.original_windows, sources.original_sizes, encoded.originals)
-        edits = decoded(sources.edits, sources.edit_windows, sources.edit_sizes, encoded.edits)
+        originals, edits = (
+            self._gather(source, [self._decode_one(source, row) for row in range(len(source.places))], None)
+            for source in (batch.originals, batch.edits)
+        )
         return originals, edits
 
-    @staticmethod
-    def _gather(
-        results: Sequence[_Image | DecodeError | None], windows: NDArray[np.int32], sizes: NDArray[np.int32]
-    ) -> Decoded:
-        images = [result if isinstance(result, _Image) else _Image(0, None) for result in results]
-        return Decoded(
-            data=np.array([image.address for image in images], dtype=np.uint64),
-            shapes=windows[:, 2:] - windows[:, :2],
-            places=windows[:, :2],
-            image_sizes=sizes,
-            owner=images,
-            errors={i: result for i, result in enumerate(results) if isinstance(result, DecodeError)},
-        )
-
-
-class _Alone:
-    """Decodes windows of single images as a decoder does, and with Pillow what DALI refuses."""
-
-    def __init__(self, build: Callable[..., Any], device: int | None) -> None:
-        self._build = build
-        self._device = device
-        self._pipeline: Any = None
-
-    def close(self) -> None:
-        self._pipeline = None
-
-    def decode(
-        self,
-        place: Place | None,
-        image: NDArray[np.uint8],
-        cut: NDArray[np.int32],
-        window: NDArray[np.int32],
-        size: NDArray[np.int32],
-    ) -> _Image | DecodeError:
-        """Decode the window `cut` of an encoded image, which is `window` of the one in its place."""
+    def _decode_one(self, source: "_Source", row: int) -> "_Image | DecodeError":
+        image = source.images[row]
+        if image is None or not source.sound[row]:
+            return _NO_IMAGE
         try:
-            self._pipeline = self._pipeline or self._build(("edits",), 1, 1)
-            _feed(self._pipeline, "edits", Batch([image], cut[None], {}, image))
-            self._pipeline.schedule_run()
-            (outputs,) = _share_outputs(self._pipeline, None)
+            self._alone = self._alone or self._build(("originals",), 1, 1)
+            _feed(self._alone, "originals", replace(source, images=[image], cuts=source.cuts[row : row + 1]), [True])
+            self._alone.schedule_run()
+            (outputs,) = _share_outputs(self._alone, None)
             return _Image(outputs[0].data_ptr(), outputs)
         except RuntimeError:
-            self._pipeline = None
-        whole = read([place], np.zeros((1, 4), dtype=np.int32))
-        if whole.images[0] is None:
-            return whole.errors[0]
-        try:
-            pixels = decode(whole.images[0])
-            check_size(pixels, size, "the image")
-        except DecodeError as error:
-            return DecodeError(f"{name_of(place)}: {error}")
-        top, left, bottom, right = window
-        piece = np.ascontiguousarray(pixels[top:bottom, left:right])
+            self._alone = None
+        return self._placed(_decode_by_pillow(source, row))
+
+    def _placed(self, piece: "NDArray[np.uint8] | DecodeError") -> "_Image | DecodeError":
+        """A piece on the decoder's device."""
+        if isinstance(piece, DecodeError):
+            return piece
         if self._device is None:
             return _Image(piece.ctypes.data, piece)
         from dali_diffusemix.gpu import to_device
 
         return _Image(*to_device(piece, self._device))
+
+    def _gather(self, source: "_Source", results: "Sequence[_Image | DecodeError]", owner: object) -> Decoded:
+        """Describe what was decoded of one source; what is missing of the results was decoded aside, or not at all."""
+        data = np.zeros(len(results), dtype=np.uint64)
+        owners, errors = [owner], dict(source.errors)
+        for row, result in enumerate(results):
+            if row in source.aside:
+                result = self._placed(source.aside[row].result())
+            elif source.images[row] is None:
+                continue
+            if isinstance(result, DecodeError):
+                errors[row] = result
+            else:
+                data[row] = result.address
+                if result.owner is not None:
+                    owners.append(result.owner)
+        return Decoded(
+            data=data,
+            shapes=source.windows[:, 2:] - source.windows[:, :2],
+            places=source.windows[:, :2],
+            image_sizes=source.sizes,
+            owner=owners,
+            errors=errors,
+        )
+
+
+@dataclass
+class _Source:
+    """One source of a batch, read."""
+
+    places: Sequence[Place | None]
+    windows: NDArray[np.int32]  # (n, 4) of the images in their places
+    sizes: NDArray[np.int32]  # (n, 2)
+    images: Sequence[NDArray[np.uint8] | None]  # encoded
+    cuts: NDArray[np.int32]  # (n, 4) the windows in `images`
+    sound: NDArray[np.bool_]  # (n,) fit for DALI
+    errors: dict[int, DecodeError]
+    aside: dict[int, "Future[NDArray[np.uint8] | DecodeError]"] = field(default_factory=dict)  # what DALI is not given
+
+
+@dataclass
+class _Batch:
+    """A batch under way."""
+
+    originals: _Source
+    edits: _Source
+    memory: NDArray[np.uint8]  # that its images lie in
+    seconds: float  # that reading took
+    pipeline: Any = None  # that decodes it
+
+
+def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Batch:
+    """Read what a batch decodes, in one go."""
+    begin = time.perf_counter()
+    n = len(sources.originals)
+    places = [*sources.originals, *sources.edits]
+    windows = np.concatenate([sources.original_windows, sources.edit_windows])
+    sizes = np.concatenate([sources.original_sizes, sources.edit_sizes])
+    wanted = [None if empty else place for place, empty in zip(places, _is_empty(windows).tolist(), strict=True)]
+    found = read(wanted, windows, sizes, memory)
+
+    def part(first: int) -> _Source:
+        rows = slice(first, first + n)
+        errors = {row - first: error for row, error in found.errors.items() if first <= row < first + n}
+        return _Source(
+            places[rows], windows[rows], sizes[rows], found.images[rows], found.windows[rows], found.sound[rows], errors
+        )
+
+    return _Batch(part(0), part(n), found.memory, time.perf_counter() - begin)
+
+
+def _decode_by_pillow(source: _Source, row: int) -> NDArray[np.uint8] | DecodeError:
+    """The window of an image, (height, width, 3) uint8, or why it cannot be decoded."""
+    place, image = source.places[row], source.images[row]
+    if source.sound[row]:  # perhaps it was cut
+        whole = read([place], np.zeros((1, 4), dtype=np.int32))
+        image = whole.images[0]
+        if image is None:
+            return whole.errors[0]
+    assert image is not None
+    try:
+        pixels = decode(image)
+        check_size(pixels, source.sizes[row], "the image")
+    except DecodeError as error:
+        return DecodeError(f"{name_of(place)}: {error}")
+    top, left, bottom, right = source.windows[row]
+    return np.ascontiguousarray(pixels[top:bottom, left:right])
 
 
 def _build(names: Sequence[str], batch_size: int, threads: int, *, device: int | None, largest: tuple[int, int]) -> Any:
@@ -349,33 +401,6 @@ def _share_outputs(pipeline: Any, stream: int | None) -> Any:
     return outputs
 
 
-class _Read(NamedTuple):
-    """A batch's encoded images."""
-
-    originals: Batch
-    edits: Batch
-    memory: NDArray[np.uint8]  # that both lie in
-    seconds: float  # that it took
-
-
-def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Read:
-    """Read what a batch decodes, in one go."""
-    begin = time.perf_counter()
-    windows = np.concatenate([sources.original_windows, sources.edit_windows])
-    places = [
-        None if empty else place
-        for place, empty in zip([*sources.originals, *sources.edits], _is_empty(windows).tolist(), strict=True)
-    ]
-    sizes = np.concatenate([sources.original_sizes, sources.edit_sizes])
-    batch, n = read(places, windows, sizes, memory), len(sources.originals)
-    errors: tuple[dict[int, DecodeError], ...] = ({}, {})
-    for row, error in batch.errors.items():
-        errors[row // n][row % n] = error
-    originals = Batch(batch.images[:n], batch.windows[:n], errors[0], batch.memory)
-    edits = Batch(batch.images[n:], batch.windows[n:], errors[1], batch.memory)
-    return _Read(originals, edits, batch.memory, time.perf_counter() - begin)
-
-
 def _threads() -> set[int]:
     """This process's threads."""
     return {int(name) for name in os.listdir("/proc/self/task")}  # noqa: PTH208
@@ -385,10 +410,14 @@ def _is_empty(windows: NDArray[np.int32]) -> NDArray[np.bool_]:
     return np.asarray((windows[:, 2] <= windows[:, 0]) | (windows[:, 3] <= windows[:, 1]))
 
 
-def _feed(pipeline: Any, name: str, batch: Batch) -> None:
-    """Feed images and the windows to decode of them; a placeholder's one pixel where there is none."""
-    pipeline.feed_input(name, [_PLACEHOLDER if image is None else image for image in batch.images])
-    none = np.array([image is None for image in batch.images])
-    ends = np.where(none[:, None], np.array([0, 0, 1, 1], dtype=np.int32), batch.windows)
+def _feed(pipeline: Any, name: str, source: _Source, sound: Sequence[bool] | None = None) -> None:
+    """Feed images and the windows to decode of them; a placeholder's one pixel where there is none to decode."""
+    fed = [
+        image if image is not None and fit else None
+        for image, fit in zip(source.images, source.sound.tolist() if sound is None else sound, strict=True)
+    ]
+    pipeline.feed_input(name, [_PLACEHOLDER if image is None else image for image in fed])
+    none = np.array([image is None for image in fed])
+    ends = np.where(none[:, None], np.array([0, 0, 1, 1], dtype=np.int32), source.cuts)
     for end, values in zip(_ENDS, (ends[:, :2], ends[:, 2:]), strict=True):
         pipeline.feed_input(f"{name}_{end}", np.ascontiguousarray(values))

@@ -58,6 +58,7 @@ class Batch:
 
     images: list[NDArray[np.uint8] | None]  # None: none was asked for, or it could not be read
     windows: NDArray[np.int32]  # (n, 4) the windows asked for, in these images
+    sound: NDArray[np.bool_]  # (n,) a JPEG or PNG, its header in order, about which decoders cannot disagree
     errors: dict[int, DecodeError]  # what could not be read
     memory: NDArray[np.uint8]  # that the images lie in
 
@@ -73,8 +74,8 @@ def read(
     Args:
         places: Where n images are; None is not read.
         windows: (n, 4) top, left, bottom, right, upright pixels; an image whose window is empty is read whole.
-        sizes: (n, 2) (height, width) that they must have, turned or not. Looked at in JPEGs and PNGs, which are nearly
-            all images; of others the decoder finds out. Without the library this is left to it altogether.
+        sizes: (n, 2) (height, width) that they must have, upright. Looked at in what is sound; of the rest, and
+            without the library of all, the decoder finds out.
         memory: What to read into, if it is large enough.
     """
     count = len(places)
@@ -95,21 +96,21 @@ def read(
     memory = np.empty(0, dtype=np.uint8) if memory is None else memory
     run = partial(_read if native.library() is None else native.read, b"\0".join(names) + b"\0", path_starts)
     while True:
-        found = lengths.copy(), windows.copy(), np.full(count, -1, dtype=np.int64), np.zeros(count, dtype=np.int32)
-        needed = run(files, offsets, *found[:2], sizes, memory, *found[2:], _THREADS)
+        starts, sound = np.full(count, -1, dtype=np.int64), np.zeros(count, dtype=np.bool_)
+        cuts, read_lengths, codes = windows.copy(), lengths.copy(), np.zeros(count, dtype=np.int32)
+        needed = run(files, offsets, read_lengths, cuts, sizes, memory, starts, sound, codes, _THREADS)
         if needed <= len(memory):
             break
         memory = np.empty(needed + needed // 4, dtype=np.uint8)
-    lengths, windows, starts, codes = found
     for i in np.flatnonzero(codes).tolist():
         reason = _REASONS.get(int(codes[i])) or os.strerror(int(codes[i]))
         errors[i] = DecodeError(f"{name_of(places[i])}: cannot be read ({reason}); restore it, or list the folder anew")
     starts[codes != 0] = -1
     images = [
         None if start < 0 else memory[start : start + length]
-        for start, length in zip(starts.tolist(), lengths.tolist(), strict=True)
+        for start, length in zip(starts.tolist(), read_lengths.tolist(), strict=True)
     ]
-    return Batch(images, windows, errors, memory)
+    return Batch(images, cuts, sound, errors, memory)
 
 
 def name_of(place: Place | None) -> str:
@@ -129,6 +130,7 @@ def _read(
     sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
     places: NDArray[np.int64],
+    sound: NDArray[np.bool_],
     errors: NDArray[np.int32],
     threads: int,
 ) -> int:

@@ -26,14 +26,24 @@ class UsersOrder:
         self.batches = batches
         self.sampler = sampler
         self._generator = generator
+        self._restored = False
 
     def orders(self, places: int) -> Iterator[BatchOrder]:
         """Its batches after so many indices."""
         delivered = 0
-        for step, batch in enumerate(self.batches):
+        for step, batch in enumerate(self._epoch()):
             delivered += len(batch)
             if delivered > places:
                 yield BatchOrder(step, delivered, np.asarray(batch, dtype=np.int64))
+
+    def _epoch(self) -> Iterator[Sequence[int]]:
+        restored, self._restored = self._restored, False
+        empty = True
+        for batch in self.batches:
+            empty = False
+            yield batch
+        if restored and empty:  # a sampler that counts what it gave was put back to an epoch's end: now comes the next
+            yield from self.batches
 
     def begin(self) -> object:
         """Begin an epoch. Returns the state from which its indices can be drawn again."""
@@ -51,6 +61,7 @@ class UsersOrder:
 
     def restore(self, state: Any) -> None:
         """Go back to a state."""
+        self._restored = True
         stateful = self._stateful()
         if isinstance(stateful, torch.Generator):
             stateful.set_state(state)

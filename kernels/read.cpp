@@ -37,11 +37,42 @@ namespace {
 
 using namespace jpeg;
 
-// Reads a PNG's height and width, if it is one.
+// Reads a PNG's height and width, if it is one, and whether every decoder understands its header.
 void read_png_header(const uint8_t *file, int64_t length, Header &header) {
-    if (length < 24 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
-    header.width = two_bytes(file + 16) << 16 | two_bytes(file + 18);
-    header.height = two_bytes(file + 20) << 16 | two_bytes(file + 22);
+    if (length < 33 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
+    const auto four_bytes = [](const uint8_t *at) { return static_cast<int64_t>(two_bytes(at)) << 16 | two_bytes(at + 2); };
+    if (four_bytes(file + 16) > 0x7FFFFFFF || four_bytes(file + 20) > 0x7FFFFFFF) return;
+    header.width = static_cast<int>(four_bytes(file + 16));
+    header.height = static_cast<int>(four_bytes(file + 20));
+    const int depth = file[24], colours = file[25];
+    const bool palette = colours == 3, grey = colours == 0, full = colours == 2 || colours == 4 || colours == 6;
+    const bool small = depth == 1 || depth == 2 || depth == 4;
+    if (!(depth == 8 || (depth == 16 && !palette) || (small && !full)) || !(palette || grey || full)) return;
+    // All of its pieces, for parsers go through them, and none that turns it.
+    for (int64_t at = 8; length - at >= 12; at += 12 + four_bytes(file + at)) {
+        if (!std::memcmp(file + at + 4, "IEND", 4)) {
+            header.sound = header.width && header.height;
+            return;
+        }
+        if (!std::memcmp(file + at + 4, "eXIf", 4) || length - at - 12 < four_bytes(file + at)) return;
+    }
+}
+
+// Whether the codes of a sequential JPEG are free of markers that do not belong there. Decoders disagree about what to
+// do with them.
+bool is_clean(const uint8_t *file, int64_t length, const Header &header) {
+    const uint8_t *at = file + header.scan, *const end = file + length;
+    while ((at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at))) && end - at >= 2) {
+        if (at[1] == kEoi) return true;
+        if (at[1] == 0xFF) {
+            at += 1;
+        } else if (at[1] == 0x00 || (header.interval && (at[1] & 0xF8) == kRst)) {
+            at += 2;
+        } else {
+            return false;
+        }
+    }
+    return true;  // it ends early, which all of them see
 }
 
 // Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
@@ -117,6 +148,7 @@ struct Batch {
     uint8_t *out;
     int64_t capacity;
     int64_t *places;
+    uint8_t *sound;
     int32_t *errors;
     std::atomic<int64_t> next{0}, used{0};
 
@@ -148,16 +180,19 @@ struct Batch {
         lengths[i] = bytes;
         Header header = read_header(to, bytes);
         if (!header.height) read_png_header(to, bytes, header);
+        if (!header.sound) return;
         const int32_t *size = sizes + 2 * i;
-        if (size[0] && header.height && !(header.height == size[0] && header.width == size[1]) &&
-            !(header.height == size[1] && header.width == size[0])) {  // it may have to be turned
+        const bool swapped = header.orientation > 4;
+        if (size[0] && !(size[swapped] == header.height && size[!swapped] == header.width)) {
             errors[i] = kOtherSize;
             return;
         }
         int32_t *window = windows + 4 * i;
-        if (header.sequential && header.interval && !header.exif && window[2] > window[0] && window[3] > window[1]) {
+        if (header.sequential && header.interval && header.orientation == 1 && window[2] > window[0] &&
+            window[3] > window[1]) {
             lengths[i] = cut(to, bytes, header, window, starts);
         }
+        sound[i] = lengths[i] < bytes || !header.sequential || is_clean(to, bytes, header);
     }
 
     void read(int64_t i, std::vector<int64_t> &starts) {
@@ -206,9 +241,10 @@ struct Batch {
 //     offsets      (count) where in the open file it begins
 //     lengths      (count) its bytes; in turn those of what is to be decoded
 //     windows      (count, 4) top, left, bottom, right in pixels, empty: not looked at; in turn in what is to be decoded
-//     sizes        (count, 2) height and width that JPEGs and PNGs must have, in either order; zeros: any
+//     sizes        (count, 2) height and width that JPEGs and PNGs must have, upright; zeros: any
 //     out          (capacity) where to
 //     places       (count) where in `out` what is to be decoded begins
+//     sound        (count) zeros; in turn whether it is a JPEG or PNG about which decoders cannot disagree
 //     errors       (count) zeros; in turn 0, an error number or one of those above
 //     threads      that read at once, at most
 //
@@ -217,9 +253,10 @@ struct Batch {
 extern "C" __attribute__((visibility("default"))) int64_t dali_diffusemix_read(
     int64_t count, const char *paths, const int64_t *path_starts, const int32_t *files, const int64_t *offsets,
     int64_t *lengths, int32_t *windows, const int32_t *sizes, uint8_t *out, int64_t capacity, int64_t *places,
-    int32_t *errors, int threads) {
+    uint8_t *sound, int32_t *errors, int threads) {
     try {
-        Batch batch{count, paths, path_starts, files, offsets, lengths, windows, sizes, out, capacity, places, errors};
+        Batch batch{count,   paths, path_starts, files,    offsets, lengths,
+                    windows, sizes, out,         capacity, places,  sound, errors};
         batch.work(threads > 1);
         std::vector<std::thread> others;
         const int64_t left = count - std::min(batch.next.load(), count);

@@ -33,7 +33,23 @@ ROOMS = {
     "ray": {"engines"},
     "fsspec": {"remote"},
     "s3fs": set(),
-    "torch": {"dataset", "samplers", "loader", "fn", "mixing", "gpu", "preview", "bench", "integrations", "cli", "demo", "editors"},
+    "accelerate": {"integrations"},
+    "lightning": set(),
+    "timm": set(),
+    "torch": {
+        "dataset",
+        "samplers",
+        "loader",
+        "fn",
+        "mixing",
+        "gpu",
+        "preview",
+        "bench",
+        "integrations",
+        "cli",
+        "demo",
+        "editors",
+    },
 }
 
 

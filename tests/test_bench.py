@@ -22,7 +22,7 @@ from dali_diffusemix.bench import (
 )
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, StoreError
 from dali_diffusemix.fractals import FractalBank
-from dali_diffusemix.pack import pack
+from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.store import OriginalStore
 
 CONTENDERS = ["diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"]
@@ -196,7 +196,7 @@ def test_what_fails_is_left_out_with_its_reason_or_ends_the_run() -> None:
 
 
 def test_packed_originals_are_extracted_as_they_are(photos: Path, tmp_path: Path) -> None:
-    pack(photos, tmp_path / "packed")
+    pack(photos, tmp_path / "packed", PackConfig(tiled=False))
     store = OriginalStore.open(tmp_path / "packed")
     extract(store, range(len(store)), tmp_path / "files")
     for path in store.catalog.paths:

@@ -99,7 +99,7 @@ def test_dali_sees_the_same_and_less_of_it_is_read(tmp_path: Path) -> None:
     originals, edits = decoder.fetch()
     assert not originals.errors and not edits.data.any()
     for i, (top, left, bottom, right) in enumerate(windows.tolist()):
-        piece = np.asarray(originals.owner[i])  # type: ignore[index]
+        piece = np.asarray(originals.owner[0][i])  # type: ignore[index]
         np.testing.assert_array_equal(piece, pixels[top:bottom, left:right])
     decoder.close()
     read_bytes = [len(image) for image in read([place] * count, windows).images if image is not None]
@@ -224,7 +224,42 @@ def test_an_image_of_another_size_is_another_image(tmp_path: Path, form: str) ->
     place = os.fsencode(tmp_path / "file")
     sizes = np.array([[30, 40], [40, 30], [0, 0], [30, 41], [60, 80]], dtype=np.int32)
     batch = read([place] * 5, np.zeros((5, 4), dtype=np.int32), sizes)
-    assert sorted(batch.errors) == [3, 4] and "has not the size that it was listed with" in str(batch.errors[3])
+    assert sorted(batch.errors) == [1, 3, 4] and "has not the size that it was listed with" in str(batch.errors[3])
+
+
+@pytest.mark.parametrize("turn", [1, 3, 6, 8])
+def test_sizes_are_those_of_the_upright_image(tmp_path: Path, turn: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    (tmp_path / "file").write_bytes(encoded(photograph(0, 30, 40), exif=exif))
+    sizes = np.array([[30, 40], [40, 30]], dtype=np.int32)
+    batch = read([os.fsencode(tmp_path / "file")] * 2, np.zeros((2, 4), dtype=np.int32), sizes)
+    assert list(batch.errors) == [1 if turn < 5 else 0] and batch.sound.sum() == 1
+
+
+def test_what_is_sound(tmp_path: Path) -> None:
+    """What DALI is given: JPEGs and PNGs about which decoders cannot disagree."""
+    picture = Image.fromarray(photograph(0, 60, 80))
+    plain, exif = encoded(picture), Image.Exif()
+    exif[0x0112] = 6
+    scan = plain.index(b"\xff\xda") + 14
+    stray = bytearray(plain)
+    stray[scan + 300 : scan + 302] = b"\xff\xc4"
+    odd = encoded(picture, exif=exif).replace(
+        b"II*\0" if b"II*\0" in encoded(picture, exif=exif) else b"MM\0*", b"XX\0*"
+    )
+    sound = [plain, encoded(picture, progressive=True), encoded(picture.convert("CMYK")), encoded(picture, exif=exif)]
+    sound += [encoded(picture, "PNG"), encoded(picture.quantize(8), "PNG"), encoded(picture.convert("1"), "PNG")]
+    sound += [encoded(picture, restart_marker_blocks=2), plain[: len(plain) // 2]]
+    unsound = [bytes(stray), odd, plain[:200], b"\xff\xd8\xff" + bytes(500), b"GIF89a" + bytes(500), b"text"]
+    unsound += [encoded(picture, form) for form in ("BMP", "TIFF", "WEBP", "PPM")]
+    unsound += [encoded(picture, "PNG")[:20], encoded(picture, "PNG")[:-30], encoded(picture, "PNG", exif=exif)]
+    for i, content in enumerate(sound + unsound):
+        (tmp_path / str(i)).write_bytes(content)
+    names = [os.fsencode(tmp_path / str(i)) for i in range(len(sound) + len(unsound))]
+    batch = read(names, np.zeros((len(names), 4), dtype=np.int32))
+    assert not batch.errors
+    assert batch.sound.tolist() == [True] * len(sound) + [False] * len(unsound)
 
 
 def test_a_pipe_does_not_stop_it(tmp_path: Path) -> None:
