@@ -39,7 +39,7 @@ MIXED, OURS, OTHERS, INK, FAINT = "#0b6e4f", "#7cb8a2", "#b9bec5", "#20262d", "#
 
 
 def colour(name: str) -> str:
-    if name in ("diffusemix", "diffusemix_channels_last"):
+    if name in ("diffusemix", "diffusemix_packed", "diffusemix_channels_last"):
         return MIXED
     return OURS if name in ("diffusemix_whole", "plain") else OTHERS
 
