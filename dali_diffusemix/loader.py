@@ -54,6 +54,8 @@ _MEANINGLESS: Final[dict[str, tuple[object, str]]] = {
     "in_order": (True, "batches always come in order"),
     "snapshot_every_n_steps": (1, "state_dict() is made when it is asked for, and costs nothing before"),
 }
+# What the order and the batches follow from, as with DataLoader.
+_FIXED: Final = ("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype")
 # Philox fields of batch transforms, from here on, one for each rank; the plan's are small.
 _TRANSFORM: Final = 2**31
 _STATE_VERSION: Final = 1
@@ -225,6 +227,11 @@ class DiffuseMixLoader:
         self._bank: gpu.DeviceBank | None = None
         self._retained = gpu.Retained()
         self._memory = _Memory()
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _FIXED and name in self.__dict__:
+            raise ConfigError(f"{name} of a loader cannot be changed: found {value!r}; make another loader")
+        super().__setattr__(name, value)
 
     # --- DataLoader's protocol
 

@@ -195,7 +195,9 @@ class PieceDecoder:
         self._reading.clear()
         while self._decoding:
             try:
-                _share_outputs(self._decoding.popleft().pipeline, None)
+                batch = self._decoding.popleft()
+                _share_outputs(batch.pipeline, None)
+                self._memory.append(batch.memory)
             except RuntimeError:
                 self._decoding.clear()
                 self._pipeline = self._build_main()

@@ -113,6 +113,17 @@ def test_meaningless_arguments_are_refused(dataset: DiffuseMixDataset, options: 
         DiffuseMixLoader(dataset, **{"device": "cpu", **options})
 
 
+def test_what_the_order_follows_from_cannot_be_changed(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset)
+    for name in ("dataset", "batch_size", "shuffle", "drop_last"):
+        with pytest.raises(ConfigError, match=f"{name} of a loader cannot be changed"):
+            setattr(loader, name, getattr(loader, name))
+    for name in ("sampler", "batch_sampler"):
+        with pytest.raises(AttributeError):
+            setattr(loader, name, None)
+    assert len(pickle.loads(pickle.dumps(loader))) == 9
+
+
 def test_unknown_arguments_and_indices_are_refused(dataset: DiffuseMixDataset) -> None:
     with pytest.raises(TypeError, match="no argument 'batchsize'"):
         DiffuseMixLoader(dataset, device="cpu", batchsize=3)
