@@ -8,7 +8,15 @@ import pytest
 import torch
 from material import MakeStore, encoded, photograph, shared
 
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, FractalBank, MixSpec, TrainCrop
+from dali_diffusemix import (
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    EvalCrop,
+    FractalBank,
+    MixSpec,
+    QuarantineWarning,
+    TrainCrop,
+)
 
 # nvJPEG's inverse transform and chroma upsampling differ from libjpeg-turbo's. Stated for normalize=None, values in
 # [0, 1]: on average over a batch's pixels, and for the largest of them.
@@ -134,3 +142,36 @@ def test_a_file_that_the_gpu_cannot_decode_goes_another_way(tmp_path: Path) -> N
     dataset = DiffuseMixDataset(root, crop=EvalCrop(48), normalize=None)
     (images, _), (expected, _) = (next(iter(DiffuseMixLoader(dataset, 7, device=d))) for d in ("cuda", "cpu"))
     assert (images.cpu() - expected).abs().mean() <= MEAN_DIFFERENCE
+
+
+def test_resume_and_transforms_on_the_device(photos: Path, edits: Path, bank: FractalBank) -> None:
+    def noisy(
+        images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert images.is_cuda and labels.is_cuda and generator.device.type == "cuda"
+        drawn = torch.rand(len(images), 1, 1, 1, device=images.device, generator=generator)
+        return images + drawn + torch.rand((), device=images.device), labels
+
+    def loader() -> DiffuseMixLoader:
+        return DiffuseMixLoader(mixed(photos, edits, bank), 8, shuffle=True, device="cuda", batch_transform=noisy)
+
+    first = loader()
+    batches, states = [], []
+    for images, _ in first:
+        batches.append(images.cpu())
+        states.append(first.state_dict())
+    second = loader()
+    second.load_state_dict(states[1])
+    assert all(torch.equal(a.cpu(), b) for (a, _), b in zip(second, batches[2:], strict=True))
+
+
+def test_a_damaged_original_is_substituted_on_the_device(tmp_path: Path) -> None:
+    root = tmp_path / "train"
+    (root / "a").mkdir(parents=True)
+    for i in range(9):
+        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+    dataset = DiffuseMixDataset(root, crop=EvalCrop(48), normalize=None)
+    (root / "a" / "4.jpg").write_bytes(b"")
+    with pytest.warns(QuarantineWarning):
+        images, _, indices = next(iter(DiffuseMixLoader(dataset, 9, device="cuda", return_index=True)))
+    assert indices.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8] and torch.equal(images[4], images[5])
