@@ -107,6 +107,29 @@ def test_the_budget() -> None:
     assert f"{results('budget')['plan_of_256_milliseconds']:.2f} ms" in TEXT
 
 
+def test_long_runs() -> None:
+    soak = results("soak")
+    assert all(result["outcome"] == "passed" for result in soak.values())
+
+    def measured(part: str) -> dict[str, Any]:
+        return next(dict(result["measured"]) for name, result in soak.items() if part in name)
+
+    kills = len(measured("test_one_process")["kills"])
+    assert cells(f"training killed by SIGKILL at {kills} random points and resumed", "Long runs")
+    for title, name in (
+        ("host memory, epoch 50 over epoch 5", "loader"),
+        ("the same, every epoch broken off", "breaks"),
+        ("the same, with damaged files", "damaged"),
+        ("the same, the dataset under DataLoader", "dataset"),
+    ):
+        growth = measured(f"stays_flat[{name}]")["growth_mib"]
+        assert growth <= 20 and cells(title, "Long runs")[0] == f"{growth:+.1f} MiB"
+    scale = measured("imagenets_size")
+    title = "1.28 million originals with 9 edits each, opened by 4 ranks, and the first plan"
+    assert cells(title, "Long runs")[0] == f"{scale['planned_seconds']:.2f} s"
+    assert f"{scale['mib_of_all_ranks']['pss']} MiB" in TEXT
+
+
 def test_reading_and_the_start() -> None:
     reading = results("reading")
     for title, name in (
