@@ -886,23 +886,28 @@ def _trials(changes: Sequence[_Change], found: Mapping[str, Measurement]) -> Ite
 def _packing(
     material: Material, dataset: DiffuseMixDataset, rows: NDArray[np.int64], folder: Path, mixed: bool
 ) -> list[_Change]:
-    """Packing to a smaller size, tried on some originals; nothing where they are packed already, or small."""
+    """Packing, as they are and to a smaller size, tried on some originals; nothing where they are packed already."""
+    if dataset.original_store is not None:
+        return []
     side = 10 * math.ceil(material.size * 16 / 9 / 10)  # 400 for 224: a random crop's pixels are seldom enlarged
     longest = dataset.catalog.sizes[rows].max(axis=1)
-    if dataset.original_store is not None or np.median(longest) < 1.2 * side:
-        return []
+    sides = (None, side) if np.median(longest) >= 1.2 * side else (None,)
     chosen = rows[_rows(len(rows), _PACKED, material.seed)]
     some = _sampled(material, dataset, chosen, folder, epoch=_LEAST_BATCHES * material.batch_size)
     assert some.catalog is not None
-    pack(material.root, folder / "packed", PackConfig(max_side=side), catalog=Catalog.open(some.catalog))
-    packed = replace(some, root=folder / "packed", catalog=None)  # its own catalog has the sizes in there
-    change = f"pack --max-side {side} (on {len(chosen)} of your originals)"
-    return [
-        _Change(
-            setting="pack",
-            change=change,
-            before="not packed",
-            without=partial(diffusemix, some, mixed=mixed),
-            with_it=partial(diffusemix, packed, mixed=mixed),
+    changes = []
+    for most in sides:
+        name = "pack, the same pixels" if most is None else f"pack --max-side {most}"
+        store = folder / f"packed-{most}"
+        pack(material.root, store, PackConfig(max_side=most), catalog=Catalog.open(some.catalog))
+        packed = replace(some, root=store, catalog=None)  # its own catalog has the sizes in there
+        changes.append(
+            _Change(
+                setting=name,
+                change=f"{name} (on {len(chosen)} of your originals)",
+                before="not packed",
+                without=partial(diffusemix, some, mixed=mixed),
+                with_it=partial(diffusemix, packed, mixed=mixed),
+            )
         )
-    ]
+    return changes

@@ -69,6 +69,7 @@ def test_all_contenders_are_measured_and_changes_tried(result: BenchResult) -> N
     changes = " ".join(one["change"] for one in content["tried"])
     assert "prefetch_factor=1 instead of 2" in changes
     assert "pack --max-side 30 (on 32 of your originals)" in changes
+    assert "pack, the same pixels (on 32 of your originals)" in changes
 
 
 def test_the_text_fits_a_terminal(result: BenchResult) -> None:
