@@ -601,16 +601,15 @@ class _Iterator(Iterator[Batch]):
         self._progress = progress
         self._orders: Iterator[BatchOrder] | None = None
         self._under_way: deque[tuple[BatchOrder, BatchPlan]] = deque()
-        self._closed = False
 
     def __len__(self) -> int:
         return len(self._loader)
 
     def __next__(self) -> Batch:
-        if self._closed:
+        progress, loader = self._progress, self._loader
+        if not progress.running:
             raise StopIteration
         begin = time.perf_counter()
-        progress, loader = self._progress, self._loader
         try:
             if self._orders is None:
                 progress.begin = begin
@@ -626,9 +625,7 @@ class _Iterator(Iterator[Batch]):
         progress.batches += 1
         progress.images += len(batch[0])
         progress.places = order.places
-        # Is there another one? With a sampler nobody can tell before asking it.
-        self._submit()
-        if not self._under_way:
+        if not self._under_way:  # at least one more was asked for before this one was delivered
             self._finish()
         progress.end = time.perf_counter()
         progress.wait += progress.end - begin
@@ -691,10 +688,9 @@ class _Iterator(Iterator[Batch]):
 
     def close(self) -> None:
         """Give the decoder back."""
-        if self._closed:
-            return
-        self._closed = True
         progress = self._progress
+        if not progress.running:
+            return
         progress.running = False
         self._under_way.clear()
         decoder, progress.decoder = progress.decoder, None

@@ -251,6 +251,25 @@ def test_what_is_under_way_does_not_count(dataset: DiffuseMixDataset) -> None:
     assert (loader.state_dict()["epoch"], loader.state_dict()["places"]) == (9, 0)
 
 
+def test_an_error_ahead_loses_no_batch(dataset: DiffuseMixDataset) -> None:
+    """A sampler that fails while later batches are asked for: the state is after the last batch that was delivered."""
+
+    def indices() -> Iterator[int]:
+        yield from range(20)
+        raise OSError("no more indices")
+
+    class Failing(list[int]):
+        def __iter__(self) -> Iterator[int]:
+            return indices()
+
+    loader = loader_of(dataset, 2, sampler=Failing(range(20)), return_index=True, prefetch_factor=1)
+    seen: list[int] = []
+    with pytest.raises(OSError, match="no more indices"):
+        for _, _, delivered_now in loader:
+            seen += delivered_now.tolist()
+    assert seen and loader.state_dict()["places"] == len(seen) and seen == list(range(len(seen)))
+
+
 def test_setting_the_epoch_that_a_state_is_of_keeps_its_place(dataset: DiffuseMixDataset) -> None:
     loader = loader_of(dataset, return_index=True)
     loader.load_state_dict({**loader.state_dict(), "epoch": 5, "places": 8})
