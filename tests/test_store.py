@@ -18,11 +18,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dali_diffusemix import store as module
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.errors import StoreError
 from dali_diffusemix.plan import MixSpec, Planner, TrainCrop
-from dali_diffusemix.store import VERDICTS, EditStore, Shard, ShardWriter, StoreWriter, UnfinishedStoreWarning
+from dali_diffusemix.store import (
+    VERDICTS,
+    EditStore,
+    Shard,
+    ShardWriter,
+    StoreWriter,
+    UnfinishedStoreWarning,
+    layout,
+    reading,
+)
 
 SETTINGS = {"editor": "none", "size": 8}
 PROMPTS = ("autumn", "a sketch with crayon", "ukiyo-e")
@@ -131,7 +139,7 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
 def test_a_shard_has_a_row_for_every_edit_and_hashes_of_its_files(tmp_path: Path) -> None:
     build(tmp_path, originals(10))
     rows = np.load(tmp_path / "shards" / "edits-000000.npy", allow_pickle=False)
-    assert rows.dtype == module.SHARD_ROW and len(rows) == 4 * 3 * 2
+    assert rows.dtype == layout.SHARD_ROW and len(rows) == 4 * 3 * 2
     assert (rows["seed"] == rows["original"].astype(np.uint64) << np.uint64(40)).all()
     bad = rows[rows["verdict"] == 1]
     assert bad["original"].tolist() == [3, 3] and not bad["length"].any() and np.isnan(bad["score"]).all()
@@ -155,7 +163,7 @@ def test_the_planner_takes_a_store_as_its_edits(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_be_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(reading, "_OPEN_SHARDS", 2)
     build(tmp_path, originals(12), per_shard=1)
     store = EditStore.open(tmp_path)
     rows = expected(12)
@@ -228,7 +236,7 @@ def test_more_prompts_and_variants_add_to_a_store_and_change_no_shard(tmp_path: 
     )
 )
 def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], int, int]]) -> None:
-    header = module._Header(settings={}, prompts=(), segments=(), fingerprint="")
+    header = layout.Header(settings={}, prompts=(), segments=(), fingerprint="")
     rows, wanted, count = 0, set(), 0
     for more, prompts, variants, per_shard in orders:
         earlier = list(header.shards())
@@ -252,7 +260,7 @@ def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], in
 @given(st.lists(st.text(max_size=20), unique=True, max_size=8), st.integers(0, 8))
 def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
     def slugs(prompts: list[str]) -> tuple[str, ...]:
-        return module._Header(settings={}, prompts=tuple(prompts), segments=(), fingerprint="").slugs
+        return layout.Header(settings={}, prompts=tuple(prompts), segments=(), fingerprint="").slugs
 
     all_slugs = slugs(prompts)
     assert len(set(all_slugs)) == len(prompts)
@@ -262,7 +270,7 @@ def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
 
 def test_the_slugs_of_prompts() -> None:
     prompts = ("a sketch with crayon", "ukiyo-e", "雪", "Ukiyo e")
-    header = module._Header(settings={}, prompts=prompts, segments=(), fingerprint="")
+    header = layout.Header(settings={}, prompts=prompts, segments=(), fingerprint="")
     assert header.slugs == ("a-sketch-with-crayon", "ukiyo-e", "prompt--2", "ukiyo-e--3")
 
 
