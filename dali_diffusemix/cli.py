@@ -87,6 +87,7 @@ class _Display:
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
+        self._rejects = ""
 
     def line(self, text: str) -> None:
         """Print a line of the result, for people."""
@@ -98,6 +99,10 @@ class _Display:
         if self._as_json:
             click.echo(json.dumps(content))
 
+    def rejects(self, by_prompt: Mapping[str, int]) -> None:
+        """Show how many edits were rejected, by prompt, beside the progress."""
+        self._rejects = ", ".join(f"{prompt} {count}" for prompt, count in by_prompt.items() if count)
+
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         """A bar on a terminal; else a line now and then; nothing beside JSON."""
@@ -105,7 +110,7 @@ class _Display:
         if self._as_json:
             yield lambda done, total: None
         elif not console.is_terminal:
-            yield _Lines(console, what, unit)
+            yield _Lines(console, what, unit, lambda: self._rejects)
         else:
             columns = (
                 TextColumn("{task.description}"),
@@ -117,14 +122,19 @@ class _Display:
             )
             with Progress(*columns, console=console, transient=True) as bars:
                 bar = bars.add_task(what, total=None, unit=unit)
-                yield lambda done, total: bars.update(bar, completed=done, total=total)
+
+                def show(done: int, total: int) -> None:
+                    rejects = f" (rejected: {self._rejects})" if self._rejects else ""
+                    bars.update(bar, completed=done, total=total, description=_printable(what + rejects))
+
+                yield show
 
 
 class _Lines:
     """Progress of long work in a log file."""
 
-    def __init__(self, console: Console, what: str, unit: str) -> None:
-        self._console, self._what, self._unit = console, what, unit
+    def __init__(self, console: Console, what: str, unit: str, rejects: Callable[[], str]) -> None:
+        self._console, self._what, self._unit, self._rejects = console, what, unit, rejects
         self._begin = self._last = time.monotonic()
         self._before: int | None = None  # units that an earlier run had done
 
@@ -137,7 +147,9 @@ class _Lines:
         self._last = now
         rate = (done - self._before) / (now - self._begin)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
-        self._console.print(f"{self._what}: {done} of {total}, {rate:.1f} {self._unit}/s{left}")
+        rejects = self._rejects()
+        rejected = f"; rejected: {_printable(rejects)}" if rejects else ""
+        self._console.print(f"{self._what}: {done} of {total}, {rate:.1f} {self._unit}/s{left}{rejected}")
 
 
 class _Log(logging.Handler):
@@ -202,22 +214,22 @@ class _Group(click.Group):
 # What is given --------------------------------------------------------------------------------------------------------
 
 
-def _words(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
-    """Words with commas between."""
-    if value is None:
-        return None
-    words = tuple(word.strip() for word in value.split(","))
-    if not all(words):
-        raise click.BadParameter(f"{value!r} has an empty part; write a,b,c.")
-    return words
-
-
 def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
     """Whole numbers with commas between."""
     try:
         return None if value is None else [int(number) for number in value.split(",")]
     except ValueError as error:
         raise click.BadParameter(f"{value!r} is not whole numbers with commas between; write 1,5,9.") from error
+
+
+def _more(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Show the help with the options that most people can do without."""
+    if value:
+        for one in ctx.command.params:
+            if isinstance(one, click.Option):
+                one.hidden = False
+        click.echo(ctx.get_help())
+        ctx.exit()
 
 
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -336,50 +348,114 @@ def fractals_command(
     )
 
 
+_DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
+
+
 @main.command("generate")
 @click.argument("root", type=_PATH)
 @click.argument("store", type=_PATH)
-@click.option("--editor", default="procedural", show_default=True, metavar="NAME", help="What makes the edits.")
-@click.option("--prompts", callback=_words, metavar="A,B", help="Which edits.  [default: the paper's nine]")
-@click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side of an edit.")
-@click.option("--variants", default=1, show_default=True, metavar="N", help="Edits per image and prompt.")
-@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same edits.")
-@click.option("--quality", default=90, show_default=True, metavar="N", help="Of the JPEG files, 1 to 100.")
-@click.option("--batch-size", default=16, show_default=True, metavar="N", help="Images given to the editor at once.")
+@click.option("--editor", default="procedural", show_default=True, metavar="NAME", help="Or a model: hub id or folder.")
+@click.option("--prompts", metavar="A,B", help="Or a prompts.toml.  [default: the paper's nine]")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side of a stored edit.")
+@click.option("--edit-size", hidden=True, type=int, metavar="N", help="The same while editing.  [default: --size]")
 @click.option(
-    "--originals-per-shard", default=512, show_default=True, metavar="N", help="Work lost if killed, at most."
+    "--resize",
+    hidden=True,
+    type=click.Choice(["squash", "keep"]),
+    default="squash",
+    show_default=True,
+    help="The shape.",
 )
+@click.option("--variants", hidden=True, default=1, show_default=True, metavar="N", help="Edits per image and prompt.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same edits.")
+@click.option("--retry", hidden=True, default=0, show_default=True, metavar="N", help="More tries for a rejected edit.")
+@click.option("--quality", hidden=True, default=90, show_default=True, metavar="N", help="Of the JPEG files, 1 to 100.")
+@click.option("--batch-size", hidden=True, default=16, show_default=True, metavar="N", help="Edits made at once.")
+@click.option(
+    "--originals-per-shard",
+    hidden=True,
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Work lost if killed, at most.",
+)
+@click.option("--revision", hidden=True, metavar="NAME", help="Of the model on the hub.")
+@click.option("--scheduler", metavar="NAME", help="Of the diffusion.  [default: euler-ancestral]")
+@click.option("--steps", type=int, metavar="N", help="Of the diffusion.  [default: 100]")
+@click.option("--guidance", hidden=True, type=float, metavar="X", help="By the prompt.  [default: 4]")
+@click.option("--image-guidance", hidden=True, type=float, metavar="X", help="By the image.  [default: 1.5]")
+@click.option("--dtype", hidden=True, metavar="NAME", help="float16, bfloat16 or float32.  [default: float16]")
+@click.option(
+    "--compile", hidden=True, is_flag=True, default=None, help="Compile the model: minutes at first, faster after."
+)
+@click.option("--engine", type=click.Choice(["local", "ray"]), default="local", show_default=True, help="Where to run.")
+@click.option("--device", hidden=True, metavar="NAME", help="cpu, cuda or cuda:N.  [default: all GPUs, else all cores]")
+@click.option("--workers", hidden=True, type=int, metavar="N", help="Processes.  [default: one a device]")
+@click.option("--address", hidden=True, metavar="HOST", help="Of the Ray cluster.  [default: this machine]")
+@click.option(
+    "--num-gpus", hidden=True, type=float, metavar="X", help="GPUs of a Ray worker.  [default: 1 if there are any]"
+)
+@click.option("--part", metavar="I/N", help="Make the I-th of N parts alone.")
 @_json_option
-def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, as_json: bool, **settings: Any) -> None:
+@click.option("--more", is_flag=True, is_eager=True, expose_value=False, callback=_more, help="Show all options.")
+def generate_command(
+    root: Path,
+    store: Path,
+    editor: str,
+    prompts: str | None,
+    engine: str,
+    device: str | None,
+    workers: int | None,
+    address: str | None,
+    num_gpus: float | None,
+    part: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Edit the images of ROOT, a folder or a packed store, into the folder STORE.
 
-    Each image is edited once under each prompt. Run again, it makes what is missing and nothing twice.
+    Run again, it makes what is missing and nothing twice; new images, prompts and variants add to what is there.
     The procedural editor restyles without a model: it is not diffusion.
 
     \b
     Example:
       dali-diffusemix generate data/train cache/edits --prompts autumn,snowy
     """
-    from dali_diffusemix.editors import PROMPTS
     from dali_diffusemix.generate import GenerateConfig, generate, list_originals
+    from dali_diffusemix.store import WHOLE, Part
 
     display = _Display(as_json)
-    config = GenerateConfig(prompts=prompts or PROMPTS, **settings)
+    diffusion = {name: value for name in _DIFFUSION if (value := options.pop(name)) is not None}
+    config = GenerateConfig(**_editing(editor, prompts, diffusion), **options)
+    works = _engine(engine, config.editor_config.accelerated, device, workers, address, num_gpus)
     with display.progress("Reading headers", "images") as progress:
         catalog = list_originals(root, progress=progress)
     with display.progress("Making edits", "edits") as progress:
-        summary = generate(root, store, config, catalog=catalog, progress=progress)
+        summary = generate(
+            root,
+            store,
+            config,
+            catalog=catalog,
+            engine=works,
+            part=WHOLE if part is None else Part.parse(part),
+            progress=progress,
+            rejects=display.rejects,
+        )
     if catalog.rejected:
         display.line(f"{len(catalog.rejected)} files left out; `dali-diffusemix index` lists them")
     for verdict, count in summary.verdicts.items():
         if verdict == "accepted":
             display.line(f"{count} edits of {len(catalog)} images")
         elif count:
-            display.line(f"{count} edits not made: {verdict}")
+            display.line(f"{count} not used: {verdict}")
+    rejected = {prompt: _rejected(verdicts) for prompt, verdicts in summary.by_prompt.items()}
+    _list(display, (f"{count:>8}  rejected under {prompt!r}" for prompt, count in rejected.items() if count))
     if summary.made:
         display.line(f"{summary.made} made now, in {summary.seconds:.1f} s: {summary.images_per_second:.1f}/s")
     else:
         display.line("all were there already")
+    if summary.missing:
+        display.line(f"{summary.missing} shards are left to other parts")
     display.line(f"kept in {store}")
     display.result(
         {
@@ -387,11 +463,69 @@ def generate_command(root: Path, store: Path, prompts: tuple[str, ...] | None, a
             "originals": len(catalog),
             "rejected": len(catalog.rejected),
             "verdicts": dict(summary.verdicts),
+            "by_prompt": {prompt: dict(verdicts) for prompt, verdicts in summary.by_prompt.items()},
+            "by_class": {name: dict(verdicts) for name, verdicts in summary.by_class.items()},
             "made": summary.made,
+            "missing_shards": summary.missing,
             "seconds": summary.seconds,
             "images_per_second": summary.images_per_second,
         }
     )
+
+
+def _rejected(verdicts: Mapping[str, int]) -> int:
+    from dali_diffusemix.quality import VERDICTS
+
+    return sum(verdicts.get(name, 0) for name in VERDICTS)
+
+
+def _editing(editor: str, prompts: str | None, diffusion: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a GenerateConfig that say who edits, and what is asked for."""
+    from dali_diffusemix.editors import PROMPTS
+    from dali_diffusemix.editors.diffusers import DiffusersConfig
+    from dali_diffusemix.generate import PromptFile
+
+    fields: dict[str, Any] = {"prompts": PROMPTS}
+    template: dict[str, Any] = {}
+    if prompts is not None and prompts.endswith(".toml"):
+        file = PromptFile.read(prompts)
+        fields = {"prompts": file.prompts, "denied": file.denied}
+        template = {} if file.template is None else {"template": file.template}
+    elif prompts is not None:
+        words = tuple(word.strip() for word in prompts.split(","))
+        if not all(words):
+            raise click.BadParameter(f"{prompts!r} has an empty part; write a,b,c.", param_hint="--prompts")
+        fields = {"prompts": words}
+    if editor != "procedural":
+        return {**fields, "editor": DiffusersConfig(model=editor, **template, **diffusion)}
+    if diffusion:
+        name = "--" + next(iter(diffusion)).replace("_", "-")
+        raise click.UsageError(f"{name} is for a diffusion model; name one with --editor, or leave it out.")
+    return {**fields, "editor": editor}
+
+
+def _engine(
+    engine: str,
+    accelerated: bool,
+    device: str | None,
+    workers: int | None,
+    address: str | None,
+    num_gpus: float | None,
+) -> Any:
+    from dali_diffusemix.engines.local import LocalEngine, default_devices
+    from dali_diffusemix.engines.ray import RayEngine
+
+    if workers is not None and workers < 1:
+        raise click.UsageError("--workers must be 1 or more.")
+    if engine == "ray":
+        if device is not None:
+            raise click.UsageError("--device is for --engine local; Ray places workers by --num-gpus.")
+        return RayEngine(address=address, workers=workers, num_gpus=num_gpus if accelerated else 0)
+    for name, value in (("address", address), ("num-gpus", num_gpus)):
+        if value is not None:
+            raise click.UsageError(f"--{name} is for --engine ray; leave it out.")
+    devices = default_devices(accelerated) if device is None else (device,)
+    return LocalEngine([devices[place % len(devices)] for place in range(workers or len(devices))])
 
 
 @main.command("pack")

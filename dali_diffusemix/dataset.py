@@ -86,7 +86,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
         if self.store is not None:
             if catalog is not None:
-                self.store.check_originals(catalog)
+                self.store = self.store.in_order_of(catalog)
             catalog = self.store.catalog
             if packed is None:
                 _check_same_originals(self.root, self.store)

@@ -6,6 +6,7 @@
     │   ├── CatalogError        a folder of originals, or the catalog of one, cannot be used
     │   └── DecodeError         one image cannot be decoded
     ├── StoreError              an edit store or fractal bank on disk cannot be used
+    ├── WorkerError             processes that generate died, or none can be had
     └── MissingDependencyError  an optional package, driver or compiler is not there (also an ImportError)
 
 A message names the field, the rule, the value found and the remedy.
@@ -34,6 +35,10 @@ class DecodeError(DataError):
 
 class StoreError(DiffuseMixError):
     """An edit store or a fractal bank on disk cannot be used."""
+
+
+class WorkerError(DiffuseMixError):
+    """Processes that do the work of `generate` died, or none can be had."""
 
 
 class MissingDependencyError(DiffuseMixError, ImportError):

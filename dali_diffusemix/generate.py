@@ -1,41 +1,58 @@
 """Generation: from a folder of originals, or a packed store of them, to an edit store.
 
-    original --decode, upright--> RGB --squash to size x size--> editor, all prompts at once --JPEG--> shard
+    original --decode, upright--> RGB --to the editor's size--> editor, all prompts at once --> quality --JPEG--> shard
 
 Each original is read once. A shard is made whole by one job; jobs know nothing of each other, so any engine may run
-them, in any order, on any number of processes.
+them, in any order, on any number of processes. While the editor works on some originals, the next are read, and the
+edits of those before are judged and encoded.
 """
 
 import hashlib
+import json
 import logging
+import math
 import os
 import time
+import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix import __version__, quality
 from dali_diffusemix.catalog import Catalog, index
-from dali_diffusemix.editors import PROMPTS, EditTask
-from dali_diffusemix.editors.procedural import ProceduralEditor
+from dali_diffusemix.editors import PROMPTS, Editor, EditorConfig, EditTask
+from dali_diffusemix.editors.diffusers import DiffusersConfig
+from dali_diffusemix.editors.procedural import ProceduralConfig
 from dali_diffusemix.engines import Engine
 from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import RESTARTS, decode, encode
 from dali_diffusemix.remote import is_url
-from dali_diffusemix.store import VERDICTS, OriginalStore, Shard, ShardWriter, StoreWriter
+from dali_diffusemix.store import VERDICTS, WHOLE, OriginalStore, Part, Shard, ShardWriter, StoreWriter
 
-__all__ = ["GenerateConfig", "Summary", "edit_seed", "generate", "list_originals"]
+__all__ = [
+    "GenerateConfig",
+    "PromptFile",
+    "Summary",
+    "edit_seed",
+    "generate",
+    "list_originals",
+    "runs_log",
+]
 
 _log = logging.getLogger(__name__)
 
-_ACCEPTED, _UNREADABLE = VERDICTS
+_ACCEPTED, _UNREADABLE, _DENIED = VERDICTS[0], VERDICTS[1], VERDICTS[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +62,26 @@ class GenerateConfig:
     Raises ConfigError where a field breaks its rule.
     """
 
-    editor: str = "procedural"
+    editor: str | EditorConfig = "procedural"  # or the model of a `DiffusersConfig`: a hub id or a folder
     prompts: tuple[str, ...] = PROMPTS  # without the template
-    size: int = 256  # pixels of an edit's side; the aspect ratio is squashed, as in the released code
+    denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of classes it is not for
+    size: int = 256  # pixels of a stored edit's side; of one that keeps its shape, the square root of its pixels
+    edit_size: int | None = None  # the same of what the editor works on; None: what is stored
+    resize: Literal["squash", "keep"] = "squash"  # to a square, as in the released code; or the aspect ratio is kept
     variants: int = 1  # edits of an original under one prompt, from different seeds
     seed: int = 0
+    retry: int = 0  # more tries, each from another seed, for an edit that quality rejects
+    thresholds: quality.Thresholds = field(default_factory=quality.Thresholds)
     quality: int = 90  # of the JPEG
-    batch_size: int = 16  # originals given to the editor at once; changes no edit
+    batch_size: int = 16  # edits that the editor makes at once
     originals_per_shard: int = 512
 
     _LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
         "size": (1, 4096),
+        "edit_size": (1, 4096),
         "variants": (1, 32768),
         "seed": (0, 2**32 - 1),
+        "retry": (0, 100),
         "quality": (1, 100),
         "batch_size": (1, 2**20),
         "originals_per_shard": (1, 2**20),
@@ -65,37 +89,123 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "prompts", tuple(self.prompts))
-        if self.editor != "procedural":
-            raise ConfigError(
-                f"editor must be 'procedural', found {self.editor!r}; the diffusers editor is not there yet."
-            )
+        denied = {prompt: tuple(patterns) for prompt, patterns in self.denied.items() if patterns}
+        object.__setattr__(self, "denied", denied)
         for name, (least, most) in self._LIMITS.items():
             value = getattr(self, name)
+            if name == "edit_size" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
             raise ConfigError(f"prompts must be one or more, all different, found {list(self.prompts)}.")
+        if self.resize not in ("squash", "keep"):
+            raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
+        if unknown := sorted(set(denied) - set(self.prompts)):
+            raise ConfigError(f"denied must name prompts of this run, found {unknown[0]!r}; these are {self.prompts}.")
+        if isinstance(self.editor, str):
+            editor = ProceduralConfig() if self.editor == "procedural" else DiffusersConfig(model=self.editor)
+            object.__setattr__(self, "editor", editor)
+        if self._side % self.editor_config.multiple:
+            raise ConfigError(
+                f"edit_size must be divisible by {self.editor_config.multiple} for this editor, found {self._side}; "
+                "an edit can be stored at any other size."
+            )
 
-    def settings(self) -> dict[str, str | int | float]:
+    @property
+    def editor_config(self) -> EditorConfig:
+        """The editor, however it was named."""
+        assert not isinstance(self.editor, str)
+        return self.editor
+
+    @property
+    def _side(self) -> int:
+        return self.size if self.edit_size is None else self.edit_size
+
+    @property
+    def scale(self) -> float:
+        """How much larger an edit is stored than it was made."""
+        return self.size / self._side
+
+    def settings(self) -> dict[str, str | int | float | bool | None]:
         """What an edit store records: all that decides an edit besides its original, prompt and variant."""
         return {
-            **_editor(self).settings,
+            **self.editor_config.settings(),
             "size": self.size,
-            "resize": "bicubic, aspect ratio squashed",
+            "edit_size": self._side,
+            "resize": f"bicubic, aspect ratio {'squashed' if self.resize == 'squash' else 'kept'}",
             "quality": self.quality,
             "subsampling": "4:2:0",
             "restarts": RESTARTS,
             "seed": self.seed,
+            "retry": self.retry,
+            **{f"threshold {name}": value for name, value in self.thresholds.settings().items()},
         }
+
+    def shape(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) of what the editor gets of an original of this size."""
+        if self.resize == "squash":
+            return self._side, self._side
+        # As many pixels whatever the shape, so that no panorama is too large for the editor.
+        step, ratio = self.editor_config.multiple, math.sqrt(height / width)
+        return tuple(max(1, round(side / step)) * step for side in (self._side * ratio, self._side / ratio))  # type: ignore[return-value]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFile:
+    """Prompts from a TOML file:
+
+    template = "A transformed version of image into {prompt}"   # may be left out
+    prompts = ["autumn", "snowy", "sunset"]
+
+    [deny]                               # class, or a pattern of classes, to prompts that would change its label
+    "yellow *" = ["autumn", "sunset"]
+    """
+
+    prompts: tuple[str, ...]
+    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes
+    template: str | None
+
+    @classmethod
+    def read(cls, file: str | os.PathLike[str]) -> "PromptFile":
+        """Read one. Raises ConfigError."""
+        try:
+            content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"prompts: {str(file)!r} must be a TOML file, found: {error}.") from error
+        if unknown := sorted(set(content) - {"prompts", "template", "deny"}):
+            raise ConfigError(f"prompts: {str(file)!r} may have prompts, template and [deny], found {unknown[0]!r}.")
+        template, deny = content.get("template"), content.get("deny", {})
+        if not (template is None or isinstance(template, str)) or not isinstance(deny, dict):
+            raise ConfigError(f"prompts: {str(file)!r}: template must be a string and [deny] a table.")
+        prompts = _strings(file, "prompts", content.get("prompts", list(PROMPTS)))
+        denied: dict[str, tuple[str, ...]] = {}
+        for pattern, names in deny.items():
+            for prompt in _strings(file, f"deny {pattern!r}", names):
+                if prompt not in prompts:
+                    raise ConfigError(
+                        f"prompts: {str(file)!r} denies {prompt!r} to {pattern!r}, but its prompts are {list(prompts)}."
+                    )
+                denied[prompt] = (*denied.get(prompt, ()), pattern)
+        return cls(prompts=prompts, denied=denied, template=template)
+
+
+def _strings(file: str | os.PathLike[str], name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise ConfigError(f"prompts: {str(file)!r}: {name} must be a list of strings, found {value!r}.")
+    return tuple(value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run did."""
+    """What a run did, and what the store holds."""
 
     verdicts: Mapping[str, int]  # of all edits in the store
+    by_prompt: Mapping[str, Mapping[str, int]]  # verdicts of each prompt that occur
+    by_class: Mapping[str, Mapping[str, int]]
     made: int  # edits by this run, rejected ones included
     seconds: float
+    missing: int = 0  # shards that other parts have still to make
 
     @property
     def images_per_second(self) -> float:
@@ -110,26 +220,30 @@ def generate(
     *,
     catalog: Catalog | None = None,
     engine: Engine | None = None,
+    part: Part = WHOLE,
     progress: Callable[[int, int], None] | None = None,
+    rejects: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Summary:
     """Make the edits that a store lacks; begin the store if there is none.
 
-    An unfinished run, however it ended, is gone on with by calling this again. More prompts or variants add to a store.
-    An original that cannot be read gets a verdict, and the run goes on.
+    An unfinished run, however it ended, is gone on with by calling this again. More originals, prompts or variants add
+    to a store. An original that cannot be read gets a verdict, and the run goes on.
 
     Args:
         root: The folder of originals, or a packed store.
         store: The edit store, a folder outside `root`.
         config: Which edits to make; all defaults unless given.
         catalog: The originals to use, with paths relative to `root`; unless given, `list_originals(root)`.
-        engine: Where the work is done; in this process unless given.
+        engine: Where the work is done; in this process, on the CPU, unless given.
+        part: Which of the shards to make, where several runs share them.
         progress: Called with the edits done, those of earlier runs included, and the edits there will be.
+        rejects: Called with prompt to edits that were rejected in this run.
 
     Raises:
-        ConfigError: The store lies inside the root, or the editor does not know a prompt.
+        ConfigError: The store lies inside the root, or the editor cannot be used or does not know a prompt.
         CatalogError: The originals cannot be listed.
-        StoreError: The store is of other originals or settings, another run writes to it, or the disk is full: then
-            finished shards stay, and the same call goes on from there.
+        StoreError: The store is of other originals or settings, another run writes to this part of it, or the disk is
+            full: then finished shards stay, and the same call goes on from there.
     """
     begin = time.perf_counter()
     for name, given in (("root", root), ("store", store)):
@@ -139,33 +253,82 @@ def generate(
             )
     root, store = Path(root).absolute(), Path(store).absolute()
     config = config or GenerateConfig()
+    config.editor_config.check(config.prompts)
     settings = config.settings()
     if store.resolve().is_relative_to(root.resolve()):
         raise ConfigError(
             f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
         )
     originals = list_originals(root) if catalog is None else catalog
-    with StoreWriter.open(store, originals, settings) as writer:
-        writer.order(config.prompts, config.variants, config.originals_per_shard)
-        shards, verdicts = writer.shards(), writer.done()
+    with StoreWriter.open(store, originals, settings, part) as writer:
+        writer.order(config.prompts, config.variants, config.originals_per_shard, config.denied)
+        shards, finished = writer.shards(), writer.done()
+        verdicts = {shard.number: finished[shard.number] for shard in shards if shard.number in finished}
         before = sum(count.total() for count in verdicts.values())
         total, made = sum(map(len, shards)), 0
         if progress is not None:
             progress(before, total)
         missing = [shard for shard in shards if shard.number not in verdicts]
-        start = partial(_Worker, root, store, replace(config, prompts=writer.prompts))
-        for report in (engine or LocalEngine()).run(start, missing):
-            made += report.verdicts.total() - verdicts.get(report.shard, Counter()).total()
-            verdicts[report.shard] = report.verdicts
-            if progress is not None:
-                progress(before + made, total)
-        writer.finish()
-    counted = sum(verdicts.values(), Counter[str]())
+        start = partial(_Worker, root, store, replace(config, prompts=writer.prompts, denied=writer.denied))
+        rejected: dict[int, Counter[str]] = {}
+        try:
+            for report in (engine or LocalEngine()).run(start, missing):
+                made += report.verdicts.total() - verdicts.get(report.shard, Counter()).total()
+                verdicts[report.shard] = report.verdicts
+                rejected[report.shard] = report.rejected
+                if rejects is not None:
+                    rejects(sum(rejected.values(), Counter[str]()))
+                if progress is not None:
+                    progress(before + made, total)
+        finally:
+            if made:
+                _note_run(store, root, config, engine, part, made, time.perf_counter() - begin)
+        tally = writer.finish()
+        done = writer.done()
     return Summary(
-        verdicts={verdict: counted[verdict] for verdict in VERDICTS},
+        verdicts=_verdicts_of(tally.sum((0, 1)), every=True),
+        by_prompt={prompt: _verdicts_of(tally[:, place].sum(0)) for place, prompt in enumerate(writer.prompts)},
+        by_class={name: _verdicts_of(tally[place].sum(0)) for place, name in enumerate(writer.catalog.classes)},
         made=made,
         seconds=time.perf_counter() - begin,
+        missing=writer.shard_count - len(done),
     )
+
+
+def _verdicts_of(counts: NDArray[np.int64], *, every: bool = False) -> dict[str, int]:
+    """Verdict to count, of those that occur."""
+    return {name: count for name, count in zip(VERDICTS, counts.tolist(), strict=True) if count or every}
+
+
+def runs_log(store: str | os.PathLike[str]) -> Path:
+    """The file beside a store that says who made it: a JSON object a line for each run that ended by itself.
+
+    It lies outside, because the store is the same whoever made it.
+    """
+    store = Path(store).absolute()
+    return store.with_name(f"{store.name}.runs.jsonl")
+
+
+def _note_run(
+    store: Path, root: Path, config: GenerateConfig, engine: Engine | None, part: Part, made: int, seconds: float
+) -> None:
+    line = {
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "root": str(root),
+        "host": os.uname().nodename,
+        "engine": type(engine or LocalEngine()).__name__,
+        "devices": list(getattr(engine, "devices", ())),
+        "part": str(part),
+        "batch_size": config.batch_size,
+        "edits": made,
+        "seconds": round(seconds, 3),
+        "version": __version__,
+    }
+    try:
+        with runs_log(store).open("a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        _log.warning("The run is not noted in %r: %s", str(runs_log(store)), error)
 
 
 def list_originals(root: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Catalog:
@@ -179,13 +342,14 @@ def list_originals(root: str | os.PathLike[str], *, progress: Callable[[int, int
     return index(root, progress=progress) if packed is None else packed.catalog
 
 
-def edit_seed(seed: int, path: bytes, prompt: str, variant: int) -> int:
+def edit_seed(seed: int, path: bytes, prompt: str, variant: int, attempt: int = 0) -> int:
     """An edit's seed, 0 ≤ seed < 2⁶⁴: a function of nothing but its arguments, so that adding files shifts nothing.
 
-    The first 8 bytes, little-endian, of SHA-256 over the store's seed, the original's relative path, the prompt and the
-    variant, the numbers in decimal, joined by NUL.
+    The first 8 bytes, little-endian, of SHA-256 over the store's seed, the original's relative path, the prompt, the
+    variant and, from the first retry on, the attempt, the numbers in decimal, joined by NUL.
     """
-    parts = (str(seed).encode(), path, prompt.encode("utf-8", "surrogateescape"), str(variant).encode())
+    parts = [str(seed).encode(), path, prompt.encode("utf-8", "surrogateescape"), str(variant).encode()]
+    parts += [str(attempt).encode()] if attempt else []
     return int.from_bytes(hashlib.sha256(b"\0".join(parts)).digest()[:8], "little")
 
 
@@ -195,71 +359,187 @@ class _Progress:
 
     shard: int
     verdicts: Counter[str]  # of its edits so far
+    rejected: Counter[str]  # prompt to edits that quality rejected
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """An edit that is ready to be stored."""
+
+    jpeg: bytes
+    height: int
+    width: int
+    verdict: str
+    score: float
+
+
+@dataclass(kw_only=True)
+class _Edit:
+    """An edit on its way."""
+
+    original: int
+    prompt: int
+    variant: int
+    image: int | None  # place in the batch of images; None: the original cannot be read
+    seed: int
+    made: _Made | None = None  # None: is not to be made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Some originals of a shard, with their edits; those are judged and encoded while the editor works on others."""
+
+    images: Sequence[NDArray[np.uint8]]
+    edits: Sequence[_Edit]  # in the order of the shard
+    making: Sequence[tuple[_Edit, Future[_Made]]]
 
 
 class _Worker:
     """Makes shards, one at a time; an editor is made once for all of them."""
 
-    def __init__(self, root: Path, store: Path, config: GenerateConfig) -> None:
+    def __init__(self, root: Path, store: Path, config: GenerateConfig, device: str) -> None:
         """`config.prompts` are the store's, which may be more than were asked for today."""
         self._root = root
         self._store = store
         self._config = config
-        self._editor = _editor(config)
+        self._editor: Editor = config.editor_config.load(config.prompts, device=device, batch_size=config.batch_size)
         self._catalog = Catalog.open(store / "catalog")
         packed = OriginalStore.find(root)
         self._packed = None if packed is None else packed.in_order_of(self._catalog)
+        # Each processor has an editor of its own; beside a GPU some are free.
+        self._threads = 1 if device == "cpu" else 4
+        classes = self._catalog.classes
+        self._denied = [
+            frozenset(
+                label
+                for label, name in enumerate(classes)
+                if any(fnmatchcase(name, pattern) for pattern in config.denied.get(prompt, ()))
+            )
+            for prompt in config.prompts
+        ]
 
     def __call__(self, shard: Shard) -> Iterator[_Progress]:
         """Make one shard; yield after each batch how far it has come."""
         verdicts: Counter[str] = Counter()
-        size = self._config.batch_size
-        with ShardWriter(self._store, self._catalog, shard) as writer:
-            for start in range(0, len(shard.rows), size):
-                verdicts += self._add_batch(writer, shard, shard.rows[start : start + size])
-                yield _Progress(shard=shard.number, verdicts=verdicts.copy())
+        rejected: Counter[str] = Counter()
+        with ShardWriter(self._store, self._catalog, shard) as writer, ThreadPoolExecutor(self._threads) as pool:
+            for batch in self._batches(shard, pool):
+                for edit in batch.edits:
+                    verdict = self._add(writer, edit)
+                    verdicts[verdict] += 1
+                    if verdict in quality.VERDICTS:
+                        rejected[self._config.prompts[edit.prompt]] += 1
+                yield _Progress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
 
-    def _add_batch(self, writer: ShardWriter, shard: Shard, originals: range) -> Counter[str]:
-        """Edit some originals of a shard, all their prompts and variants in one call; return what became of them."""
-        images: list[NDArray[np.uint8]] = []
-        tasks: list[EditTask] = []
-        rows: list[tuple[int, int, int, int, bool]] = []  # original, prompt, variant, seed, readable; the tasks' order
-        for original in originals:
-            image = self._read(original)
-            if image is not None:
-                images.append(image)
-            path = self._catalog.encoded_path(original)
-            for place in shard.prompts:
-                prompt = self._config.prompts[place]
+    def _batches(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+        """The shard's originals with their edits ready: the editor is a batch ahead of what is yielded."""
+        # So many originals that the editor's batches are full, whatever the number of prompts.
+        size = self._config.batch_size
+        groups = [shard.rows[start : start + size] for start in range(0, len(shard.rows), size)]
+        reading = pool.map(self._read, groups[0])
+        before: _Batch | None = None
+        for place, rows in enumerate(groups):
+            images = list(reading)
+            if place + 1 < len(groups):
+                reading = pool.map(self._read, groups[place + 1])
+            batch = self._edit(shard, rows, images, pool)
+            if before is not None:
+                yield self._settled(before, pool)
+            before = batch
+        if before is not None:
+            yield self._settled(before, pool)
+
+    def _edit(
+        self, shard: Shard, rows: range, images: Sequence[NDArray[np.uint8] | None], pool: ThreadPoolExecutor
+    ) -> _Batch:
+        """Make the edits of some originals, all prompts and variants in one call; have them judged meanwhile."""
+        readable: list[NDArray[np.uint8]] = []
+        edits: list[_Edit] = []
+        for original, image in zip(rows, images, strict=True):
+            place = None if image is None else len(readable)
+            readable += [] if image is None else [image]
+            for prompt in shard.prompts:
                 for variant in shard.variants:
-                    seed = edit_seed(self._config.seed, path, prompt, variant)
-                    rows.append((original, place, variant, seed, image is not None))
-                    if image is not None:
-                        tasks.append(EditTask(image=len(images) - 1, prompt=prompt, seed=seed))
-        edits = iter(self._editor.edit(images, tasks))
-        verdicts: Counter[str] = Counter()
-        for original, place, variant, seed, readable in rows:
-            if readable:
-                edit = next(edits)
-                height, width = edit.shape[:2]
-                jpeg, verdict = encode(edit, self._config.quality), _ACCEPTED
-            else:
-                height, width, jpeg, verdict = 0, 0, None, _UNREADABLE
-            writer.add(original, place, variant, seed=seed, jpeg=jpeg, height=height, width=width, verdict=verdict)
-            verdicts[verdict] += 1
-        return verdicts
+                    seed = self._seed(original, prompt, variant, 0)
+                    edits.append(_Edit(original=original, prompt=prompt, variant=variant, image=place, seed=seed))
+        wanted = [edit for edit in edits if edit.image is not None and not self._is_denied(edit)]
+        return _Batch(images=readable, edits=edits, making=self._make(readable, wanted, pool))
+
+    def _settled(self, batch: _Batch, pool: ThreadPoolExecutor) -> _Batch:
+        """The batch with its edits made; what quality rejects is tried again from other seeds."""
+        making = batch.making
+        for attempt in range(1, self._config.retry + 2):
+            for edit, future in making:
+                edit.made = future.result()
+            again = [edit for edit, _ in making if edit.made is not None and edit.made.verdict != _ACCEPTED]
+            if not again or attempt > self._config.retry:
+                break
+            for edit in again:
+                edit.seed = self._seed(edit.original, edit.prompt, edit.variant, attempt)
+            making = self._make(batch.images, again, pool)
+        return batch
+
+    def _make(
+        self, images: Sequence[NDArray[np.uint8]], edits: Sequence[_Edit], pool: ThreadPoolExecutor
+    ) -> list[tuple[_Edit, Future[_Made]]]:
+        if not edits:
+            return []
+        tasks = []
+        for edit in edits:
+            assert edit.image is not None
+            tasks.append(EditTask(image=edit.image, prompt=self._config.prompts[edit.prompt], seed=edit.seed))
+        pixels = self._editor.edit(images, tasks)
+        return [
+            (edit, pool.submit(self._finish, images[task.image], result))
+            for edit, task, result in zip(edits, tasks, pixels, strict=True)
+        ]
+
+    def _finish(self, original: NDArray[np.uint8], edit: NDArray[Any]) -> _Made:
+        """Judge an edit, and encode it at the size that is stored."""
+        judged = quality.judge(original, edit, self._config.thresholds)
+        if edit.dtype != np.uint8:
+            edit = np.clip(np.nan_to_num(edit, nan=0, posinf=255, neginf=0), 0, 255).astype(np.uint8)
+        height, width = edit.shape[:2]
+        scale = self._config.scale
+        if scale != 1:
+            height, width = (max(1, round(side * scale)) for side in (height, width))
+            edit = np.asarray(Image.fromarray(edit).resize((width, height), Image.Resampling.BICUBIC))
+        jpeg = encode(edit, self._config.quality)
+        verdict = judged.verdict or _ACCEPTED
+        return _Made(jpeg=jpeg, height=height, width=width, verdict=verdict, score=judged.score)
+
+    def _add(self, writer: ShardWriter, edit: _Edit) -> str:
+        place = (edit.original, edit.prompt, edit.variant)
+        if edit.made is None:
+            verdict = _UNREADABLE if edit.image is None else _DENIED
+            writer.add(*place, seed=edit.seed, jpeg=None, verdict=verdict)
+            return verdict
+        made = edit.made
+        writer.add(
+            *place,
+            seed=edit.seed,
+            jpeg=made.jpeg,
+            height=made.height,
+            width=made.width,
+            verdict=made.verdict,
+            score=made.score,
+        )
+        return made.verdict
+
+    def _is_denied(self, edit: _Edit) -> bool:
+        return int(self._catalog.labels[edit.original]) in self._denied[edit.prompt]
+
+    def _seed(self, original: int, prompt: int, variant: int, attempt: int) -> int:
+        path = self._catalog.encoded_path(original)
+        return edit_seed(self._config.seed, path, self._config.prompts[prompt], variant, attempt)
 
     def _read(self, original: int) -> NDArray[np.uint8] | None:
-        """An original as the editor gets it, (size, size, 3) uint8; None if it cannot be read."""
+        """An original as the editor gets it, (height, width, 3) uint8; None if it cannot be read."""
         path = self._catalog.path(original)
         try:
             pixels = decode(self._root / path if self._packed is None else self._packed.encoded(original))
         except DecodeError as error:
             _log.warning("No edits are made of the original %r: %s", path, error)
             return None
-        side = (self._config.size, self._config.size)
-        return np.asarray(Image.fromarray(pixels).resize(side, Image.Resampling.BICUBIC))
-
-
-def _editor(config: GenerateConfig) -> ProceduralEditor:
-    return ProceduralEditor(config.prompts)
+        height, width = self._config.shape(*pixels.shape[:2])
+        return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))

@@ -49,3 +49,12 @@ def edits(photos: Path, make_store: MakeStore) -> Path:
 @pytest.fixture(scope="session")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> FractalBank:
     return render_bank(tmp_path_factory.mktemp("bank") / "fractals.npy", count=4, size=64)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small InstructPix2Pix pipeline."""
+    pytest.importorskip("diffusers")
+    from tiny_model import build_instruct_pix2pix
+
+    return build_instruct_pix2pix(tmp_path_factory.mktemp("tiny"))

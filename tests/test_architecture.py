@@ -15,7 +15,7 @@ PACKAGE = Path(dali_diffusemix.__file__).parent
 # DESIGN's table. A module may import modules of lower levels, and those of its own level that stand before it.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
-    1: ("philox", "native", "catalog", "pixels", "quality", "reading", "remote", "gpu", "editors", "engines"),
+    1: ("philox", "native", "quality", "catalog", "pixels", "reading", "remote", "gpu", "editors", "engines"),
     2: ("plan", "store", "fractals"),
     3: ("mixing", "generate", "pack", "pipeline"),
     4: ("quarantine", "dataset"),
@@ -30,6 +30,7 @@ ROOMS = {
     "cupy": {"gpu"},
     "diffusers": {"editors"},
     "transformers": {"editors"},
+    "huggingface_hub": {"editors"},
     "ray": {"engines"},
     "fsspec": {"remote"},
     "s3fs": set(),
@@ -49,6 +50,7 @@ ROOMS = {
         "cli",
         "demo",
         "editors",
+        "engines",
     },
 }
 

@@ -196,7 +196,7 @@ def test_generate_reports_originals_that_cannot_be_read(root: Path, tmp_path: Pa
     file = root / "class 2" / "1.jpg"
     file.write_bytes(file.read_bytes()[:1000])
     result = run("generate", root, tmp_path / "edits", "--prompts", "autumn,snowy", "--size", 48)
-    assert "22 edits of 12 images\n2 edits not made: unreadable original\n" in result.stdout
+    assert "22 edits of 12 images\n2 not used: unreadable original\n" in result.stdout
     assert "class 2/1.jpg" in result.stderr and result.stderr.startswith("Warning: ")
 
 
@@ -225,7 +225,10 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("fractals", tmp_path / "f.npy", "--size", 7), "size must lie in 16 to 1024, found 7"),
         (("fractals", tmp_path / "file" / "f.npy"), "Name another place"),
         (("generate", root, tmp_path / "e", "--prompts", "autumn,fog"), "these are 'autumn'"),
-        (("generate", root, tmp_path / "e", "--editor", "magic"), "editor must be 'procedural'"),
+        (("generate", root, tmp_path / "e", "--editor", "magic"), "model must be a folder or a hub id"),
+        (("generate", root, tmp_path / "e", "--editor", tmp_path), "must be a saved pipeline with a model_index.json"),
+        (("generate", root, tmp_path / "e", "--editor", "a/b", "--scheduler", "magic"), "scheduler must be one of"),
+        (("generate", root, tmp_path / "e", "--part", "3/2"), "part must be i/n"),
         (("generate", root, tmp_path / "e", "--quality", 101), "quality must be a whole number from 1 to 100"),
         (("generate", root, edits, "--size", 64), "give another folder"),
         (("generate", root, root / "edits"), "store must lie outside the root"),

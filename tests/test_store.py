@@ -236,12 +236,12 @@ def test_more_prompts_and_variants_add_to_a_store_and_change_no_shard(tmp_path: 
     )
 )
 def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], int, int]]) -> None:
-    header = layout.Header(settings={}, prompts=(), segments=(), fingerprint="")
+    header = layout.Header(settings={}, prompts=(), segments=(), denied={}, fingerprint="")
     rows, wanted, count = 0, set(), 0
     for more, prompts, variants, per_shard in orders:
         earlier = list(header.shards())
         rows += more  # originals may come later too
-        header = header.extended(sorted(prompts), variants, rows, per_shard)
+        header = header.extended(sorted(prompts), variants, rows, per_shard, {})
         shards = list(header.shards())
         assert shards[: len(earlier)] == earlier
         assert [shard.number for shard in shards] == list(range(header.shard_count))
@@ -260,7 +260,7 @@ def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], in
 @given(st.lists(st.text(max_size=20), unique=True, max_size=8), st.integers(0, 8))
 def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
     def slugs(prompts: list[str]) -> tuple[str, ...]:
-        return layout.Header(settings={}, prompts=tuple(prompts), segments=(), fingerprint="").slugs
+        return layout.Header(settings={}, prompts=tuple(prompts), segments=(), denied={}, fingerprint="").slugs
 
     all_slugs = slugs(prompts)
     assert len(set(all_slugs)) == len(prompts)
@@ -270,7 +270,7 @@ def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
 
 def test_the_slugs_of_prompts() -> None:
     prompts = ("a sketch with crayon", "ukiyo-e", "雪", "Ukiyo e")
-    header = layout.Header(settings={}, prompts=prompts, segments=(), fingerprint="")
+    header = layout.Header(settings={}, prompts=prompts, segments=(), denied={}, fingerprint="")
     assert header.slugs == ("a-sketch-with-crayon", "ukiyo-e", "prompt--2", "ukiyo-e--3")
 
 
@@ -536,11 +536,26 @@ def test_other_originals_are_refused_with_the_difference(tmp_path: Path) -> None
     )
     with pytest.raises(StoreError, match=message), StoreWriter.open(tmp_path, others, SETTINGS):
         pass
+    with pytest.raises(StoreError, match=r"of the 11 given it lacks 3 \(for one 'all/10.jpg'\)"):
+        EditStore.open(tmp_path).in_order_of(others)
+
+
+@pytest.mark.parametrize("rows", [[*reversed(range(10))], [7, 2, 3], [0]], ids=str)
+def test_edits_are_paired_with_originals_by_path(tmp_path: Path, rows: list[int]) -> None:
+    """Some of the store's originals, in any order, keep their edits; pickled, too."""
+    build(tmp_path, originals(10))
     store = EditStore.open(tmp_path)
-    with pytest.raises(StoreError, match=message):
-        store.check_originals(others)
-    # In another order they are the same originals.
-    store.check_originals(catalog_of([f"all/{row}.jpg".encode() for row in reversed(range(10))]))
+    assert store.in_order_of(originals(10)) is store
+    some = store.in_order_of(catalog_of([f"all/{row}.jpg".encode() for row in rows]))
+    for ordered in (some, pickle.loads(pickle.dumps(some))):
+        assert ordered.starts[-1] == len(ordered)
+        for place, row in enumerate(rows):
+            edits = range(ordered.starts[place], ordered.starts[place + 1])
+            theirs = range(store.starts[row], store.starts[row + 1])
+            assert (ordered.originals_of(np.array(edits)) == place).all()
+            assert [ordered.encoded(edit).tobytes() for edit in edits] == [
+                store.encoded(edit).tobytes() for edit in theirs
+            ]
 
 
 def test_a_folder_of_other_things_is_left_alone(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ of a larger copy looks alike. Every random choice comes from the task's own gene
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import groupby
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +27,30 @@ Floats = NDArray[np.float32]
 Restyling = Callable[["_Photo", np.random.Generator], Floats]
 
 _UNITS = 256.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProceduralConfig:
+    """The procedural editor. It has nothing to choose."""
+
+    accelerated: ClassVar[bool] = False
+    multiple: ClassVar[int] = 1
+
+    def settings(self) -> dict[str, str]:
+        """What an edit store records; `revision` changes whenever any pixel would."""
+        return {
+            "editor": "procedural",
+            "model": "none (procedural restyling, not diffusion)",
+            "revision": "1",
+        }
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ConfigError if a prompt is none of the nine."""
+        ProceduralEditor(prompts)
+
+    def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "ProceduralEditor":
+        """Make the editor; it knows no devices and no batches. Raises ConfigError: a prompt is none of the nine."""
+        return ProceduralEditor(prompts)
 
 
 class ProceduralEditor:
@@ -52,15 +78,6 @@ class ProceduralEditor:
                     f"{', '.join(map(repr, _RESTYLINGS))}. For free text use a diffusers editor."
                 )
         self._prompts = tuple(prompts)
-
-    @property
-    def settings(self) -> dict[str, str | int | float]:
-        """What an edit store records about this editor; `revision` changes whenever any pixel would."""
-        return {
-            "editor": "procedural",
-            "model": "none (procedural restyling, not diffusion)",
-            "revision": "1",
-        }
 
     def edit(self, images: Sequence[NDArray[np.uint8]], tasks: Sequence[EditTask]) -> list[NDArray[np.uint8]]:
         """Return one edit per task, in the tasks' order.

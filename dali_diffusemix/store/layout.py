@@ -4,10 +4,10 @@ import hashlib
 import io
 import itertools
 import json
-import logging
 import math
 import os
 import re
+import secrets
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,16 +20,14 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix import __version__
-from dali_diffusemix.errors import CatalogError, StoreError
-
-_log = logging.getLogger(__name__)
+from dali_diffusemix import __version__, quality
+from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
 """What decides a store's images besides the original, prompt and variant of each."""
 
-VERDICTS = ("accepted", "unreadable original")
-"""What a verdict's number means. Only what was accepted is trained on."""
+VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied")
+"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made."""
 
 SHARD_ROW = np.dtype(
     [
@@ -37,12 +35,12 @@ SHARD_ROW = np.dtype(
         ("prompt", "<i2"),  # place in the store's prompts
         ("variant", "<i2"),
         ("seed", "<u8"),
-        ("offset", "<i8"),  # of the JPEG in the tar
+        ("offset", "<i8"),  # of the JPEG in the tar; of one that quality rejected, in the tar under rejected/
         ("length", "<i4"),  # of the JPEG in bytes; 0: there is none
         ("height", "<i4"),
         ("width", "<i4"),
         ("verdict", "u1"),  # place in VERDICTS
-        ("score", "<f4"),  # of the verdict; NaN: none
+        ("score", "<f4"),  # of the verdict, see `quality`; NaN: none
     ]
 )
 """An edit in its shard, accepted or not."""
@@ -86,6 +84,8 @@ FILES = ("tar", "idx", "npy")
 Sizes: TypeAlias = dict[int, tuple[int, ...]]
 # prompt and variant are int16.
 MOST = 32768
+# The folder of what quality rejected: apart from the shards, so that whoever reads all tars there trains on none of it.
+REJECTED = "rejected"
 
 
 class UnfinishedStoreWarning(UserWarning):
@@ -142,6 +142,19 @@ ORIGINALS = Kind(
 )
 
 
+def rejected_tar(store: Path, number: int) -> Path:
+    """Where a shard's edits are that quality rejected."""
+    return store / REJECTED / EDITS.file(number, "tar")
+
+
+def file_size(file: Path) -> int | None:
+    """Bytes; None: there is no such file."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
 # What was asked for --------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +172,38 @@ class Shard:
         return len(self.rows) * len(self.prompts) * len(self.variants)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What one of several runs that share a store's work makes: of each segment's shards an equal stretch.
+
+    Raises ConfigError unless 1 ≤ number ≤ count.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count <= MOST:
+            raise ConfigError(f"part must be i/n with 1 ≤ i ≤ n ≤ {MOST}, found {self}.")
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read "i/n". Raises ConfigError."""
+        if not (match := re.fullmatch(r"(\d{1,9})/(\d{1,9})", text)):
+            raise ConfigError(f"part must be i/n, such as 1/8, found {text!r}.")
+        return cls(int(match[1]), int(match[2]))
+
+    def stretch(self, length: int) -> range:
+        """Its share of `length` places. Parts whose shares overlap, of whatever counts, may share shards."""
+        return range(length * (self.number - 1) // self.count, length * self.number // self.count)
+
+
+WHOLE = Part()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """Work that was ordered at once."""
@@ -172,6 +217,11 @@ class Segment:
     @property
     def shard_count(self) -> int:
         return math.ceil(len(self.rows) / self.originals_per_shard)
+
+    def numbers(self, part: "Part") -> range:
+        """The shards that belong to a part. More segments change nothing of it."""
+        share = part.stretch(self.shard_count)
+        return range(self.first_shard, self.first_shard + self.shard_count)[share.start : share.stop]
 
     def shards(self) -> Iterator[Shard]:
         for place in range(self.shard_count):
@@ -205,7 +255,9 @@ class Header:
     settings: Settings
     prompts: tuple[str, ...]
     segments: tuple[Segment, ...]
+    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of the classes whose originals it is not for
     fingerprint: str  # of the catalog
+    growing: str | None = None  # fingerprint of the catalog that is taking its place
 
     @property
     def shard_count(self) -> int:
@@ -224,7 +276,14 @@ class Header:
             slugs.append(slug if slug and slug not in slugs else f"{slug or 'prompt'}--{place}")
         return tuple(slugs)
 
-    def extended(self, prompts: Sequence[str], variants: int, rows: int, originals_per_shard: int) -> "Header":
+    def extended(
+        self,
+        prompts: Sequence[str],
+        variants: int,
+        rows: int,
+        originals_per_shard: int,
+        denied: Mapping[str, Sequence[str]],
+    ) -> "Header":
         """With the work that is still to be ordered until all rows have these variants of these prompts."""
         known = (*self.prompts, *(prompt for prompt in prompts if prompt not in self.prompts))
         places = sorted(known.index(prompt) for prompt in prompts)
@@ -248,14 +307,17 @@ class Header:
                             first_shard=sum(segment.shard_count for segment in segments),
                         )
                     )
-        return replace(self, prompts=known, segments=tuple(segments))
+        new = {prompt: tuple(denied[prompt]) for prompt in known if denied.get(prompt) and prompt not in self.denied}
+        return replace(self, prompts=known, segments=tuple(segments), denied={**self.denied, **new})
 
     def write(self, store: Path) -> None:
         content = {
             "settings": dict(self.settings),
             "prompts": self.prompts,
+            "denied": self.denied,
             "segments": [segment.to_json() for segment in self.segments],
             "fingerprint": self.fingerprint,
+            **({} if self.growing is None else {"growing": self.growing}),
             "written_by": f"dali_diffusemix {__version__}",
         }
         write_json(store / "store.json", EDITS.magic, content)
@@ -267,7 +329,9 @@ class Header:
                 settings=MappingProxyType(dict(stored["settings"])),
                 prompts=tuple(map(str, stored["prompts"])),
                 segments=tuple(map(Segment.from_json, stored["segments"])),
+                denied={str(name): tuple(map(str, of)) for name, of in dict(stored.get("denied", {})).items()},
                 fingerprint=str(stored["fingerprint"]),
+                growing=None if stored.get("growing") is None else str(stored["growing"]),
             )
             for segment in header.segments:
                 if segment.originals_per_shard < 1 or not set(segment.prompts) <= set(range(len(header.prompts))):
@@ -358,6 +422,8 @@ class ShardRecord:
     """What a shard's .json says that others need."""
 
     sizes: tuple[int, ...]  # bytes of each of FILES
+    hashes: Mapping[str, str]  # ending to SHA-256; "rejected" too, where there are such
+    rejected: int | None  # bytes of the tar of what quality rejected
     verdicts: Counter[str]
 
     @classmethod
@@ -369,8 +435,11 @@ class ShardRecord:
         except FileNotFoundError as error:
             raise StoreError(f"{str(file)!r}: has gone; run `{kind.command}` again.") from error
         with understood(file, remedy):
+            files = stored["files"]
             return cls(
-                sizes=tuple(int(stored["files"][ending]["bytes"]) for ending in FILES),
+                sizes=tuple(int(files[ending]["bytes"]) for ending in FILES),
+                hashes={str(ending): str(file["sha256"]) for ending, file in files.items()},
+                rejected=int(files["rejected"]["bytes"]) if "rejected" in files else None,
                 verdicts=Counter({str(name): int(count) for name, count in stored["verdicts"].items()}),
             )
 
@@ -393,7 +462,7 @@ def writing(place: Path) -> Iterator[None]:
 @contextmanager
 def replacing(file: Path) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: beside its place, to the disk, and only then into its place."""
-    temporary = file.with_name(f".{file.name}.tmp")
+    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")  # a run on another machine has its own
     try:
         with temporary.open("wb") as stream:
             yield stream

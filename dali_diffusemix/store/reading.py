@@ -1,6 +1,7 @@
 """Reading stores: tables that are mapped, images that are read where they lie."""
 
 import json
+import math
 import mmap
 import os
 import re
@@ -26,6 +27,7 @@ from dali_diffusemix.store.layout import (
     INDEX_ROW,
     ORIGINAL_INDEX_ROW,
     ORIGINALS,
+    SHARD_ROW,
     VERDICTS,
     Header,
     Kind,
@@ -37,6 +39,7 @@ from dali_diffusemix.store.layout import (
     UnfinishedStoreWarning,
     load,
     read_json,
+    rejected_tar,
     stored_header,
     understood,
 )
@@ -71,6 +74,7 @@ class EditStore:
         self.index = tables.index
         self.starts = tables.starts
         self._shards = tables.shards
+        self._whole: EditStore | None = None  # whose edits these are, if the rows are another catalog's
         self._tars = _Tars(EDITS, path, tables.sizes, mirror)
 
     @classmethod
@@ -90,9 +94,10 @@ class EditStore:
 
     @classmethod
     def _open(cls, path: Path, mirror: Mirror | None) -> "EditStore":
-        header = Header.read(path)
-        catalog = open_catalog(path)
-        if catalog.fingerprint != header.fingerprint:
+        header, catalog = Header.read(path), open_catalog(path)
+        if catalog.fingerprint not in (header.fingerprint, header.growing):
+            header = Header.read(path)  # a run may have taken new originals in, between the two
+        if catalog.fingerprint not in (header.fingerprint, header.growing):
             raise StoreError(
                 f"{str(path)!r}: store.json is of originals with fingerprint {header.fingerprint[:16]}, but its "
                 f"catalog has {catalog.fingerprint[:16]}; bring back the catalog that the store was made with."
@@ -120,6 +125,8 @@ class EditStore:
         return cls(path, header, catalog, tables, mirror)
 
     def __reduce__(self) -> tuple[Callable[..., "EditStore"], tuple[Any, ...]]:
+        if self._whole is not None:
+            return EditStore.in_order_of, (self._whole, self.catalog)
         if self.mirror is not None:
             return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._shards)
         return _reopen, (self.path, self.catalog, self._shards)
@@ -162,9 +169,83 @@ class EditStore:
         """
         return self._tars.encoded(self.index[edit])
 
-    def check_originals(self, catalog: Catalog) -> None:
-        """Raise StoreError, with what differs, unless the store was built from the originals of `catalog`."""
-        check_originals(self.path, self.catalog, catalog)
+    @property
+    def shards(self) -> tuple[int, ...]:
+        """Numbers of the finished shards."""
+        return self._shards
+
+    def shard_rows(self, shard: int) -> NDArray[np.void]:
+        """(n,) SHARD_ROW of all edits of a shard, rejected ones and those that were not made too.
+
+        `original` is a row of the catalog in the store's folder. Of a store at a URL its tables are copied first.
+
+        Raises:
+            StoreError: The shard's table is missing or damaged.
+        """
+        if self.mirror is not None:
+            self.mirror.copy_tables([EDITS.shard(shard)])
+        record = ShardRecord.read(EDITS, self.path, shard)
+        return load(EDITS, self.path / "shards" / EDITS.file(shard, "npy"), SHARD_ROW, record.verdicts.total())
+
+    def encoded_row(self, shard: int, row: np.void) -> bytes | None:
+        """The JPEG file of a row of `shard_rows`, accepted or not; None if there is none.
+
+        Raises:
+            StoreError: The tar is missing or cut short.
+        """
+        if not row["length"]:
+            return None
+        accepted = row["verdict"] == 0
+        file = self.path / "shards" / EDITS.file(shard, "tar") if accepted else rejected_tar(self.path, shard)
+        try:
+            tar = OpenFile(file)
+            data = os.pread(tar.descriptor, int(row["length"]), int(row["offset"]))
+        except OSError as error:
+            raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
+        if len(data) != row["length"]:
+            raise EDITS.damaged(file, "is cut short")
+        return data
+
+    def in_order_of(self, catalog: Catalog) -> "EditStore":
+        """The edits of another catalog's originals, with its rows; originals are paired by path.
+
+        Raises:
+            StoreError: The catalog lists an original that the store does not know.
+        """
+        if self.catalog.fingerprint == catalog.fingerprint and same_rows(self.catalog, catalog):
+            return self
+        rows = rows_of(self.catalog, catalog)
+        if missing := np.flatnonzero(rows < 0).tolist():
+            raise StoreError(
+                f"{self._tars.where!r}: the store was built from other originals: of the {len(catalog)} given it lacks "
+                f"{len(missing)} (for one {catalog.path(missing[0])!r}); give the originals that it was built from, or "
+                "some of them, or run `dali-diffusemix generate` to take new ones in."
+            )
+        counts = (self.starts[1:] - self.starts[:-1])[rows]
+        starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        edits = np.repeat(self.starts[rows] - starts[:-1], counts) + np.arange(starts[-1])
+        index = self.index[edits]
+        index["original"] = np.repeat(np.arange(len(catalog)), counts)
+        for table in (index, starts):
+            table.flags.writeable = False
+        ordered = EditStore.__new__(EditStore)  # a copy, shards that are open included
+        ordered.__dict__.update(self.__dict__)
+        ordered.catalog, ordered.index, ordered.starts, ordered._whole = catalog, index, starts, self
+        return ordered
+
+
+def same_rows(ours: Catalog, given: Catalog) -> bool:
+    """Whether two catalogs list the same originals in the same order."""
+    names = ("path_offsets", "path_bytes", "labels")
+    return ours.classes == given.classes and all(
+        np.array_equal(getattr(ours, name), getattr(given, name)) for name in names
+    )
+
+
+def rows_of(ours: Catalog, given: Catalog) -> NDArray[np.int64]:
+    """(given,) int64: the rows of our catalog with the originals of the one given; -1: not in it."""
+    row_of = {path: row for row, path in enumerate(ours.paths)}
+    return np.fromiter((row_of.get(path, -1) for path in given.paths), np.int64, len(given))
 
 
 class OriginalStore:
@@ -256,13 +337,9 @@ class OriginalStore:
             StoreError: The catalog lists an original that is not in here.
         """
         ours = self.catalog
-        arrays = ("path_offsets", "path_bytes", "labels")
-        if ours.classes == catalog.classes and all(
-            np.array_equal(getattr(ours, name), getattr(catalog, name)) for name in arrays
-        ):
+        if same_rows(ours, catalog):
             return self
-        row_of = {path: row for row, path in enumerate(ours.paths)}
-        rows = np.fromiter((row_of.get(path, -1) for path in catalog.paths), np.int64, len(catalog))
+        rows = rows_of(ours, catalog)
         if missing := np.flatnonzero(rows < 0).tolist():
             raise StoreError(
                 f"{str(self.path)!r}: the packed store lacks {len(missing)} of the {len(catalog)} originals asked for "
@@ -372,6 +449,32 @@ def derive(path: Path, records: Mapping[int, "ShardRecord"], originals: int) -> 
     for table in (index, starts):
         table.flags.writeable = False
     return _Tables(index=index, starts=starts, sizes={number: record.sizes for number, record in records.items()})
+
+
+def tally(path: Path, records: Mapping[int, "ShardRecord"], catalog: Catalog, prompts: int) -> NDArray[np.int64]:
+    """(classes, prompts, verdicts) how many edits of these shards there are."""
+    shape = (len(catalog.classes), prompts, len(VERDICTS))
+    counts = np.zeros(math.prod(shape), np.int64)
+    for number, record in records.items():
+        file = path / "shards" / EDITS.file(number, "npy")
+        rows = load(EDITS, file, SHARD_ROW, record.verdicts.total())
+        places = (catalog.labels[rows["original"]], rows["prompt"], rows["verdict"])
+        counts += np.bincount(np.ravel_multi_index(places, shape), minlength=len(counts))
+    return counts.reshape(shape)
+
+
+def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
+    """Our catalog, and after it what else is given. Raises StoreError unless all of ours is given."""
+    rows = rows_of(given, ours)
+    classes = [ours.classes[label] for label in ours.labels.tolist()]
+    if (rows < 0).any() or [given.classes[label] for label in given.labels[rows].tolist()] != classes:
+        check_originals(store, ours, given)
+    if len(ours) == len(given):
+        return ours
+    order = np.concatenate([rows, np.setdiff1d(np.arange(len(given)), rows)])
+    sizes = np.concatenate([ours.sizes, given.sizes[order[len(ours) :]]])
+    paths = [given.encoded_path(row) for row in order.tolist()]
+    return replace(Catalog.from_arrays(paths, given.labels[order], given.classes, sizes), rejected=given.rejected)
 
 
 def gather(kind: Kind, path: Path, records: Mapping[int, "ShardRecord"], originals: int) -> NDArray[np.void]:
@@ -573,6 +676,6 @@ def check_originals(store: Path, ours: Catalog, given: Catalog, folder: str = "c
     ] or ["the same files in other classes"]
     raise StoreError(
         f"{str(store)!r}: the store was built from other originals: it has {len(stored)}, given are {len(found)}; "
-        f"{', '.join(differences)}. Give the folder it was built from, or another store; if that folder has changed "
-        f"since, Catalog.open({str(store / folder)!r}) is the list that the store goes by."
+        f"{', '.join(differences)}. Give all of those that it was built from (new ones are welcome), or another store; "
+        f"if that folder has changed since, Catalog.open({str(store / folder)!r}) is the list that the store goes by."
     )

@@ -4,14 +4,15 @@ import hashlib
 import logging
 import math
 import os
+import struct
 import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, Self
 from urllib.parse import quote_from_bytes
 
@@ -27,15 +28,20 @@ from dali_diffusemix.store.layout import (
     INDEX,
     MOST,
     ORIGINALS,
+    REJECTED,
     SHARD,
     VERDICTS,
+    WHOLE,
     Header,
     Kind,
     OriginalHeader,
+    Part,
     Record,
     Settings,
     Shard,
     ShardRecord,
+    file_size,
+    rejected_tar,
     replacing,
     stored_header,
     write_data,
@@ -43,73 +49,164 @@ from dali_diffusemix.store.layout import (
     write_table,
     writing,
 )
-from dali_diffusemix.store.reading import check_originals, derive, gather, list_shards, open_catalog
+from dali_diffusemix.store.reading import (
+    check_originals,
+    derive,
+    gather,
+    grown_catalog,
+    list_shards,
+    open_catalog,
+    tally,
+)
 
 _log = logging.getLogger(__name__)
 
 
 class StoreWriter:
-    """The one run that may add to a store at a time: orders work, says which shards are missing, derives the index."""
+    """The one run that may add to a part of a store: orders work, says what is missing, derives the index."""
 
     path: Path
     catalog: Catalog  # the store's own, whose rows shards name
     _header: Header
+    _part: Part
+    _lock: "_Lock"
 
     @classmethod
     @contextmanager
-    def open(cls, path: str | os.PathLike[str], catalog: Catalog, settings: Settings) -> Iterator["StoreWriter"]:
-        """Open a store for writing, or begin one; until the block ends no other run can.
+    def open(
+        cls, path: str | os.PathLike[str], catalog: Catalog, settings: Settings, part: Part = WHOLE
+    ) -> Iterator["StoreWriter"]:
+        """Open a store for writing, or begin one; until the block ends no other run can write to the same part.
 
         Args:
             path: The store's folder; it may be there, empty.
-            catalog: The originals.
+            catalog: The originals: those of the store, and any number of new ones, which get rows after them.
             settings: What decides an edit besides its original, prompt and variant.
+            part: Which shards this run makes, if others share the work.
 
         Raises:
-            StoreError: Another run is writing, the store is of other originals or settings, of a newer version, or
-                the folder is something else or cannot be written.
+            StoreError: Another run is writing to this part, the store is of other originals or settings, of a newer
+                version, or the folder is something else or cannot be written.
         """
         path = _local_folder(path)
-        with _begun(EDITS, path, catalog) as listed:
+        with _locked(EDITS, path, part) as lock:
             writer = cls()
-            writer.path = path
-            writer.catalog = listed
-            if (path / "store.json").exists():
-                writer._header = Header.read(path)
-            else:
-                writer._header = Header(settings=settings, prompts=(), segments=(), fingerprint=catalog.fingerprint)
-            _check_settings(path, writer._header.settings, settings)
+            writer.path, writer._part, writer._lock = path, part, lock
+            with lock.ordering():
+                _begin(EDITS, path, catalog)
+                if (path / "store.json").exists():
+                    writer._header = Header.read(path)
+                    _check_settings(path, writer._header.settings, settings)
+                    writer._grow(catalog)
+                else:
+                    writer._header = Header(
+                        settings=settings, prompts=(), segments=(), denied={}, fingerprint=catalog.fingerprint
+                    )
+                writer.catalog = open_catalog(path)
             yield writer
 
-    def order(self, prompts: Sequence[str], variants: int, originals_per_shard: int) -> None:
-        """Ask for the first `variants` variants of every original under every prompt; what was asked before stays."""
-        header = self._header.extended(prompts, variants, len(self.catalog), originals_per_shard)
-        if len(header.prompts) > MOST or variants > MOST:
+    def _grow(self, catalog: Catalog) -> None:
+        """Take new originals into the store's catalog, after all others."""
+        path, ours = self.path, open_catalog(self.path)
+        header = self._header
+        if ours.fingerprint not in (header.fingerprint, header.growing):
             raise StoreError(
-                f"{str(self.path)!r}: a store has at most {MOST} prompts and variants, "
-                f"found {len(header.prompts)} and {variants}."
+                f"{str(path)!r}: store.json is of originals with fingerprint {header.fingerprint[:16]}, but its "
+                f"catalog has {ours.fingerprint[:16]}; bring back the catalog that the store was made with."
             )
-        if header != self._header or not (self.path / "store.json").exists():
-            with writing(self.path):
-                header.write(self.path)
+        if header.growing is not None:  # a run ended here
+            header = replace(header, fingerprint=ours.fingerprint, growing=None)
+        grown = grown_catalog(path, ours, catalog)
+        with writing(path):
+            if grown is not ours:
+                replace(header, growing=grown.fingerprint).write(path)
+                grown.save(path / EDITS.listing)
+                header = replace(header, fingerprint=grown.fingerprint)
+            if header != self._header:
+                header.write(path)
         self._header = header
+
+    def order(
+        self,
+        prompts: Sequence[str],
+        variants: int,
+        originals_per_shard: int,
+        denied: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    ) -> None:
+        """Ask for the first `variants` variants of every original under every prompt; what was asked before stays.
+
+        Args:
+            prompts: Without the template.
+            variants: Edits of an original under one prompt.
+            originals_per_shard: Of the shards that are ordered now.
+            denied: Prompt to patterns (as file names have them) of the classes whose originals it is not for.
+
+        Raises:
+            StoreError: A prompt of the store is denied to other classes than before, or there are too many.
+        """
+        with self._lock.ordering():
+            self._header = Header.read(self.path) if (self.path / "store.json").exists() else self._header
+            for prompt in set(prompts) & set(self._header.prompts):
+                before, now = self._header.denied.get(prompt, ()), tuple(denied.get(prompt, ()))
+                if before != now:
+                    raise StoreError(
+                        f"{str(self.path)!r}: the prompt {prompt!r} is denied to {list(before)} in the store, found "
+                        f"{list(now)}; go on with the store's own, or give another folder."
+                    )
+            header = self._header.extended(prompts, variants, len(self.catalog), originals_per_shard, denied)
+            if len(header.prompts) > MOST or variants > MOST:
+                raise StoreError(
+                    f"{str(self.path)!r}: a store has at most {MOST} prompts and variants, "
+                    f"found {len(header.prompts)} and {variants}."
+                )
+            with writing(self.path):
+                if header != self._header or not (self.path / "store.json").exists():
+                    header.write(self.path)
+                mine = {EDITS.shard(shard.number) for shard in self._shards(header)}
+                for folder in (self.path / "shards", self.path / REJECTED):
+                    for leftover in folder.glob(".*.tmp"):
+                        if leftover.name[1:].split(".")[0] in mine:
+                            leftover.unlink(missing_ok=True)
+            self._header = header
 
     @property
     def prompts(self) -> tuple[str, ...]:
         """All prompts ordered so far; a shard names them by their places in here."""
         return self._header.prompts
 
+    @property
+    def denied(self) -> Mapping[str, tuple[str, ...]]:
+        """Prompt to patterns of the classes whose originals it is not for."""
+        return self._header.denied
+
+    @property
+    def shard_count(self) -> int:
+        """All shards ordered so far, of every part."""
+        return self._header.shard_count
+
     def shards(self) -> list[Shard]:
-        """All shards ordered so far, by number."""
-        return list(self._header.shards())
+        """The shards of this part ordered so far, by number."""
+        return self._shards(self._header)
+
+    def _shards(self, header: Header) -> list[Shard]:
+        mine = {number for segment in header.segments for number in segment.numbers(self._part)}
+        return [shard for shard in header.shards() if shard.number in mine]
 
     def done(self) -> dict[int, Counter[str]]:
         """Finished shards, and how many of their edits had which verdict. One whose files have other sizes is not."""
         finished = _finished_shards(EDITS, self.path, self._header.shard_count)
         return {number: record.verdicts for number, record in finished.items()}
 
-    def finish(self) -> None:
-        """Derive the index of the whole store from its shards."""
+    def finish(self) -> NDArray[np.int64]:
+        """Derive the index of the whole store from its shards.
+
+        Returns:
+            (classes, prompts, verdicts) how many edits are there.
+        """
+        with self._lock.ordering():
+            return self._finish()
+
+    def _finish(self) -> NDArray[np.int64]:
         records = _finished_shards(EDITS, self.path, self._header.shard_count)
         tables = derive(self.path, records, len(self.catalog))
         with writing(self.path):
@@ -120,6 +217,7 @@ class StoreWriter:
                 for name, table in zip(EDITS.tables, (tables.index, tables.starts), strict=True)
             }
             Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path, files)
+        return tally(self.path, records, self.catalog, len(self._header.prompts))
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:
@@ -153,7 +251,10 @@ class OriginalStoreWriter:
                 the folder is something else or cannot be written.
         """
         path = _local_folder(path)
-        with _begun(ORIGINALS, path, catalog) as listed:
+        with _locked(ORIGINALS, path, WHOLE):
+            _begin(ORIGINALS, path, catalog)
+            listed = open_catalog(path, ORIGINALS.listing)
+            check_originals(path, listed, catalog, ORIGINALS.listing)
             writer = cls()
             writer.path = path
             writer.catalog = listed
@@ -215,37 +316,37 @@ class OriginalStoreWriter:
         return replace(packed, rejected=(*listed.rejected, *(Rejected(listed.path(row), left_out) for row in rejected)))
 
 
-@contextmanager
-def _begun(kind: Kind, path: Path, catalog: Catalog) -> Iterator[Catalog]:
-    """Hold the lock of a store, a new one if there is none, and give the catalog whose rows its shards name."""
+def _check_folder(kind: Kind, path: Path) -> None:
+    """Refuse a folder that is something else, before anything of it is touched."""
     with writing(path):
         if (path / "store.json").exists():
             with stored_header(kind, path):
-                pass  # one of the other kind, or of another version, is refused before anything is touched
-        elif path.is_dir():
-            if any((path / "shards").glob(f"{kind.images}-*")):
-                raise StoreError(
-                    f"{str(path)!r}: has shards, but no store.json, which says what they are; bring back a copy of "
-                    "it, or give a new folder."
-                )
-            # What a run that was killed at its very beginning leaves, besides temporary files.
-            others = {entry.name for entry in path.iterdir()} - {kind.listing, "shards"}
-            if foreign := sorted(name for name in others if not name.startswith(".")):
-                raise StoreError(
-                    f"{str(path)!r}: is no {kind.name}, but has other files in it ({foreign[0]!r}); "
-                    "give an empty or a new folder."
-                )
-        (path / "shards").mkdir(parents=True, exist_ok=True)
-    with _locked(path):
-        with writing(path):
-            for folder in (path, path / "catalog", path / kind.listing, path / "shards"):
-                for leftover in folder.glob(".*.tmp"):
-                    leftover.unlink()
-            if not (path / "store.json").exists():
-                catalog.save(path / kind.listing)
-        listed = open_catalog(path, kind.listing)
-        check_originals(path, listed, catalog, kind.listing)
-        yield listed
+                return  # one of the other kind, or of another version, is refused
+        if not path.is_dir():
+            return
+        if any((path / "shards").glob(f"{kind.images}-*")):
+            raise StoreError(
+                f"{str(path)!r}: has shards, but no store.json, which says what they are; bring back a copy of "
+                "it, or give a new folder."
+            )
+        # What a run that was killed at its very beginning leaves, besides temporary files.
+        others = {entry.name for entry in path.iterdir()} - {kind.listing, "shards"}
+        if foreign := sorted(name for name in others if not name.startswith(".")):
+            raise StoreError(
+                f"{str(path)!r}: is no {kind.name}, but has other files in it ({foreign[0]!r}); "
+                "give an empty or a new folder."
+            )
+
+
+def _begin(kind: Kind, path: Path, catalog: Catalog) -> None:
+    """Clear away what a run that was killed left of the store's own files; list the originals of a new store."""
+    with writing(path):
+        folders = {path, path / "catalog", path / kind.listing}
+        for folder in folders if kind is EDITS else {*folders, path / "shards"}:
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
+        if not (path / "store.json").exists():
+            catalog.save(path / kind.listing)
 
 
 def _finished_shards(kind: Kind, path: Path, count: int) -> dict[int, ShardRecord]:
@@ -256,11 +357,50 @@ def _finished_shards(kind: Kind, path: Path, count: int) -> dict[int, ShardRecor
         if kind.file(number, "json") not in listing:
             continue
         record = ShardRecord.read(kind, path, number)
-        if tuple(listing.get(kind.file(number, ending)) for ending in FILES) == record.sizes:
+        whole = tuple(listing.get(kind.file(number, ending)) for ending in FILES) == record.sizes
+        if whole and (record.rejected is None or file_size(rejected_tar(path, number)) == record.rejected):
             finished[number] = record
         else:
             _log.warning("Shard %d of %r is damaged and will be made anew.", number, str(path))
     return finished
+
+
+class _Tar:
+    """Writes a tar in place of another, whole or not at all."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.size = 0
+        self._hash = hashlib.sha256()
+        with writing(file.parent), ExitStack() as stack:
+            file.parent.mkdir(exist_ok=True)
+            self._stream = stack.enter_context(replacing(file))
+            self._close = stack.pop_all()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Write a file; return where it begins."""
+        self._write(_member_header(name, len(data)))
+        offset = self.size
+        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    def finish(self) -> dict[str, Any]:
+        """Put it in its place; return what a JSON file says of it."""
+        with writing(self.file.parent), self._close:
+            blocks = -(self.size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
+            self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
+        return {"bytes": self.size, "sha256": self._hash.hexdigest()}
+
+    def give_up(self, error: BaseException) -> None:
+        """Leave what was in its place."""
+        with writing(self.file.parent):
+            self._close.__exit__(type(error), error, error.__traceback__)
+
+    def _write(self, data: bytes) -> None:
+        with writing(self.file.parent):
+            self._stream.write(data)
+        self._hash.update(data)
+        self.size += len(data)
 
 
 class _ShardFiles(ABC):
@@ -275,29 +415,34 @@ class _ShardFiles(ABC):
         self._rows: list[tuple[Any, ...]] = []
         self._groups: list[list[str]] = []  # of the .idx, a line each
         self._verdicts: Counter[str] = Counter()
+        self._group_of = -1  # an original
         self._key_of: tuple[int, str] = (-1, "")  # an original and its key
-        self._hash = hashlib.sha256()
-        self._size = 0
 
     def __enter__(self) -> Self:
-        with writing(self._folder), ExitStack() as stack:
-            self._tar = stack.enter_context(replacing(self._folder / self._kind.file(self._number, "tar")))
-            self._close = stack.pop_all()
+        self._tar = _Tar(self._folder / self._kind.file(self._number, "tar"))
         return self
 
     @abstractmethod
     def _content(self) -> dict[str, Any]:
         """What the .json says of the shard besides its number, files and verdicts."""
 
-    def _add_file(self, original: int, extension: str, data: bytes) -> int:
-        """Write a file of an original's group; return where it begins. Those of one group must follow each other."""
+    def _other_files(self) -> dict[str, dict[str, Any]]:
+        """Finish what other files there are; what the .json says of them."""
+        return {}
+
+    def _name(self, original: int, extension: str) -> str:
+        """What a file of an original's group is called in a tar."""
         if original != self._key_of[0]:
             self._key_of = original, _key(self._catalog.encoded_path(original))
+        return f"{self._key_of[1]}.{extension}"
+
+    def _add_file(self, original: int, extension: str, data: bytes) -> int:
+        """Write a file of an original's group; return where it begins. Those of one group must follow each other."""
+        if original != self._group_of:
+            self._group_of = original
             self._groups.append([])
-        name = f"{self._key_of[1]}.{extension}"
-        self._write(_member_header(name, len(data)))
-        offset = self._size
-        self._write(data + bytes(-len(data) % tarfile.BLOCKSIZE))
+        name = self._name(original, extension)
+        offset = self._tar.add(name, data)
         self._groups[-1].append(f"{extension} {offset} {len(data)} {name}")
         return offset
 
@@ -308,18 +453,16 @@ class _ShardFiles(ABC):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None and len(self._rows) != self._length:
+            error = StoreError(f"shard {self._number} needs {self._length} {self._kind.images}, got {len(self._rows)}.")
+            self._give_up(error)
+            raise error
+        if error is not None:
+            self._give_up(error)
+            return
+        files = self._other_files()
+        files["tar"] = self._tar.finish()
         with writing(self._folder):
-            if error is not None:
-                self._close.__exit__(kind, error, trace)
-                return
-            with self._close:
-                if len(self._rows) != self._length:
-                    raise StoreError(
-                        f"shard {self._number} needs {self._length} {self._kind.images}, got {len(self._rows)}."
-                    )
-                blocks = -(self._size + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE
-                self._write(bytes(2 * tarfile.BLOCKSIZE + blocks))
-            files: dict[str, dict[str, Any]] = {"tar": {"bytes": self._size, "sha256": self._hash.hexdigest()}}
             lines = [f"v1.2 {len(self._groups)}", *map(" ".join, self._groups), ""]
             idx, npy = (self._folder / self._kind.file(self._number, ending) for ending in ("idx", "npy"))
             files["idx"] = write_data(idx, "\n".join(lines).encode("ascii"))
@@ -328,15 +471,12 @@ class _ShardFiles(ABC):
                 "shard": self._number,
                 **self._content(),
                 "files": files,
-                "verdicts": {name: self._verdicts[name] for name in VERDICTS},
+                "verdicts": {name: self._verdicts[name] for name in VERDICTS if self._verdicts[name]},
             }
             write_json(self._folder / self._kind.file(self._number, "json"), SHARD, content)
 
-    def _write(self, data: bytes) -> None:
-        with writing(self._folder):
-            self._tar.write(data)
-        self._hash.update(data)
-        self._size += len(data)
+    def _give_up(self, error: BaseException) -> None:
+        self._tar.give_up(error)
 
 
 class ShardWriter(_ShardFiles):
@@ -355,6 +495,8 @@ class ShardWriter(_ShardFiles):
         super().__init__(EDITS, store, catalog, shard.number, len(shard))
         self._header = Header.read(store)
         self._shard = shard
+        self._rejected_file = rejected_tar(store, shard.number)
+        self._rejected: _Tar | None = None
 
     def add(
         self,
@@ -369,13 +511,33 @@ class ShardWriter(_ShardFiles):
         verdict: str = VERDICTS[0],
         score: float = math.nan,
     ) -> None:
-        """Write one edit; without `jpeg` its verdict alone. Edits of one original must follow each other."""
+        """Write one edit; without `jpeg` its verdict alone. Edits of one original must follow each other.
+
+        What was not accepted goes into a tar of its own, where no training looks.
+        """
         offset = length = 0
         if jpeg is not None:
-            offset = self._add_file(original, f"{self._header.slugs[prompt]}.{variant}.jpg", jpeg)
+            extension = f"{self._header.slugs[prompt]}.{variant}.jpg"
             length = len(jpeg)
+            if verdict == VERDICTS[0]:
+                offset = self._add_file(original, extension, jpeg)
+            else:
+                self._rejected = self._rejected or _Tar(self._rejected_file)
+                offset = self._rejected.add(self._name(original, extension), jpeg)
         code = VERDICTS.index(verdict)
         self._add_row(original, prompt, variant, seed, offset, length, height, width, code, score, verdict=verdict)
+
+    def _other_files(self) -> dict[str, dict[str, Any]]:
+        if self._rejected is not None:
+            return {"rejected": self._rejected.finish()}
+        with writing(self._folder):
+            self._rejected_file.unlink(missing_ok=True)  # of an earlier try
+        return {}
+
+    def _give_up(self, error: BaseException) -> None:
+        super()._give_up(error)
+        if self._rejected is not None:
+            self._rejected.give_up(error)
 
     def _content(self) -> dict[str, Any]:
         shard = self._shard
@@ -436,26 +598,82 @@ def _check_settings(store: Path, stored: Settings, asked: Settings) -> None:
         )
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. The system lets go of it when the process ends, however that comes about."""
-    import fcntl  # not on every system, and only writers need it
+_BYTES = 2**40  # of the lock file that stand for the parts of a store; it need not be that long
 
+
+class _Lock:
+    """A store's lock file: one byte for whoever changes what all share, and a stretch of bytes for each part.
+
+    Stretches of parts that may share shards overlap. The system lets go of them when a process ends, however that comes
+    about, and no clock is asked. Locks are of the open file, so two runs of one process exclude each other too.
+    """
+
+    def __init__(self, folder: Path, descriptor: int) -> None:
+        self._folder = folder
+        self._descriptor = descriptor
+
+    @contextmanager
+    def ordering(self) -> Iterator[None]:
+        """Wait until no other run changes what all share: store.json, the catalog, the index."""
+        import fcntl  # not on every system, and only writers need it
+
+        with writing(self._folder):
+            self._call(fcntl.F_OFD_SETLKW, fcntl.F_WRLCK, 0, 1)
+        try:
+            yield
+        finally:
+            self._call(fcntl.F_OFD_SETLK, fcntl.F_UNLCK, 0, 1)
+
+    @contextmanager
+    def held(self, part: Part) -> Iterator[None]:
+        """Hold a part. Raises StoreError if another run holds one that overlaps."""
+        import fcntl
+
+        share = part.stretch(_BYTES)
+        with writing(self._folder), self.ordering():
+            try:
+                self._call(fcntl.F_OFD_SETLK, fcntl.F_WRLCK, 1 + share.start, len(share))
+            except (BlockingIOError, PermissionError) as error:
+                holders = "; ".join(self._holders().values()) or "another process"
+                raise StoreError(
+                    f"{str(self._folder)!r}: {holders} is writing to this store, part {part} of it or one that "
+                    "overlaps; wait for it to end, or stop it."
+                ) from error
+            # A run that was killed left its line; whoever has the whole store knows that there is no other.
+            others = {} if part == WHOLE else self._holders()
+            self._note({**others, str(part): f"process {os.getpid()} on {os.uname().nodename} (part {part})"})
+        try:
+            yield
+        finally:
+            with suppress(OSError), self.ordering():
+                self._note({name: line for name, line in self._holders().items() if name != str(part)})
+
+    def _holders(self) -> dict[str, str]:
+        """Part to who said that they work on it."""
+        lines = os.pread(self._descriptor, 2**16, 0).decode("ascii", "replace").splitlines()
+        return {line.rpartition("(part ")[2].rstrip(")"): line for line in lines}
+
+    def _note(self, holders: Mapping[str, str]) -> None:
+        with suppress(OSError):  # a full disk; the lock holds all the same
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, "".join(f"{line}\n" for line in holders.values()).encode("ascii", "replace"), 0)
+
+    def _call(self, command: int, kind: int, start: int, length: int) -> None:
+        import fcntl
+
+        # struct flock: type, whence, start, length, process (of which such locks have none)
+        fcntl.fcntl(self._descriptor, command, struct.pack("hhqqi4x", kind, os.SEEK_SET, start, length, 0))
+
+
+@contextmanager
+def _locked(kind: Kind, folder: Path, part: Part) -> Iterator[_Lock]:
+    """Hold a part of a store, which is begun if it is not there."""
+    _check_folder(kind, folder)
     with writing(folder), ExitStack() as stack:
+        (folder / "shards").mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
         stack.callback(os.close, descriptor)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.read(descriptor, 200).decode("ascii", "replace") or "another process"
-            raise StoreError(
-                f"{str(folder)!r}: {holder} is writing to this store; wait for it to end, or stop it."
-            ) from error
-        with suppress(OSError):  # a full disk; the lock holds all the same
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode("ascii", "replace"), 0)
         closing = stack.pop_all()
-    with closing:
-        yield
-        with suppress(OSError):
-            os.ftruncate(descriptor, 0)
+    lock = _Lock(folder, descriptor)
+    with closing, lock.held(part):
+        yield lock
