@@ -116,7 +116,7 @@ def test_prompts_are_embedded_once_a_run_and_images_once_a_call(tiny_model: Path
     def count(name: str) -> Any:
         return lambda module, args, output: seen.__setitem__(name, seen[name] + len(args[0]))
 
-    editor._pipeline.text_encoder.text_model.register_forward_hook(lambda *_: seen.__setitem__("text", 1))
+    editor._pipeline.text_encoder.register_forward_hook(lambda *_: seen.__setitem__("text", 1))
     editor._pipeline.vae.encoder.register_forward_hook(count("image"))
     editor._pipeline.unet.register_forward_hook(count("denoised"))
     editor.edit(images, tasks())

@@ -6,6 +6,7 @@ No weights can be fetched where the tests run. These are real pipelines of diffu
 
 import json
 import string
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ import torch
 
 def build_instruct_pix2pix(folder: Path, *, sdxl: bool = False) -> Path:
     """Save a tiny one; about 8 MB."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' own
+        return _build(folder, sdxl=sdxl)
+
+
+def _build(folder: Path, *, sdxl: bool) -> Path:
     import diffusers
     import transformers
 

@@ -11,6 +11,7 @@ import hashlib
 import inspect
 import json
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -355,7 +356,10 @@ def _quiet(diffusers: Any) -> Iterator[None]:
         for module, _ in loggers:
             module.set_verbosity_error()
             module.disable_progress_bar()
-        yield
+        with warnings.catch_warnings():
+            for category in (DeprecationWarning, FutureWarning):  # of one library about another
+                warnings.simplefilter("ignore", category)
+            yield
     finally:
         for (module, _), level in zip(loggers, before, strict=True):
             module.set_verbosity(level)

@@ -84,9 +84,12 @@ class _Actor:
     """Does jobs one after another in a process of the cluster."""
 
     def __init__(self, start: Callable[[str], Callable[[Any], Iterable[Any]]], device: str) -> None:
-        self._work = start(device)
+        self._start, self._device = start, device
+        self._work: Callable[[Any], Iterable[Any]] | None = None
 
     def do(self, job: Any) -> Iterator[Any]:
+        # What goes wrong in making a worker is an error of a job: one in here would pass for an actor that died.
+        self._work = self._work or self._start(self._device)
         yield from self._work(job)
 
 
@@ -152,10 +155,7 @@ class _Run:
             self._begin(actor)
             return
         except ray.exceptions.RayActorError as error:
-            cause = error.__cause__
             del self._at[stream]
-            if (raised := _raised(ray, error)) is not None:  # by what makes a worker
-                raise raised from cause
             if attempt >= self._attempts:
                 raise WorkerError(f"an actor of Ray died {attempt} times over the same job, {job}: {error}") from error
             _log.warning("An actor of Ray died; its job is begun again in a new one. %s", str(error).splitlines()[0])
@@ -163,19 +163,9 @@ class _Run:
             self._begin(self._class.remote(self._start, self._device))
             return
         except ray.exceptions.RayTaskError as error:
-            raised = _raised(ray, error)
-            raise raised if raised is not None else error from None
+            # Ours as they were raised; others say where in the actor it was.
+            raise error.cause if isinstance(error.cause, DiffuseMixError) else error from None
         yield report
-
-
-def _raised(ray: Any, error: BaseException) -> DiffuseMixError | None:
-    """The error of ours that Ray wrapped."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, DiffuseMixError):
-        return cause
-    if isinstance(cause, ray.exceptions.RayTaskError):
-        return _raised(ray, cause)
-    return error if isinstance(error, DiffuseMixError) else None
 
 
 def _ray() -> Any:
