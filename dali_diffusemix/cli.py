@@ -528,6 +528,113 @@ def _engine(
     return LocalEngine([devices[place % len(devices)] for place in range(workers or len(devices))])
 
 
+@main.command("verify")
+@click.argument("store", type=_PATH)
+@click.option("--quick", is_flag=True, help="Hash the files, but decode no image.")
+@click.option("--discard", is_flag=True, help="Have damaged shards made anew by the next run.")
+@click.option("--workers", type=int, metavar="N", help="Threads.  [default: the cores]")
+@_json_option
+def verify_command(store: Path, quick: bool, discard: bool, workers: int | None, as_json: bool) -> None:
+    """Hash and decode all of STORE, edits or packed originals, and say what is wrong.
+
+    Nothing is changed without --discard; what that takes away is made anew by `generate` or `pack`.
+    The exit code is 1 if something is wrong.
+
+    \b
+    Example:
+      dali-diffusemix verify cache/edits
+    """
+    from dali_diffusemix.verify import discard as discard_damaged
+    from dali_diffusemix.verify import verify
+
+    display = _Display(as_json)
+    with display.progress("Verifying", "shards") as progress:
+        found = verify(store, decoding=not quick, workers=workers, progress=progress)
+    display.line(f"{found.shards} shards, {found.images} images, {found.bytes / 1e6:.1f} MB")
+    if found.missing:
+        display.line(f"{found.missing} shards are not finished; the command that makes them does the rest")
+    _list(display, (str(problem) for problem in found.problems))
+    if found.damaged and discard:
+        discard_damaged(store, found)
+        display.line(f"{len(found.damaged)} damaged shards discarded; run the command again that made them")
+    elif found.damaged:
+        display.line(f"{len(found.damaged)} shards are damaged; --discard has them made anew")
+    elif not found.problems:
+        display.line("nothing is wrong")
+    display.result(
+        {
+            "store": str(store),
+            "shards": found.shards,
+            "missing": found.missing,
+            "images": found.images,
+            "bytes": found.bytes,
+            "damaged": list(found.damaged),
+            "problems": [{"shard": one.shard, "file": one.file, "what": one.what} for one in found.problems],
+        }
+    )
+    if found.problems:
+        click.get_current_context().exit(1)
+
+
+@main.command("report")
+@click.argument("store", type=_PATH)
+@click.option("--out", type=_PATH, default="report", show_default=True, metavar="DIR", help="Where to write.")
+@click.option("--root", type=_PATH, metavar="DIR", help="The originals.  [default: where they were]")
+@click.option("--most", default=10_000, show_default=True, metavar="N", help="Edits shown at most.")
+@_json_option
+def report_command(store: Path, out: Path, root: Path | None, most: int, as_json: bool) -> None:
+    """Write a gallery of the edits in STORE: pages that open from disk, in any browser.
+
+    Originals beside their edits, verdicts, scores, settings and cost, to be filtered by class, prompt
+    and verdict.
+
+    \b
+    Example:
+      dali-diffusemix report cache/edits --out report
+    """
+    from dali_diffusemix.report import write_report
+
+    display = _Display(as_json)
+    with display.progress("Drawing", "edits") as progress:
+        report = write_report(store, out, root=root, most=most, progress=progress)
+    shown = f"{report.edits} of " if report.edits < report.of else ""
+    display.line(f"{shown}{report.of} edits in {report.page}")
+    display.result({"page": str(report.page), "edits": report.edits, "of": report.of, "originals": report.originals})
+
+
+@main.command("export")
+@click.argument("root", type=_PATH)
+@click.argument("store", type=_PATH)
+@click.argument("out", type=_PATH)
+@click.option("--mixed", is_flag=True, help="Mix originals and edits as the released code does, once and for all.")
+@click.option("--fractals", type=_PATH, metavar="FILE", help="The fractal bank, for --mixed.")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side of a mixed image.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same mixed images.")
+@click.option("--quality", default=95, show_default=True, metavar="N", help="Of the mixed JPEG files.")
+@_json_option
+def export_command(root: Path, store: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the images of ROOT and their edits in STORE to OUT as an ImageFolder, for other loaders.
+
+    Each edit lies beside its original, in the folder of its class. With --mixed each is mixed with its
+    original and a fractal instead: the same in every epoch, unlike what this package's loader does.
+
+    \b
+    Example:
+      dali-diffusemix export data/train cache/edits exported
+    """
+    from dali_diffusemix.export import export
+
+    display = _Display(as_json)
+    with display.progress("Exporting", "images") as progress:
+        exported = export(root, store, out, progress=progress, **options)
+    display.line(f"{exported.originals} originals and {exported.edits} {exported.kind} in {out}")
+    if exported.left_out:
+        display.line(f"{exported.left_out} left out: they could not be decoded")
+    display.result(
+        {"out": str(out), "originals": exported.originals, "edits": exported.edits, "left_out": exported.left_out}
+    )
+
+
 @main.command("pack")
 @click.argument("root", type=_PATH)
 @click.argument("store", type=_PATH)

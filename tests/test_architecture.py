@@ -17,9 +17,9 @@ LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
     1: ("philox", "native", "quality", "catalog", "pixels", "reading", "remote", "gpu", "editors", "engines"),
     2: ("plan", "store", "fractals"),
-    3: ("mixing", "generate", "pack", "pipeline"),
+    3: ("mixing", "generate", "pack", "verify", "pipeline"),
     4: ("quarantine", "dataset"),
-    5: ("samplers", "loader", "fn", "preview", "report", "bench"),
+    5: ("samplers", "loader", "fn", "preview", "report", "export", "bench"),
     6: ("integrations", "demo", "cli"),
 }
 RANK = {name: (level, place) for level, names in LEVELS.items() for place, name in enumerate(names)}

@@ -37,7 +37,7 @@ from dali_diffusemix.store.layout import (
     Shard,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.reading import EditStore, OriginalStore
+from dali_diffusemix.store.reading import EditStore, OriginalStore, ShardFiles, index_is_current, shard_files
 from dali_diffusemix.store.writing import OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
 
 __all__ = [
@@ -53,7 +53,10 @@ __all__ = [
     "OriginalStoreWriter",
     "Part",
     "Shard",
+    "ShardFiles",
     "ShardWriter",
     "StoreWriter",
     "UnfinishedStoreWarning",
+    "index_is_current",
+    "shard_files",
 ]

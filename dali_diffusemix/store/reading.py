@@ -70,6 +70,7 @@ class EditStore:
         self.mirror = mirror
         self.settings = header.settings
         self.prompts = header.prompts
+        self._slugs = header.slugs
         self.catalog = catalog
         self.index = tables.index
         self.starts = tables.starts
@@ -150,6 +151,10 @@ class EditStore:
     def prompt_of(self, edit: int) -> str:
         """The prompt that an edit was made under, without the template."""
         return self.prompts[int(self.index["prompt"][edit])]
+
+    def slug_of(self, edit: int) -> str:
+        """The prompt of an edit as it is in the names of files."""
+        return self._slugs[int(self.index["prompt"][edit])]
 
     def extents(self, edits: NDArray[np.int64]) -> list[Extent | DecodeError]:
         """Where the JPEG files of these edits, (n,), are; of a shard that has gone or was changed the error.
@@ -383,6 +388,84 @@ class OriginalStore:
 def _reopen_originals(path: str | Path, order: Catalog | None) -> OriginalStore:
     store = OriginalStore.open(path)
     return store if order is None else store.in_order_of(order)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFiles:
+    """A finished shard of either kind of store, as its .json describes it."""
+
+    number: int
+    json: Path
+    error: str | None  # what is wrong with the .json; then the rest is empty
+    files: Mapping[str, Path]  # ending, or "rejected", to its file
+    sizes: Mapping[str, int]  # that each must have
+    hashes: Mapping[str, str]  # SHA-256 that each must have
+    verdicts: Mapping[str, int]
+    kind: Kind
+
+    def rows(self) -> NDArray[np.void]:
+        """(n,) SHARD_ROW or ORIGINAL_SHARD_ROW. Raises StoreError."""
+        return load(self.kind, self.files["npy"], self.kind.shard_row, sum(self.verdicts.values()))
+
+
+def _kind_of(path: Path) -> Kind:
+    """Which kind of store a folder is. Raises StoreError if it is neither."""
+    try:
+        with stored_header(ORIGINALS, path):
+            return ORIGINALS
+    except StoreError:
+        with stored_header(EDITS, path):
+            return EDITS
+
+
+def shard_files(path: Path) -> tuple[list[ShardFiles], int]:
+    """The finished shards of a store of either kind, by number, and how many there will be. Raises StoreError."""
+    kind = _kind_of(path)
+    header = OriginalHeader.read(path) if kind is ORIGINALS else Header.read(path)
+    listing, shards = list_shards(path), []
+    for number in range(header.shard_count):
+        if kind.file(number, "json") not in listing:
+            continue
+        files = {ending: path / "shards" / kind.file(number, ending) for ending in FILES}
+        what: str | None = None
+        sizes: dict[str, int] = {}
+        record: ShardRecord | None = None
+        try:
+            record = ShardRecord.read(kind, path, number)
+            sizes = dict(zip(FILES, record.sizes, strict=True))
+            if record.rejected is not None:
+                files["rejected"], sizes["rejected"] = rejected_tar(path, number), record.rejected
+        except StoreError as error:
+            what = str(error)
+        shards.append(
+            ShardFiles(
+                number=number,
+                json=path / "shards" / kind.file(number, "json"),
+                error=what,
+                files=files,
+                sizes=sizes,
+                hashes={} if record is None else record.hashes,
+                verdicts={} if record is None else record.verdicts,
+                kind=kind,
+            )
+        )
+    return shards, header.shard_count
+
+
+def index_is_current(path: Path) -> bool:
+    """Whether a store's index, as a reader takes it, is that of its shards. Raises StoreError: it cannot be opened."""
+    kind = _kind_of(path)
+    store = OriginalStore.open(path) if kind is ORIGINALS else EditStore.open(path)
+    records = {shard.number: ShardRecord.read(kind, path, shard.number) for shard in shard_files(path)[0]}
+    if isinstance(store, OriginalStore):
+        listed = open_catalog(path, ORIGINALS.listing)
+        return bool(np.array_equal(store.index, gather(kind, path, records, len(listed))))
+    tables = derive(path, records, len(store.catalog))
+    same = len(store.index) == len(tables.index) and all(
+        np.array_equal(store.index[name], tables.index[name], equal_nan=name == "score")
+        for name in INDEX_ROW.names or ()
+    )
+    return same and bool(np.array_equal(store.starts, tables.starts))
 
 
 @dataclass(frozen=True, kw_only=True)

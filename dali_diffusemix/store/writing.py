@@ -162,11 +162,6 @@ class StoreWriter:
             with writing(self.path):
                 if header != self._header or not (self.path / "store.json").exists():
                     header.write(self.path)
-                mine = {EDITS.shard(shard.number) for shard in self._shards(header)}
-                for folder in (self.path / "shards", self.path / REJECTED):
-                    for leftover in folder.glob(".*.tmp"):
-                        if leftover.name[1:].split(".")[0] in mine:
-                            leftover.unlink(missing_ok=True)
             self._header = header
 
     @property
@@ -341,8 +336,7 @@ def _check_folder(kind: Kind, path: Path) -> None:
 def _begin(kind: Kind, path: Path, catalog: Catalog) -> None:
     """Clear away what a run that was killed left of the store's own files; list the originals of a new store."""
     with writing(path):
-        folders = {path, path / "catalog", path / kind.listing}
-        for folder in folders if kind is EDITS else {*folders, path / "shards"}:
+        for folder in {path, path / "catalog", path / kind.listing}:
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         if not (path / "store.json").exists():
@@ -419,6 +413,10 @@ class _ShardFiles(ABC):
         self._key_of: tuple[int, str] = (-1, "")  # an original and its key
 
     def __enter__(self) -> Self:
+        with writing(self._folder):
+            for folder in (self._folder, self._folder.with_name(REJECTED)):
+                for leftover in folder.glob(f".{self._kind.shard(self._number)}.*.tmp"):
+                    leftover.unlink(missing_ok=True)  # of a process that was killed
         self._tar = _Tar(self._folder / self._kind.file(self._number, "tar"))
         return self
 

@@ -114,42 +114,29 @@ def test_killed_ten_times_the_store_is_the_same(
     measured: Measured,
 ) -> None:
     store, rng = tmp_path / "killed", random.Random(engine)
-    begin = time.monotonic()
-    with subprocess.Popen(command(tmp_path / "timed", engine), stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None
-        run.stdout.readline()
-        loaded = time.monotonic() - begin
-        run.communicate()
-        lasts = time.monotonic() - begin - loaded
     before: dict[str, tuple[int, int]] = {}
-    moments, kills, reported = [], 0, 0
-    while kills < KILLS:
-        moment = rng.uniform(0, 2.2 * lasts / KILLS)
+    moments = []
+    for kill in range(KILLS):
         with subprocess.Popen(command(store, engine), stdout=subprocess.PIPE, text=True) as run:
             assert run.stdout is not None
-            if kills:  # the first at any moment of its beginning
+            lines = rng.randint(1, 5) if kill else 0
+            for _ in range(lines):  # a batch each, but for the first
                 run.stdout.readline()
-            try:
-                run.wait(moment + (rng.uniform(0, loaded) if not kills else 0))
-            except subprocess.TimeoutExpired:
-                run.kill()
-                kills += 1
-            assert run.returncode != 0 or run.wait() == 0
-            moments.append(round(moment, 3))
-            if run.wait() == 0:
-                raise AssertionError(f"the run ended before it was killed {KILLS} times: {moments}")
-            lines = run.stdout.read().split("\n")
-            reported += sum(line.endswith(f" {EDITS}") for line in lines)
+            moment = rng.uniform(0, 0.15 if lines else 4)  # within a batch; or while it begins
+            time.sleep(moment)
+            run.kill()
+        assert run.returncode == -signal.SIGKILL
+        moments.append((lines, round(moment, 3)))
         now = finished(store)
         assert before.items() <= now.items()  # nothing that was finished was made again
         before = now
     done = subprocess.run(command(store, engine), stdout=subprocess.PIPE, text=True, check=True)
     last = int(done.stdout.splitlines()[-1])
-    assert before.items() <= finished(store).items()
+    assert before and before.items() <= finished(store).items()
     per_shard = EDITS // (len(whole_shards := [name for name in whole if name.endswith(".json") and "edits-" in name]))
     assert last == EDITS - per_shard * len(before)  # exactly what was missing
     assert content(store) == whole
-    measured(kills=kills, moments_s=moments, shards_before_the_last_run=len(before), shards=len(whole_shards))
+    measured(kills=KILLS, lines_and_seconds=moments, shards_before_the_last_run=len(before), shards=len(whole_shards))
 
 
 def test_on_ray_with_an_actor_killed_the_store_is_the_same(
