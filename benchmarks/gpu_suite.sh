@@ -39,4 +39,11 @@ for batch in ${BATCHES:-64 256}; do
     step "loader-$batch" "$python" benchmarks/bench_loader.py "$images" --device "$device" --batch-size "$batch" \
         --threads "$threads" --rounds "$rounds" --out "$out/loader-$batch.json"
 done
+# Generation, targets: 6x the released way at its 100 steps, 30x with few. Needs diffusers and transformers.
+if "$python" -c 'import diffusers, transformers' 2> /dev/null; then
+    size=--full-size; [ "$device" = cpu ] && size=
+    step generate "$python" benchmarks/bench_generate.py $size --rounds "${GENERATE_ROUNDS:-5}" --out "$out/generate.json"
+else
+    echo "== generate: left out, diffusers or transformers is not installed"
+fi
 exit $worst

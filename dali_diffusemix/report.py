@@ -305,9 +305,9 @@ def _summary(
         "histograms": histograms,
         "runs": {
             "count": len(runs),
-            "seconds": seconds,
-            "edits": made,
-            "hosts": sorted({str(r.get("host")) for r in runs}),
+            "seconds": sum(float(run.get("seconds", 0)) for run in runs),
+            "edits": sum(int(run.get("edits", 0)) for run in runs),
+            "hosts": sorted({str(run.get("host")) for run in runs}),
         },
         "pages": pages,
         "shown": shown,

@@ -26,7 +26,7 @@ from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.store import EditStore
 
 SHARED = Path(__file__).parents[2] / "shared"
-COMMANDS = ("index", "fractals", "generate", "pack", "preview", "bench", "demo")
+COMMANDS = ("index", "fractals", "generate", "verify", "report", "export", "pack", "preview", "bench", "demo")
 PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]
 
 

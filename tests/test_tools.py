@@ -1,13 +1,14 @@
 """verify, report and export; and that other people's readers read our shards."""
 
-import base64
 import io
 import json
 import os
 import shutil
-import subprocess
 import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -107,9 +108,6 @@ def test_a_rejected_edit_is_tried_again_from_other_seeds(root: Path, made: Path,
     generate(root, tmp_path / "again", dataclasses.replace(CONFIG, retry=3))
     once, again = rows_of(made), rows_of(tmp_path / "again")
     kept = once["verdict"] == 0
-    np.testing.assert_array_equal(once[kept], again[kept]) if (
-        again["offset"][kept] == once["offset"][kept]
-    ).all() else None
     np.testing.assert_array_equal(once["seed"][kept], again["seed"][kept])
     tried = np.isin(once["verdict"], [VERDICTS.index("too unlike the original")])
     assert (once["seed"][tried] != again["seed"][tried]).all()
@@ -195,6 +193,7 @@ def test_what_is_no_store(tmp_path: Path) -> None:
 # Others' readers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_webdataset_reads_the_accepted_edits_and_no_others(made: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     edits = EditStore.open(made)
@@ -279,16 +278,12 @@ def test_exported_mixed_it_is_the_released_codes_set(root: Path, made: Path, tmp
 
 # report ---------------------------------------------------------------------------------------------------------------
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PROBE = """
-<script>
-const errors = [];
-addEventListener("error", (event) => errors.push(String(event.message || event.target.src)), true);
-addEventListener("securitypolicyviolation", (event) => errors.push("policy: " + event.blockedURI));
-const wait = (milliseconds) => new Promise((done) => setTimeout(done, milliseconds));
+const [wanted, done] = arguments;
+const wait = (milliseconds) => new Promise((then) => setTimeout(then, milliseconds));
 const shown = () => [...document.querySelectorAll(".thumb")].filter((one) => !one.classList.contains("original"));
 async function all() {
-  for (let turn = 0; turn < 400; turn++) {
+  for (let turn = 0; turn < 600; turn++) {
     const left = [...document.querySelectorAll(".page")].find((page) => page.dataset.shown === undefined);
     if (!left) break;
     left.scrollIntoView();
@@ -302,67 +297,67 @@ async function choose(id, text) {
   select.dispatchEvent(new Event("change"));
   return all();
 }
-async function probe() {
-  const found = { first: shown().length, all: await all() };
+(async () => {
+  const found = { scripts_at_first: document.querySelectorAll("body script[src^=data]").length, all: await all() };
   const sheets = new Set([...document.querySelectorAll(".thumb div")].map((one) => one.style.backgroundImage)
     .filter(Boolean).map((text) => text.slice(5, -2)));
   found.broken = [];
-  for (const url of sheets) await new Promise((done) => {
+  for (const url of sheets) await new Promise((then) => {
     const image = new Image();
-    image.onload = done;
-    image.onerror = () => { found.broken.push(url); done(); };
+    image.onload = then;
+    image.onerror = () => { found.broken.push(url); then(); };
     image.src = url;
   });
   found.sheets = sheets.size;
   found.filtered = {};
-  for (const [id, text] of WANTED) {
+  for (const [id, text] of wanted) {
     found.filtered[`${id} ${text}`] = await choose(id, text);
     await choose(id, "all");
   }
-  found.scripts = document.querySelectorAll("h3 img, option img").length;
+  found.injected = document.querySelectorAll("h3 img, option img, td img, h1 img").length;
   found.facts = document.getElementById("facts").textContent;
-  found.tables = document.querySelectorAll("#tally tr").length;
-  found.errors = errors;
-  const result = document.createElement("pre");
-  result.id = "result";
-  result.textContent = btoa(unescape(encodeURIComponent(JSON.stringify(found))));
-  document.body.append(result);
-}
-addEventListener("load", () => setTimeout(probe, 200));
-</script>
+  done(found);
+})();
 """
 
 
-def browse(page: Path, tmp_path: Path, wanted: list[tuple[str, str]]) -> dict[str, object]:
-    """Open a copy of the page with a script in it that uses it, in a real browser; what the script found."""
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium here")
-    text = page.read_text(encoding="utf-8")
-    probing = page.with_name("probe.html")
-    probing.write_text(text.replace("<header>", PROBE.replace("WANTED", json.dumps(wanted)) + "<header>", 1))
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=60000 --window-size=1280,900 --dump-dom"
-    done = subprocess.run(
-        [CHROMIUM, *flags.split(), f"--user-data-dir={tmp_path / 'chromium'}", probing.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=True,
-    )
-    probing.unlink()
-    _, _, rest = done.stdout.partition('<pre id="result">')
-    assert rest, done.stdout[-2000:] + done.stderr[-2000:]
-    return dict(json.loads(base64.b64decode(rest.partition("<")[0])))
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real Chromium, headless."""
+    webdriver = pytest.importorskip("selenium.webdriver")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    driver = shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("there is no Chromium with its driver here")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
+    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1280,900"]:
+        options.add_argument(f"--{flag}")
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    found.set_script_timeout(120)
+    yield found
+    found.quit()
 
 
-def test_the_gallery_in_a_browser(root: Path, made: Path, tmp_path: Path) -> None:
+def browse(browser: Any, page: Path, wanted: list[tuple[str, str]]) -> dict[str, Any]:
+    """Open the page, scroll through all of it, use its filters; what there was to see."""
+    browser.get(page.as_uri())
+    begin = time.monotonic()
+    found = dict(browser.execute_async_script(PROBE, wanted))
+    return {**found, "seconds": time.monotonic() - begin, "console": browser.get_log("browser")}
+
+
+def test_the_gallery_in_a_browser(made: Path, tmp_path: Path, browser: Any) -> None:
     report = write_report(made, tmp_path / "report")
     rows = rows_of(made)
     edits = EditStore.open(made)
     wanted = [("class", "ants"), ("class", NASTY), ("prompt", "mosaic"), ("verdict", "rejected by quality"),
               ("verdict", "denied")]  # fmt: skip
-    found = browse(report.page, tmp_path, wanted)
-    assert found["errors"] == [] and found["broken"] == [] and found["scripts"] == 0
+    found = browse(browser, report.page, wanted)
+    assert found["console"] == [] and found["broken"] == [] and found["injected"] == 0
     assert found["all"] == len(rows) == report.edits == report.of == 30
     labels = edits.catalog.labels[rows["original"]]
     names = [VERDICTS[place] for place in rows["verdict"]]
@@ -384,7 +379,7 @@ def test_a_gallery_loads_nothing_from_elsewhere_and_escapes_names(made: Path, tm
             assert "http://" not in text and "https://" not in text
     assert "<img src=x" not in (tmp_path / "report" / "index.html").read_text()
     again = write_report(made, tmp_path / "report", most=7)
-    assert again.edits == 7 and again.of == 30
+    assert 0 < again.edits <= 7 and again.of == 30  # whole originals
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     assert "new or empty folder" in run("report", made, "--out", tmp_path / "mine", code=1).stderr

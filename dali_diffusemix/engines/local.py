@@ -26,6 +26,7 @@ __all__ = ["LocalEngine", "default_devices"]
 
 _log = logging.getLogger(__name__)
 
+_PATIENCE = 10.0  # seconds that a worker has to end by itself, when all is done
 _ROOT = "dali_diffusemix"  # the logger whose records workers send
 
 
@@ -165,7 +166,11 @@ class _Worker:
             )
         return f"exit code {code}"
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+            self.process.join(_PATIENCE)
         self.pipe.close()
         self.process.kill()
         self.process.join()
@@ -217,7 +222,9 @@ def _work(pipe: Connection, start: Callable[[str], Callable[[Any], Iterable[Any]
         work = start(device)
         while True:
             come.acquire()
-            for report in work(jobs.popleft()):
+            if (job := jobs.popleft()) is None:
+                return
+            for report in work(job):
                 send("report", report)
             send("done")
     except BaseException as error:

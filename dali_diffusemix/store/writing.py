@@ -146,7 +146,7 @@ class StoreWriter:
         """
         with self._lock.ordering():
             self._header = Header.read(self.path) if (self.path / "store.json").exists() else self._header
-            for prompt in set(prompts) & set(self._header.prompts):
+            for prompt in [one for one in self._header.prompts if one in prompts]:
                 before, now = self._header.denied.get(prompt, ()), tuple(denied.get(prompt, ()))
                 if before != now:
                     raise StoreError(
