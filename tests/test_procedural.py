@@ -15,7 +15,7 @@ from PIL import Image
 from skimage import data
 
 from dali_diffusemix.editors import PROMPTS, Editor, EditTask
-from dali_diffusemix.editors.procedural import ProceduralEditor
+from dali_diffusemix.editors.procedural import ProceduralConfig, ProceduralEditor
 from dali_diffusemix.errors import ConfigError, DataError
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -62,7 +62,7 @@ def correlation(one: Plane, other: Plane) -> float:
 def test_it_is_an_editor_and_says_that_it_is_no_diffusion_model() -> None:
     editor: Editor = ProceduralEditor()
     assert editor.edit([], []) == []
-    recorded = ProceduralEditor().settings
+    recorded = ProceduralConfig().settings()
     assert recorded["editor"] == "procedural"
     assert "not diffusion" in str(recorded["model"])
     assert "not diffusion" in (ProceduralEditor.__doc__ or "")

@@ -407,7 +407,7 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     build(tmp_path, originals(10))
     before = content(tmp_path)
-    for name in (".store.json.tmp", "catalog/.labels.npy.1f.tmp", "shards/.edits-000001.tar.tmp"):
+    for name in (".store.json.1f.tmp", "catalog/.labels.npy.1f.tmp", "shards/.edits-000001.tar.1f.tmp"):
         (tmp_path / name).write_bytes(b"half")
     build(tmp_path, originals(10))
     assert content(tmp_path) == before

@@ -93,7 +93,7 @@ class StoreWriter:
             writer = cls()
             writer.path, writer._part, writer._lock = path, part, lock
             with lock.ordering():
-                _begin(EDITS, path, catalog)
+                _begin(EDITS, path, catalog, alone=part == WHOLE)
                 if (path / "store.json").exists():
                     writer._header = Header.read(path)
                     _check_settings(path, writer._header.settings, settings)
@@ -247,7 +247,7 @@ class OriginalStoreWriter:
         """
         path = _local_folder(path)
         with _locked(ORIGINALS, path, WHOLE):
-            _begin(ORIGINALS, path, catalog)
+            _begin(ORIGINALS, path, catalog, alone=True)
             listed = open_catalog(path, ORIGINALS.listing)
             check_originals(path, listed, catalog, ORIGINALS.listing)
             writer = cls()
@@ -333,10 +333,12 @@ def _check_folder(kind: Kind, path: Path) -> None:
             )
 
 
-def _begin(kind: Kind, path: Path, catalog: Catalog) -> None:
+def _begin(kind: Kind, path: Path, catalog: Catalog, *, alone: bool) -> None:
     """Clear away what a run that was killed left of the store's own files; list the originals of a new store."""
     with writing(path):
-        for folder in {path, path / "catalog", path / kind.listing}:
+        # Those of shards may be another part's, at work; each is cleared away when its shard is made.
+        of_shards = [path / "shards", path / REJECTED] if alone else []
+        for folder in {path, path / "catalog", path / kind.listing, *of_shards}:
             for leftover in folder.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
         if not (path / "store.json").exists():
