@@ -5,13 +5,12 @@ import json
 import os
 import shutil
 import tarfile
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from browsing import browse
 from click.testing import CliRunner, Result
 from material import encoded, photograph
 from PIL import Image
@@ -277,77 +276,6 @@ def test_exported_mixed_it_is_the_released_codes_set(root: Path, made: Path, tmp
 
 
 # report ---------------------------------------------------------------------------------------------------------------
-
-PROBE = """
-const [wanted, done] = arguments;
-const wait = (milliseconds) => new Promise((then) => setTimeout(then, milliseconds));
-const shown = () => [...document.querySelectorAll(".thumb")].filter((one) => !one.classList.contains("original"));
-async function all() {
-  for (let turn = 0; turn < 600; turn++) {
-    const left = [...document.querySelectorAll(".page")].find((page) => page.dataset.shown === undefined);
-    if (!left) break;
-    left.scrollIntoView();
-    await wait(25);
-  }
-  return shown().length;
-}
-async function choose(id, text) {
-  const select = document.getElementById(id);
-  select.value = [...select.options].find((option) => option.text === text).value;
-  select.dispatchEvent(new Event("change"));
-  return all();
-}
-(async () => {
-  const found = { scripts_at_first: document.querySelectorAll("body script[src^=data]").length, all: await all() };
-  const sheets = new Set([...document.querySelectorAll(".thumb div")].map((one) => one.style.backgroundImage)
-    .filter(Boolean).map((text) => text.slice(5, -2)));
-  found.broken = [];
-  for (const url of sheets) await new Promise((then) => {
-    const image = new Image();
-    image.onload = then;
-    image.onerror = () => { found.broken.push(url); then(); };
-    image.src = url;
-  });
-  found.sheets = sheets.size;
-  found.filtered = {};
-  for (const [id, text] of wanted) {
-    found.filtered[`${id} ${text}`] = await choose(id, text);
-    await choose(id, "all");
-  }
-  found.injected = document.querySelectorAll("h3 img, option img, td img, h1 img").length;
-  found.facts = document.getElementById("facts").textContent;
-  done(found);
-})();
-"""
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A real Chromium, headless."""
-    webdriver = pytest.importorskip("selenium.webdriver")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("there is no Chromium with its driver here")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-    for flag in [*flags.split(), "disable-component-update", "disable-sync", "window-size=1280,900"]:
-        options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    found = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    found.set_script_timeout(120)
-    yield found
-    found.quit()
-
-
-def browse(browser: Any, page: Path, wanted: list[tuple[str, str]]) -> dict[str, Any]:
-    """Open the page, scroll through all of it, use its filters; what there was to see."""
-    browser.get(page.as_uri())
-    begin = time.monotonic()
-    found = dict(browser.execute_async_script(PROBE, wanted))
-    return {**found, "seconds": time.monotonic() - begin, "console": browser.get_log("browser")}
 
 
 def test_the_gallery_in_a_browser(made: Path, tmp_path: Path, browser: Any) -> None:

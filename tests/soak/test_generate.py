@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browsing import browse
 from material import encoded, photograph
 
 from dali_diffusemix.catalog import Catalog, index
+from dali_diffusemix.editors import PROMPTS as PROCEDURAL
 from dali_diffusemix.editors.diffusers import DiffusersConfig
+from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.report import write_report
 from dali_diffusemix.store import EditStore
 
 EDITS = int(os.environ.get("DALI_DIFFUSEMIX_SOAK_EDITS", "200"))
@@ -186,7 +190,9 @@ def actors_of(process: int) -> list[int]:
 PEAK = """
 import json, resource, sys
 from dali_diffusemix.catalog import Catalog
+from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.report import write_report
 root, store, catalog = sys.argv[1:]
 summary = generate(root, store, GenerateConfig(prompts=("autumn",), size=256), catalog=Catalog.open(catalog))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -237,3 +243,34 @@ def test_five_thousand_procedural_edits(tmp_path: Path, measured: Measured) -> N
     assert summary["made"] == 5000
     assert summary["images_per_second"] >= 60
     assert len(EditStore.open(tmp_path / "edits")) == summary["verdicts"]["accepted"]
+
+
+# --- the gallery ------------------------------------------------------------------------------------------------------
+
+
+def test_a_gallery_of_ten_thousand_edits(tmp_path: Path, browser: Any, measured: Measured) -> None:
+    """Opens at once, is filtered, and all of it can be scrolled through, in a real Chromium."""
+    for place in range(1250):
+        file = tmp_path / "train" / f"class{place % 10}" / f"{place}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encoded(photograph(place, 64, 80)))
+    config = GenerateConfig(prompts=PROCEDURAL[:8], size=64)
+    generate(tmp_path / "train", tmp_path / "edits", config, engine=LocalEngine(("cpu", "cpu")))
+    begin = time.monotonic()
+    report = write_report(tmp_path / "edits", tmp_path / "report")
+    written = time.monotonic() - begin
+    begin = time.monotonic()
+    browser.get(report.page.as_uri())
+    opened = time.monotonic() - begin
+    found = browse(browser, report.page, [("class", "class3"), ("prompt", "snowy")])
+    size = sum(file.stat().st_size for file in (tmp_path / "report").rglob("*") if file.is_file())
+    assert found["all"] == report.edits == 10_000
+    assert found["filtered"] == {"class class3": 1000, "prompt snowy": 1250}
+    assert found["console"] == [] and found["broken"] == []
+    assert found["scripts_at_first"] < 5 and opened < 5
+    measured(
+        seconds_to_write=round(written, 1),
+        seconds_to_open=round(opened, 2),
+        seconds_to_scroll_through_all_three_times=round(found["seconds"], 1),
+        megabytes=round(size / 1e6, 1),
+    )
