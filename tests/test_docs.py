@@ -9,10 +9,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 RECORD = "2026-11-23-2cores"
+GENERATION = "2026-11-24-2cores"
 
 
-def results(name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{RECORD}-{name}.json").read_text())
+def results(name: str, of: str = RECORD) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{of}-{name}.json").read_text())
     assert {"processor", "cores", "versions", "commit"} <= set(record["machine"])
     assert not record["machine"]["changed"]
     return dict(record["results"])
@@ -143,3 +144,28 @@ def test_reading_and_the_start() -> None:
     assert f"{start['index']['files_per_second']} files/s" in TEXT
     assert f"{start['index']['minutes_for_1280000']:.1f} minutes" in TEXT
     assert f"{start['start']['seconds']:.2f} s" in TEXT
+
+
+def test_generation() -> None:
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8")
+    found, baseline = results("generate", GENERATION), results("generate", GENERATION)["released"]
+    rows = {
+        "the released way": "released",
+        "`generate`, one process": "generate",
+        "`generate`, two processes": "generate, all",
+        "`generate`, one process, 3 steps of dpm-solver++": "generate, 3 steps",
+    }
+    for title, name in rows.items():
+        made = rate(found, name)
+        assert f"| {title} | {made:.1f} | {made / rate({'': baseline}, ''):.2f}x |" in text
+    assert rate(found, "generate") >= 2 * rate(found, "released")
+
+
+def test_the_calibration() -> None:
+    text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8").replace("\n", " ")
+    found = results("quality", GENERATION)
+    good = [kind for name, kind in found.items() if name.startswith("good")]
+    rejected = sum(kind["edits"] - kind["verdicts"]["accepted"] for kind in good)
+    assert f"of {sum(kind['edits'] for kind in good)} good edits they reject {rejected}" in text
+    assert f"nothing was edited they accept {found['bad: unchanged']['accepted']:.0%}".replace("%", " %") in text
+    assert f"of edits of *another* photograph {found['bad: another']['accepted']:.0%}".replace("%", " %") in text
