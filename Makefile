@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -q
 
-# Ten minutes: kills, damage, memory, a million rows. Leaves a record; SOAK= gives pytest arguments of its own.
+# A quarter of an hour: kills, damage, memory, a million rows, Ray, a browser. Leaves a record; SOAK= gives pytest arguments of its own.
 SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json
 soak: $(INSTALLED)
 	DALI_DIFFUSEMIX_SOAK_RECORD=$(SOAK_RECORD) $(BIN)/python -m pytest -q tests/soak $(SOAK)

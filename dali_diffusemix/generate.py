@@ -34,7 +34,7 @@ from dali_diffusemix.editors import PROMPTS, Editor, EditorConfig, EditTask
 from dali_diffusemix.editors.diffusers import DiffusersConfig
 from dali_diffusemix.editors.procedural import ProceduralConfig
 from dali_diffusemix.engines import Engine
-from dali_diffusemix.engines.local import LocalEngine
+from dali_diffusemix.engines.local import LocalEngine, default_devices
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import RESTARTS, decode, encode
 from dali_diffusemix.remote import is_url
@@ -234,7 +234,8 @@ def generate(
         store: The edit store, a folder outside `root`.
         config: Which edits to make; all defaults unless given.
         catalog: The originals to use, with paths relative to `root`; unless given, `list_originals(root)`.
-        engine: Where the work is done; in this process, on the CPU, unless given.
+        engine: Where the work is done; unless given, on every GPU if the editor wants one and there are any, else in
+            this process.
         part: Which of the shards to make, where several runs share them.
         progress: Called with the edits done, those of earlier runs included, and the edits there will be.
         rejects: Called with prompt to edits that were rejected in this run.
@@ -260,6 +261,9 @@ def generate(
             f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
         )
     originals = list_originals(root) if catalog is None else catalog
+    if engine is None:
+        devices = default_devices(config.editor_config.accelerated)
+        engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
         writer.order(config.prompts, config.variants, config.originals_per_shard, config.denied)
         shards, finished = writer.shards(), writer.done()
@@ -272,7 +276,7 @@ def generate(
         start = partial(_Worker, root, store, replace(config, prompts=writer.prompts, denied=writer.denied))
         rejected: dict[int, Counter[str]] = {}
         try:
-            for report in (engine or LocalEngine()).run(start, missing):
+            for report in engine.run(start, missing):
                 made += report.verdicts.total() - verdicts.get(report.shard, Counter()).total()
                 verdicts[report.shard] = report.verdicts
                 rejected[report.shard] = report.rejected
@@ -310,13 +314,13 @@ def runs_log(store: str | os.PathLike[str]) -> Path:
 
 
 def _note_run(
-    store: Path, root: Path, config: GenerateConfig, engine: Engine | None, part: Part, made: int, seconds: float
+    store: Path, root: Path, config: GenerateConfig, engine: Engine, part: Part, made: int, seconds: float
 ) -> None:
     line = {
         "ended": datetime.now(UTC).isoformat(timespec="seconds"),
         "root": str(root),
         "host": os.uname().nodename,
-        "engine": type(engine or LocalEngine()).__name__,
+        "engine": type(engine).__name__,
         "devices": list(getattr(engine, "devices", ())),
         "part": str(part),
         "batch_size": config.batch_size,
