@@ -101,7 +101,9 @@ class _Display:
 
     def rejects(self, by_prompt: Mapping[str, int]) -> None:
         """Show how many edits were rejected, by prompt, beside the progress."""
-        self._rejects = ", ".join(f"{prompt} {count}" for prompt, count in by_prompt.items() if count)
+        worst = sorted(by_prompt.items(), key=lambda pair: -pair[1])
+        named = ", ".join(f"{prompt} {count}" for prompt, count in worst[:2] if count)
+        self._rejects = f"{sum(by_prompt.values())}, {named}" if named else ""
 
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:

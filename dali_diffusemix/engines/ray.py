@@ -68,7 +68,11 @@ class RayEngine:
         ours = not ray.is_initialized()
         if ours:
             try:
-                ray.init(address=self.address, include_dashboard=None if self.address else False, log_to_driver=True)
+                ray.init(
+                    address=self.address,
+                    include_dashboard=None if self.address else False,
+                    logging_level=logging.WARNING,
+                )
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
                     f"address must be that of a Ray cluster that answers, found {self.address!r}: {error}"
