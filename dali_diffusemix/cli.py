@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -82,6 +82,17 @@ class _Rate(ProgressColumn):
         return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="cyan")
 
 
+class _Bars(Progress):
+    """A bar, and a line below it."""
+
+    note = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.note:
+            yield Text(self.note, style="yellow", no_wrap=True, overflow="ellipsis")
+
+
 class _Display:
     """What a command shows while it runs: a `demo.Display`."""
 
@@ -102,8 +113,7 @@ class _Display:
     def rejects(self, by_prompt: Mapping[str, int]) -> None:
         """Show how many edits were rejected, by prompt, beside the progress."""
         worst = sorted(by_prompt.items(), key=lambda pair: -pair[1])
-        named = ", ".join(f"{prompt} {count}" for prompt, count in worst[:2] if count)
-        self._rejects = f"{sum(by_prompt.values())}, {named}" if named else ""
+        self._rejects = _printable(", ".join(f"{prompt} {count}" for prompt, count in worst if count))
 
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
@@ -122,12 +132,12 @@ class _Display:
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            with Progress(*columns, console=console, transient=True) as bars:
+            with _Bars(*columns, console=console, transient=True) as bars:
                 bar = bars.add_task(what, total=None, unit=unit)
 
                 def show(done: int, total: int) -> None:
-                    rejects = f" (rejected: {self._rejects})" if self._rejects else ""
-                    bars.update(bar, completed=done, total=total, description=_printable(what + rejects))
+                    bars.note = f"rejected: {self._rejects}" if self._rejects else ""
+                    bars.update(bar, completed=done, total=total)
 
                 yield show
 
@@ -150,7 +160,7 @@ class _Lines:
         rate = (done - self._before) / (now - self._begin)
         left = f", {(total - done) / rate:.0f} s left" if rate > 0 else ""
         rejects = self._rejects()
-        rejected = f"; rejected: {_printable(rejects)}" if rejects else ""
+        rejected = f"; rejected: {rejects}" if rejects else ""
         self._console.print(f"{self._what}: {done} of {total}, {rate:.1f} {self._unit}/s{left}{rejected}")
 
 

@@ -188,14 +188,16 @@ def actors_of(process: int) -> list[int]:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 PEAK = """
-import json, resource, sys
+import json, sys
+from pathlib import Path
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.report import write_report
 root, store, catalog = sys.argv[1:]
 summary = generate(root, store, GenerateConfig(prompts=("autumn",), size=256), catalog=Catalog.open(catalog))
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+# Not ru_maxrss, which a process inherits from the one that it was started by.
+peak = int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) / 1024
 print(json.dumps({"edits": summary.made, "peak_mib": peak, "seconds": summary.seconds}))
 """
 
