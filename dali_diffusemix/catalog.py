@@ -195,6 +195,18 @@ class Catalog:
         """All paths, as a view that makes each string when it is asked for."""
         return _Paths(self)
 
+    def take(self, rows: npt.ArrayLike) -> "Catalog":
+        """The catalog of some rows, (n,), in the order given; labels and classes stay. Raises ConfigError, IndexError."""
+        rows = np.arange(len(self))[np.asarray(rows)]
+        path_bytes, path_offsets = _join([self.encoded_path(row) for row in rows.tolist()])
+        return Catalog(
+            classes=self.classes,
+            labels=self.labels[rows],
+            sizes=self.sizes[rows],
+            path_bytes=path_bytes,
+            path_offsets=path_offsets,
+        )
+
     @property
     def class_to_idx(self) -> dict[str, int]:
         """Class name to label."""

@@ -1,0 +1,156 @@
+"""A recipe's images: which are for training, validation and testing; and edits and fractals, made where there are none."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from recipe import Recipe
+
+from dali_diffusemix import Catalog, DiffuseMixDataset
+from dali_diffusemix.catalog import index
+from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.export import export
+from dali_diffusemix.fractals import render_bank
+from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.layouts import Split, read_layout
+from dali_diffusemix.mixing import IMAGENET
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What is for what; no image, nor a copy of its bytes, is in two of them, as far as the recipe divides them."""
+
+    root: Path  # of training images
+    all_train: Catalog  # what edits are made of
+    train: Catalog  # some of them
+    valid: Split
+    test: Split
+
+
+def hashes(root: Path, catalog: Catalog) -> list[bytes]:
+    """SHA-256 of every file."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda path: hashlib.sha256((root / path).read_bytes()).digest(), catalog.paths))
+
+
+def shares(digests: list[bytes], seed: int, purpose: str) -> np.ndarray:
+    """(n,) in [0, 1): a function of an image's bytes, so that copies fall on one side and new files move no others."""
+    drawn = [hashlib.sha256(f"{seed} {purpose} ".encode() + digest).digest() for digest in digests]
+    return np.array([int.from_bytes(one[:8], "big") / 2**64 for one in drawn])
+
+
+def parts(recipe: Recipe, data: Path) -> Parts:
+    """Divide a dataset as the recipe says.
+
+    Raises ConfigError if a class is left without images, and what `read_layout` raises.
+    """
+    rules = recipe.data
+    root, everything = read_layout(rules.layout, data, rules.train)
+    everything_for_test = rules.test_share > 0
+    digests = hashes(root, everything) if everything_for_test or rules.held_out or rules.per_class else []
+    rows = np.arange(len(everything))
+    if everything_for_test:
+        for_test = shares(digests, rules.split_seed, "test") < rules.test_share
+        test = Split(root, everything.take(rows[for_test]))
+        rows = rows[~for_test]
+    else:
+        test = read_layout(rules.layout, data, rules.test)
+        if test.catalog.classes != everything.classes:
+            raise ConfigError(
+                f"data.test: {rules.test!r} has {len(test.catalog.classes)} classes and {rules.train!r} has "
+                f"{len(everything.classes)}, or others; they must be the same"
+            )
+    all_train, valid = everything.take(rows), test
+    if rules.held_out:
+        held_out = shares(digests, rules.split_seed, "held out")[rows] < rules.held_out
+        valid = Split(root, everything.take(rows[held_out]))
+        rows = rows[~held_out]
+    if rules.per_class is not None:
+        # The smaller training sets are parts of the larger ones.
+        order = rows[np.argsort(shares(digests, rules.split_seed, "per class")[rows], kind="stable")]
+        labels = everything.labels[order]
+        chosen = [order[labels == label][: rules.per_class] for label in range(len(everything.classes))]
+        rows = np.sort(np.concatenate(chosen))
+    train = everything.take(rows)
+    for name, catalog in (("training", train), ("validation", valid.catalog), ("testing", test.catalog)):
+        empty = np.flatnonzero(np.bincount(catalog.labels, minlength=len(catalog.classes)) == 0)
+        if len(empty) and name == "training":
+            raise ConfigError(
+                f"data: no image of class {catalog.classes[empty[0]]!r} is left for {name}; choose smaller shares"
+            )
+        if not len(catalog):
+            raise ConfigError(f"data: no image is left for {name}; choose a larger share")
+    return Parts(root, all_train, train, valid, test)
+
+
+def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
+    """Make the edits and fractals that the recipe wants and the cache lacks; what was begun is gone on with."""
+    if recipe.mix.preset == "none":
+        return
+    wanted = recipe.edits
+    config = GenerateConfig(
+        editor=wanted.editor,
+        prompts=wanted.prompts,
+        size=wanted.size,
+        edit_size=wanted.edit_size,
+        resize=wanted.resize,
+        variants=wanted.variants,
+        seed=wanted.seed,
+    )
+
+    def show(done: int, total: int) -> None:
+        if done % 500 == 0 or done == total:
+            print(f"edits {done:,} of {total:,}", flush=True)
+
+    summary = generate(found.root, cache / "edits", config, catalog=found.all_train, progress=show)
+    if summary.missing:
+        raise StoreError(f"{cache / 'edits'}: {summary.missing} shards are missing; run this again")
+    if not (cache / "fractals.npy").exists():
+        bank = recipe.fractals
+        render_bank(cache / "fractals.npy", count=bank.count, size=bank.size, seed=bank.seed)
+    if recipe.mix.preset == "edits" and not (cache / "exported").is_dir():
+        export(found.root, cache / "edits", cache / "exported.tmp")
+        (cache / "exported.tmp").rename(cache / "exported")
+
+
+def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cache: Path) -> DiffuseMixDataset:
+    """The training set. With train.augment its values lie in [0, 1]: `batch_transforms` normalises."""
+    common = {
+        "crop": recipe.crop.training(),
+        "seed": recipe.train.seed,
+        "normalize": None if recipe.train.augment else IMAGENET,
+        "on_error": recipe.data.on_error,
+    }
+    mix = recipe.mix.spec()
+    if recipe.mix.preset == "edits":
+        return DiffuseMixDataset(cache / "exported", catalog=_exported(cache / "exported", found.train), **common)
+    if mix is None:
+        return DiffuseMixDataset(found.root, catalog=found.train, **common)
+    for name, path in (("edits", edits), ("fractals", fractals)):
+        if not path.exists():
+            raise ConfigError(f"there are no {name} at {str(path)!r}; make them first, with --prepare (and one process)")
+    return DiffuseMixDataset(found.root, catalog=found.train, edits=edits, fractals=fractals, mix=mix, **common)
+
+
+def _exported(folder: Path, originals: Catalog) -> Catalog:
+    """Originals and their edits, as files: name.jpg, name.jpg.autumn.0.jpg."""
+    everything, wanted = index(folder), set(originals.paths)
+    rows = [
+        row
+        for row, path in enumerate(everything.paths)
+        if path in wanted or path.rsplit(".", 3)[0] in wanted
+    ]
+    return everything.take(rows)
+
+
+def plain_set(recipe: Recipe, split: Split, *, normalize: bool = True) -> DiffuseMixDataset:
+    """Images for validation or testing."""
+    return DiffuseMixDataset(
+        split.root,
+        catalog=split.catalog,
+        crop=recipe.crop.evaluation(),
+        normalize=IMAGENET if normalize else None,
+        on_error=recipe.data.on_error,
+    )

@@ -1,0 +1,203 @@
+"""Evaluate a checkpoint: top-1 and top-5 with 95 % intervals, classes one by one, and robustness against FGSM.
+
+    python examples/evaluate.py runs/cub/best.pt --data data/CUB_200_2011
+    torchrun --nproc-per-node 8 examples/evaluate.py runs/imagenet/best.pt --data data/imagenet --fgsm 1,2,4,8
+
+The checkpoint says which recipe it was trained by, and so which images are for testing. FGSM: x' = x + ε sign(dL/dx),
+clipped to the image's range, with ε in steps of 1/255 (Goodfellow et al., "Explaining and Harnessing Adversarial
+Examples", ICLR 2015); the attacker knows the weights. Intervals are Wilson's, for a share of n independent images.
+"""
+
+import argparse
+import csv
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+import numpy as np
+import torch
+from data import parts, plain_set
+from recipe import Recipe
+from torch import nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.nn import functional
+from world import World
+
+from dali_diffusemix import DiffuseMixLoader
+from dali_diffusemix.errors import ConfigError, DiffuseMixError
+from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a model made of every image of a dataset."""
+
+    place: np.ndarray  # (n,) of the right class among the model's, 0 is its first choice
+    loss: np.ndarray  # (n,)
+    labels: np.ndarray  # (n,)
+
+    @property
+    def top1(self) -> float:
+        return float(np.mean(self.place < 1))
+
+    @property
+    def top5(self) -> float:
+        return float(np.mean(self.place < 5))
+
+    def tables(self) -> dict[str, object]:
+        top1, top5, n = self.top1, self.top5, len(self.place)
+        return {
+            "images": n,
+            "loss": round(float(self.loss.mean()), 6),
+            "top1": round(top1, 6),
+            "top1_interval": wilson(top1, n),
+            "top5": round(top5, 6),
+            "top5_interval": wilson(top5, n),
+        }
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
+    """The 95 % interval of a share found among n."""
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [round(max(middle - half, 0.0), 6), round(min(middle + half, 1.0), 6)]
+
+
+def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, strength: float) -> torch.Tensor:
+    """Normalised images, moved by `strength` steps of 1/255 where that raises the loss most."""
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
+    images = images.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(functional.cross_entropy(model(images), labels), images)
+    moved = images.detach() + strength / 255 * gradient.sign() / std
+    return torch.minimum(torch.maximum(moved, (0 - mean) / std), (1 - mean) / std)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: DiffuseMixLoader, world: World, strength: float = 0.0) -> Scores:
+    """Score a dataset; ranks share it, and each image counts once. The loader delivers indices."""
+    model.eval()
+    n = len(loader.dataset)
+    table = torch.full((2, n), -1.0, dtype=torch.float64, device=loader.device)
+    loader.set_epoch(0)
+    for images, labels, indices in loader:
+        labels = labels.to(images.device)
+        if strength:
+            images = fgsm(model, images, labels, strength)
+        logits = model(images).float()
+        right = logits.gather(1, labels[:, None])
+        at = indices.to(table.device)
+        # Equal logits count as wrong; so do those that are not finite.
+        table[0, at] = (~(logits < right)).sum(1).double() - 1
+        table[1, at] = functional.cross_entropy(logits, labels, reduction="none").double()
+    world.largest(table)
+    return Scores(*table.cpu().numpy(), labels=np.array(loader.dataset.targets))
+
+
+def load(checkpoint: Path, classes: int | None = None) -> tuple[Recipe, nn.Module, dict]:
+    """A checkpoint's recipe, its model with the weights, and the rest. Nothing but plain data is unpickled."""
+    if not checkpoint.is_file():
+        raise ConfigError(f"there is no checkpoint {str(checkpoint)!r}; a run's folder has best.pt and last.pt")
+    found = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    recipe = Recipe.from_tables(found["recipe"])
+    if classes is not None and len(found["classes"]) != classes:
+        raise ConfigError(
+            f"{checkpoint}: was trained on {len(found['classes'])} classes, this dataset has {classes}; give the one that "
+            "it was trained on"
+        )
+    settings = recipe.model
+    model = models.build(settings.name, len(found["classes"]), small=settings.small, width=settings.width)
+    model.load_state_dict(found["model"])
+    return recipe, model, found
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--out", type=Path, help="where to write; the checkpoint's name with .evaluation.json unless given")
+    parser.add_argument("--fgsm", help="strengths in steps of 1/255, such as 1,2,4,8; the recipe's unless given")
+    parser.add_argument("--batch-size", type=int, default=128, help="on each device")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(arguments)
+
+
+@record
+def main() -> None:
+    options = parse()
+    with World(options.device) as world:
+        recipe, model, found = load(options.checkpoint)
+        divided = parts(recipe, options.data)
+        dataset = plain_set(recipe, divided.test)
+        if list(found["classes"]) != dataset.classes:
+            raise ConfigError(
+                f"{options.checkpoint}: was trained on {len(found['classes'])} classes, {str(options.data)!r} has "
+                f"{len(dataset.classes)}, or others; give the dataset that it was trained on"
+            )
+        model = model.to(world.device)
+        loader = DiffuseMixLoader(
+            dataset,
+            options.batch_size,
+            num_workers=options.workers,
+            device=world.device,
+            return_index=True,
+        )
+        clean = evaluate(model, loader, world)
+        strengths = recipe.evaluate.fgsm if options.fgsm is None else tuple(map(float, options.fgsm.split(",")))
+        attacked = {strength: evaluate(model, loader, world, strength) for strength in strengths}
+        if not world.is_first:
+            return
+        result = {
+            "checkpoint": str(options.checkpoint),
+            "step": found["step"],
+            "split": recipe.data.test if not recipe.data.test_share else f"{recipe.data.test_share:g} of {recipe.data.train}",
+            **clean.tables(),
+            "fgsm": {f"{strength:g}": scores.tables() for strength, scores in attacked.items()},
+            "classes": [
+                {
+                    "class": name,
+                    "images": int(np.sum(clean.labels == label)),
+                    "top1": round(float(np.mean(clean.place[clean.labels == label] < 1)), 6),
+                    "top1_interval": wilson(
+                        float(np.mean(clean.place[clean.labels == label] < 1)), int(np.sum(clean.labels == label))
+                    ),
+                }
+                for label, name in enumerate(dataset.classes)
+                if np.any(clean.labels == label)
+            ],
+        }
+        out = options.out or options.checkpoint.with_name(options.checkpoint.name + ".evaluation.json")
+        out.write_text(json.dumps(result, indent=1) + "\n")
+        with out.with_suffix(".csv").open("w", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(["class", "images", "top1", "low", "high"])
+            table.writerows([r["class"], r["images"], r["top1"], *r["top1_interval"]] for r in result["classes"])
+        show(result)
+        print(f"written to {out}")
+
+
+def show(result: dict) -> None:
+    def line(name: str, scores: dict) -> str:
+        (a, b), (c, d) = scores["top1_interval"], scores["top5_interval"]
+        return (
+            f"{name:14s} top-1 {scores['top1']:6.2%} [{a:.2%}, {b:.2%}]   top-5 {scores['top5']:6.2%} [{c:.2%}, {d:.2%}]"
+        )
+
+    print(f"{result['images']:,} images of {result['split']}, weights of step {result['step']:,}")
+    print(line("clean", result))
+    for strength, scores in result["fgsm"].items():
+        print(line(f"FGSM {strength}/255", scores))
+    worst = sorted(result["classes"], key=lambda one: one["top1"])[:5]
+    print("worst classes: " + ", ".join(f"{one['class']} {one['top1']:.1%} of {one['images']}" for one in worst))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DiffuseMixError as error:
+        sys.exit(f"evaluate.py: {error}")

@@ -1,0 +1,254 @@
+"""A recipe: everything that decides a training run but where its files are. Read from TOML, checked, and compared.
+
+Sections are the dataclasses below; what a file leaves out has the value that stands here.
+"""
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from dali_diffusemix import EvalCrop, MixSpec, RandomCrop, TrainCrop
+from dali_diffusemix.editors import PROMPTS
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.layouts import LAYOUTS
+
+
+def rule(holds: bool, name: str, must: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name} must be {must}, found {found!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Which images."""
+
+    layout: str
+    train: str = "train"  # the layout's split
+    test: str = "test"  # and the one for testing
+    test_share: float = 0.0  # or, where the layout has none, so much of the training images
+    held_out: float = 0.0  # of the training images, for validation; 0 validates on the test images
+    per_class: int | None = None  # train on so many images of each class
+    split_seed: int = 0  # of the three above
+    on_error: str = "substitute"  # what to do about an image that cannot be read: or "raise"
+
+    def __post_init__(self) -> None:
+        rule(self.layout in LAYOUTS, "data.layout", f"one of {', '.join(LAYOUTS)}", self.layout)
+        for name in ("test_share", "held_out"):
+            rule(0 <= getattr(self, name) < 1, f"data.{name}", "a share from 0 to below 1", getattr(self, name))
+        for name in (self.train,) if self.test_share else (self.train, self.test):
+            unknown = set(name.split("+")) - set(LAYOUTS[self.layout])
+            rule(not unknown, "data.train and data.test", f"of {', '.join(LAYOUTS[self.layout])}", name)
+        rule(self.per_class is None or self.per_class > 0, "data.per_class", "at least 1", self.per_class)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edits:
+    """Which edits to make where there are none; see `dali-diffusemix generate`."""
+
+    editor: str = "timbrooks/instruct-pix2pix"
+    prompts: tuple[str, ...] = PROMPTS
+    size: int = 256  # pixels a side, as stored
+    edit_size: int | None = None  # as the editor works on them
+    resize: str = "squash"
+    variants: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fractals:
+    """Which bank of fractals to render where there is none."""
+
+    count: int = 64
+    size: int = 256
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mix:
+    """How to mix: a preset, and what differs from it."""
+
+    preset: str = "paper"  # "paper", "release", "edits" (originals and whole edits, unmixed) or "none"
+    masks: tuple[str, ...] | None = None
+    seam_width: float | None = None
+    fractal_weight: float | None = None
+    order: str | None = None
+    epoch: str | None = None
+    probability: float | None = None
+
+    def __post_init__(self) -> None:
+        rule(self.preset in ("paper", "release", "edits", "none"), "mix.preset", "paper, release, edits or none", self.preset)
+        self.spec()
+
+    def spec(self) -> MixSpec | None:
+        """None trains on plain images."""
+        changes = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None}
+        if self.preset in ("edits", "none"):
+            rule(not changes, "mix", f"the preset alone with preset = {self.preset!r}", changes)
+            return None
+        return dataclasses.replace(getattr(MixSpec, self.preset)(), **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crop:
+    """How to crop for training and for evaluation."""
+
+    size: int
+    train: str = "TrainCrop"
+    resize: int | None = None  # of RandomCrop: shorter side before the crop
+    padding: int = 0  # of RandomCrop
+    eval_resize: int | None = None  # of EvalCrop
+
+    def __post_init__(self) -> None:
+        rule(self.train in ("TrainCrop", "RandomCrop"), "crop.train", "TrainCrop or RandomCrop", self.train)
+        if self.train == "TrainCrop":
+            rule(self.resize is None and not self.padding, "crop.resize and padding", "RandomCrop's alone", self.train)
+        self.training(), self.evaluation()
+
+    def training(self) -> TrainCrop | RandomCrop:
+        if self.train == "TrainCrop":
+            return TrainCrop(self.size)
+        return RandomCrop(self.size, resize=self.resize, padding=self.padding)
+
+    def evaluation(self) -> EvalCrop:
+        return EvalCrop(self.size, resize=self.eval_resize)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """See `models.build`."""
+
+    name: str
+    weights: str | None = None
+    small: bool = False
+    width: int = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """SGD with momentum, a linear warm-up and a cosine."""
+
+    epochs: int | None = None  # or
+    updates: int | None = None
+    batch_size: int = 256  # of all processes together
+    lr: float = 0.1
+    lr_min: float = 0.0
+    warmup_epochs: float = 0.0
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+    label_smoothing: float = 0.0
+    augment: tuple[str, ...] = ()  # randaugment, cutmix, mixup: after mixing
+    validate_every: int | None = None  # updates; once an epoch unless given
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        rule((self.epochs is None) != (self.updates is None), "train.epochs or updates", "given, one of them", self)
+        for name in ("epochs", "updates", "batch_size", "validate_every"):
+            value = getattr(self, name)
+            rule(value is None or value > 0, f"train.{name}", "at least 1", value)
+        rule(self.lr > 0, "train.lr", "above 0", self.lr)
+        rule(0 <= self.label_smoothing < 1, "train.label_smoothing", "from 0 to below 1", self.label_smoothing)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    fgsm: tuple[float, ...] = ()  # strengths, in steps of 1/255
+
+    def __post_init__(self) -> None:
+        rule(all(0 < one <= 255 for one in self.fgsm), "evaluate.fgsm", "steps of 1/255, above 0", self.fgsm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    data: Data
+    crop: Crop
+    model: Model
+    train: Train
+    edits: Edits = field(default_factory=Edits)
+    fractals: Fractals = field(default_factory=Fractals)
+    mix: Mix = field(default_factory=Mix)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    @classmethod
+    def read(cls, file: Path, changes: Sequence[str] = ()) -> "Recipe":
+        """The recipe of a TOML file; `changes` are written "train.lr=0.1", values as in TOML (text may go unquoted)."""
+        try:
+            tables = tomllib.loads(file.read_text())
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"the recipe {str(file)!r} cannot be read: {error}") from error
+        for change in changes:
+            name, equals, value = change.partition("=")
+            section, dot, key = name.strip().partition(".")
+            rule(bool(equals and dot), "--set", "section.field=value", change)
+            tables.setdefault(section, {})[key] = _value(value.strip())
+        return cls.from_tables(tables)
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> "Recipe":
+        return _build(cls, tables, "")
+
+    def tables(self) -> dict[str, Any]:
+        """Plain data, for checkpoints and logs."""
+        return dataclasses.asdict(self)
+
+    def check_same(self, tables: Mapping[str, Any], where: str) -> None:
+        """Raises ConfigError if a checkpoint was made by another recipe, naming what differs."""
+        ours = self.tables()
+        for section, fields in ours.items():
+            for name, value in fields.items():
+                found = tables.get(section, {}).get(name)
+                if section != "evaluate" and _plain(found) != _plain(value):
+                    raise ConfigError(
+                        f"{where} is of another recipe: {section}.{name} is {found!r} there and {value!r} here; "
+                        "give the same recipe, or another --out"
+                    )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text == "none" else text
+
+
+def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from a table, with every name and kind checked."""
+    hints = get_type_hints(cls)
+    rule(isinstance(table, Mapping), where or "the recipe", "a table", table)
+    if unknown := sorted(set(table) - set(hints)):
+        raise ConfigError(f"{where}{unknown[0]} is unknown; {where or 'sections: '}{', '.join(hints)}")
+    values = {}
+    for name, hint in hints.items():
+        if name in table:
+            value = table[name]
+            values[name] = _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _of(hint, value, where + name)
+    needed = [one.name for one in dataclasses.fields(cls) if one.name not in values and _needed(one)]
+    if needed:
+        raise ConfigError(f"{where}{needed[0]} is missing; the recipe must give it")
+    return cls(**values)
+
+
+def _needed(one: dataclasses.Field) -> bool:
+    return one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+
+
+def _of(hint: Any, value: Any, name: str) -> Any:
+    """A value of the kind that a field has: int, float, str, bool, a list of one of them, or None."""
+    kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
+    if value is None and type(None) in kinds:
+        return None
+    kind = next(one for one in kinds if one is not type(None))
+    if get_origin(kind) is tuple:
+        rule(isinstance(value, list | tuple), name, "a list", value)
+        return tuple(_of(get_args(kind)[0], one, name) for one in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    rule(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), name, f"of kind {kind.__name__}", value)
+    return value
