@@ -76,7 +76,9 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
     parts = split.split("+")
     for part in parts:
         if part not in known or parts.count(part) > 1:
-            raise ConfigError(f"split of layout {layout!r} must be {', '.join(known)}, or several as a+b, found {split!r}.")
+            raise ConfigError(
+                f"split of layout {layout!r} must be {', '.join(known)}, or several as a+b, found {split!r}."
+            )
     if layout in ("folder", "imagenet"):
         return _folder(folder, layout, parts)
     lists = [_READERS[layout](folder, part) for part in parts]
@@ -96,7 +98,9 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
 def _catalog(root: Path, key: str, paths: list[str], labels: list[int], classes: list[str]) -> Catalog:
     """The catalog of listed files; sizes are read once and kept, as `index` keeps those of a folder."""
     if not paths:
-        raise CatalogError(f"{str(root)!r}: the lists name no images for {key}; they are damaged or of another version.")
+        raise CatalogError(
+            f"{str(root)!r}: the lists name no images for {key}; they are damaged or of another version."
+        )
     location = default_location(root.resolve() / f".{key}")
     try:
         known = Catalog.open(location)
@@ -158,7 +162,9 @@ def _lines(root: Path, name: str, layout: str) -> list[str]:
     """The lines of a list that are not empty."""
     file = root / name
     try:
-        return [line for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if line.strip()]
+        return [
+            line for line in file.read_text(encoding="utf-8", errors="surrogateescape").splitlines() if line.strip()
+        ]
     except FileNotFoundError as error:
         raise _not_the_layout(root, name, layout) from error
     except OSError as error:
@@ -288,7 +294,9 @@ def _cars(root: Path, split: str) -> _Listed:
     rows = _matlab(file, "annotations", root, "cars").ravel()
     for name in ("fname", "class"):
         if name not in (rows.dtype.names or ()):
-            raise CatalogError(f"{str(file)!r}: annotations must have {name!r}, found {rows.dtype.names}; fetch it again.")
+            raise CatalogError(
+                f"{str(file)!r}: annotations must have {name!r}, found {rows.dtype.names}; fetch it again."
+            )
     paths = [f"cars_{split}/{row['fname'].item()}" for row in rows]
     return _Listed(paths, [int(row["class"].item()) - 1 for row in rows], [str(name.item()) for name in names])
 
@@ -374,7 +382,8 @@ def _cifar100(root: Path, split: str) -> _Listed:
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise CatalogError(f"{str(root / split)!r}: is no split of CIFAR-100 ({error}); fetch it again.") from error
     names = [
-        f"{classes[label] if 0 <= label < len(classes) else label}/{number:05d}.png" for number, label in enumerate(labels)
+        f"{classes[label] if 0 <= label < len(classes) else label}/{number:05d}.png"
+        for number, label in enumerate(labels)
     ]
     if not (root / "png" / split).is_dir():
         _write_images(root, split, names, pixels.transpose(0, 2, 3, 1))

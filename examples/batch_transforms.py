@@ -25,7 +25,9 @@ def batch_transform(names: Sequence[str], classes: int) -> Transform | None:
     if unknown := [name for name in names if name not in NAMES]:
         raise ConfigError(f"train.augment must name some of {', '.join(NAMES)}, found {unknown[0]!r}")
     if {"cutmix", "mixup"} <= set(names) or "randaugment" in names[1:]:
-        raise ConfigError(f"train.augment: randaugment comes first, then cutmix or mixup, not both; found {list(names)}")
+        raise ConfigError(
+            f"train.augment: randaugment comes first, then cutmix or mixup, not both; found {list(names)}"
+        )
     try:
         from kornia import augmentation
         from kornia.augmentation.auto import RandAugment

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from copies import CopyConfig
 from recipe import Recipe
 
 from dali_diffusemix import Catalog, DiffuseMixDataset
@@ -16,6 +17,7 @@ from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.layouts import Split, read_layout
 from dali_diffusemix.mixing import IMAGENET
+from dali_diffusemix.quality import Thresholds
 
 
 @dataclass(frozen=True)
@@ -91,13 +93,14 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
         return
     wanted = recipe.edits
     config = GenerateConfig(
-        editor=wanted.editor,
+        editor=CopyConfig() if wanted.editor == "copy" else wanted.editor,
         prompts=wanted.prompts,
         size=wanted.size,
         edit_size=wanted.edit_size,
         resize=wanted.resize,
         variants=wanted.variants,
         seed=wanted.seed,
+        thresholds=Thresholds(like=0.0) if wanted.editor == "copy" else Thresholds(),
     )
 
     def show(done: int, total: int) -> None:
@@ -130,18 +133,16 @@ def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cach
         return DiffuseMixDataset(found.root, catalog=found.train, **common)
     for name, path in (("edits", edits), ("fractals", fractals)):
         if not path.exists():
-            raise ConfigError(f"there are no {name} at {str(path)!r}; make them first, with --prepare (and one process)")
+            raise ConfigError(
+                f"there are no {name} at {str(path)!r}; make them first, with --prepare (and one process)"
+            )
     return DiffuseMixDataset(found.root, catalog=found.train, edits=edits, fractals=fractals, mix=mix, **common)
 
 
 def _exported(folder: Path, originals: Catalog) -> Catalog:
     """Originals and their edits, as files: name.jpg, name.jpg.autumn.0.jpg."""
     everything, wanted = index(folder), set(originals.paths)
-    rows = [
-        row
-        for row, path in enumerate(everything.paths)
-        if path in wanted or path.rsplit(".", 3)[0] in wanted
-    ]
+    rows = [row for row, path in enumerate(everything.paths) if path in wanted or path.rsplit(".", 3)[0] in wanted]
     return everything.take(rows)
 
 

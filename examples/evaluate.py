@@ -119,7 +119,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="the dataset's folder")
-    parser.add_argument("--out", type=Path, help="where to write; the checkpoint's name with .evaluation.json unless given")
+    parser.add_argument(
+        "--out", type=Path, help="where to write; the checkpoint's name with .evaluation.json unless given"
+    )
     parser.add_argument("--fgsm", help="strengths in steps of 1/255, such as 1,2,4,8; the recipe's unless given")
     parser.add_argument("--batch-size", type=int, default=128, help="on each device")
     parser.add_argument("--workers", type=int, default=4)
@@ -155,7 +157,9 @@ def main() -> None:
         result = {
             "checkpoint": str(options.checkpoint),
             "step": found["step"],
-            "split": recipe.data.test if not recipe.data.test_share else f"{recipe.data.test_share:g} of {recipe.data.train}",
+            "split": recipe.data.test
+            if not recipe.data.test_share
+            else f"{recipe.data.test_share:g} of {recipe.data.train}",
             **clean.tables(),
             "fgsm": {f"{strength:g}": scores.tables() for strength, scores in attacked.items()},
             "classes": [
@@ -184,9 +188,7 @@ def main() -> None:
 def show(result: dict) -> None:
     def line(name: str, scores: dict) -> str:
         (a, b), (c, d) = scores["top1_interval"], scores["top5_interval"]
-        return (
-            f"{name:14s} top-1 {scores['top1']:6.2%} [{a:.2%}, {b:.2%}]   top-5 {scores['top5']:6.2%} [{c:.2%}, {d:.2%}]"
-        )
+        return f"{name:14s} top-1 {scores['top1']:6.2%} [{a:.2%}, {b:.2%}]   top-5 {scores['top5']:6.2%} [{c:.2%}, {d:.2%}]"
 
     print(f"{result['images']:,} images of {result['split']}, weights of step {result['step']:,}")
     print(line("clean", result))

@@ -79,12 +79,19 @@ class Mix:
     probability: float | None = None
 
     def __post_init__(self) -> None:
-        rule(self.preset in ("paper", "release", "edits", "none"), "mix.preset", "paper, release, edits or none", self.preset)
+        rule(
+            self.preset in ("paper", "release", "edits", "none"),
+            "mix.preset",
+            "paper, release, edits or none",
+            self.preset,
+        )
         self.spec()
 
     def spec(self) -> MixSpec | None:
         """None trains on plain images."""
-        changes = {name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None}
+        changes = {
+            name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None
+        }
         if self.preset in ("edits", "none"):
             rule(not changes, "mix", f"the preset alone with preset = {self.preset!r}", changes)
             return None
@@ -174,7 +181,9 @@ class Recipe:
 
     @classmethod
     def read(cls, file: Path, changes: Sequence[str] = ()) -> "Recipe":
-        """The recipe of a TOML file; `changes` are written "train.lr=0.1", values as in TOML (text may go unquoted)."""
+        """The recipe of a TOML file; `changes` are written "train.lr=0.1", values as in TOML; text may go without
+        quotes, and "unset" is the default of a field that may be left out.
+        """
         try:
             tables = tomllib.loads(file.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -215,7 +224,7 @@ def _value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return None if text == "none" else text
+        return None if text == "unset" else text
 
 
 def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
@@ -228,7 +237,9 @@ def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
     for name, hint in hints.items():
         if name in table:
             value = table[name]
-            values[name] = _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _of(hint, value, where + name)
+            values[name] = (
+                _build(hint, value, f"{name}.") if dataclasses.is_dataclass(hint) else _of(hint, value, where + name)
+            )
     needed = [one.name for one in dataclasses.fields(cls) if one.name not in values and _needed(one)]
     if needed:
         raise ConfigError(f"{where}{needed[0]} is missing; the recipe must give it")
@@ -250,5 +261,10 @@ def _of(hint: Any, value: Any, name: str) -> Any:
         return tuple(_of(get_args(kind)[0], one, name) for one in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    rule(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), name, f"of kind {kind.__name__}", value)
+    rule(
+        isinstance(value, kind) and (kind is bool or not isinstance(value, bool)),
+        name,
+        f"of kind {kind.__name__}",
+        value,
+    )
     return value

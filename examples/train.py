@@ -74,7 +74,9 @@ class Table:
         self.writer = csv.DictWriter(self.stream, columns)
 
     def add(self, **row: object) -> None:
-        self.writer.writerow({name: f"{value:.9g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.writer.writerow(
+            {name: f"{value:.9g}" if isinstance(value, float) else value for name, value in row.items()}
+        )
         self.stream.flush()
 
 
@@ -121,7 +123,9 @@ class Checkpoint:
             raise ConfigError(f"{self.last} must be of version {VERSION}, found {found.get('version')!r}")
         self.recipe.check_same(found["recipe"], str(self.last))
         if found["classes"] != self.classes:
-            raise ConfigError(f"{self.last} is of other classes; give the data that it was trained on, or another --out")
+            raise ConfigError(
+                f"{self.last} is of other classes; give the data that it was trained on, or another --out"
+            )
         return found
 
     def write(self, file: Path, **state: Any) -> None:
@@ -138,7 +142,9 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
     settings = recipe.train
     divided = parts(recipe, options.data)
     if settings.batch_size % world.size:
-        raise ConfigError(f"train.batch_size is {settings.batch_size}, which {world.size} processes cannot share evenly")
+        raise ConfigError(
+            f"train.batch_size is {settings.batch_size}, which {world.size} processes cannot share evenly"
+        )
     training = train_set(recipe, divided, edits=options.edits, fractals=options.fractals, cache=options.cache)
     classes = training.classes
     if len(training) < settings.batch_size:
@@ -157,7 +163,9 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         batch_transform=batch_transform(settings.augment, len(classes)),
         **delivery,
     )
-    valid_loader = DiffuseMixLoader(plain_set(recipe, divided.valid), options.valid_batch_size, return_index=True, **delivery)
+    valid_loader = DiffuseMixLoader(
+        plain_set(recipe, divided.valid), options.valid_batch_size, return_index=True, **delivery
+    )
     updates = settings.updates or settings.epochs * len(loader)
     warmup = settings.warmup_epochs * len(loader)
     validate_every = settings.validate_every or len(loader)
@@ -201,7 +209,9 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         if not world.is_first:
             return
         if not all(bool(torch.isfinite(one).all()) for one in model.parameters()):
-            raise TrainingError(f"after step {step} weights are not finite; {checkpoint.last} is the last good checkpoint")
+            raise TrainingError(
+                f"after step {step} weights are not finite; {checkpoint.last} is the last good checkpoint"
+            )
         checkpoint.write(
             file,
             step=step,
@@ -222,7 +232,10 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         if log is not None:
             row = {"loss": float(scores.loss.mean()), "top1": scores.top1, "top5": scores.top5}
             log.add("valid", step=step, epoch=step / len(loader), images=len(scores.place), **row)
-            print(f"step {step:,}: validation top-1 {scores.top1:.2%}, best {best['top1']:.2%} at {best['step']:,}", flush=True)
+            print(
+                f"step {step:,}: validation top-1 {scores.top1:.2%}, best {best['top1']:.2%} at {best['step']:,}",
+                flush=True,
+            )
 
     pending: list[tuple[int, float, torch.Tensor]] = []  # updates whose losses nobody has looked at yet
 
@@ -281,7 +294,13 @@ class Started:
     def __init__(
         self, options: argparse.Namespace, recipe: Recipe, divided: Any, world: World, updates: int, step: int
     ) -> None:
-        self.options, self.updates, self.world, self.begun, self.first = options, updates, world, time.perf_counter(), step
+        self.options, self.updates, self.world, self.begun, self.first = (
+            options,
+            updates,
+            world,
+            time.perf_counter(),
+            step,
+        )
         self.batch_size, self.before = recipe.train.batch_size, (self.begun, step)
         self.file = options.out / "run.json"
         self.run: dict[str, Any] = {"seconds": 0.0, "starts": 0}
@@ -356,7 +375,9 @@ def plot(out: Path) -> None:
 
     steps, losses = column("train", "loss")
     window = max(len(losses) // 100, 1)
-    smooth = [sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))]
+    smooth = [
+        sum(losses[max(0, i - window) : i + 1]) / len(losses[max(0, i - window) : i + 1]) for i in range(len(losses))
+    ]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(steps, losses, color="#bbccdd", linewidth=0.7, label="training, each update")
     left.plot(steps, smooth, color="#1f5fa8", label="training, mean of neighbours")

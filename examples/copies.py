@@ -1,0 +1,32 @@
+"""An editor that edits nothing: with it a "mixed" sample is the original and its fractal. For ablations."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.editors import EditTask
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """See `dali_diffusemix.editors.EditorConfig`."""
+
+    accelerated = False
+    multiple = 1
+
+    def settings(self) -> Mapping[str, str | int | float | bool | None]:
+        return {"editor": "copy", "version": 1}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        pass  # it makes the same of every prompt
+
+    def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "CopyEditor":
+        return CopyEditor()
+
+
+class CopyEditor:
+    def edit(self, images: Sequence[NDArray[np.uint8]], tasks: Sequence[EditTask]) -> Sequence[NDArray[Any]]:
+        return [images[task.image] for task in tasks]
