@@ -6,8 +6,9 @@
 
 Every run of a training set has the same recipe, updates and schedule but for what its method changes. The checkpoint is
 chosen by held-out images, the recipe's `held_out`, and scored once on the test images. Runs that are finished are not
-run again, and one that was killed goes on, so the comparison can be made in pieces (--minutes). At the end, and at any
-time with --table alone: record.json (every run), table.md (mean, deviation and number of runs) and compare.png in --out.
+run again, nor are those that OUT/record.json has, and one that was killed goes on, so the comparison can be made in
+pieces (--minutes). At the end, and at any time with --table: record.json (every run), table.md (mean, deviation and
+number of runs) and compare.png in OUT.
 """
 
 import argparse
@@ -70,6 +71,10 @@ class Run:
     seed: int
     folder: Path
     cache: Path
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return self.method, self.images, self.seed, tuple(self.sets())
 
     @property
     def finished(self) -> bool:
@@ -135,6 +140,17 @@ def plan(options: argparse.Namespace) -> list[Run]:
     return runs
 
 
+def key(result: dict[str, Any]) -> tuple[object, ...]:
+    """Which run a result of a record is of."""
+    return result["method"], result["images_per_class"], result["seed"], tuple(result["changes"])
+
+
+def recorded(file: Path) -> dict[tuple[object, ...], dict[str, Any]]:
+    """The runs of a record that is there, of an earlier part of the comparison."""
+    found = json.loads(file.read_text())["runs"] if file.exists() else []
+    return {key(one): one for one in found}
+
+
 def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
     """Run what is not finished, some at a time; which failed."""
     waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
@@ -143,7 +159,7 @@ def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
             waiting.put(run)
     total, failed, lock, begun = waiting.qsize(), [], threading.Lock(), time.monotonic()
     making: dict[Path, threading.Lock] = {run.cache: threading.Lock() for run in runs}
-    made: set[Path] = set()
+    made: set[tuple[Path, bool]] = set()
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
 
     def call(command: Sequence[str], output: TextIO) -> int:
@@ -161,10 +177,11 @@ def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
                 train, evaluate = run.commands(options)
                 with making[run.cache]:  # edits are made once, by one run
                     returned = 0
-                    if run.cache not in made:
+                    wanted = (run.cache, "mix.preset=edits" in run.changes)
+                    if wanted not in made:
                         returned = call([*train, "--prepare"], output)
                     if returned == 0:
-                        made.add(run.cache)
+                        made.add(wanted)
                 for command in ([*train, "--edits", str(run.cache / "edits")], evaluate):
                     returned = returned or call(command, output)
             with lock:
@@ -272,8 +289,11 @@ def main() -> None:
     options = parser.parse_args()
     options.cache = options.cache or options.out / "cache"
     runs = plan(options)
-    failed = [] if options.table else execute(runs, options)
-    results = [run.result() for run in runs if run.finished]
+    file = options.out / "record.json"
+    before = recorded(file)
+    missing = [run for run in runs if run.key not in before]
+    failed = [] if options.table else execute(missing, options)
+    results = list((before | {run.key: run.result() for run in missing if run.finished}).values())
     if results:
         record = {
             "machine": {**machine(), "commit": commit(), "command": sys.argv},
@@ -283,11 +303,11 @@ def main() -> None:
         }
         text = json.dumps({**record, "runs": "RUNS"}, indent=1)
         rows = ",\n  ".join(json.dumps(one) for one in results)
-        (options.out / "record.json").write_text(text.replace('"RUNS"', f"[\n  {rows}\n ]") + "\n")
+        file.write_text(text.replace('"RUNS"', f"[\n  {rows}\n ]") + "\n")
         (options.out / "table.md").write_text(table(results))
         plot(results, options.out / "compare.png")
         print(table(results), end="")
-    unfinished = sum(not run.finished for run in runs)
+    unfinished = sum(not run.finished for run in missing)
     if failed:
         sys.exit(f"compare.py: {len(failed)} runs failed")
     if unfinished:

@@ -142,7 +142,8 @@ class Train:
     batch_size: int = 256  # of all processes together
     lr: float = 0.1
     lr_min: float = 0.0
-    warmup_epochs: float = 0.0
+    warmup_epochs: float = 0.0  # and
+    warmup_updates: int = 0
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4

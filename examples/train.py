@@ -167,7 +167,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         plain_set(recipe, divided.valid), options.valid_batch_size, return_index=True, **delivery
     )
     updates = settings.updates or settings.epochs * len(loader)
-    warmup = settings.warmup_epochs * len(loader)
+    warmup = settings.warmup_epochs * len(loader) + settings.warmup_updates
     validate_every = settings.validate_every or len(loader)
 
     torch.manual_seed(settings.seed)
