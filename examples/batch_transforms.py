@@ -40,7 +40,8 @@ def batch_transform(names: Sequence[str], classes: int) -> Transform | None:
         "cutmix": lambda: augmentation.RandomCutMixV2(p=1.0, data_keys=["input", "class"], use_correct_lambda=True),
     }
     # Cubuk et al., "RandAugment: Practical Automated Data Augmentation", NeurIPS 2020.
-    policy = RandAugment(n=2, m=9) if "randaugment" in names else None
+    # One operation at a time: rounding takes some results out of [0, 1], which the next operation would refuse.
+    policy = RandAugment(n=1, m=9) if "randaugment" in names else None
     mixer = next((mixers[name]() for name in names if name in mixers), None)
     mean = torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)
@@ -49,7 +50,8 @@ def batch_transform(names: Sequence[str], classes: int) -> Transform | None:
         images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if policy is not None:
-            images = torch.cat([policy(image[None]) for image in images]).clamp(0, 1)
+            for _ in range(2):
+                images = torch.cat([policy(image[None]) for image in images]).clamp(0, 1)
         images = (images - mean.to(images.device)) / std.to(images.device)
         if mixer is None:
             return images, labels
