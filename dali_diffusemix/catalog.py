@@ -196,13 +196,13 @@ class Catalog:
         return _Paths(self)
 
     def take(self, rows: npt.ArrayLike) -> "Catalog":
-        """The catalog of some rows, (n,), in the order given; labels and classes stay. Raises ConfigError, IndexError."""
-        rows = np.arange(len(self))[np.asarray(rows)]
-        path_bytes, path_offsets = _join([self.encoded_path(row) for row in rows.tolist()])
+        """The catalog of some rows, (n,), in the order given, with all classes. Raises IndexError."""
+        chosen = np.arange(len(self))[np.asarray(rows, dtype=np.int64)]
+        path_bytes, path_offsets = _join([self.encoded_path(row) for row in chosen.tolist()])
         return Catalog(
             classes=self.classes,
-            labels=self.labels[rows],
-            sizes=self.sizes[rows],
+            labels=self.labels[chosen],
+            sizes=self.sizes[chosen],
             path_bytes=path_bytes,
             path_offsets=path_offsets,
         )

@@ -408,6 +408,8 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
     "--num-gpus", hidden=True, type=float, metavar="X", help="GPUs of a Ray worker.  [default: 1 if there are any]"
 )
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts alone.")
+@click.option("--layout", metavar="NAME", help="Of ROOT, if it is a published dataset: cub, flowers, ...")
+@click.option("--split", default="train", show_default=True, metavar="NAME", help="Of the layout; or A+B.")
 @_json_option
 @click.option("--more", is_flag=True, is_eager=True, expose_value=False, callback=_more, help="Show all options.")
 def generate_command(
@@ -421,6 +423,8 @@ def generate_command(
     address: str | None,
     num_gpus: float | None,
     part: str | None,
+    layout: str | None,
+    split: str,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -434,14 +438,18 @@ def generate_command(
       dali-diffusemix generate data/train cache/edits --prompts autumn,snowy
     """
     from dali_diffusemix.generate import GenerateConfig, generate, list_originals
+    from dali_diffusemix.layouts import read_layout
     from dali_diffusemix.store import WHOLE, Part
 
     display = _Display(as_json)
     diffusion = {name: value for name in _DIFFUSION if (value := options.pop(name)) is not None}
     config = GenerateConfig(**_editing(editor, prompts, diffusion), **options)
     works = _engine(engine, config.editor_config.accelerated, device, workers, address, num_gpus)
-    with display.progress("Reading headers", "images") as progress:
-        catalog = list_originals(root, progress=progress)
+    if layout is not None:
+        root, catalog = read_layout(layout, root, split)
+    else:
+        with display.progress("Reading headers", "images") as progress:
+            catalog = list_originals(root, progress=progress)
     with display.progress("Making edits", "edits") as progress:
         summary = generate(
             root,

@@ -132,8 +132,8 @@ def _folder(root: Path, layout: str, parts: Sequence[str]) -> Split:
         if layout == "imagenet" or parts != ["train"]:
             names = ", ".join(one.name for one in sorted(root.iterdir())[:5])
             raise CatalogError(
-                f"{str(root)!r}: layout {layout!r} has {'/, '.join(['train', *parts])}/ in its folder, found {names}; give "
-                "the folder above them" + ("" if layout == "imagenet" else ", or train on a share of it") + "."
+                f"{str(root)!r}: layout {layout!r} has {'/, '.join(['train', *parts])}/ in its folder, found {names}; "
+                "give the folder above them" + ("" if layout == "imagenet" else ", or train on a share of it") + "."
             )
         return Split(root, index(root))
     for part in parts:
@@ -198,8 +198,8 @@ def _number(text: str, file: Path) -> int:
 def _label(name: str, classes: Mapping[str, int], path: str, file: Path) -> int:
     if name not in classes:
         raise CatalogError(
-            f"{str(file)!r}: the class of {path!r} must be one of the {len(classes)} listed, found {name!r}; the lists are "
-            "damaged or of different versions."
+            f"{str(file)!r}: the class of {path!r} must be one of the {len(classes)} listed, found {name!r}; the "
+            "lists are damaged or of different versions."
         )
     return classes[name]
 
@@ -266,7 +266,8 @@ def _matlab(file: Path, variable: str, root: Path, layout: str) -> NDArray[Any]:
         return np.asarray(loadmat(file, squeeze_me=False)[variable])
     except (MatReadError, ValueError, TypeError, KeyError, NotImplementedError, OSError) as error:
         raise CatalogError(
-            f"{str(file)!r}: must be a MATLAB 5 file with {variable!r} ({type(error).__name__}: {error}); fetch it again."
+            f"{str(file)!r}: must be a MATLAB 5 file with {variable!r} ({type(error).__name__}: {error}); fetch it "
+            "again."
         ) from error
 
 

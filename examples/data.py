@@ -1,4 +1,4 @@
-"""A recipe's images: which are for training, validation and testing; and edits and fractals, made where there are none."""
+"""A recipe's images: those for training, validation and testing; and edits and fractals, made where there are none."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor

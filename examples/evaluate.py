@@ -98,17 +98,12 @@ def evaluate(model: nn.Module, loader: DiffuseMixLoader, world: World, strength:
     return Scores(*table.cpu().numpy(), labels=np.array(loader.dataset.targets))
 
 
-def load(checkpoint: Path, classes: int | None = None) -> tuple[Recipe, nn.Module, dict]:
+def load(checkpoint: Path) -> tuple[Recipe, nn.Module, dict]:
     """A checkpoint's recipe, its model with the weights, and the rest. Nothing but plain data is unpickled."""
     if not checkpoint.is_file():
         raise ConfigError(f"there is no checkpoint {str(checkpoint)!r}; a run's folder has best.pt and last.pt")
     found = torch.load(checkpoint, map_location="cpu", weights_only=True)
     recipe = Recipe.from_tables(found["recipe"])
-    if classes is not None and len(found["classes"]) != classes:
-        raise ConfigError(
-            f"{checkpoint}: was trained on {len(found['classes'])} classes, this dataset has {classes}; give the one that "
-            "it was trained on"
-        )
     settings = recipe.model
     model = models.build(settings.name, len(found["classes"]), small=settings.small, width=settings.width)
     model.load_state_dict(found["model"])
@@ -130,8 +125,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 @record
-def main() -> None:
-    options = parse()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
     with World(options.device) as world:
         recipe, model, found = load(options.checkpoint)
         divided = parts(recipe, options.data)
@@ -188,7 +183,8 @@ def main() -> None:
 def show(result: dict) -> None:
     def line(name: str, scores: dict) -> str:
         (a, b), (c, d) = scores["top1_interval"], scores["top5_interval"]
-        return f"{name:14s} top-1 {scores['top1']:6.2%} [{a:.2%}, {b:.2%}]   top-5 {scores['top5']:6.2%} [{c:.2%}, {d:.2%}]"
+        one, five = scores["top1"], scores["top5"]
+        return f"{name:14s} top-1 {one:6.2%} [{a:.2%}, {b:.2%}]   top-5 {five:6.2%} [{c:.2%}, {d:.2%}]"
 
     print(f"{result['images']:,} images of {result['split']}, weights of step {result['step']:,}")
     print(line("clean", result))

@@ -3,10 +3,10 @@
     python examples/train.py examples/recipes/cub.toml --data data/CUB_200_2011 --cache cache/cub --out runs/cub
     torchrun --nproc-per-node 8 examples/train.py examples/recipes/imagenet.toml --data data/imagenet ... --amp float16
 
-Edits and fractals that the recipe wants are made in --cache first, if they are not there (in one process; with --prepare
-alone); --edits and --fractals name others. A run that ended early, however it ended, goes on with the same command: from
-the last checkpoint, in the middle of an epoch, with the batches that were to come. On a CPU its weights are then those
-of a run that was never interrupted.
+Edits and fractals that the recipe wants are made in --cache first, if they are not there (by one process; --prepare
+makes them and ends); --edits and --fractals name others. A run that ended early, however it ended, goes on with the
+same command: from the last checkpoint, in the middle of an epoch, with the batches that were to come. On a CPU its
+weights are then those of a run that was never interrupted.
 
 --out gets train.csv (every update), valid.csv, run.json, last.pt, best.pt (the best of validation), and curve.png where
 matplotlib is installed; TensorBoard's files in tensorboard/ where it is. --set changes a recipe: --set train.epochs=2
@@ -342,7 +342,8 @@ class Started:
         waited = stats.wait / stats.total if stats.total else 0.0
         self.before = (now, step)
         print(
-            f"step {step:,} of {self.updates:,}  epoch {step / len(loader):.2f}  {rate * self.batch_size:,.0f} images/s  "
+            f"step {step:,} of {self.updates:,}  epoch {step / len(loader):.2f}  "
+            f"{rate * self.batch_size:,.0f} images/s  "
             f"in the loader {waited:.0%}  left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}",
             flush=True,
         )

@@ -15,7 +15,19 @@ PACKAGE = Path(dali_diffusemix.__file__).parent
 # DESIGN's table. A module may import modules of lower levels, and those of its own level that stand before it.
 LEVELS: dict[int, tuple[str, ...]] = {
     0: ("errors",),
-    1: ("philox", "native", "quality", "catalog", "pixels", "reading", "remote", "gpu", "editors", "engines"),
+    1: (
+        "philox",
+        "native",
+        "quality",
+        "catalog",
+        "layouts",
+        "pixels",
+        "reading",
+        "remote",
+        "gpu",
+        "editors",
+        "engines",
+    ),
     2: ("plan", "store", "fractals"),
     3: ("mixing", "generate", "pack", "verify", "pipeline"),
     4: ("quarantine", "dataset"),

@@ -1,0 +1,475 @@
+"""The trainer: every recipe runs, a killed run goes on as if nothing had happened, and bad input is named."""
+
+import csv
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import miniature
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dali_diffusemix import Catalog
+from dali_diffusemix.errors import ConfigError, DiffuseMixError
+from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+RECIPES = sorted((EXAMPLES / "recipes").glob("*.toml"))
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def scripts() -> Iterator[SimpleNamespace]:
+    """The modules of examples/, imported as the scripts import each other."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    names = ("batch_transforms", "compare", "data", "evaluate", "models", "recipe", "train", "world")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    sys.path.remove(str(EXAMPLES))
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and str(EXAMPLES) in str(sys.modules[name].__file__):
+            del sys.modules[name]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+SMALL = (
+    *("edits.editor=procedural", 'edits.prompts=["autumn", "snowy"]', "edits.size=64", "edits.edit_size=unset"),
+    *("fractals.count=2", "fractals.size=32", "train.epochs=unset", "train.updates=2", "train.batch_size=4"),
+    *("train.validate_every=2", "train.label_smoothing=0.1"),
+)
+
+
+def sets(*changes: str) -> list[str]:
+    return [word for change in changes for word in ("--set", change)]
+
+
+# --- every recipe
+
+
+@pytest.fixture(scope="module")
+def resnet50_weights(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of 1,000 classes, saved as torchvision saves its own."""
+    file = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+    torch.save(scripts.models.build("resnet50", 1000).state_dict(), file)
+    return file
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_a_recipe_trains_and_is_evaluated(
+    file: Path, scripts: SimpleNamespace, tmp_path: Path, resnet50_weights: Path
+) -> None:
+    recipe = scripts.recipe.Recipe.read(file)
+    build = miniature.single_folder if recipe.data.test_share else miniature.BUILD[recipe.data.layout]
+    data = build(tmp_path / "data")
+    weights = [f"model.weights={resnet50_weights}"] if recipe.model.weights else []
+    common = ["--data", str(data), "--workers", "1", "--device", "cpu"]
+    out = tmp_path / "run"
+    scripts.train.main(
+        [str(file), *common, "--cache", str(tmp_path / "cache"), "--out", str(out), *sets(*SMALL, *weights)]
+    )
+    losses = [float(row["loss"]) for row in rows(out / "train.csv")]
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+    (valid,) = rows(out / "valid.csv")
+    assert 0 <= float(valid["top1"]) <= float(valid["top5"]) <= 1
+    run = json.loads((out / "run.json").read_text())
+    assert run["finished"]
+    assert run["data"]["train"]["images"] >= 4
+    with Image.open(out / "curve.png") as picture:
+        assert picture.width > 1000
+    scripts.evaluate.main([str(out / "best.pt"), *common, "--batch-size", "8"])
+    result = json.loads((out / "best.pt.evaluation.json").read_text())
+    assert sum(one["images"] for one in result["classes"]) == result["images"] == run["data"]["test"]["images"]
+    assert list(result["fgsm"]) == [f"{one:g}" for one in recipe.evaluate.fgsm]
+    low, high = result["top1_interval"]
+    assert low <= result["top1"] <= high
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_every_value_of_a_recipe_says_where_it_comes_from(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if line.strip() and line[0] not in "#["]
+    for line in lines:
+        assert line.split("#")[-1].strip().startswith(("ours", "authors: ")), line
+    assert len(lines) == sum(len(table) for table in tomllib.loads(file.read_text()).values())
+
+
+def test_there_is_a_recipe_for_each_dataset_and_task() -> None:
+    assert {file.stem for file in RECIPES} >= {
+        *("imagenet", "tiny_imagenet", "cifar100", "flowers", "cars", "aircraft", "cub"),
+        *("flowers_transfer", "cars_transfer", "aircraft_transfer", "flowers_10_per_class", "cifar100_adversarial"),
+    }
+
+
+# --- the recipe
+
+
+def test_a_recipe_names_what_is_wrong(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    read = scripts.recipe.Recipe.read
+    file = EXAMPLES / "recipes/cub.toml"
+    for change, message in (
+        ("train.lr=fast", "train.lr must be of kind float, found 'fast'"),
+        ("train.learning_rate=0.1", "train.learning_rate is unknown"),
+        ("training.lr=0.1", "training is unknown"),
+        ("train.lr", "--set must be section.field=value"),
+        ("train.updates=5", "train.epochs or updates must be given, one of them"),
+        ("data.layout=birds", "data.layout must be one of"),
+        ("data.test=val", "data.train and data.test must be of train, test"),
+        ("mix.preset=strong", "mix.preset must be"),
+        ("mix.fractal_weight=2.0", "fractal_weight"),
+        ("train.batch_size=true", "train.batch_size must be of kind int"),
+        ("evaluate.fgsm=[0]", "evaluate.fgsm must be"),
+    ):
+        with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+            read(file, [change])
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read(tmp_path / "none.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ConfigError, match="data is missing"):
+        read(tmp_path / "empty.toml")
+
+
+def test_the_learning_rate(scripts: SimpleNamespace) -> None:
+    settings = scripts.recipe.Train(updates=100, lr=1.0, lr_min=0.1)
+    rates = [scripts.train.learning_rate(settings, update, 100, 9) for update in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates == sorted(rates[:9]) + sorted(rates[9:], reverse=True)
+    assert 0.1 <= rates[-1] < 0.11
+
+
+# --- models
+
+
+def test_models_are_those_of_the_papers(scripts: SimpleNamespace) -> None:
+    # Parameters as published for 1,000 classes; torchvision's models have as many.
+    for name, parameters in (("resnet18", 11_689_512), ("resnet34", 21_797_672), ("resnet50", 25_557_032)):
+        model = scripts.models.ResNet(
+            {"resnet50": scripts.models.Bottleneck}.get(name, scripts.models.BasicBlock),
+            scripts.models.LAYERS[name],
+            1000,
+            small=False,
+            width=64,
+        )
+        assert sum(one.numel() for one in model.parameters()) == parameters
+    small = scripts.models.build("preact_resnet18", 100, small=True)
+    assert sum(one.numel() for one in small.parameters()) == 11_220_132
+    assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
+
+
+def test_weights_of_another_model_are_refused(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    torch.save(scripts.models.build("resnet18", 10).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(ConfigError, match="is of another model"):
+        scripts.models.build("resnet34", 10, weights=str(tmp_path / "w.pth"))
+    with pytest.raises(ConfigError, match="must be 'imagenet' or a file"):
+        scripts.models.build("resnet18", 10, weights="resnet.pth")
+    with pytest.raises(ConfigError, match=r"model\.name must be one of"):
+        scripts.models.build("resnet19", 10)
+
+
+# --- divisions
+
+
+def test_divisions_are_apart_and_copies_fall_on_one_side(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    root = miniature.single_folder(tmp_path / "data")
+    for number in range(20):
+        copy = root / f"class{number % 3}" / f"copy{number}.jpg"
+        copy.write_bytes((root / f"class{(number + 1) % 3}" / f"{number}.jpg").read_bytes())
+    recipe = scripts.recipe.Recipe.read(EXAMPLES / "recipes/flowers5.toml")
+    found = scripts.data.parts(recipe, root)
+
+    def contents(directory: Path, catalog: Catalog) -> set[bytes]:
+        return {(directory / path).read_bytes() for path in catalog.paths}
+
+    train, valid, test = contents(found.root, found.train), contents(*found.valid), contents(*found.test)
+    assert not train & valid
+    assert not train & test
+    assert not valid & test
+    assert len(found.train) + len(found.valid.catalog) + len(found.test.catalog) == 110
+    assert 10 <= len(found.test.catalog) <= 35
+
+
+def test_smaller_training_sets_are_parts_of_larger_ones(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    root = miniature.single_folder(tmp_path / "data")
+    recipe = EXAMPLES / "recipes/flowers5.toml"
+    sizes = {}
+    for count in (3, 6):
+        found = scripts.data.parts(scripts.recipe.Recipe.read(recipe, [f"data.per_class={count}"]), root)
+        assert np.bincount(found.train.labels).tolist() == [count] * 3
+        sizes[count] = set(found.train.paths)
+    assert sizes[3] < sizes[6]
+
+
+# --- batch transforms
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ["cutmix", "mixup"])
+def test_soft_labels_say_what_is_in_the_image(name: str, scripts: SimpleNamespace) -> None:
+    transform = scripts.batch_transforms.batch_transform((name,), 2)
+    images = torch.zeros(32, 3, 32, 32)
+    images[16:] = 1
+    labels = torch.arange(32) // 16
+    torch.manual_seed(0)
+    mixed, soft = transform(images, labels, torch.Generator())
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
+    white = (mixed * std + mean).mean((1, 2, 3))
+    assert torch.allclose(white, soft[:, 1], atol=1e-4)
+    assert torch.allclose(soft.sum(1), torch.ones(32))
+    assert ((soft > 0.05) & (soft < 0.95)).any()
+
+
+def test_randaugment_treats_images_one_by_one(scripts: SimpleNamespace) -> None:
+    transform = scripts.batch_transforms.batch_transform(("randaugment",), 2)
+    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(16, -1, -1, -1)
+    torch.manual_seed(0)
+    out, labels = transform(image, torch.zeros(16, dtype=torch.int64), torch.Generator())
+    assert labels.dtype == torch.int64
+    assert len({one.numpy().tobytes() for one in out}) > 8
+
+
+def test_transforms_that_do_not_go_together(scripts: SimpleNamespace) -> None:
+    for names in (("cutmix", "mixup"), ("cutmix", "randaugment"), ("cutout",)):
+        with pytest.raises(ConfigError, match=r"train\.augment"):
+            scripts.batch_transforms.batch_transform(names, 2)
+
+
+# --- evaluation
+
+
+def test_intervals(scripts: SimpleNamespace) -> None:
+    # Wilson's interval of 8 among 10, as in Brown, Cai and DasGupta, "Interval Estimation for a Binomial Proportion".
+    assert scripts.evaluate.wilson(0.8, 10) == pytest.approx([0.4902, 0.9433], abs=1e-4)
+    assert scripts.evaluate.wilson(1.0, 5)[1] == 1.0
+
+
+def test_fgsm_raises_the_loss_and_stays_in_range(scripts: SimpleNamespace) -> None:
+    torch.manual_seed(0)
+    model = scripts.models.build("resnet18", 4, small=True, width=8).eval()
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
+    attacked = scripts.evaluate.fgsm(model, (pixels - mean) / std, labels, 4) * std + mean
+    assert (attacked - pixels).abs().max() <= 4 / 255 + 1e-6
+    assert attacked.min() >= -1e-6
+    assert attacked.max() <= 1 + 1e-6
+    loss = torch.nn.functional.cross_entropy
+    with torch.no_grad():
+        assert loss(model((attacked - mean) / std), labels) > loss(model((pixels - mean) / std), labels)
+
+
+# --- resuming, and what goes wrong
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., list[str]]:
+    """Trains a narrow network on a miniature folder."""
+    data = miniature.folder(tmp_path / "data")
+
+    def make(out: str, *changes: str, options: tuple[str, ...] = ()) -> list[str]:
+        tiny = ("model.name=resnet18", "model.small=true", "model.width=4", "crop.size=32", "data.test=val")
+        fixed = ("data.layout=folder", "data.test_share=0.0", "data.held_out=0.0", "crop.eval_resize=unset")
+        return [
+            *(str(EXAMPLES / "recipes/flowers5.toml"), "--data", str(data), "--cache", str(tmp_path / "cache")),
+            *("--out", str(tmp_path / out), "--workers", "1", "--device", "cpu", *options),
+            *sets(*SMALL, *tiny, *fixed, *changes),
+        ]
+
+    return make
+
+
+def test_it_goes_on_with_the_same_losses_and_weights(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = ("--checkpoint-every", "4", "--log-every", "3")
+    changes = ("train.updates=11", "train.validate_every=5", 'train.augment=["mixup"]')
+    scripts.train.main(command("whole", *changes, options=often))
+
+    class Killed(Exception):
+        pass
+
+    steps = []
+
+    def kill(optimizer: torch.optim.SGD, *arguments: Any) -> None:
+        steps.append(1)
+        if len(steps) == 7:
+            raise Killed
+        return step(optimizer, *arguments)
+
+    step = torch.optim.SGD.step
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.optim.SGD, "step", kill)
+        with pytest.raises(Killed):
+            scripts.train.main(command("killed", *changes, options=often))
+    assert len(rows(tmp_path / "killed/train.csv")) == 6  # those after the checkpoint are dropped, and made again
+    scripts.train.main(command("killed", *changes, options=often))
+    for name in ("train.csv", "valid.csv"):
+        assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    whole, killed = (torch.load(tmp_path / one / "last.pt", weights_only=True) for one in ("whole", "killed"))
+    assert all(torch.equal(whole["model"][name], killed["model"][name]) for name in whole["model"])
+    assert json.loads((tmp_path / "killed/run.json").read_text())["starts"] == 2
+
+
+def test_a_checkpoint_of_another_recipe(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    scripts.train.main(command("run"))
+    with pytest.raises(ConfigError, match=r"is of another recipe: train\.lr is 0\.05 there and 0\.5 here"):
+        scripts.train.main(command("run", "train.lr=0.5"))
+    (tmp_path / "run/last.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        scripts.train.main(command("run"))
+
+
+def test_a_loss_that_is_not_a_number(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = []
+
+    def spoil(self: torch.nn.CrossEntropyLoss, *arguments: Any) -> torch.Tensor:
+        losses.append(1)
+        return forward(self, *arguments) * (float("nan") if len(losses) == 6 else 1.0)
+
+    forward = torch.nn.CrossEntropyLoss.forward
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", spoil)
+    with pytest.raises(DiffuseMixError, match=r"the loss of step 6 is nan.*last\.pt is the last good one"):
+        scripts.train.main(command("run", "train.updates=9", options=("--checkpoint-every", "4")))
+    state = torch.load(tmp_path / "run/last.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(torch.isfinite(one).all() for one in state["model"].values())
+
+
+def test_data_that_does_not_fit(scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.batch_size is 64, but there are 12 training samples"):
+        scripts.train.main(command("run", "train.batch_size=64"))
+    with pytest.raises(ConfigError, match="no image is left for validation|no image of class"):
+        scripts.train.main(command("run", "data.held_out=0.99"))
+    scripts.train.main(command("run"))
+    other = miniature.single_folder(tmp_path / "other")
+    (other / "class0").rename(other / "other")
+    with pytest.raises(ConfigError, match="was trained on 3 classes"):
+        scripts.evaluate.main([str(tmp_path / "run/best.pt"), "--data", str(_with_val(other)), "--device", "cpu"])
+    with pytest.raises(ConfigError, match="there is no checkpoint"):
+        scripts.evaluate.main([str(tmp_path / "none.pt"), "--data", str(other), "--device", "cpu"])
+
+
+def _with_val(root: Path) -> Path:
+    whole = root.parent / "divided"
+    whole.mkdir()
+    for split in ("train", "val"):
+        (whole / split).symlink_to(root)
+    return whole
+
+
+# --- several processes
+
+
+def torchrun(*arguments: str) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [sys.executable, *launcher, str(EXAMPLES / "train.py"), *arguments]
+
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is missing")
+def test_two_processes_killed_and_started_again(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    common = [str(EXAMPLES / "recipes/flowers5.toml"), "--data", str(SHARED / "ants_bees"), "--workers", "1"]
+    common += ["--device", "cpu", "--cache", str(tmp_path / "cache"), "--checkpoint-every", "4", "--log-every", "1"]
+    common += sets(
+        *("data.test_share=0.0", "data.held_out=0.0", "data.test=val", "train.updates=24", "train.batch_size=16"),
+        *("train.validate_every=12", "model.width=8", "edits.size=64", 'edits.prompts=["autumn"]', "fractals.count=4"),
+    )
+    scripts.train.main([*common, "--prepare"])
+    subprocess.run(torchrun(*common, "--out", str(tmp_path / "whole")), check=True, env=ENVIRONMENT, timeout=300)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen(torchrun(*common, "--out", str(killed)), env=ENVIRONMENT, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (killed / "train.csv").exists() or len(rows(killed / "train.csv")) < 10:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = torch.load(killed / "last.pt", weights_only=True)
+    assert 0 < state["step"] < 24
+    subprocess.run(torchrun(*common, "--out", str(killed)), check=True, env=ENVIRONMENT, timeout=300)
+    assert len(rows(killed / "train.csv")) == 24
+    for name in ("train.csv", "valid.csv"):
+        assert (killed / name).read_text() == (tmp_path / "whole" / name).read_text()
+    weights = [torch.load(one / "last.pt", weights_only=True)["model"] for one in (killed, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_one_process_fails_and_all_end(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = command("run", "data.on_error=raise", "train.updates=200", "mix.preset=none")
+    scripts.train.main([*arguments, "--prepare"])
+    (tmp_path / "data/train/class1/2.jpg").write_bytes(b"\xff\xd8\xff damaged")  # in one process's batches alone
+    ended = subprocess.run(torchrun(*arguments), env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "DecodeError" in ended.stderr
+    assert "2.jpg" in ended.stderr
+
+
+def test_processes_that_cannot_share_a_batch(command: Callable[..., list[str]]) -> None:
+    arguments = command("run", "train.batch_size=5", "mix.preset=none")
+    ended = subprocess.run(torchrun(*arguments), env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert "which 2 processes cannot share evenly" in ended.stderr
+
+
+# --- comparisons
+
+
+def test_a_comparison_is_made_in_pieces(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = miniature.single_folder(tmp_path / "data")
+    recipe = tmp_path / "tiny.toml"
+    text = (EXAMPLES / "recipes/flowers5.toml").read_text()
+    for old, new in (("size = 64 ", "size = 32 "), ("width = 16", "width = 4"), ("batch_size = 32", "batch_size = 8")):
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text.replace("eval_resize = 73", "eval_resize = 36").replace("size = 128", "size = 48"))
+    base = ["compare.py", str(recipe), "--data", str(data), "--out", str(tmp_path / "out"), "--sets", "6:4", "--seeds"]
+
+    def run(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [*base, *more])
+        scripts.compare.main()
+        return json.loads((tmp_path / "out/record.json").read_text())
+
+    first = run("0", "--methods", "vanilla,edit only")
+    assert [one["method"] for one in first["runs"]] == ["vanilla", "edit only"]
+    assert all(one["updates"] == 4 and one["training_images"] >= 18 for one in first["runs"])
+    # The record alone says what is done.
+    for folder in (tmp_path / "out").iterdir():
+        if folder.is_dir() and folder.name != "cache":
+            folder.rename(tmp_path / f"gone-{folder.name}")
+    second = run("0,1", "--methods", "vanilla", "--jobs", "2")
+    assert second["runs"][:2] == first["runs"]
+    assert [(one["method"], one["seed"]) for one in second["runs"][2:]] == [("vanilla", 1)]
+    table = (tmp_path / "out/table.md").read_text()
+    assert "± " in table
+    assert "(2)" in table
+    assert (tmp_path / "out/compare.png").stat().st_size > 5000
+    assert "FAILED" not in capsys.readouterr().out
