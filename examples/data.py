@@ -50,12 +50,18 @@ def parts(recipe: Recipe, data: Path) -> Parts:
     """
     rules = recipe.data
     root, everything = read_layout(rules.layout, data, rules.train)
-    everything_for_test = rules.test_share > 0
-    digests = hashes(root, everything) if everything_for_test or rules.held_out or rules.per_class else []
+    divided = rules.test_share > 0  # here, rather than by the dataset itself
+    digests = hashes(root, everything) if divided or rules.held_out or rules.per_class else []
     rows = np.arange(len(everything))
-    if everything_for_test:
+
+    def some(chosen: np.ndarray, purpose: str) -> Catalog:
+        if not len(chosen):
+            raise ConfigError(f"data: no image is left for {purpose}; choose other shares")
+        return everything.take(chosen)
+
+    if divided:
         for_test = shares(digests, rules.split_seed, "test") < rules.test_share
-        test = Split(root, everything.take(rows[for_test]))
+        test = Split(root, some(rows[for_test], "testing"))
         rows = rows[~for_test]
     else:
         test = read_layout(rules.layout, data, rules.test)
@@ -64,10 +70,10 @@ def parts(recipe: Recipe, data: Path) -> Parts:
                 f"data.test: {rules.test!r} has {len(test.catalog.classes)} classes and {rules.train!r} has "
                 f"{len(everything.classes)}, or others; they must be the same"
             )
-    all_train, valid = everything.take(rows), test
+    all_train, valid = some(rows, "training"), test
     if rules.held_out:
         held_out = shares(digests, rules.split_seed, "held out")[rows] < rules.held_out
-        valid = Split(root, everything.take(rows[held_out]))
+        valid = Split(root, some(rows[held_out], "validation"))
         rows = rows[~held_out]
     if rules.per_class is not None:
         # The smaller training sets are parts of the larger ones.
@@ -75,15 +81,12 @@ def parts(recipe: Recipe, data: Path) -> Parts:
         labels = everything.labels[order]
         chosen = [order[labels == label][: rules.per_class] for label in range(len(everything.classes))]
         rows = np.sort(np.concatenate(chosen))
-    train = everything.take(rows)
-    for name, catalog in (("training", train), ("validation", valid.catalog), ("testing", test.catalog)):
-        empty = np.flatnonzero(np.bincount(catalog.labels, minlength=len(catalog.classes)) == 0)
-        if len(empty) and name == "training":
-            raise ConfigError(
-                f"data: no image of class {catalog.classes[empty[0]]!r} is left for {name}; choose smaller shares"
-            )
-        if not len(catalog):
-            raise ConfigError(f"data: no image is left for {name}; choose a larger share")
+    train = some(rows, "training")
+    empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
+    if len(empty):
+        raise ConfigError(
+            f"data: no image of class {train.classes[empty[0]]!r} is left for training; choose other shares"
+        )
     return Parts(root, all_train, train, valid, test)
 
 

@@ -254,36 +254,39 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
                 log.add("train", step=at, epoch=at / len(loader), lr=rate, loss=loss)
         pending.clear()
 
-    while step < updates:
-        for images, labels in loader:
-            parallel.train()
-            rate = learning_rate(settings, step, updates, warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            labels = labels.to(images.device, non_blocking=True)
-            with torch.autocast(world.device.type, amp, enabled=amp is not None):
-                loss = criterion(parallel(images), labels)
-            optimizer.zero_grad(set_to_none=True)
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            step += 1
-            pending.append((step, rate, loss.detach()))
-            last = step == updates
-            due = last or step % options.checkpoint_every == 0
-            if due or step % options.log_every == 0 or step % validate_every == 0:
-                flush()
-                started.show(step, loader)
-            if last or step % validate_every == 0:
-                validate()
-            if due:
-                save(checkpoint.last)
-            if last:
-                break
-    loader.close()
-    valid_loader.close()
+    try:
+        while step < updates:
+            for images, labels in loader:
+                parallel.train()
+                rate = learning_rate(settings, step, updates, warmup)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                labels = labels.to(images.device, non_blocking=True)
+                with torch.autocast(world.device.type, amp, enabled=amp is not None):
+                    loss = criterion(parallel(images), labels)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                step += 1
+                pending.append((step, rate, loss.detach()))
+                last = step == updates
+                due = last or step % options.checkpoint_every == 0
+                if due or step % options.log_every == 0 or step % validate_every == 0:
+                    flush()
+                    started.show(step, loader)
+                if last or step % validate_every == 0:
+                    validate()
+                if due:
+                    save(checkpoint.last)
+                if last:
+                    break
+    finally:
+        loader.close()
+        valid_loader.close()
+        if log is not None:
+            log.close()
     if log is not None:
-        log.close()
         started.finish(best)
         plot(options.out)
 

@@ -28,6 +28,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.toml"))
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
+# kornia scripts some of its functions on import.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+
 
 @pytest.fixture(scope="module", autouse=True)
 def scripts() -> Iterator[SimpleNamespace]:
@@ -81,11 +84,14 @@ def test_a_recipe_trains_and_is_evaluated(
     recipe = scripts.recipe.Recipe.read(file)
     build = miniature.single_folder if recipe.data.test_share else miniature.BUILD[recipe.data.layout]
     data = build(tmp_path / "data")
-    weights = [f"model.weights={resnet50_weights}"] if recipe.model.weights else []
+    changes = [f"model.weights={resnet50_weights}"] if recipe.model.weights else []
+    if recipe.crop.size > 64:  # seconds rather than minutes
+        sizes = {"size": 72, "resize": 80, "eval_resize": 80}
+        changes += [f"crop.{name}={sizes[name]}" for name in sizes if getattr(recipe.crop, name) is not None]
     common = ["--data", str(data), "--workers", "1", "--device", "cpu"]
     out = tmp_path / "run"
     scripts.train.main(
-        [str(file), *common, "--cache", str(tmp_path / "cache"), "--out", str(out), *sets(*SMALL, *weights)]
+        [str(file), *common, "--cache", str(tmp_path / "cache"), "--out", str(out), *sets(*SMALL, *changes)]
     )
     losses = [float(row["loss"]) for row in rows(out / "train.csv")]
     assert len(losses) == 2
@@ -172,7 +178,8 @@ def test_models_are_those_of_the_papers(scripts: SimpleNamespace) -> None:
         )
         assert sum(one.numel() for one in model.parameters()) == parameters
     small = scripts.models.build("preact_resnet18", 100, small=True)
-    assert sum(one.numel() for one in small.parameters()) == 11_220_132
+    # The CIFAR-10 one that is passed around has 11,171,146, but lacks the paper's last normalisation.
+    assert sum(one.numel() for one in small.parameters()) == 11_171_146 + 2 * 512 + 90 * 513
     assert small(torch.zeros(2, 3, 32, 32)).shape == (2, 100)
 
 
@@ -222,7 +229,6 @@ def test_smaller_training_sets_are_parts_of_larger_ones(scripts: SimpleNamespace
 # --- batch transforms
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["cutmix", "mixup"])
 def test_soft_labels_say_what_is_in_the_image(name: str, scripts: SimpleNamespace) -> None:
     transform = scripts.batch_transforms.batch_transform((name,), 2)
@@ -360,7 +366,7 @@ def test_a_loss_that_is_not_a_number(
 def test_data_that_does_not_fit(scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.batch_size is 64, but there are 12 training samples"):
         scripts.train.main(command("run", "train.batch_size=64"))
-    with pytest.raises(ConfigError, match="no image is left for validation|no image of class"):
+    with pytest.raises(ConfigError, match=r"data: no image is left for training"):
         scripts.train.main(command("run", "data.held_out=0.99"))
     scripts.train.main(command("run"))
     other = miniature.single_folder(tmp_path / "other")
@@ -387,7 +393,8 @@ def torchrun(*arguments: str) -> list[str]:
     return [sys.executable, *launcher, str(EXAMPLES / "train.py"), *arguments]
 
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="../shared/data is missing")
@@ -399,9 +406,9 @@ def test_two_processes_killed_and_started_again(scripts: SimpleNamespace, tmp_pa
         *("train.validate_every=12", "model.width=8", "edits.size=64", 'edits.prompts=["autumn"]', "fractals.count=4"),
     )
     scripts.train.main([*common, "--prepare"])
-    subprocess.run(torchrun(*common, "--out", str(tmp_path / "whole")), check=True, env=ENVIRONMENT, timeout=300)
+    subprocess.run(torchrun(*common, "--out", str(tmp_path / "whole")), check=True, env=environment(), timeout=300)
     killed = tmp_path / "killed"
-    process = subprocess.Popen(torchrun(*common, "--out", str(killed)), env=ENVIRONMENT, start_new_session=True)
+    process = subprocess.Popen(torchrun(*common, "--out", str(killed)), env=environment(), start_new_session=True)
     deadline = time.monotonic() + 240
     while not (killed / "train.csv").exists() or len(rows(killed / "train.csv")) < 10:
         assert process.poll() is None
@@ -411,7 +418,7 @@ def test_two_processes_killed_and_started_again(scripts: SimpleNamespace, tmp_pa
     process.wait()
     state = torch.load(killed / "last.pt", weights_only=True)
     assert 0 < state["step"] < 24
-    subprocess.run(torchrun(*common, "--out", str(killed)), check=True, env=ENVIRONMENT, timeout=300)
+    subprocess.run(torchrun(*common, "--out", str(killed)), check=True, env=environment(), timeout=300)
     assert len(rows(killed / "train.csv")) == 24
     for name in ("train.csv", "valid.csv"):
         assert (killed / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -425,7 +432,7 @@ def test_one_process_fails_and_all_end(
     arguments = command("run", "data.on_error=raise", "train.updates=200", "mix.preset=none")
     scripts.train.main([*arguments, "--prepare"])
     (tmp_path / "data/train/class1/2.jpg").write_bytes(b"\xff\xd8\xff damaged")  # in one process's batches alone
-    ended = subprocess.run(torchrun(*arguments), env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    ended = subprocess.run(torchrun(*arguments), env=environment(), timeout=120, capture_output=True, text=True)
     assert ended.returncode != 0
     assert "DecodeError" in ended.stderr
     assert "2.jpg" in ended.stderr
@@ -433,7 +440,7 @@ def test_one_process_fails_and_all_end(
 
 def test_processes_that_cannot_share_a_batch(command: Callable[..., list[str]]) -> None:
     arguments = command("run", "train.batch_size=5", "mix.preset=none")
-    ended = subprocess.run(torchrun(*arguments), env=ENVIRONMENT, timeout=120, capture_output=True, text=True)
+    ended = subprocess.run(torchrun(*arguments), env=environment(), timeout=120, capture_output=True, text=True)
     assert ended.returncode != 0
     assert "which 2 processes cannot share evenly" in ended.stderr
 
