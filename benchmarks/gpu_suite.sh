@@ -39,6 +39,12 @@ for batch in ${BATCHES:-64 256}; do
     step "loader-$batch" "$python" benchmarks/bench_loader.py "$images" --device "$device" --batch-size "$batch" \
         --threads "$threads" --rounds "$rounds" --out "$out/loader-$batch.json"
 done
+# What mixing adds to a training step, target 1 %. CutMix and MixUp are kornia's.
+sources=plain,diffusemix,all_mixed,plain_dali
+"$python" -c 'import kornia' 2> /dev/null && sources=plain,diffusemix,all_mixed,cutmix,mixup,plain_dali
+sizes=224; [ "$device" = cpu ] && sizes=64
+step overhead "$python" benchmarks/bench_overhead.py "$images" --device "$device" --sizes "$sizes" --sources "$sources" \
+    --workers "$threads" --rounds "$rounds" --out "$out/overhead.json"
 # Generation, targets: 6x the released way at its 100 steps, 30x with few. Needs diffusers and transformers.
 if "$python" -c 'import diffusers, transformers' 2> /dev/null; then
     size=--full-size; [ "$device" = cpu ] && size=
