@@ -1,8 +1,8 @@
 """What mixing adds to a training step: A_O = (T_mix - T_plain) / T_plain, the measure of the paper's Figure 4.
 
 Method: one model trains on batches from each source in turn (A B C A B C ...), `--skip` steps uncounted, because the
-source has decoded ahead meanwhile, then `--steps` counted: the seconds of a step, next batch included. A_O of a round is
-from its own turns; the figure is the median over `--rounds`, the interval the middle 95 % of medians of 10,000
+source has decoded ahead meanwhile, then `--steps` counted: the seconds of a step, next batch included. A_O of a round
+is from its own turns; the figure is the median over `--rounds`, the interval the middle 95 % of medians of 10,000
 resamples of the rounds. Loading and training share the machine's cores, as they do in training on it.
 
     plain       this package's loader, MixSpec.paper(probability=0): T_plain
