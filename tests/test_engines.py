@@ -139,11 +139,12 @@ def test_whoever_stops_listening_leaves_no_process(many: Engine, tmp_path: Path)
 
 
 RUN = """
-import logging, sys
+import logging, signal, sys
 from pathlib import Path
 from engine_jobs import Start, Task
 from dali_diffusemix.engines.local import LocalEngine
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     folder = Path(sys.argv[1])
     for said in LocalEngine(("cpu", "cpu")).run(Start(), [Task(str(n), folder, then="sleep") for n in range(2)]):
         print(said.process, flush=True)
