@@ -408,7 +408,7 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
     "--num-gpus", hidden=True, type=float, metavar="X", help="GPUs of a Ray worker.  [default: 1 if there are any]"
 )
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts alone.")
-@click.option("--layout", metavar="NAME", help="Of ROOT, if it is a published dataset: cub, flowers, ...")
+@click.option("--layout", metavar="NAME", help="Of ROOT, a published dataset: cub, flowers, ...")
 @click.option("--split", default="train", show_default=True, metavar="NAME", help="Of the layout; or A+B.")
 @_json_option
 @click.option("--more", is_flag=True, is_eager=True, expose_value=False, callback=_more, help="Show all options.")

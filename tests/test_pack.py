@@ -430,6 +430,7 @@ from dali_diffusemix.pack import PackConfig, pack
 def progress(done, total):
     sys.stdout.write(f"{done}\\n")
     sys.stdout.flush()
+    sys.stdin.readline()
 pack(sys.argv[1], sys.argv[2], PackConfig(max_side=300, originals_per_shard=2), progress=progress)
 """
 
@@ -442,10 +443,13 @@ def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_tw
         (root / "a" / f"{i:02}.jpg").write_bytes(data[i % 4])
     finished: dict[str, tuple[int, int]] = {}
     for kill in range(6):
-        with subprocess.Popen([sys.executable, "-c", RUN, str(root), str(store)], stdout=subprocess.PIPE) as run:
+        command = [sys.executable, "-c", RUN, str(root), str(store)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as run:
+            assert run.stdin is not None
             assert run.stdout is not None
             for _ in range(kill and rng.randint(1, 6)):  # first at its very beginning
                 run.stdout.readline()
+                run.stdin.write(b"\n")  # it waits for this: however slow we are, it cannot come to its end
             time.sleep(rng.uniform(0, 0.3 if kill == 0 else 0.02))
             run.kill()
         assert run.returncode == -signal.SIGKILL
