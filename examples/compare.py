@@ -118,6 +118,7 @@ class Run:
             "test_images": evaluation["images"],
             "seconds": round(run["seconds"], 1),
             "starts": run["starts"],
+            "commit": (self.folder / "commit").read_text(),
         }
 
 
@@ -172,16 +173,17 @@ def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
             except queue.Empty:
                 return
             run.folder.mkdir(parents=True, exist_ok=True)
+            (run.folder / "commit").write_text(commit())
             start = time.monotonic()
             with (run.folder / "output.txt").open("a") as output:
                 train, evaluate = run.commands(options)
                 with making[run.cache]:  # edits are made once, by one run
                     returned = 0
                     wanted = (run.cache, "mix.preset=edits" in run.changes)
-                    if wanted not in made:
+                    if wanted not in made and "mix.preset=none" not in run.changes:
                         returned = call([*train, "--prepare"], output)
-                    if returned == 0:
-                        made.add(wanted)
+                        if returned == 0:
+                            made.add(wanted)
                 for command in ([*train, "--edits", str(run.cache / "edits")], evaluate):
                     returned = returned or call(command, output)
             with lock:
@@ -268,7 +270,9 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "-C", str(HERE), "rev-parse", "HEAD"], capture_output=True, text=True)
+    """Of the checkout that this script lies in, with "+" where that differs; "unknown" without one."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
+    found = subprocess.run(command, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
 
 
@@ -296,7 +300,7 @@ def main() -> None:
     results = list((before | {run.key: run.result() for run in missing if run.finished}).values())
     if results:
         record = {
-            "machine": {**machine(), "commit": commit(), "command": sys.argv},
+            "machine": {**machine(), "command": sys.argv},
             "version": dali_diffusemix.__version__,
             "recipe": options.recipe.name,
             "runs": results,

@@ -465,16 +465,16 @@ def test_a_comparison_is_made_in_pieces(
         scripts.compare.main()
         return json.loads((tmp_path / "out/record.json").read_text())
 
-    first = run("0", "--methods", "vanilla,edit only")
-    assert [one["method"] for one in first["runs"]] == ["vanilla", "edit only"]
+    first = run("0", "--methods", "vanilla,DiffuseMix paper,edit only")
+    assert [one["method"] for one in first["runs"]] == ["vanilla", "DiffuseMix paper", "edit only"]
     assert all(one["updates"] == 4 and one["training_images"] >= 18 for one in first["runs"])
     # The record alone says what is done.
     for folder in (tmp_path / "out").iterdir():
         if folder.is_dir() and folder.name != "cache":
             folder.rename(tmp_path / f"gone-{folder.name}")
     second = run("0,1", "--methods", "vanilla", "--jobs", "2")
-    assert second["runs"][:2] == first["runs"]
-    assert [(one["method"], one["seed"]) for one in second["runs"][2:]] == [("vanilla", 1)]
+    assert second["runs"][:3] == first["runs"]
+    assert [(one["method"], one["seed"]) for one in second["runs"][3:]] == [("vanilla", 1)]
     table = (tmp_path / "out/table.md").read_text()
     assert "± " in table
     assert "(2)" in table
