@@ -169,3 +169,27 @@ def test_the_calibration() -> None:
     assert f"of {sum(kind['edits'] for kind in good)} good edits they reject {rejected}" in text
     assert f"nothing was edited they accept {found['bad: unchanged']['accepted']:.0%}".replace("%", " %") in text
     assert f"of edits of *another* photograph {found['bad: another']['accepted']:.0%}".replace("%", " %") in text
+
+
+def test_the_overhead_table() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    found = results("overhead", GENERATION)
+    rows = {
+        "**DiffuseMix, `MixSpec.paper()`** (target: at most 3 %)": "diffusemix",
+        "DiffuseMix, every sample mixed": "all_mixed",
+        "CutMix of kornia": "cutmix",
+        "MixUp of kornia": "mixup",
+        "plain DALI: region decode, resize, crop_mirror_normalize": "plain_dali",
+    }
+
+    def percent(share: float) -> str:
+        return f"{100 * share:+.1f}".replace("-", "−")
+
+    for title, name in rows.items():
+        cells = []
+        for size in ("64", "128"):
+            overhead = found[size][name]["A_O"]
+            low, high = overhead["interval"]
+            cells.append(f"{percent(overhead['median'])} % ({percent(low)} to {percent(high)})")
+            assert name != "diffusemix" or overhead["median"] <= 0.03
+        assert f"| {title} | {' | '.join(cells)} |\n" in text
