@@ -350,6 +350,83 @@ def plan(dataset: DiffuseMixDataset, epoch: int, file: Path) -> None:
     canvas.save(file)
 
 
+# Where things stand in the picture of the house: (left, top, width), title, modules, what they do.
+OFFLINE = (
+    ((0.42, 1.00, 2.0), "photographs", (), "class folders"),
+    (
+        (3.22, 1.00, 2.6),
+        "generate",
+        ("generate", "engines", "editors", "quality"),
+        "an engine runs an editor;\nverdicts",
+    ),
+    ((6.62, 1.00, 2.36), "edits", ("store", "verify", "report", "export"), "tar shards and their index"),
+    ((0.42, 2.42, 2.0), "catalog", ("catalog", "layouts"), "rows, labels, sizes"),
+    ((3.22, 2.42, 2.6), "pack", ("pack", "store"), "originals in tar shards;\nor the folder as it is"),
+    ((6.62, 2.42, 2.36), "fractals", ("fractals",), "a bank of flames"),
+)
+ONLINE = (
+    ((0.42, 4.86, 2.0), "plan", ("plan", "philox"), "(seed, epoch, index) to\nrows; what of them is seen"),
+    (
+        (3.22, 4.86, 2.6),
+        "reading, pipeline",
+        ("reading", "pipeline", "remote"),
+        "bytes cut to what is seen;\nDALI decodes",
+    ),
+    ((6.62, 4.86, 2.36), "mixing", ("mixing", "native", "gpu"), "one call from pieces to\nthe tensor: CPU or GPU"),
+    (
+        (0.42, 6.34, 2.0),
+        "dataset",
+        ("dataset", "quarantine", "pixels"),
+        "all that decides a sample;\nDataLoader: Pillow",
+    ),
+    ((3.22, 6.34, 2.6), "loader", ("loader", "samplers"), "order, ranks, resume,\nreading ahead"),
+    ((6.62, 6.34, 2.36), "your training loop", (), "images, labels"),
+)
+
+
+def house(file: Path) -> None:
+    """Which module does what, and what flows between them."""
+    canvas = Canvas(9.4, 7.7)
+    canvas.band(0.14, 3.86, "#f3f6fa")
+    canvas.band(4.0, 7.56, "#faf5f1")
+    canvas.text(0.42, 0.46, "ONCE, OFFLINE", 12, ORIGINAL, ha="left", weight="bold")
+    canvas.text(1.62, 4.42, "EVERY EPOCH", 12, EDIT, ha="left", weight="bold")
+    for boxes, colour in ((OFFLINE, ORIGINAL), (ONLINE, EDIT)):
+        for (left, top, width), title, modules, what in boxes:
+            box = FancyBboxPatch(
+                (left, top), width, 1.02, boxstyle="round,pad=0,rounding_size=0.08", facecolor="white", edgecolor=colour
+            )
+            canvas.back.add_patch(box)
+            canvas.text(left + width / 2, top + 0.22, title, 11, INK, weight="bold")
+            others = ", ".join(name for name in modules if name not in title)
+            canvas.text(left + width / 2, top + 0.62, what, 8.6, MUTED)
+            if others:
+                canvas.text(left + width / 2, top + 0.92, others, 7.6, colour, style="italic")
+    for start, end in (
+        ((2.46, 1.50), (3.18, 1.50)),  # photographs to generate
+        ((5.86, 1.50), (6.58, 1.50)),  # generate to edits
+        ((1.42, 2.06), (1.42, 2.38)),  # photographs to catalog
+        ((2.46, 2.92), (3.18, 2.92)),  # catalog to pack
+        ((1.42, 3.48), (1.42, 4.82)),  # catalog to plan
+        ((2.46, 5.36), (3.18, 5.36)),  # plan to reading
+        ((5.86, 5.36), (6.58, 5.36)),  # reading to mixing
+        ((4.52, 3.48), (4.52, 4.82)),  # packed originals to reading
+        ((6.70, 2.06), (5.70, 4.82)),  # edits to reading
+        ((7.80, 3.48), (7.80, 4.82)),  # fractals to mixing
+        ((1.42, 6.30), (1.42, 5.92)),  # dataset to plan
+        ((2.46, 6.86), (3.18, 6.86)),  # dataset to loader
+        ((4.52, 6.30), (4.52, 5.92)),  # loader to reading
+        ((7.80, 5.92), (7.80, 6.30)),  # mixing to the loop
+    ):
+        canvas.arrow(start, end)
+    canvas.text(1.52, 3.98, "sizes", 8.6, MUTED, ha="left")
+    canvas.text(4.42, 4.05, "originals", 8.6, MUTED, ha="right")
+    canvas.text(6.30, 4.05, "edits", 8.6, MUTED, ha="left")
+    canvas.text(7.90, 4.05, "bank", 8.6, MUTED, ha="left")
+    canvas.text(7.90, 6.11, "tensor", 8.6, MUTED, ha="left")
+    canvas.save(file)
+
+
 def main() -> None:
     demo, out = Path(sys.argv[1]), Path(sys.argv[2])
     catalog = Catalog.open(demo / "catalog")
@@ -366,6 +443,7 @@ def main() -> None:
     parts(dataset, 28, 18, out / "visible-parts.jpg")
     masks(dataset, 9, out / "masks.jpg")
     plan(dataset, 3, out / "plan.jpg")
+    house(out / "architecture.jpg")
 
 
 if __name__ == "__main__":

@@ -193,3 +193,34 @@ def test_the_overhead_table() -> None:
             cells.append(f"{percent(overhead['median'])} % ({percent(low)} to {percent(high)})")
             assert name != "diffusemix" or overhead["median"] <= 0.03
         assert f"| {title} | {' | '.join(cells)} |\n" in text
+
+
+def test_imagenet_at_scale() -> None:
+    text = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
+    images = 1_281_167
+    assert f"{images:,}" in text
+    sizes = {name: one["bytes_per_image"] for name, one in results("sizes", "2026-11-25-2cores").items()}
+    for title, name in (
+        ("originals, files as they are", "files as they are"),
+        *((name, name) for name in ("packed, the same pixels", "packed to 500 px", "packed to 400 px")),
+    ):
+        assert f"| {title} | {sizes[name] / 1e3:.0f} kB | {sizes[name] * images / 1e9:.0f} GB |\n" in text
+    for size in (256, 512):
+        each = sizes[f"edits of {size} px"]
+        total = " | ".join(f"{each * images * prompts / 1e9:.0f} GB" for prompts in (1, 3, 9))
+        assert f"| {size} px | {each / 1e3:.0f} kB | {total} |\n" in text
+    for edits_per_second in (1, 5, 20):
+        hours = " | ".join(f"{images * prompts / edits_per_second / 3600:,.0f} h" for prompts in (1, 3, 9))
+        assert f"| {edits_per_second} | {hours} |\n" in text
+    loader, loader_400 = results("loader"), results("loader-400")
+    milliseconds = [
+        1e3 * one["cpu_seconds_per_image"]
+        for one in (loader["diffusemix"], loader["diffusemix_packed"], loader_400["diffusemix"])
+    ]
+    assert "{:.2f} ms from files as they are, {:.2f} ms packed".format(*milliseconds) in text
+    for rate in (1_000, 3_000, 10_000):
+        cores = " | ".join(f"{rate * one / 1e3:.1f}" for one in milliseconds)
+        assert f"| {rate:,} | {cores} |\n" in text
+    soak = results("soak", GENERATION)
+    made = next(one for name, one in soak.items() if "five_thousand" in name)["measured"]["images_per_second"]
+    assert f"made {made:.0f} edits a second" in text.replace("\n", " ")

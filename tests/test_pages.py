@@ -1,0 +1,143 @@
+"""Every code block of the README and the guides: Python is run, commands are run or at least taken."""
+
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from dali_diffusemix import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration")))
+OTHERS = (
+    "docs/generation.md",
+    "docs/imagenet.md",
+    "docs/training.md",
+    "docs/commands.md",
+)  # whose Python, if any, is not run here
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+# Run elsewhere: demo and bench have tests of their own; the others want weights, or another folder than there is here.
+ONLY_TAKEN = re.compile(r"\b(demo|bench|timbrooks\S*)\b")
+
+Block = tuple[str, str]
+
+
+def blocks(page: str) -> list[Block]:
+    """(language, text) of the page's fenced blocks."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert text.count("\n```") % 2 == 0, f"{page}: a block is not closed"
+    return re.findall(r"^```(\w+)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def lines(shell: str) -> Iterator[list[str]]:
+    """The words of each command."""
+    for line in shell.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user's folder: photographs in class folders, and nothing else."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 3)):
+        for label in ("ants", "bees"):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
+                small.resize((140, 100), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=95)
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run_command(words: list[str]) -> None:
+    """Run a line of a page, or see that it would be taken."""
+    program, *arguments = words
+    if program == "dali-diffusemix" and ONLY_TAKEN.search(" ".join(words)):
+        command = cli.main.commands[arguments[0]]
+        command.make_context(arguments[0], arguments[1:])
+    elif program == "dali-diffusemix":
+        if arguments[0] == "fractals":
+            arguments += ["--count", "4", "--size", "64"]  # fewer, for time; the last one counts
+        result = CliRunner().invoke(cli.main, arguments, prog_name="dali-diffusemix")
+        assert result.exit_code == 0, f"{shlex.join(words)}: {result.output}"
+    elif program == "make":
+        subprocess.run(["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True)
+    elif program == "pip":
+        assert arguments[0] == "install"
+        for argument in arguments:
+            if argument.startswith(".["):
+                assert set(argument[2:-1].split(",")) <= set(EXTRAS), argument
+            elif argument.endswith(".txt"):
+                assert (ROOT / argument).is_file()
+    elif program in ("python", "torchrun"):
+        script = next(one for one in arguments if one.endswith(".py"))
+        options = arguments[arguments.index(script) + 1 :]
+        usage = subprocess.run(
+            [sys.executable, str(ROOT / script), "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for option in options:
+            assert not option.startswith("--") or option in usage, f"{script} has no {option}"
+            assert not option.endswith(".toml") or (ROOT / option).is_file()
+    elif program == "hf":
+        pass
+    else:
+        assert program in ("eval", "benchmarks/gpu_suite.sh"), f"nobody looks at {program!r}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_all_blocks_run_in_order(page: str, project: Path) -> None:
+    if page not in ("README.md", "docs/getting-started.md"):
+        run_command(shlex.split("dali-diffusemix fractals cache/fractals.npy --count 4 --size 64"))
+        run_command(shlex.split("dali-diffusemix generate data/train cache/edits --prompts autumn,snowy --size 64"))
+    # What makes the stores stands above the loop in one page and below it in the other.
+    found = sorted(blocks(page), key=lambda block: block[0] == "python")
+    assert found
+    names: dict[str, Any] = {"__name__": page}
+    for language, text in found:
+        if language == "python":
+            exec(compile(text, page, "exec"), names)
+        elif language in ("sh", "bash"):
+            for words in lines(text):
+                run_command(words)
+        else:
+            assert language in ("bibtex", "text", "toml", "json"), f"{page}: nobody looks at {language!r}"
+
+
+@pytest.mark.parametrize("page", OTHERS)
+def test_commands_of_other_pages_are_taken(page: str, project: Path) -> None:
+    seen = 0
+    for language, text in blocks(page):
+        if language in ("sh", "bash"):
+            for words in lines(text):
+                if words[0] == "dali-diffusemix":
+                    cli.main.commands[words[1]].make_context(words[1], words[2:])
+                else:
+                    run_command(words)
+                seen += 1
+    assert seen
+
+
+def test_the_readme_names_what_is_there() -> None:
+    for page in ("README.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))):
+        text = (ROOT / page).read_text(encoding="utf-8")
+        targets = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("http")]
+        for target in targets:
+            file = ((ROOT / page).parent / target.split("#")[0]) if target.split("#")[0] else ROOT / page
+            assert file.exists(), f"{page}: {target}"
+        for path in re.findall(r"`((?:examples|benchmarks|tests|kernels|docs)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), f"{page}: {path}"
