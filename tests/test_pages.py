@@ -18,12 +18,8 @@ from dali_diffusemix import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration")))
-OTHERS = (
-    "docs/generation.md",
-    "docs/imagenet.md",
-    "docs/training.md",
-    "docs/commands.md",
-)  # whose Python, if any, is not run here
+# Their Python, if any, is not run here.
+OTHERS = tuple(f"docs/{name}.md" for name in "commands generation imagenet preview results training".split())
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Run elsewhere: demo and bench have tests of their own; the others want weights, or another folder than there is here.
 ONLY_TAKEN = re.compile(r"\b(demo|bench|timbrooks\S*)\b")
