@@ -39,6 +39,19 @@ def check_available() -> None:
     _refuse([] if torch.cuda.is_available() else ["no NVIDIA GPU or no driver is found"])
 
 
+def compiler() -> tuple[str, str]:
+    """The versions of CuPy and of NVRTC, the compiler that it uses. Raises MissingDependencyError."""
+    try:
+        import cupy
+
+        major, minor = cupy.cuda.nvrtc.getVersion()
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(f"{error.name} is not installed: {_INSTALL}") from error
+    except RuntimeError as error:
+        raise MissingDependencyError(f"CuPy does not find NVRTC ({error}): {_INSTALL}") from error
+    return str(cupy.__version__), f"{major}.{minor}"
+
+
 def _refuse(missing: list[str]) -> None:
     if missing:
         raise MissingDependencyError(

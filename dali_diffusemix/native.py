@@ -18,14 +18,19 @@ _log = logging.getLogger(__name__)
 _FILE = "libdali_diffusemix.so"
 
 
+def load() -> ctypes.CDLL:
+    """Load the library. Raises OSError or ModuleNotFoundError where it was not built."""
+    with resources.as_file(resources.files("dali_diffusemix.kernels") / _FILE) as path:
+        return ctypes.CDLL(str(path))
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None where it was not built. DALI_DIFFUSEMIX_NATIVE=0 pretends it was not."""
     if os.environ.get("DALI_DIFFUSEMIX_NATIVE") == "0":
         return None
     try:
-        with resources.as_file(resources.files("dali_diffusemix.kernels") / _FILE) as path:
-            return ctypes.CDLL(str(path))
+        return load()
     except (OSError, ModuleNotFoundError) as error:
         _log.warning(
             "The CPU kernels were not built (%s): the NumPy definition is used, which is many times slower. "

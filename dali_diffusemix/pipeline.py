@@ -395,6 +395,27 @@ def _build(names: Sequence[str], batch_size: int, threads: int, *, device: int |
     return pipeline
 
 
+def decode_by_dali(image: NDArray[np.uint8], size: tuple[int, int], *, device: int | None) -> NDArray[np.uint8]:
+    """What DALI alone makes of a whole encoded image, in the way in which `PieceDecoder` has it decoded.
+
+    Args:
+        image: (n,) the file's content; sound.
+        size: (height, width) of its pixels.
+        device: As `PieceDecoder` has it.
+
+    Raises:
+        MissingDependencyError: DALI is not installed.
+        RuntimeError: DALI cannot decode it.
+    """
+    pipeline = _build(("image",), 1, 1, device=device, largest=size)
+    pipeline.feed_input("image", [image])
+    for end, values in zip(_ENDS, ((0, 0), size), strict=True):
+        pipeline.feed_input(f"image_{end}", [np.array(values, dtype=np.int32)])
+    pipeline.schedule_run()
+    (outputs,) = _share_outputs(pipeline, None)
+    return np.array(outputs.as_cpu().at(0))
+
+
 def _share_outputs(pipeline: Any, stream: int | None) -> Any:
     # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
     outputs = pipeline.share_outputs() if stream is None else pipeline.share_outputs(cuda_stream=stream or 1)

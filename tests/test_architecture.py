@@ -1,6 +1,7 @@
 """The house: imports go down the levels only, each vendor has one room, and the package imports quickly."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,7 +33,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     3: ("mixing", "generate", "pack", "verify", "pipeline"),
     4: ("quarantine", "dataset"),
     5: ("samplers", "loader", "fn", "preview", "report", "export", "bench"),
-    6: ("integrations", "demo", "cli"),
+    6: ("integrations", "doctor", "demo", "cli"),
 }
 RANK = {name: (level, place) for level, names in LEVELS.items() for place, name in enumerate(names)}
 
@@ -59,6 +60,7 @@ ROOMS = {
         "preview",
         "bench",
         "integrations",
+        "doctor",
         "cli",
         "demo",
         "editors",
@@ -121,3 +123,24 @@ def test_import_is_light() -> None:
         seconds.append(float(time_taken))
         assert not {"torch", "nvidia", "cupy", "PIL", "diffusers"} & set(loaded.split())
     assert min(seconds) < 0.5
+
+
+def test_the_documents_show_this_house() -> None:
+    """The table of levels and the picture in docs/architecture.md."""
+    docs = PACKAGE.parent / "docs"
+    if not docs.is_dir():
+        pytest.skip("docs/ is not beside the package")
+    text = (docs / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", text, re.MULTILINE)
+    shown = {int(level): tuple(name.rstrip("/") for name in re.findall(r"`(.*?)`", names)) for level, names in rows}
+    assert shown == LEVELS
+    drawn = {
+        name
+        for node in ast.parse((docs / "figures.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("OFFLINE", "ONLINE")
+        for _, _, names, _ in ast.literal_eval(node.value)
+        for name in names
+    }
+    known = {name for names in LEVELS.values() for name in names}
+    beside_the_flow = {"errors", "fn", "preview", "bench", "doctor", "integrations", "demo", "cli"}
+    assert drawn == known - beside_the_flow
