@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak check clean
+.PHONY: demo test soak check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
@@ -23,8 +23,21 @@ check: $(INSTALLED)
 	$(BIN)/mypy
 	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp
 
+# The pages, into site/. With FIGURES=demo, the folder that `make demo` leaves, their figures are drawn anew.
+docs: $(INSTALLED)
+	$(if $(FIGURES),$(BIN)/python docs/figures.py $(FIGURES) docs/figures)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo site/index.html
+
+# What would be published, checked in a new virtual environment: the source distribution, and the wheel made of it.
+dist: $(INSTALLED)
+	rm -rf dist
+	$(BIN)/python -m build --quiet
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python tests/distribution/check.py dist
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info kernels/*.so
+	rm -rf $(VENV) build dist site *.egg-info kernels/*.so
 
 # Torch first and by itself: its pin keeps an unpinned requirement from fetching gigabytes of CUDA.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.cuh)

@@ -182,12 +182,24 @@ class Catalog:
         return f"<Catalog of {len(self)} images in {len(self.classes)} classes{where}>"
 
     def encoded_path(self, row: int) -> bytes:
-        """The path of a row, relative to the root, as the file system has it. Raises IndexError."""
+        """The path of a row, relative to the root, as the file system has it.
+
+        Raises:
+            IndexError: There is no such row.
+            CatalogError: The path leads out of the root: somebody has changed the catalog.
+        """
         row = range(len(self))[operator.index(row)]
-        return self.path_bytes[self.path_offsets[row] : self.path_offsets[row + 1]].tobytes()
+        path = self.path_bytes[self.path_offsets[row] : self.path_offsets[row + 1]].tobytes()
+        if _IRREGULAR.search(path):
+            where = "the catalog" if self._origin is None else str(self._origin.folder)
+            raise CatalogError(
+                f"{where!r}: paths must be relative to the root, without empty parts, '.', '..' or NUL; row {row} has "
+                f"{os.fsdecode(path)!r}; do not use what it came with, or list the folder anew."
+            )
+        return path
 
     def path(self, row: int) -> str:
-        """The path of a row, relative to the root, POSIX. Raises IndexError."""
+        """The path of a row, relative to the root, POSIX. Raises as `encoded_path`."""
         return os.fsdecode(self.encoded_path(row))
 
     @property

@@ -2,7 +2,7 @@
 
 Results go to standard output, as lines or with `--json` as one object; progress, warnings and errors go to standard
 error. Exit codes: 0 done, 1 an error of ours, 2 a wrong command line, 130 interrupted. What a command needs is
-imported inside it, so that `--help` answers at once.
+imported inside it, so that `--help` and a shell that completes are answered at once.
 """
 
 import contextlib
@@ -10,14 +10,16 @@ import io
 import json
 import logging
 import os
+import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
@@ -43,9 +45,12 @@ class _Store(click.Path):
     """A folder, or the URL of a store, which stays a string."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        from dali_diffusemix.remote import is_url
+        if isinstance(value, str) and "://" in value:  # else there is nothing to import
+            from dali_diffusemix.remote import is_url
 
-        return value if is_url(value) else Path(os.fsdecode(super().convert(value, param, ctx)))
+            if is_url(value):
+                return value
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
 _STORE: Final = _Store()
@@ -57,6 +62,16 @@ _STORE: Final = _Store()
 def _console() -> Console:
     # Made anew each time: standard error is another one under tests, and while a bar is shown.
     return Console(stderr=True, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def _is_watched(console: Console) -> bool:
+    """Whether a bar may be drawn: on a terminal that can move back, and that nobody keeps as a log.
+
+    Not `is_terminal`, which FORCE_COLOR makes true of a pipe.
+    """
+    if sys.stderr is None or os.environ.get("CI", "") not in ("", "0", "false"):  # None: it was closed
+        return False
+    return sys.stderr.isatty() and not console.is_dumb_terminal
 
 
 def _printable(text: str) -> str:
@@ -79,7 +94,10 @@ class _Rate(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="cyan")
+        # What two calls in the first instant would give is no rate.
+        return Text(
+            "" if speed is None or (task.elapsed or 0) < 0.5 else f"{speed:.1f} {task.fields['unit']}/s", style="cyan"
+        )
 
 
 class _Bars(Progress):
@@ -117,11 +135,11 @@ class _Display:
 
     @contextlib.contextmanager
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-        """A bar on a terminal; else a line now and then; nothing beside JSON."""
+        """A bar on a terminal, a line now and then in a log; nothing beside JSON."""
         console = _console()
         if self._as_json:
             yield lambda done, total: None
-        elif not console.is_terminal:
+        elif not _is_watched(console):
             yield _Lines(console, what, unit, lambda: self._rejects)
         else:
             columns = (
@@ -234,9 +252,39 @@ def _numbers(ctx: click.Context, param: click.Parameter, value: str | None) -> l
         raise click.BadParameter(f"{value!r} is not whole numbers with commas between; write 1,5,9.") from error
 
 
+_MOST_EPOCHS: Final = 100  # as `preview` has it
+
+
+def _epochs(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+    """Epochs, and stretches of them, with commas between."""
+    if value is None:
+        return None
+    epochs: list[int] = []
+    for stretch in value.split(","):
+        first, dash, last = stretch.strip().partition("-")
+        if not (first.isdecimal() and (last.isdecimal() or not dash)) or int(last or first) < int(first):
+            raise click.BadParameter(f"{value!r} is not epochs; write 0-5 or 0,3,7.")
+        length = int(last or first) - int(first) + 1
+        if len(epochs) + length > _MOST_EPOCHS:
+            raise click.BadParameter(f"{value!r} is more than {_MOST_EPOCHS} epochs; draw fewer at once.")
+        epochs += range(int(first), int(first) + length)
+    return epochs
+
+
+_PRESETS: Final = ("paper", "release")
+
+
+def _presets(ctx: click.Context, param: click.Parameter, value: str) -> list[str]:
+    """Names of presets with commas between."""
+    names = [name.strip() for name in value.split(",")]
+    if not set(names) <= set(_PRESETS) or len(set(names)) < len(names):
+        raise click.BadParameter(f"{value!r} must be one of {', '.join(_PRESETS)}, or both as {','.join(_PRESETS)}.")
+    return names
+
+
 def _more(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     """Show the help with the options that most people can do without."""
-    if value:
+    if value and not ctx.resilient_parsing:
         for one in ctx.command.params:
             if isinstance(one, click.Option):
                 one.hidden = False
@@ -244,19 +292,88 @@ def _more(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         ctx.exit()
 
 
+_SHOWN: Final = (  # by --version, where they are installed
+    "torch",
+    "nvidia-dali-cuda120",
+    "nvidia-dali-cuda130",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "diffusers",
+    "ray",
+    "numpy",
+    "pillow",
+)
+
+
+def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    """Show the versions of this package, of Python and of what is installed of the packages that matter."""
+    if not value or ctx.resilient_parsing:
+        return
+    from importlib import metadata
+
+    from dali_diffusemix import __version__
+
+    click.echo(f"dali-diffusemix, version {__version__}")
+    click.echo(f"Python {platform.python_version()}")
+    for package in _SHOWN:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            click.echo(f"{package} {metadata.version(package)}")
+    ctx.exit()
+
+
+_Completer: TypeAlias = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
+
+
+def _words(words: Callable[[click.Context], Iterable[str]], *, kind: str = "", many: bool = False) -> _Completer:
+    """Completes words; a path of this kind ("file" or "dir") where none fits; `many` with commas between."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        before, comma, begun = incomplete.rpartition(",") if many else ("", "", incomplete)
+        taken = before.split(",")
+        fitting = [word for word in words(ctx) if word.startswith(begun) and word not in taken]
+        if fitting or not kind:
+            return [CompletionItem(before + comma + word) for word in fitting]
+        return [CompletionItem(incomplete, type=kind)]
+
+    return complete
+
+
+def _prompts(ctx: click.Context) -> Sequence[str]:
+    from dali_diffusemix.editors import PROMPTS
+
+    return PROMPTS
+
+
+def _schedulers(ctx: click.Context) -> Iterable[str]:
+    from dali_diffusemix.editors.diffusers import SCHEDULERS
+
+    return SCHEDULERS
+
+
+def _layouts(ctx: click.Context) -> Iterable[str]:
+    from dali_diffusemix.layouts import LAYOUTS
+
+    return LAYOUTS
+
+
+def _splits(ctx: click.Context) -> Iterable[str]:
+    from dali_diffusemix.layouts import LAYOUTS
+
+    return LAYOUTS.get(ctx.params.get("layout") or "", ())
+
+
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="dali-diffusemix", prog_name="dali-diffusemix")
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 done, 1 an error, 2 a wrong command line, 130 interrupted.",
+)
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions.")
 def main() -> None:
-    """DiffuseMix (Islam et al., CVPR 2024) at load time.
-
-    Edit a folder of photographs once; from then on every epoch mixes them afresh while it loads.
-
-    \b
-      dali-diffusemix demo          see it all on photographs that are there already
-    """
+    """DiffuseMix (Islam et al., CVPR 2024) at load time: edit a folder of photographs once, and mix them afresh in
+    every epoch. Begin with `demo`."""
 
 
 # Commands -------------------------------------------------------------------------------------------------------------
@@ -363,11 +480,23 @@ def fractals_command(
 _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
 
 
-@main.command("generate")
+@main.command("generate", short_help="Edit the images of ROOT into the folder STORE.")
 @click.argument("root", type=_PATH)
 @click.argument("store", type=_PATH)
-@click.option("--editor", default="procedural", show_default=True, metavar="NAME", help="Or a model: hub id or folder.")
-@click.option("--prompts", metavar="A,B", help="Or a prompts.toml.  [default: the paper's nine]")
+@click.option(
+    "--editor",
+    default="procedural",
+    show_default=True,
+    metavar="NAME",
+    shell_complete=_words(lambda _: ["procedural"], kind="dir"),
+    help="Or a model: hub id or folder.",
+)
+@click.option(
+    "--prompts",
+    metavar="A,B",
+    shell_complete=_words(_prompts, kind="file", many=True),
+    help="Or a prompts.toml.  [default: the paper's nine]",
+)
 @click.option("--size", default=256, show_default=True, metavar="N", help="Pixels a side of a stored edit.")
 @click.option("--edit-size", hidden=True, type=int, metavar="N", help="The same while editing.  [default: --size]")
 @click.option(
@@ -392,7 +521,12 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
     help="Work lost if killed, at most.",
 )
 @click.option("--revision", hidden=True, metavar="NAME", help="Of the model on the hub.")
-@click.option("--scheduler", metavar="NAME", help="Of the diffusion.  [default: euler-ancestral]")
+@click.option(
+    "--scheduler",
+    metavar="NAME",
+    shell_complete=_words(_schedulers),
+    help="Of the diffusion.  [default: euler-ancestral]",
+)
 @click.option("--steps", type=int, metavar="N", help="Of the diffusion.  [default: 100]")
 @click.option("--guidance", hidden=True, type=float, metavar="X", help="By the prompt.  [default: 4]")
 @click.option("--image-guidance", hidden=True, type=float, metavar="X", help="By the image.  [default: 1.5]")
@@ -408,8 +542,20 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
     "--num-gpus", hidden=True, type=float, metavar="X", help="GPUs of a Ray worker.  [default: 1 if there are any]"
 )
 @click.option("--part", metavar="I/N", help="Make the I-th of N parts alone.")
-@click.option("--layout", metavar="NAME", help="Of ROOT, a published dataset: cub, flowers, ...")
-@click.option("--split", default="train", show_default=True, metavar="NAME", help="Of the layout; or A+B.")
+@click.option(
+    "--layout",
+    metavar="NAME",
+    shell_complete=_words(_layouts),
+    help="Of ROOT, a published dataset: cub, flowers, ...",
+)
+@click.option(
+    "--split",
+    default="train",
+    show_default=True,
+    metavar="NAME",
+    shell_complete=_words(_splits),
+    help="Of the layout; or A+B.",
+)
 @_json_option
 @click.option("--more", is_flag=True, is_eager=True, expose_value=False, callback=_more, help="Show all options.")
 def generate_command(
@@ -430,7 +576,7 @@ def generate_command(
 ) -> None:
     """Edit the images of ROOT, a folder or a packed store, into the folder STORE.
 
-    Run again, it makes what is missing and nothing twice; new images, prompts and variants add to what is there.
+    Run again, it makes what is missing, and new images, prompts and variants too.
     The procedural editor restyles without a model: it is not diffusion.
 
     \b
@@ -548,7 +694,7 @@ def _engine(
     return LocalEngine([devices[place % len(devices)] for place in range(workers or len(devices))])
 
 
-@main.command("verify")
+@main.command("verify", short_help="Hash and decode all of STORE, and say what is wrong.")
 @click.argument("store", type=_PATH)
 @click.option("--quick", is_flag=True, help="Hash the files, but decode no image.")
 @click.option("--discard", is_flag=True, help="Have damaged shards made anew by the next run.")
@@ -596,7 +742,7 @@ def verify_command(store: Path, quick: bool, discard: bool, workers: int | None,
         click.get_current_context().exit(1)
 
 
-@main.command("report")
+@main.command("report", short_help="Write a gallery of the edits in STORE, for any browser.")
 @click.argument("store", type=_PATH)
 @click.option("--out", type=_PATH, default="report", show_default=True, metavar="DIR", help="Where to write.")
 @click.option("--root", type=_PATH, metavar="DIR", help="The originals.  [default: where they were]")
@@ -622,7 +768,7 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
     display.result({"page": str(report.page), "edits": report.edits, "of": report.of, "originals": report.originals})
 
 
-@main.command("export")
+@main.command("export", short_help="Write images and edits as an ImageFolder, for other loaders.")
 @click.argument("root", type=_PATH)
 @click.argument("store", type=_PATH)
 @click.argument("out", type=_PATH)
@@ -655,7 +801,7 @@ def export_command(root: Path, store: Path, out: Path, as_json: bool, **options:
     )
 
 
-@main.command("pack")
+@main.command("pack", short_help="Pack the images of ROOT, to be read in its place, and faster.")
 @click.argument("root", type=_PATH)
 @click.argument("store", type=_PATH)
 @click.option("--max-side", type=int, metavar="N", help="Make larger images smaller: pixels of the longest side.")
@@ -709,17 +855,28 @@ def pack_command(
 @click.argument("root", type=_STORE)
 @click.option("--edits", type=_STORE, required=True, metavar="STORE", help="The edit store.")
 @click.option("--fractals", type=_PATH, required=True, metavar="FILE", help="The fractal bank.")
-@click.option("--out", type=_PATH, default="sheet.png", show_default=True, metavar="FILE", help="PNG to write.")
+@click.option("--out", type=_PATH, default="sheet.png", show_default=True, metavar="FILE", help="A .png or .jpg.")
 @click.option("--rows", default=8, show_default=True, metavar="N", help="How many samples, up to 64.")
-@click.option(
-    "--indices", callback=_numbers, metavar="1,5", help="Which samples.  [default: mixed ones of many classes]"
-)
+@click.option("--indices", callback=_numbers, metavar="1,5", help="Which.  [default: mixed ones of many classes]")
 @click.option("--epoch", default=0, show_default=True, metavar="N", help="The epoch whose samples to draw.")
+@click.option("--epochs", callback=_epochs, metavar="0-5", help="Several instead; --out x.webp or .gif animates one.")
+@click.option("--parts", is_flag=True, help="Outline what is decoded of each image.")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="The seed of your training run.")
-@click.option("--preset", type=click.Choice(["paper", "release"]), default="paper", show_default=True)
+@click.option(
+    "--preset",
+    "presets",
+    callback=_presets,
+    default="paper",
+    show_default=True,
+    metavar="NAME",
+    help="Or release; or paper,release.",
+    shell_complete=_words(lambda _: _PRESETS, many=True),
+)
 @click.option("--crop-size", default=224, show_default=True, metavar="N", help="Pixels a side of a sample.")
 @_json_option
+@click.pass_context
 def preview_command(
+    ctx: click.Context,
     root: Path,
     edits: Path,
     fractals: Path,
@@ -727,8 +884,10 @@ def preview_command(
     rows: int,
     indices: list[int] | None,
     epoch: int,
+    epochs: list[int] | None,
+    parts: bool,
     seed: int,
-    preset: str,
+    presets: list[str],
     crop_size: int,
     as_json: bool,
 ) -> None:
@@ -738,31 +897,100 @@ def preview_command(
 
     \b
     Example:
-      dali-diffusemix preview data/train --edits cache/edits --fractals cache/fractals.npy
+      dali-diffusemix preview data/train --edits edits --fractals fractals.npy
     """
+    from dali_diffusemix import preview
     from dali_diffusemix.dataset import DiffuseMixDataset
     from dali_diffusemix.plan import MixSpec, TrainCrop
-    from dali_diffusemix.preview import contact_sheet, spread_indices
+
+    given = {name for name in ctx.params if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE}
+    ending = out.suffix.lower()
+    animated = ending in preview.ANIMATION_ENDINGS
+    _check_picture(out, preview.SHEET_ENDINGS, preview.ANIMATION_ENDINGS)
+    if epochs is not None and "epoch" in given:
+        raise click.UsageError("--epoch is for one epoch; leave it out beside --epochs.")
+    kinds = [
+        option
+        for option, asked in (("--epochs", epochs), ("--parts", parts), ("--preset with several names", presets[1:]))
+        if asked
+    ]
+    if len(kinds) > 1:
+        raise click.UsageError(f"{kinds[0]} and {kinds[1]} are drawn on sheets of their own; leave one of them out.")
+    if animated:
+        if epochs is None:
+            raise click.UsageError(f"{ending} is an animation over epochs; name them, as --epochs 0-11.")
+        if len(indices or [0]) > 1 or (indices is None and "rows" in given and rows != 1):
+            found = f"--rows {rows}" if indices is None else f"--indices {','.join(map(str, indices))}"
+            raise click.UsageError(f"{ending} is an animation of one sample, found {found}; name one, as --indices 5.")
+        rows = 1
 
     display = _Display(as_json)
+    mixes = {name: MixSpec.paper() if name == "paper" else MixSpec.release() for name in presets}
     dataset = DiffuseMixDataset(
         root,
         edits=edits,
         fractals=fractals,
-        mix=MixSpec.paper() if preset == "paper" else MixSpec.release(),
+        mix=mixes[presets[0]],
         crop=TrainCrop(crop_size),
         seed=seed,
     )
-    chosen = indices if indices is not None else spread_indices(dataset, epoch=epoch, rows=rows)
-    sheet = contact_sheet(dataset, epoch=epoch, indices=chosen)
-    content = io.BytesIO()
-    sheet.save(content, "PNG")
-    _write(out, content.getvalue())
-    display.line(f"{len(chosen)} samples in {out}, {sheet.width} x {sheet.height} pixels")
-    display.result({"sheet": str(out), "width": sheet.width, "height": sheet.height, "indices": chosen})
+    shown = [epoch] if epochs is None else epochs
+    more: dict[str, Any] = {}
+    if len(presets) > 1:
+        try:
+            samples = preview.matching_indices(dataset, mixes, epoch=epoch, originals=indices, rows=rows)
+        except ConfigError as error:
+            error.add_note("--indices names originals where several presets are side by side.")
+            raise
+        chosen = samples["paper"]  # of a fixed epoch: an index is an original
+        pictures = [preview.presets_sheet(dataset, mixes, epoch=epoch, indices=samples)]
+        more["samples"] = samples
+        what = f"{len(chosen)} originals under {' and '.join(presets)}"
+    else:
+        chosen = indices if indices is not None else preview.spread_indices(dataset, epoch=shown[0], rows=rows)
+        what = f"{len(chosen)} samples" if epochs is None else f"{len(chosen)} samples in {len(epochs)} epochs"
+        if animated:
+            pictures = preview.animation(dataset, index=chosen[0], epochs=shown)
+            what = f"sample {chosen[0]} in {len(shown)} epochs"
+        elif epochs is not None:
+            pictures = [preview.epochs_sheet(dataset, epochs=epochs, indices=chosen)]
+        elif parts:
+            pictures = [preview.parts_sheet(dataset, epoch=epoch, indices=chosen)]
+            shares = preview.decoded_shares(dataset, epoch=epoch, indices=chosen).tolist()
+            more["decoded"] = [
+                # NaN is not JSON.
+                {"original": original, "edit": None if edit != edit else edit, "both": both}
+                for original, edit, both in shares
+            ]
+        else:
+            pictures = [preview.contact_sheet(dataset, epoch=epoch, indices=chosen)]
+    _write(out, preview.encoded(pictures, ending))
+    width, height = pictures[0].size
+    display.line(f"{what} in {out}, {width} x {height} pixels")
+    display.result(
+        {
+            "sheet": str(out),
+            "width": width,
+            "height": height,
+            "indices": chosen,
+            "epochs": shown,
+            "presets": presets,
+            "frames": len(pictures),
+            **more,
+        }
+    )
 
 
-@main.command("bench")
+def _check_picture(out: Path, sheets: Sequence[str], animations: Sequence[str]) -> None:
+    if out.suffix.lower() not in (*sheets, *animations):
+        raise click.BadParameter(
+            f"{str(out)!r} must end in {' or '.join(sheets)}, or for an animation in {' or '.join(animations)}, "
+            f"found {out.suffix or 'no ending'!r}.",
+            param_hint="--out",
+        )
+
+
+@main.command("bench", short_help="Compare this loader with others, and say what to change.")
 @click.argument("root", metavar="DATA", type=_PATH)
 @click.option("--edits", type=_PATH, metavar="STORE", help="The edit store; without it nothing is mixed.")
 @click.option("--fractals", type=_PATH, metavar="FILE", help="The fractal bank.")
@@ -781,7 +1009,7 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
 
     \b
     Example:
-      dali-diffusemix bench data/train --edits cache/edits --fractals cache/fractals.npy
+      dali-diffusemix bench data/train --edits edits --fractals fractals.npy
     """
     from dali_diffusemix.bench import bench
 
@@ -791,6 +1019,34 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
     for line in result.lines():
         display.line(line)
     display.result(result.json())
+
+
+@main.command("doctor")
+@click.argument("data", metavar="[DATA]", type=_STORE, required=False)
+@_json_option
+@click.pass_context
+def doctor_command(ctx: click.Context, data: Path | str | None, as_json: bool) -> None:
+    """Try what this package needs, and say what works here.
+
+    What does not is shown with its reason and what to do. It takes some seconds and leaves nothing behind. Put
+    what it prints into bug reports. Of DATA, a folder of images or a store, some files are read to see how fast
+    that is.
+
+    The exit code is 0 if the loader works on some device, the CPU or a GPU, else 1.
+
+    \b
+    Example:
+      dali-diffusemix doctor data/train
+    """
+    from dali_diffusemix.doctor import examine
+
+    display = _Display(as_json)
+    with display.progress("Trying", "checks") as progress:
+        report = examine(data, progress=progress)
+    for line in report.lines():
+        display.line(line)
+    display.result(report.json())
+    ctx.exit(0 if report.ok else 1)
 
 
 @main.command("demo")
@@ -817,6 +1073,27 @@ def demo_command(folder: Path | None, out: Path, keep: bool, as_json: bool) -> N
     result = run_demo(display, folder=folder, out=out, keep=keep)
     display.line(f"Done in {result.seconds:.0f} s. Look at {os.path.relpath(result.sheet)}")
     display.result(asdict(result))
+
+
+@main.command("completion")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion_command(shell: str) -> None:
+    """Print what makes SHELL complete commands, options and paths.
+
+    \b
+    At the end of ~/.bashrc   eval "$(dali-diffusemix completion bash)"
+    At the end of ~/.zshrc    eval "$(dali-diffusemix completion zsh)"
+    In ~/.config/fish/config.fish   dali-diffusemix completion fish | source
+
+    \b
+    Example:
+      dali-diffusemix completion bash
+    """
+    complete = get_completion_class(shell)
+    assert complete is not None
+    source = complete(main, {}, "dali-diffusemix", "_DALI_DIFFUSEMIX_COMPLETE").source()
+    # Click's words for fish end at a comma, which lists of prompts have.
+    click.echo(source.replace('string split ","', 'string split --max 1 ","'), nl=False)
 
 
 def _list(display: _Display, lines: Iterable[str], most: int | None = None) -> None:

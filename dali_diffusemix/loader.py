@@ -111,8 +111,9 @@ class DiffuseMixLoader:
         drop_last: Leave out a last batch that is not full.
         generator: Decides the order when shuffling, in place of the dataset's seed.
         prefetch_factor: Batches that are decoded ahead; as many again are read ahead.
-        rank, world_size: This process's share of each global batch of batch_size x world_size samples. Both None:
-            torch.distributed's where it is initialised, else 0 of 1. Ranks deliver equally many batches.
+        rank: Which share of each global batch of batch_size x world_size samples is this process's. None:
+            torch.distributed's where it is initialised, else 0. Ranks deliver equally many batches.
+        world_size: How many processes share a global batch; given with `rank`, or neither.
         batch_transform: Called with (images, labels, generator) of each batch on the device; gives the images and
             labels to deliver. The generator, on the device too, and the global ones of torch, NumPy and Python are
             seeded for the call by (seed, epoch, step, rank).
@@ -121,7 +122,8 @@ class DiffuseMixLoader:
 
     Raises:
         ConfigError: an argument breaks a rule.
-        MissingDependencyError: what the device needs is not installed; from `iter()`, DALI or a GPU is missing.
+        MissingDependencyError: what the device needs is not installed; from `iter()`, a GPU is missing; from `next()`,
+            DALI is.
         DecodeError: from `next()`: an image cannot be read or decoded, and the dataset has on_error="raise".
     """
 

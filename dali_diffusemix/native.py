@@ -34,7 +34,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, ModuleNotFoundError) as error:
         _log.warning(
             "The CPU kernels were not built (%s): the NumPy definition is used, which is many times slower. "
-            "Install a C++ compiler (g++) and reinstall dali-diffusemix to build them.",
+            "Install a C++ compiler (g++) and reinstall dali-diffusemix with pip's --no-cache-dir to build them.",
             error,
         )
         return None

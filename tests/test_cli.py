@@ -4,6 +4,7 @@ import importlib.util
 import json
 import logging
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
 from dali_diffusemix.editors import PROMPTS
@@ -26,7 +28,20 @@ from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.store import EditStore
 
 SHARED = Path(__file__).parents[2] / "shared"
-COMMANDS = ("index", "fractals", "generate", "verify", "report", "export", "pack", "preview", "bench", "demo")
+COMMANDS = (
+    "index",
+    "fractals",
+    "generate",
+    "verify",
+    "report",
+    "export",
+    "pack",
+    "preview",
+    "bench",
+    "doctor",
+    "demo",
+    "completion",
+)
 PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]
 
 
@@ -86,14 +101,27 @@ def process(*arguments: str | Path, **environment: str) -> "subprocess.Completed
 # Help -----------------------------------------------------------------------------------------------------------------
 
 
+def help_lines(*command: str) -> list[str]:
+    """What a terminal of 80 columns and 24 rows shows. Click fills two columns less, but not under its own runner."""
+    shown = CliRunner().invoke(cli.main, [*command, "--help"], prog_name="dali-diffusemix", terminal_width=78)
+    lines = shown.stdout.splitlines()
+    assert len(lines) <= 24 and max(map(len, lines)) <= 80
+    return lines
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
-    lines = run(command, "--help").stdout.splitlines()
-    assert len(lines) <= 24
+    lines = help_lines(command)
     example = lines[lines.index("  Example:") + 1].split()
     assert example[:2] == ["dali-diffusemix", command]
     # The example is one that the command takes.
     cli.main.commands[command].make_context(command, example[2:])
+
+
+def test_the_main_help_fits_a_screen_and_cuts_nothing_off() -> None:
+    lines = help_lines()
+    assert not [line for line in lines[1:] if line.endswith("...")]
+    assert "0 done, 1 an error, 2 a wrong command line, 130 interrupted" in lines[-1]
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
@@ -113,7 +141,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 
 def test_version() -> None:
-    assert run("--version").stdout.startswith("dali-diffusemix, version ")
+    first, second, *packages = run("--version").stdout.splitlines()
+    assert first == f"dali-diffusemix, version {dali_diffusemix.__version__}"
+    assert second == f"Python {platform.python_version()}"
+    assert f"numpy {np.__version__}" in packages
 
 
 # Commands, end to end -------------------------------------------------------------------------------------------------
@@ -163,6 +194,46 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
     assert drawn["indices"] == [7, 3]
     with Image.open(tmp_path / "sheet.png") as image:
         assert (drawn["width"], drawn["height"]) == image.size
+
+
+def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path: Path) -> None:
+    stores = ("--edits", made / "edits", "--fractals", made / "fractals.npy")
+    given = ("preview", made / "root", *stores, "--crop-size", 64)
+
+    def drawn(name: str, *options: object) -> dict[str, Any]:
+        file = tmp_path / name
+        result = run_json(*given, "--out", file, *options)
+        with Image.open(file) as image:
+            assert (result["width"], result["height"]) == image.size
+            assert result["frames"] == getattr(image, "n_frames", 1)
+        content = file.read_bytes()
+        run(*given, "--out", file, *options)
+        assert file.read_bytes() == content
+        return result
+
+    plain = drawn("contact.png", "--indices", "3,1")
+    assert {name: plain[name] for name in ("indices", "epochs", "presets")} == {
+        "indices": [3, 1],
+        "epochs": [0],
+        "presets": ["paper"],
+    }
+    assert drawn("epochs.jpg", "--epochs", "0-2,7", "--rows", 2)["epochs"] == [0, 1, 2, 7]
+    parts = drawn("parts.png", "--parts", "--indices", "0,1,2,3,4,5,6,7")["decoded"]
+    assert len(parts) == 8
+    for one in parts:
+        assert 0 < one["both"] <= 1 and 0 <= one["original"] <= 1
+        assert one["both"] == one["original"] if one["edit"] is None else 0 <= one["edit"] <= 1
+    presets = drawn("presets.png", "--preset", "paper,release", "--indices", "5,2")
+    assert presets["indices"] == presets["samples"]["paper"] == [5, 2]
+    store = EditStore.open(made / "edits")
+    for index, original in zip(presets["samples"]["release"], [5, 2], strict=True):
+        assert index == original or store.index["original"][index - 12] == original
+    for name in ("one.webp", "one.gif"):
+        animated = drawn(name, "--epochs", "0-3", "--indices", "5")
+        assert (animated["frames"], animated["epochs"], animated["indices"]) == (4, [0, 1, 2, 3], [5])
+    assert len(drawn("one.WEBP", "--epochs", "4,2", "--preset", "release")["indices"]) == 1
+    shown = run(*given, "--out", tmp_path / "one.webp", "--epochs", "0-3", "--indices", 5).stdout
+    assert shown == f"sample 5 in 4 epochs in {tmp_path / 'one.webp'}, 256 x 310 pixels\n"
 
 
 def test_index_refreshes_when_told_to(root: Path) -> None:
@@ -215,6 +286,7 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
     root, edits, bank = made / "root", made / "edits", made / "fractals.npy"
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "folder.png").mkdir()
     np.save(tmp_path / "flat.npy", np.zeros((4, 4)))
     drawing = ("--edits", edits, "--fractals", bank)
     cases: list[tuple[tuple[object, ...], str]] = [
@@ -239,7 +311,17 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("preview", root, *drawing, "--rows", 0), "rows must lie in 1 to 64, found 0"),
         (("preview", root, *drawing, "--indices", "1,99"), "index must lie in [0, 12)"),
         (("preview", root, *drawing, "--out", tmp_path / "file" / "sheet.png"), "name another"),
-        (("preview", root, *drawing, "--out", tmp_path / "empty"), "name another"),
+        (("preview", root, *drawing, "--out", tmp_path / "folder.png"), "name another"),
+        (("preview", root, *drawing, "--parts", "--indices", "12"), "index must lie in [0, 12)"),
+        (("preview", root, *drawing, "--epochs", "5000000000"), "epoch must be at least 0 and below 2**32"),
+        (
+            ("preview", root, *drawing, "--out", tmp_path / "x.gif", "--epochs", "0-1", "--indices", "12"),
+            "index must lie in [0, 12)",
+        ),
+        (
+            ("preview", root, *drawing, "--preset", "release,paper", "--indices", "1,30"),
+            "give rows of the catalog\n--indices names originals",
+        ),
         (("demo", "--out", root), "name another with --out"),
         (("demo", "--out", tmp_path / "file" / "demo"), "name another with --out"),
     ]
@@ -267,6 +349,28 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
 def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
     result = run(*arguments, code=2)
     assert "Usage: dali-diffusemix" in result.stderr and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "found", "remedy"),
+    [
+        ("--epochs 0-x", "'0-x' is not epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 5-3", "'5-3' is not epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 0-1000000000", "is more than 100 epochs", "draw fewer at once"),
+        ("--epochs 1 --epoch 2", "--epoch is for one epoch", "leave it out beside --epochs"),
+        ("--epochs 1 --parts", "--epochs and --parts are drawn on sheets of their own", "leave one of them out"),
+        ("--parts --preset paper,release", "--parts and --preset with several names", "leave one of them out"),
+        ("--preset paper,paper", "'paper,paper' must be one of paper, release", "or both as paper,release"),
+        ("--out sheet.tiff", "'sheet.tiff' must end in .png or .jpg", "for an animation in .webp or .gif"),
+        ("--out sheet", "found 'no ending'", "must end in .png or .jpg"),
+        ("--out x.webp", ".webp is an animation over epochs", "name them, as --epochs 0-11"),
+        ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as --indices 5"),
+        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as --indices 5"),
+    ],
+)
+def test_a_wrong_picture_is_refused_before_anything_is_read(options: str, found: str, remedy: str) -> None:
+    result = run("preview", "a", "--edits", "e", "--fractals", "f", *options.split(), code=2)
+    assert found in result.stderr and remedy in result.stderr and result.stdout == ""
 
 
 def test_notes_are_shown_and_unexpected_errors_keep_their_traceback(
@@ -353,16 +457,6 @@ def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeyp
     lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")
-
-
-def test_a_terminal_has_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("COLUMNS", "100")
-    result = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16)
-    assert "Rendering fractals" in result.stderr and "3/3" in result.stderr and "fractals/s" in result.stderr
-    assert result.stdout.startswith("3 fractals")
-    assert run_json("fractals", tmp_path / "g.npy", "--count", 1, "--size", 16)["shape"] == [1, 16, 16, 3]
-    assert "\x1b[1;31mError: " in run("index", tmp_path / "none", code=1).stderr
 
 
 def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Every code block of the README and the guides: Python is run, commands are run or at least taken."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ from dali_diffusemix import cli
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration")))
 # Their Python, if any, is not run here.
-OTHERS = tuple(f"docs/{name}.md" for name in "commands generation imagenet preview results training".split())
+OTHERS = tuple(f"docs/{name}.md" for name in ["commands", "generation", "imagenet", "preview", "results", "training"])
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # Run elsewhere: demo and bench have tests of their own; the others want weights, or another folder than there is here.
 ONLY_TAKEN = re.compile(r"\b(demo|bench|timbrooks\S*)\b")
@@ -57,6 +58,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@functools.cache
+def usage_of(script: str) -> str:
+    command = [sys.executable, str(ROOT / script), "--help"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def run_command(words: list[str]) -> None:
     """Run a line of a page, or see that it would be taken."""
     program, *arguments = words
@@ -80,12 +87,7 @@ def run_command(words: list[str]) -> None:
     elif program in ("python", "torchrun"):
         script = next(one for one in arguments if one.endswith(".py"))
         options = arguments[arguments.index(script) + 1 :]
-        usage = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        usage = usage_of(script)
         for option in options:
             assert not option.startswith("--") or option in usage, f"{script} has no {option}"
             assert not option.endswith(".toml") or (ROOT / option).is_file()

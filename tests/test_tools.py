@@ -18,7 +18,7 @@ from PIL import Image
 from dali_diffusemix.catalog import index
 from dali_diffusemix.cli import main
 from dali_diffusemix.dataset import DiffuseMixDataset
-from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.errors import CatalogError, ConfigError
 from dali_diffusemix.export import export
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.generate import GenerateConfig, generate
@@ -254,6 +254,14 @@ def test_an_exported_folder_is_an_image_folder(root: Path, made: Path, tmp_path:
     assert original.read_bytes() == (root / "ants" / "photo.0.jpg").read_bytes()
     with pytest.raises(ConfigError, match="out must be a new or an empty folder"):
         export(root, made, tmp_path / "out")
+
+
+def test_a_store_that_somebody_changed_writes_nothing_elsewhere(root: Path, store: Path, tmp_path: Path) -> None:
+    (array,) = (store / "catalog").glob("path_bytes-*.npy")
+    array.write_bytes(array.read_bytes().replace(b"ants/photo", b"../../phot"))
+    with pytest.raises(CatalogError, match=r"paths must be relative to the root.*'\.\./"):
+        export(root, store, tmp_path / "deep" / "out")
+    assert not list(tmp_path.glob("*phot.*")) and not list((tmp_path / "deep").glob("*phot.*"))
 
 
 def test_exported_mixed_it_is_the_released_codes_set(root: Path, made: Path, tmp_path: Path, bank: FractalBank) -> None:

@@ -1,0 +1,197 @@
+"""The public API: what it is (public_api.txt), that docs and examples use nothing else, and how it is typed.
+
+    python tests/test_api.py     writes public_api.txt anew
+
+A change of it belongs in CHANGELOG.md. The names are read from the source, so that the text depends on no version of
+anything, and nothing has to be installed.
+"""
+
+import ast
+import difflib
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "dali_diffusemix"
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+
+# What docs/ and examples/ name beside `dali_diffusemix.__all__`. None: all of a module that has no underscore.
+SUBMODULES: dict[str, tuple[str, ...] | None] = {
+    "bench": ("BenchResult", "Measurement", "Trial", "bench", "machine"),
+    "catalog": ("index",),
+    "editors": None,
+    "engines": None,
+    "errors": None,
+    "export": ("Exported", "export"),
+    "fn": None,
+    "fractals": ("bank_from_folder", "render_bank"),
+    "generate": ("GenerateConfig", "PromptFile", "Summary", "generate"),
+    "integrations.accelerate": None,
+    "integrations.timm": None,
+    "layouts": None,
+    "mixing": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
+    "pack": ("PackConfig", "PackSummary", "pack"),
+    "pixels": ("decode",),
+    "plan": ("PLAN_VERSION", "Schedule"),
+    "quality": ("Thresholds",),
+    "store": ("OriginalStore",),
+    "verify": ("Problem", "Verification", "discard", "verify"),
+}
+# Of methods with two underscores those that a user's code calls.
+_CALLED = {"__init__", "__len__", "__iter__", "__next__", "__getitem__", "__getitems__", "__call__"}
+
+
+def source(module: str) -> ast.Module:
+    file = PACKAGE.joinpath(*module.split(".")) if module else PACKAGE
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    return ast.parse(file.read_text(encoding="utf-8"))
+
+
+def statements(module: str) -> Iterator[tuple[str, ast.stmt]]:
+    """What a module defines, by name, in order."""
+    for node in source(module).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name, node
+        elif isinstance(node, ast.Assign):
+            yield from ((target.id, node) for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield node.target.id, node
+
+
+def find(module: str, name: str) -> ast.stmt:
+    """What defines a name, followed through the package's own imports."""
+    for found, node in statements(module):
+        if found == name:
+            return node
+    for one in source(module).body:
+        if isinstance(one, ast.ImportFrom) and name in (alias.name for alias in one.names):
+            return find((one.module or "").removeprefix("dali_diffusemix."), name)
+    raise LookupError(f"dali_diffusemix.{module} has no {name}")
+
+
+def top_names() -> dict[str, str]:
+    """Name to module of `dali_diffusemix.__all__`."""
+    defined = dict(statements(""))
+    values = {}
+    for name in ("__all__", "_HOME"):
+        node = defined[name]
+        assert isinstance(node, ast.Assign)
+        values[name] = ast.literal_eval(node.value)
+    return {name: values["_HOME"].get(name, "errors") for name in values["__all__"]}
+
+
+def signature(function: ast.FunctionDef) -> str:
+    returns = "" if function.returns is None else f" -> {ast.unparse(function.returns)}"
+    return f"{function.name}({ast.unparse(function.args)}){returns}"
+
+
+def members(cls: ast.ClassDef) -> Iterator[str]:
+    for node in cls.body:
+        if isinstance(node, ast.AnnAssign | ast.Assign):
+            target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0]
+            if not ast.unparse(target).startswith("_"):
+                yield ast.unparse(node)
+        elif isinstance(node, ast.FunctionDef) and (node.name in _CALLED or not node.name.startswith("_")):
+            marks = [ast.unparse(one) for one in node.decorator_list]
+            if "overload" in marks:
+                continue
+            yield "".join(f"@{mark} " for mark in marks) + signature(node)
+            if node.name == "__init__":
+                yield from attributes(
+                    node, {ast.unparse(one.target) for one in cls.body if isinstance(one, ast.AnnAssign)}
+                )
+
+
+def attributes(init: ast.FunctionDef, seen: set[str]) -> Iterator[str]:
+    """`self.name = ...` of names that were not seen, once each."""
+    for node in ast.walk(init):
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        for target in targets:
+            if isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self":
+                kind = f": {ast.unparse(node.annotation)}" if isinstance(node, ast.AnnAssign) else ""
+                if not target.attr.startswith("_") and target.attr not in seen:
+                    seen.add(target.attr)
+                    yield f"self.{target.attr}{kind}"
+
+
+def describe(full: str, node: ast.stmt) -> Iterator[str]:
+    name = full.rpartition(".")[2]
+    if isinstance(node, ast.FunctionDef):
+        yield full.removesuffix(name) + signature(node)
+    elif isinstance(node, ast.ClassDef):
+        marks = "".join(f"@{ast.unparse(one)} " for one in node.decorator_list)
+        bases = ", ".join(map(ast.unparse, node.bases))
+        yield f"{marks}class {full}({bases})"
+        yield from (f"    {member}" for member in members(node))
+    else:
+        yield full.removesuffix(name) + ast.unparse(node)
+
+
+def public() -> dict[str, list[str]]:
+    """Every public name, with the lines that describe it."""
+    found = {}
+    for name, module in top_names().items():
+        full = f"dali_diffusemix.{name}"
+        found[full] = list(describe(full, find(module, name)))
+    for module, names in SUBMODULES.items():
+        everything = [name for name, _ in statements(module) if not name.startswith("_")]
+        for name in everything if names is None else names:
+            full = f"dali_diffusemix.{module}.{name}"
+            if f"dali_diffusemix.{name}" in found and module == top_names().get(name):
+                continue  # the same, by its longer name
+            found[full] = list(describe(full, find(module, name)))
+    return found
+
+
+def text() -> str:
+    return "".join(f"{line}\n" for lines in public().values() for line in lines)
+
+
+def test_the_public_api_is_the_one_recorded() -> None:
+    before, now = SNAPSHOT.read_text(encoding="utf-8"), text()
+    difference = "\n".join(difflib.unified_diff(before.splitlines(), now.splitlines(), "recorded", "found", "", "", 1))
+    assert before == now, (
+        f"the public API has changed:\n{difference}\nIf it should, write it down with `python tests/test_api.py`, and "
+        "in CHANGELOG.md."
+    )
+
+
+def test_docs_and_examples_use_nothing_else() -> None:
+    names = public()
+    # preview is left out: what it offers is a command.
+    allowed = {*names, *(f"dali_diffusemix.{module}" for module in SUBMODULES), "dali_diffusemix.preview"}
+    allowed |= {f"dali_diffusemix.{module}.{name}" for name, module in top_names().items()}
+    files = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.py")]
+    for file in files:
+        content = file.read_text(encoding="utf-8")
+        used = set(re.findall(r"^::: (dali_diffusemix[\w.]*)", content, re.MULTILINE))
+        pattern = r"^\s*from (dali_diffusemix[\w.]*) import (?:\(([^)]*)\)|([^\n(]*))"
+        for module, several, one in re.findall(pattern, content, re.MULTILINE):
+            imported = re.sub(r"#[^\n]*", "", several or one).split(",")
+            used |= {f"{module}.{name.split()[0]}" for name in imported if name.split()}
+        unknown = {
+            name for name in used if name not in allowed and name.removeprefix("dali_diffusemix.") not in SUBMODULES
+        }
+        assert not unknown, f"{file}: {sorted(unknown)}: add them to SUBMODULES, or use what is public"
+
+
+def test_a_users_program_is_typed() -> None:
+    command = [sys.executable, "-m", "mypy", "--strict", "tests/typed_user.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_versions_agree() -> None:
+    version = re.search(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version is not None
+    assert f'__version__ = "{version[1]}"' in (PACKAGE / "__init__.py").read_text()
+    assert f"\nversion: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+if __name__ == "__main__":
+    SNAPSHOT.write_text(text(), encoding="utf-8")
