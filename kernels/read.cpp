@@ -58,8 +58,8 @@ void read_png_header(const uint8_t *file, int64_t length, Header &header) {
     }
 }
 
-// Whether the codes of a sequential JPEG are free of markers that do not belong there. Decoders disagree about what to
-// do with them.
+// Whether the codes of a sequential JPEG go on to its end and are free of markers that do not belong there. Decoders
+// disagree about what to do with such markers; and a file that was cut short would end DALI's pipeline.
 bool is_clean(const uint8_t *file, int64_t length, const Header &header) {
     const uint8_t *at = file + header.scan, *const end = file + length;
     while ((at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at))) && end - at >= 2) {
@@ -72,7 +72,7 @@ bool is_clean(const uint8_t *file, int64_t length, const Header &header) {
             return false;
         }
     }
-    return true;  // it ends early, which all of them see
+    return false;
 }
 
 // Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
