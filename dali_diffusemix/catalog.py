@@ -67,7 +67,7 @@ _ARRAY_FILE = re.compile(rf"(?:{'|'.join(_ARRAYS)})-[0-9a-f]{{16}}\.npy")
 _TEMPORARY = re.compile(rf"\.(?:{_ARRAY_FILE.pattern}|catalog\.json)\.[0-9a-f]{{8}}\.tmp")
 # What a killed process left behind is removed after this long; anything younger may belong to a living one.
 _ORPHAN_SECONDS = 3600.0
-_FORMATS = "JPEG, PNG, BMP, TIFF, PNM and WebP"
+SUPPORTED = "JPEG, PNG, BMP, TIFF, PNM and WebP"
 # Warm, one thread reads most headers a second, since parsing holds the GIL. Eight lose half of that (still four times
 # what is needed), but keep a cold disk or a network folder busy, where one thread would wait for hours.
 _WORKERS = 8
@@ -262,8 +262,8 @@ class Catalog:
             _remove_stale(folder, before, keep=files.values())
         except OSError as error:
             raise CatalogError(
-                f"{str(folder)!r}: the catalog cannot be written ({error}); give another location, "
-                "or set DALI_DIFFUSEMIX_CACHE to a folder that can be written."
+                f"{str(folder)!r}: the catalog cannot be written ({error}); permit writing there, or choose another "
+                "folder (DALI_DIFFUSEMIX_CACHE names that of the cache)."
             ) from error
 
     def _json(self, files: Mapping[str, str]) -> str:
@@ -794,7 +794,7 @@ def _measure(file: BinaryIO) -> tuple[int, int]:
         raise _Unusable("It is empty (0 bytes); copy it again or remove it.")
     name = _format(start)
     if name is None:
-        raise _Unusable(f"unsupported: it begins with {start!r}; supported are {_FORMATS}; convert it.")
+        raise _Unusable(f"unsupported: it begins with {start!r}; supported are {SUPPORTED}; convert it.")
     try:
         with Image.open(file, formats=[name]) as image:
             if name != "WEBP" and not image.tile:
@@ -882,7 +882,9 @@ def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> npt
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise _damaged(file, f"the array is missing or cut short ({error})") from error
+        # NumPy advises to unpickle what it does not know.
+        why = "it is no array" if "allow_pickle" in str(error) else error
+        raise _damaged(file, f"the array is missing or cut short ({why})") from error
     expected = (*array.shape[:1],) if shape is None else shape
     if array.dtype != dtype or array.shape != expected:
         raise _damaged(file, f"must be {dtype} of shape {expected}, found {array.dtype} of shape {array.shape}")

@@ -89,6 +89,18 @@ def _notice(kind: str, message: str, style: str) -> None:
     _console().print(Text.assemble((f"{kind}: ", f"bold {style}"), (_printable(message), style)))
 
 
+def _echo(text: str, *, nl: bool = True) -> None:
+    """Print to standard output. Where that is a closed pipe, click ends the run in silence."""
+    try:
+        click.echo(text, nl=nl)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        sys.stdout = None  # else the interpreter tries again at its end, and complains
+        message = f"standard output must take what is printed, found: {error.strerror}; make room, or name another file"
+        raise _Failure(DiffuseMixError(message)) from error
+
+
 class _Rate(ProgressColumn):
     """Units a second."""
 
@@ -121,12 +133,12 @@ class _Display:
     def line(self, text: str) -> None:
         """Print a line of the result, for people."""
         if not self._as_json:
-            click.echo(_printable(text))
+            _echo(_printable(text))
 
     def result(self, content: Mapping[str, Any]) -> None:
         """Print the result for machines, if it was asked for. A byte that is not UTF-8 is escaped as \\udcXX."""
         if self._as_json:
-            click.echo(json.dumps(content))
+            _echo(json.dumps(content))
 
     def rejects(self, by_prompt: Mapping[str, int]) -> None:
         """Show how many edits were rejected, by prompt, beside the progress."""
@@ -288,7 +300,7 @@ def _more(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         for one in ctx.command.params:
             if isinstance(one, click.Option):
                 one.hidden = False
-        click.echo(ctx.get_help())
+        _echo(ctx.get_help())
         ctx.exit()
 
 
@@ -313,11 +325,11 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
     from dali_diffusemix import __version__
 
-    click.echo(f"dali-diffusemix, version {__version__}")
-    click.echo(f"Python {platform.python_version()}")
+    _echo(f"dali-diffusemix, version {__version__}")
+    _echo(f"Python {platform.python_version()}")
     for package in _SHOWN:
         with contextlib.suppress(metadata.PackageNotFoundError):
-            click.echo(f"{package} {metadata.version(package)}")
+            _echo(f"{package} {metadata.version(package)}")
     ctx.exit()
 
 
@@ -1093,7 +1105,7 @@ def completion_command(shell: str) -> None:
     assert complete is not None
     source = complete(main, {}, "dali-diffusemix", "_DALI_DIFFUSEMIX_COMPLETE").source()
     # Click's words for fish end at a comma, which lists of prompts have.
-    click.echo(source.replace('string split ","', 'string split --max 1 ","'), nl=False)
+    _echo(source.replace('string split ","', 'string split --max 1 ","'), nl=False)
 
 
 def _list(display: _Display, lines: Iterable[str], most: int | None = None) -> None:

@@ -19,10 +19,11 @@ from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
 from dali_diffusemix.philox import check_seed
-from dali_diffusemix.pixels import check_size, decode
+from dali_diffusemix.pixels import decode_listed
 from dali_diffusemix.plan import BatchPlan, Crop, MixSpec, Planner
 from dali_diffusemix.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
-from dali_diffusemix.remote import is_url
+from dali_diffusemix.reading import IN_STORE
+from dali_diffusemix.remote import MirrorError, is_url
 from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
@@ -213,7 +214,8 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         except DecodeError as error:
             return (None, None), Failure("original", error)
         try:
-            return (original, self._decode_edit(int(row.edit[0])) if row.mixed[0] else None), None
+            edit = decode_edit(self.store, int(row.edit[0])) if self.store is not None and row.mixed[0] else None
+            return (original, edit), None
         except DecodeError as error:
             return (original, None), Failure("edit", error)
 
@@ -234,25 +236,15 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         Raises:
             DecodeError: it cannot be decoded, or has another size than it is listed with.
         """
-        path = self.path_of(original)
+        path, size = self.path_of(original), self.catalog.sizes[original]
         if self.original_store is None:
-            pixels = decode(path)
-        else:
-            try:
-                pixels = decode(self.original_store.encoded(original))
-            except (DecodeError, StoreError) as error:
-                raise DecodeError(f"{path}: {error}") from error
-        check_size(pixels, self.catalog.sizes[original], path)
-        return pixels
-
-    def _decode_edit(self, edit: int) -> NDArray[np.uint8]:
-        assert self.store is not None
+            return decode_listed(path, size)
         try:
-            pixels = decode(self.store.encoded(edit))
-            check_size(pixels, self.store.sizes(np.array([edit]))[0], "the edit")
-            return pixels
+            return decode_listed(self.original_store.encoded(original), size, IN_STORE)
+        except MirrorError:
+            raise  # nothing is wrong with the image
         except (DecodeError, StoreError) as error:
-            raise DecodeError(f"{self.store.path}: edit {edit}: {error}") from error
+            raise DecodeError(f"{path}: {error}") from error
 
     def _count(self, samples: int) -> None:
         """Notice that an epoch is drawn a second time: under DataLoader nobody else can."""
@@ -275,6 +267,16 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
             f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, seed={self.seed})"
         )
+
+
+def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
+    """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError where its source does not answer."""
+    try:
+        return decode_listed(store.encoded(edit), store.sizes(np.array([edit]))[0], IN_STORE)
+    except MirrorError:
+        raise  # nothing is wrong with the image
+    except (DecodeError, StoreError) as error:
+        raise DecodeError(f"{store.path}: edit {edit}: {error}") from error
 
 
 def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:

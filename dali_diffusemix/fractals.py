@@ -520,7 +520,7 @@ class FractalBank:
             StoreError: the file is missing, damaged or not a bank.
         """
         path = Path(path).absolute()
-        remedy = f"Render one with: dali-diffusemix fractals {path}"
+        remedy = f"Render one with: dali-diffusemix fractals {path}{' --overwrite' if path.is_file() else ''}"
         try:
             images = np.lib.format.open_memmap(path, mode="r")  # never unpickles
         except Exception as error:  # NumPy lets its header's tokenizer raise what it likes

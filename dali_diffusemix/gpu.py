@@ -36,7 +36,9 @@ def check_installed() -> None:
 def check_available() -> None:
     """Raise MissingDependencyError unless there is a GPU that can be used. Initialises the driver."""
     check_installed()
-    _refuse([] if torch.cuda.is_available() else ["no NVIDIA GPU or no driver is found"])
+    if not torch.cuda.is_available():
+        cuda = torch.version.cuda
+        _refuse([f"no NVIDIA GPU or no driver is found, or the driver is older than PyTorch's CUDA {cuda}"])
 
 
 def compiler() -> tuple[str, str]:

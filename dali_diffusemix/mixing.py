@@ -62,7 +62,11 @@ class TensorFormat:
             return
         if self.dtype == "uint8":
             raise ConfigError("dtype uint8 holds plain pixels: give normalize=None, or take a float dtype")
-        if len(self.normalize) != 2 or any(len(t) != 3 for t in self.normalize):
+        try:
+            fits = np.asarray(self.normalize, dtype=np.float64).shape == (2, 3)
+        except (TypeError, ValueError):  # of other lengths, or no numbers
+            fits = False
+        if not fits:
             raise ConfigError(f"normalize must be (mean, std), three numbers each, found {self.normalize}")
         if min(self.normalize[1]) <= 0:
             raise ConfigError(f"normalize's deviations must be above 0, found {self.normalize[1]}")

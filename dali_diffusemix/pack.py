@@ -26,7 +26,7 @@ from dali_diffusemix.catalog import Catalog, Rejected, index
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.pixels import RESTARTS, decode, encode, tile
 from dali_diffusemix.remote import is_url
-from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter
+from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter, index_is_current
 
 __all__ = ["PackConfig", "PackSummary", "pack"]
 
@@ -141,7 +141,7 @@ def pack(
                         made += len(batch)
                         if progress is not None:
                             progress(done + made, total)
-        if made or not _opens(store):  # so that a finished store is never unfinished for a moment
+        if made or not _is_current(store):  # so that a finished store is never unfinished for a moment
             writer.finish(_LEFT_OUT)
     packed_store = OriginalStore.open(store)
     return PackSummary(
@@ -153,12 +153,11 @@ def pack(
     )
 
 
-def _opens(store: Path) -> bool:
+def _is_current(store: Path) -> bool:
     try:
-        OriginalStore.open(store)
+        return index_is_current(store)
     except StoreError:
         return False
-    return True
 
 
 @dataclass(frozen=True, kw_only=True)

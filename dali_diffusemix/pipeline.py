@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError, MissingDependencyError
-from dali_diffusemix.pixels import check_size, decode
-from dali_diffusemix.reading import Place, name_of, read
+from dali_diffusemix.pixels import decode_listed
+from dali_diffusemix.reading import IN_STORE, Extent, Place, name_of, read
 
 _log = logging.getLogger(__name__)
 
@@ -78,9 +78,9 @@ def dali() -> tuple[Any, Any, Any]:
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise MissingDependencyError(
-            "DiffuseMixLoader needs NVIDIA DALI, which is not installed: pip install 'dali-diffusemix[cpu]' on a "
-            "machine without a GPU, [cuda12] or [cuda13] with one. The dataset alone works with "
-            "torch.utils.data.DataLoader and needs no DALI."
+            f"DiffuseMixLoader needs NVIDIA DALI, which is not installed or is damaged ({error}): see "
+            "`dali-diffusemix doctor`, or pip install 'dali-diffusemix[cpu]' on a machine without a GPU, [cuda12] or "
+            "[cuda13] with one. The dataset alone works with torch.utils.data.DataLoader and needs no DALI."
         ) from error
     return fn, pipeline_def, types
 
@@ -358,8 +358,7 @@ def _decode_by_pillow(source: _Source, row: int) -> NDArray[np.uint8] | DecodeEr
             return whole.errors[0]
     assert image is not None
     try:
-        pixels = decode(image)
-        check_size(pixels, source.sizes[row], "the image")
+        pixels = decode_listed(image, source.sizes[row], IN_STORE if isinstance(place, Extent) else None)
     except DecodeError as error:
         return DecodeError(f"{name_of(place)}: {error}")
     top, left, bottom, right = source.windows[row]

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from dali_diffusemix import native
-from dali_diffusemix.catalog import MAX_PIXELS, orientation
+from dali_diffusemix.catalog import MAX_PIXELS, SUPPORTED, orientation
 from dali_diffusemix.errors import DecodeError
 
 __all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
@@ -88,6 +88,31 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
         DecodeError: The file cannot be read, is none of `FORMATS`, is damaged or cut short, has more than
             `MAX_PIXELS` pixels, or has values without a defined range (floating point, 32-bit integers above 65535).
     """
+    return _decoded(source, None)
+
+
+def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | None = None) -> NDArray[np.uint8]:
+    """Decode an image that must have the (height, width) that it is listed with.
+
+    Args:
+        source: The image.
+        size: (2,) its upright pixels.
+        remedy: What an error advises; to mend the file unless given.
+
+    Raises:
+        DecodeError: As `decode`; or it has another size.
+    """
+    pixels = _decoded(source, remedy)
+    if pixels.shape[:2] != tuple(size):
+        raise DecodeError(
+            f"{_prefix(source)}must have the {size[0]} x {size[1]} pixels that it was listed with, found "
+            f"{pixels.shape[0]} x {pixels.shape[1]}; "
+            f"{remedy or 'restore it, or list the folder anew (index --refresh)'}."
+        )
+    return pixels
+
+
+def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
     try:
         with _quiet_pillow():
             if isinstance(source, str | os.PathLike):
@@ -97,27 +122,24 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
                 return _pixels(io.BytesIO(source.tobytes()))
             return _pixels(io.BytesIO(source) if isinstance(source, bytes) else source)
     except DecodeError as error:
-        raise DecodeError(f"{_name(source)}: {error}") from error.__cause__
+        raise DecodeError(f"{_prefix(source)}{error}") from error.__cause__
     except UnidentifiedImageError as error:
         raise DecodeError(
-            f"{_name(source)}: is no image of a supported format ({', '.join(FORMATS)}), or its header is damaged; "
-            "convert it, copy it again or remove it."
+            f"{_prefix(source)}is no image of a supported format ({SUPPORTED}), or its header is damaged; "
+            f"{remedy or 'convert it, copy it again or remove it'}."
         ) from error
     except Image.DecompressionBombError as error:
-        raise DecodeError(f"{_name(source)}: {error}; make it smaller.") from error
+        raise DecodeError(f"{_prefix(source)}{error}; make it smaller.") from error
     except Exception as error:  # Pillow raises many kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
+            raise DecodeError(
+                f"{_prefix(source)}cannot be read ({error.strerror}); "
+                f"{remedy or 'restore it, permit reading it, or list the folder anew'}."
+            ) from error
         raise DecodeError(
-            f"{_name(source)}: cannot be decoded ({type(error).__name__}: {error}); copy it again or remove it."
+            f"{_prefix(source)}cannot be decoded ({type(error).__name__}: {error}); "
+            f"{remedy or 'copy it again or remove it'}."
         ) from error
-
-
-def check_size(pixels: NDArray[np.uint8], size: NDArray[np.int32], source: ImageSource) -> None:
-    """Raise DecodeError unless an image has the (height, width) that it is listed with."""
-    if pixels.shape[:2] != tuple(size):
-        raise DecodeError(
-            f"{_name(source)}: must have the {size[0]} x {size[1]} pixels that it was listed with, found "
-            f"{pixels.shape[0]} x {pixels.shape[1]}; restore it, or list the folder anew (index --refresh)."
-        )
 
 
 def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
@@ -154,12 +176,12 @@ def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
     return pixels
 
 
-def _name(source: ImageSource) -> str:
-    if isinstance(source, str | os.PathLike):
-        return repr(os.fspath(source))
+def _prefix(source: ImageSource) -> str:
+    """How an error begins: with the name of the file. Of bytes in memory, the caller alone knows whose they are."""
     if isinstance(source, bytes | np.ndarray):
-        return f"<{len(source)} bytes in memory>"
-    return repr(getattr(source, "name", source))
+        return ""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", source)
+    return f"{name!r}: "
 
 
 # Warnings of Pillow's ------------------------------------------------------------------------------------------------

@@ -41,6 +41,11 @@ def _check_range(name: str, value: tuple[float, float], low: float, high: float)
         raise ConfigError(f"{name} must be (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value}")
 
 
+def _check_number(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{name} must lie in [{low}, {high}], found {value}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixSpec:
     """How originals, edits and fractals are mixed. `paper()` and `release()` are the two known settings.
@@ -68,7 +73,10 @@ class MixSpec:
             raise ConfigError(f"masks must be one or more of {MASKS}, each once, found {self.masks}")
         if not 0 <= self.seam_width <= 1:
             raise ConfigError(f"seam_width must lie in [0, 1], a fraction of the side, found {self.seam_width}")
-        _check_range("fractal_weight", self.fractal_weight_range, 0, 1)
+        if isinstance(self.fractal_weight, tuple):
+            _check_range("fractal_weight", self.fractal_weight, 0, 1)
+        else:
+            _check_number("fractal_weight", self.fractal_weight, 0, 1)
         if self.order not in ("mix_then_crop", "crop_then_mix"):
             raise ConfigError(f"order must be 'mix_then_crop' or 'crop_then_mix', found {self.order!r}")
         if self.epoch not in ("fixed", "expanded"):
@@ -170,7 +178,7 @@ class TrainCrop:
         _pair("size", self.size)
         _check_range("scale", self.scale, 0, 1)
         _check_range("ratio", self.ratio, 1e-3, 1e3)
-        _check_range("flip", (self.flip, self.flip), 0, 1)
+        _check_number("flip", self.flip, 0, 1)
         if self.scale[1] == 0:
             raise ConfigError(f"scale must allow an area above 0, found {self.scale}")
 
@@ -236,7 +244,7 @@ class RandomCrop:
             _pair("resize", self.resize)
         if self.padding < 0:
             raise ConfigError(f"padding must be at least 0 pixels, found {self.padding}")
-        _check_range("flip", (self.flip, self.flip), 0, 1)
+        _check_number("flip", self.flip, 0, 1)
 
     @property
     def output_size(self) -> tuple[int, int]:

@@ -48,6 +48,9 @@ class Extent(NamedTuple):
     length: int  # bytes
 
 
+IN_STORE: Final = "run `dali-diffusemix verify STORE --discard`, and the command again that made the store"
+"""What to advise where an image in a store is damaged: nobody can copy or mend that one alone."""
+
 # Where an encoded image is: a whole file by its name, part of an open one, or nowhere, for the reason given.
 Place: TypeAlias = bytes | Extent | DecodeError
 
@@ -104,7 +107,8 @@ def read(
         memory = np.empty(needed + needed // 4, dtype=np.uint8)
     for i in np.flatnonzero(codes).tolist():
         reason = _REASONS.get(int(codes[i])) or os.strerror(int(codes[i]))
-        errors[i] = DecodeError(f"{name_of(places[i])}: cannot be read ({reason}); restore it, or list the folder anew")
+        remedy = IN_STORE if isinstance(places[i], Extent) else "restore it, or list the folder anew"
+        errors[i] = DecodeError(f"{name_of(places[i])}: cannot be read ({reason}); {remedy}")
     starts[codes != 0] = -1
     images = [
         None if start < 0 else memory[start : start + length]

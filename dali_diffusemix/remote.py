@@ -203,7 +203,7 @@ class Mirror:
         total = sum(sizes.values())
         if self.limit is not None and total > self.limit:
             warnings.warn(
-                f"{self.url}: the {len(sizes)} shards have {total} bytes, but the mirror may take {self.limit} "
+                f"{self.url}: its shards have {total} bytes, but the mirror may take {self.limit} "
                 "(DALI_DIFFUSEMIX_MIRROR_LIMIT). An epoch in random order uses them all at once: they will be fetched "
                 "again and again. Raise the limit if the disk allows it.",
                 MirrorLimitWarning,

@@ -180,4 +180,6 @@ def _check_whole(path: Path) -> Iterator[Problem]:
         yield Problem(shard=None, file="store.json", what=str(error))
         return
     if not current:
-        yield Problem(shard=None, file="index.npy", what="is not that of the shards; make it again")
+        yield Problem(
+            shard=None, file="index.npy", what="is not that of the shards; run the command again that made the store"
+        )

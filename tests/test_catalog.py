@@ -528,7 +528,7 @@ def test_a_cache_that_cannot_be_written_costs_no_run(
     monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(put(tmp_path / "file")))
     with caplog.at_level(logging.WARNING):
         catalog = index(root)
-    assert "listed again next time" in caplog.text
+    assert "listed again next time" in caplog.text and "DALI_DIFFUSEMIX_CACHE names that of the cache" in caplog.text
     assert rows(pickle.loads(pickle.dumps(catalog))) == rows(catalog)
     with pytest.raises(CatalogError, match="cannot be written"):  # a place that was asked for
         index(root, location=tmp_path / "file" / "catalog")
@@ -687,6 +687,10 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     np.save(tmp_path / name, np.array([{"an": "object"}] * 6, dtype=object), allow_pickle=True)
     with pytest.raises(CatalogError, match=name):
         Catalog.open(tmp_path)
+    (tmp_path / name).write_text("no array at all")
+    with pytest.raises(CatalogError, match=rf"{name}.*it is no array") as caught:
+        Catalog.open(tmp_path)
+    assert "allow_pickle" not in str(caught.value)  # NumPy would advise it
 
 
 # Values ---------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -447,6 +448,34 @@ def test_an_interrupt_is_code_130_and_leaves_nothing_half_done(tmp_path: Path) -
     assert (running.returncode, stdout) == (130, "")
     assert stderr == "Interrupted: run the same command again to go on.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [("index", "{root}"), ("index", "{root}", "--json"), ("--version",)])
+def test_output_to_a_full_disk_is_one_line(root: Path, tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    command = [*PROGRAM, *(argument.format(root=root) for argument in arguments)]
+    with Path("/dev/full").open("wb") as full:
+        result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1
+    assert result.stderr == (
+        "Error: standard output must take what is printed, found: No space left on device; make room, or name another "
+        "file\n"
+    )
+    # A file keeps what could not be written, which the interpreter then tries again.
+    limit = (resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    code = f"import resource; resource.setrlimit(*{limit}); {PROGRAM[2]}"
+    run("index", root)
+    with (tmp_path / "output").open("wb") as file:
+        command[:3] = [sys.executable, "-c", code]
+        result = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, text=True)
+    assert result.returncode == 1 and "File too large" in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_a_closed_pipe_is_no_error_to_speak_of(root: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    result = subprocess.run([*PROGRAM, "index", str(root)], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (result.returncode, result.stderr) == (1, "")
 
 
 # What is shown --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from dali_diffusemix import (
     EvalCrop,
     FractalBank,
     MixSpec,
+    QuarantineWarning,
     RandomCrop,
     RepeatedEpochWarning,
     StoreError,
@@ -235,5 +236,22 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     else:
         file.write_bytes(file.read_bytes()[:1500])
     assert len(dataset) == 1  # the catalog keeps the row
-    with pytest.raises(DecodeError, match="odd"):
+    said = "cannot be read \\(No such file" if damage == "gone" else "cannot be decoded .*; copy it again or remove it"
+    with pytest.raises(DecodeError, match=f"odd.*{said}"):
         dataset[0]
+
+
+def test_a_damaged_edit_has_the_remedy_of_its_store(photos: Path, edits: Path, tmp_path: Path) -> None:
+    store = shutil.copytree(edits, tmp_path / "edits")
+    dataset = DiffuseMixDataset(photos, edits=store, mix=MixSpec(probability=1, fractal_weight=0), crop=EvalCrop(32))
+    assert dataset.store is not None
+    row = dataset.store.index[dataset.planner.batch(0, [5]).edit[0]]
+    with (store / "shards" / f"edits-{row['shard']:06}.tar").open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(bytes(int(row["length"])))
+    with pytest.warns(QuarantineWarning):
+        dataset[5]
+    (found,) = dataset.quarantine.values()
+    assert found.kind == "edit" and "is no image of a supported format" in found.reason
+    assert "run `dali-diffusemix verify STORE --discard`" in found.reason
+    assert "in memory" not in found.reason and "convert it" not in found.reason

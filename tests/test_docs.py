@@ -1,6 +1,9 @@
-"""Figures in docs/performance.md are those of the committed records."""
+"""Figures in the documents are those of the committed records."""
 
+import importlib.util
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +227,30 @@ def test_imagenet_at_scale() -> None:
     soak = results("soak", GENERATION)
     made = next(one for name, one in soak.items() if "five_thousand" in name)["measured"]["images_per_second"]
     assert f"made {made:.0f} edits a second" in text.replace("\n", " ")
+
+
+@pytest.mark.parametrize("name", ["compare", "compare-ablations"])
+def test_the_tables_of_results(name: str) -> None:
+    """Made of the records by the script that made those; all methods of a column trained alike."""
+    spec = importlib.util.spec_from_file_location("compare", ROOT / "examples" / "compare.py")
+    assert spec is not None
+    assert spec.loader is not None
+    compare = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "compare", compare)
+        spec.loader.exec_module(compare)
+        record = json.loads((ROOT / "benchmarks" / "results" / f"2026-11-25-2cores-{name}.json").read_text())
+        table = compare.table(record["runs"])
+    runs = record["runs"]
+    assert table in (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    known = compare.METHODS if name == "compare" else compare.ABLATIONS
+    sets = {run["images_per_class"] for run in runs}
+    assert {(run["method"], run["images_per_class"], run["seed"]) for run in runs} == {
+        (method, images, seed) for method in known for images in sets for seed in range(3)
+    }
+    for images in sets:
+        column = [run for run in runs if run["images_per_class"] == images]
+        assert len({run["updates"] for run in column}) == len({run["test_images"] for run in column}) == 1
+    for run in runs:
+        assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])  # without the mark of a changed checkout
+        assert run["changes"][: len(known[run["method"]])] == list(known[run["method"]])

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from engine_jobs import Start, Task
 
 from dali_diffusemix.engines import Engine
 from dali_diffusemix.engines.local import LocalEngine, default_devices
-from dali_diffusemix.engines.ray import RayEngine
+from dali_diffusemix.engines.ray import RayEngine, _knock
 from dali_diffusemix.errors import ConfigError, StoreError, WorkerError
 
 HERE = Path(__file__).parent
@@ -163,6 +164,38 @@ def test_workers_end_with_the_process_that_they_work_for(tmp_path: Path, how: si
         run.send_signal(how)
         run.wait(20)
         assert len(processes) == 2 and all(gone(process, 2) for process in processes)
+
+
+def closed_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+    return port
+
+
+UNANSWERED = """
+import sys
+from dali_diffusemix.engines.ray import RayEngine
+list(RayEngine(address=sys.argv[1]).run(None, [1]))
+"""
+
+
+def test_an_address_that_does_not_answer_is_said_at_once() -> None:
+    """In a process of its own: this one may be connected to a cluster, which then is the one that is used."""
+    pytest.importorskip("ray")
+    address = f"127.0.0.1:{closed_port()}"
+    run = subprocess.run([sys.executable, "-c", UNANSWERED, address], capture_output=True, text=True, timeout=60)
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("dali_diffusemix.errors.ConfigError: address must be that of a Ray cluster that answers")
+    assert address in last and "refused" in last
+
+
+def test_an_address_that_answers_and_other_kinds_are_left_to_ray() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        for address in (f"127.0.0.1:{server.getsockname()[1]}", None, "auto", "local", "ray://nowhere.invalid:10001"):
+            _knock(address)
+    with pytest.raises(ConnectionError):
+        _knock("127.0.0.1:65536")
 
 
 def test_records_of_workers_are_logged_here(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

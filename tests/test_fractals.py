@@ -285,8 +285,10 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
     for name, content in (("missing", None), ("text", b"not an array"), ("nothing", b"")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        with pytest.raises(StoreError, match=rf"{name}: must be a readable \.npy file"):
+        with pytest.raises(StoreError, match=rf"{name}: must be a readable \.npy file") as caught:
             FractalBank.open(tmp_path / name)
+        # The command that is advised must be one that works.
+        assert str(caught.value).endswith(" --overwrite") == (content is not None)
     np.savez(tmp_path / "archive.npz", GOOD)
     for name in ("archive.npz", "."):
         with pytest.raises(StoreError):

@@ -3,12 +3,14 @@
 import gc
 import os
 import pickle
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -28,7 +30,9 @@ from dali_diffusemix import (
     MixSpec,
     RandomCrop,
     TrainCrop,
+    gpu,
 )
+from dali_diffusemix.pipeline import dali
 from dali_diffusemix.plan import Crop
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
@@ -380,8 +384,27 @@ def test_a_damaged_edit_is_named(photos: Path, make_store: MakeStore, bank: Frac
     with pytest.raises(DecodeError) as caught:
         list(DiffuseMixLoader(dataset, batch_size=11, device="cpu"))
     assert any("edit of sample 5 of epoch 0" in note for note in caught.value.__notes__)
+    assert "verify STORE --discard" in str(caught.value) and "convert it" not in str(caught.value)
+    assert "in memory" not in str(caught.value)
     with pytest.raises(DecodeError, match="edit"):
         dataset[5]
+
+
+def test_a_dali_that_is_damaged_is_not_called_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is after both of its wheels were installed and one removed: a folder without its modules."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", ModuleType("nvidia.dali"))
+    with pytest.raises(MissingDependencyError, match=r"or is damaged \(cannot import name .*dali-diffusemix doctor"):
+        dali()
+
+
+def test_a_driver_that_is_too_old_is_thought_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "check_installed", lambda: None)
+    monkeypatch.setattr(torch.version, "cuda", "12.4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        MissingDependencyError, match=r"or the driver is older than PyTorch's CUDA 12\.4\. On a machine"
+    ):
+        gpu.check_available()
 
 
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is built for CUDA")

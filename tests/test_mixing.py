@@ -222,6 +222,10 @@ def test_encode_agrees_with_torchs_casts(image: NDArray[np.float32]) -> None:
         ({"dtype": "uint8"}, "dtype uint8 holds plain pixels: give normalize=None"),
         ({"normalize": ((0.5,) * 3, (0.5, 0.0, 0.5))}, "deviations must be above 0"),
         ({"normalize": ((0.5,), (0.5,))}, "three numbers each"),
+        ({"normalize": ((0.5,) * 3, (0.5,))}, "three numbers each"),
+        ({"normalize": (0.5, 0.5)}, r"three numbers each, found \(0.5, 0.5\)"),
+        ({"normalize": 0.5}, "three numbers each, found 0.5"),
+        ({"normalize": "imagenet"}, "three numbers each, found imagenet"),
     ],
 )
 def test_a_format_checks_itself(arguments: dict[str, object], message: str) -> None:

@@ -42,6 +42,7 @@ from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.pack import PackConfig, PackSummary, _fitted, pack
 from dali_diffusemix.pixels import decode, tile
 from dali_diffusemix.store import ORIGINAL_SHARD_ROW, OriginalStore
+from dali_diffusemix.verify import verify
 
 SMALL = PackConfig(originals_per_shard=4)
 
@@ -352,8 +353,10 @@ def test_a_damaged_packed_original_is_named_and_the_loader_lives_on(photos: Path
     with pytest.raises(DecodeError) as caught:
         next(batches)
     assert any(str(tmp_path / "packed" / "bees" / "02.jpg") in note for note in caught.value.__notes__)
-    with pytest.raises(DecodeError, match=r"bees/02\.jpg"):
+    with pytest.raises(DecodeError, match=r"bees/02\.jpg") as caught_too:
         dataset[13]
+    for error in (caught.value, caught_too.value):
+        assert "verify STORE --discard" in str(error) and "in memory" not in str(error)
     loader.set_epoch(0)
     assert torch.equal(next(iter(loader))[0], good[0])
 
@@ -384,8 +387,9 @@ def test_other_settings_originals_and_versions_are_refused(photos: Path, odd: Pa
     pack(odd, store, PackConfig(max_side=50))
     with pytest.raises(StoreError, match="max_side: 50 in the store, 60 asked for"):
         pack(odd, store, PackConfig(max_side=60))
-    with pytest.raises(StoreError, match="built from other originals"):
+    with pytest.raises(StoreError, match=r"built from other originals.* Pack into a new folder") as caught:
         pack(photos, store, PackConfig(max_side=50))
+    assert "welcome" not in str(caught.value) and f"Catalog.open({str(store / 'listed')!r})" in str(caught.value)
     for name in ("store.json", "index.json"):
         text = (store / name).read_text()
         (store / name).write_text(text.replace('"version": 1', '"version": 2'))
@@ -412,6 +416,23 @@ def test_what_is_derived_is_derived_anew(odd: Path, tmp_path: Path) -> None:
         OriginalStore.open(store)
     assert pack(odd, store, SMALL).made == 4
     assert content(store) == before
+
+
+def test_a_wrong_index_is_found_and_made_anew(odd: Path, tmp_path: Path) -> None:
+    store = tmp_path / "packed"
+    pack(odd, store, SMALL)
+    before = content(store)
+    table = np.load(store / "index.npy")
+    table["offset"][:2] = table["offset"][1::-1]
+    np.save(store / "index.npy", table)
+    OriginalStore.open(store)  # sees nothing of it
+    (problem,) = verify(store).problems
+    assert problem.file == "index.npy" and "run the command again that made the store" in problem.what
+    assert pack(odd, store, SMALL).made == 0
+    assert content(store) == before and not verify(store).problems
+    inodes = [file.stat().st_ino for file in sorted(store.rglob("*"))]
+    pack(odd, store, SMALL)  # and where nothing is wrong, nothing is written
+    assert [file.stat().st_ino for file in sorted(store.rglob("*"))] == inodes
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.pixels import FORMATS, decode
+from dali_diffusemix.pixels import FORMATS, decode, decode_listed
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
@@ -142,13 +142,23 @@ def test_cut_short_files_are_errors_not_grey_areas(form: str, tmp_path: Path) ->
 
 def test_what_is_no_supported_image_is_refused(tmp_path: Path) -> None:
     gif = file_of(Image.fromarray(PICTURE), "GIF")
-    with pytest.raises(DecodeError, match="supported format"):
-        decode(gif)
-    with pytest.raises(DecodeError, match=r"nowhere\.jpg"):
-        decode(tmp_path / "nowhere.jpg")
-    with pytest.raises(DecodeError):
-        decode(tmp_path)
     assert "GIF" not in FORMATS
+    with pytest.raises(DecodeError, match=r"^is no image of a supported format \(JPEG, PNG, BMP, TIFF, PNM and WebP\)"):
+        decode(gif)
+    with pytest.raises(DecodeError, match=r"nowhere\.jpg': cannot be read \(No such file or directory\); restore it"):
+        decode(tmp_path / "nowhere.jpg")
+    with pytest.raises(DecodeError, match="cannot be read"):
+        decode(tmp_path)
+
+
+def test_an_image_of_another_size_is_refused_with_the_remedy_given() -> None:
+    data, size = file_of(Image.fromarray(PICTURE), "PNG"), np.array([7, 5], dtype=np.int32)
+    np.testing.assert_array_equal(decode_listed(data, size), PICTURE)
+    with pytest.raises(DecodeError, match=r"^must have the 5 x 7 pixels .* found 7 x 5; restore it"):
+        decode_listed(data, size[::-1])
+    for content, given in ((data, size[::-1]), (data[:-30], size), (b"nothing", size)):
+        with pytest.raises(DecodeError, match=r"; do that\.$"):
+            decode_listed(content, given, "do that")
 
 
 @pytest.mark.parametrize(("height", "width"), [(9_500, 9_500), (20_000, 10_000)])

@@ -17,7 +17,7 @@ from dali_diffusemix import native, reading
 from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.pipeline import PieceDecoder, Sources
 from dali_diffusemix.pixels import decode, encode
-from dali_diffusemix.reading import Batch, Extent, OpenFile, read
+from dali_diffusemix.reading import IN_STORE, Batch, Extent, OpenFile, read
 
 NO_WINDOW = np.zeros((1, 4), dtype=np.int32)
 
@@ -214,6 +214,8 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         if reason:
             assert f"cannot be read ({reason})" in str(batch.errors[row]) and str(tmp_path) in str(batch.errors[row])
     assert "short at byte 50" in str(batch.errors[5]) and batch.errors[6] is gone
+    for row, remedy in ((0, "restore it, or list the folder anew"), (5, IN_STORE)):
+        assert str(batch.errors[row]).endswith(remedy)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "progressive", "PNG"])
@@ -251,7 +253,15 @@ def test_what_is_sound(tmp_path: Path) -> None:
     sound = [plain, encoded(picture, progressive=True), encoded(picture.convert("CMYK")), encoded(picture, exif=exif)]
     sound += [encoded(picture, "PNG"), encoded(picture.quantize(8), "PNG"), encoded(picture.convert("1"), "PNG")]
     sound += [encoded(picture, restart_marker_blocks=2)]
-    unsound = [bytes(stray), odd, plain[: len(plain) // 2], plain[:200], b"\xff\xd8\xff" + bytes(500), b"GIF89a" + bytes(500), b"text"]
+    unsound = [
+        bytes(stray),
+        odd,
+        plain[: len(plain) // 2],
+        plain[:200],
+        b"\xff\xd8\xff" + bytes(500),
+        b"GIF89a" + bytes(500),
+        b"text",
+    ]
     unsound += [encoded(picture, form) for form in ("BMP", "TIFF", "WEBP", "PPM")]
     unsound += [encoded(picture, "PNG")[:20], encoded(picture, "PNG")[:-30], encoded(picture, "PNG", exif=exif)]
     for i, content in enumerate(sound + unsound):

@@ -343,6 +343,23 @@ def test_a_source_that_is_gone_ends_the_wait(url: str, proxy: Proxy) -> None:
     assert store.encoded(0).tobytes() == jpeg_of(0, 0)
 
 
+def test_a_source_that_is_gone_replaces_no_sample(
+    photos: Path, edits: Path, tmp_path: Path, bucket: Bucket, proxy: Proxy
+) -> None:
+    """Under DataLoader too a network that fails ends the run, rather than giving every sample unmixed."""
+    pack(photos, tmp_path / "packed", PackConfig())
+    packed_url, edits_url = bucket.upload(tmp_path / "packed", "packed"), bucket.upload(edits, "edits")
+    for root, url in ((photos, edits_url), (packed_url, edits)):
+        dataset = DiffuseMixDataset(
+            root, edits=url, mix=MixSpec(fractal_weight=0, probability=1, seam_width=1), crop=TrainCrop(32)
+        )
+        proxy.cut_between = 0, 0
+        with pytest.raises(MirrorError, match="cannot be read, after 6 attempts"):
+            _ = dataset[0]
+        assert len(dataset.quarantine) == 0
+        proxy.cut_between = None
+
+
 # Sources that are wrong ----------------------------------------------------------------------------------------------
 
 
@@ -386,8 +403,12 @@ def test_a_shard_that_changes_after_opening_is_an_error(url: str, bucket: Bucket
     bucket.put("shards/edits-000002.json", json.dumps(stored).encode())
     with pytest.raises(StoreError, match=r"was changed since the store was opened: it must have \d+ bytes, found \d+"):
         store.encoded(2 * PER_SHARD)
-    with pytest.raises(StoreError, match=r"edits-000000\.tar'?: must have \d+ bytes, found 100000"):
+    with pytest.raises(StoreError, match=rf"{url}/{FIRST}\.tar: must have \d+ bytes, found 100000; upload the store"):
         EditStore.open(url)
+    bucket.remove(f"{FIRST}.tar")
+    with pytest.raises(StoreError, match=rf"{url}/{FIRST}\.tar: is missing; upload the store again") as caught:
+        EditStore.open(url)
+    assert "generate" not in str(caught.value)
 
 
 def test_what_is_wrong_with_a_url_is_said_at_once(
@@ -502,7 +523,9 @@ def test_a_mirror_keeps_its_limit(url: str, local: Path, proxy: Proxy, monkeypat
     total = sum(file.stat().st_size for file in (local / "shards").glob("*.tar"))
     limit = 2 * shard + 1000
     monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR_LIMIT", str(limit))
-    with pytest.warns(MirrorLimitWarning, match=rf"6 shards have {total} bytes, but the mirror may take {limit}"):
+    with pytest.warns(
+        MirrorLimitWarning, match=rf"{url}: its shards have {total} bytes, but the mirror may take {limit}"
+    ):
         store = EditStore.open(url)
     mirror, expected = mirror_of(store), EditStore.open(local)
     for edit in [*range(len(store)), *range(len(store))]:

@@ -481,8 +481,33 @@ def test_fields_of_the_wrong_kind_are_refused(tmp_path: Path, fields: Mapping[st
         EditStore.open(tmp_path)
 
 
+def test_a_damaged_header_is_no_store_of_another_kind(tmp_path: Path) -> None:
+    build(tmp_path, originals(10))
+    text = (tmp_path / "store.json").read_text()
+    for damaged in (text[:100], "[]", ""):
+        (tmp_path / "store.json").write_text(damaged)
+        with pytest.raises(
+            StoreError, match=r"store\.json.*damaged.*; bring back a copy of it, or make a new"
+        ) as caught:
+            EditStore.open(tmp_path)
+        assert "another folder" not in str(caught.value)
+    (tmp_path / "store.json").write_text(text.replace(".store", ".other"))
+    with pytest.raises(StoreError, match=r"'magic' must be .*; use another folder"):
+        EditStore.open(tmp_path)
+
+
+def test_a_catalog_that_cannot_be_written_has_the_remedy_of_the_store(tmp_path: Path) -> None:
+    (tmp_path / "catalog").touch()
+    with (
+        pytest.raises(StoreError, match=r"cannot be written .*the same command again") as caught,
+        StoreWriter.open(tmp_path, originals(3), SETTINGS),
+    ):
+        pass
+    assert "DALI_DIFFUSEMIX_CACHE" not in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["index.npy", "starts.npy"])
-@pytest.mark.parametrize("how", ["cut", "other", "pickle", "gone"])
+@pytest.mark.parametrize("how", ["cut", "other", "pickle", "text", "gone"])
 def test_a_damaged_index_is_refused_and_made_anew(tmp_path: Path, name: str, how: str) -> None:
     build(tmp_path, originals(10))
     before = content(tmp_path)
@@ -491,10 +516,13 @@ def test_a_damaged_index_is_refused_and_made_anew(tmp_path: Path, name: str, how
         os.truncate(file, file.stat().st_size - 8)
     elif how == "gone":
         file.unlink()
+    elif how == "text":
+        file.write_text("no array at all")
     else:
         np.save(file, np.zeros(3) if how == "other" else np.array([{}], object), allow_pickle=True)
-    with pytest.raises(StoreError, match=rf"{name}.*generate"):
+    with pytest.raises(StoreError, match=rf"{name}.*generate") as caught:
         EditStore.open(tmp_path)
+    assert "allow_pickle" not in str(caught.value)
     build(tmp_path, originals(10))
     assert content(tmp_path) == before
 

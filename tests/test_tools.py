@@ -182,7 +182,7 @@ def test_an_index_of_other_shards(store: Path) -> None:
     table["score"][0] += 1
     np.save(store / "index.npy", table)
     (problem,) = verify(store).problems
-    assert problem.file == "index.npy"
+    assert problem.file == "index.npy" and "run the command again that made the store" in problem.what
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:

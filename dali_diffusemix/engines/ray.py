@@ -1,6 +1,7 @@
 """The engine of a cluster: an actor of Ray for each worker. Ray is imported only here."""
 
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ __all__ = ["RayEngine"]
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 60.0  # seconds until it is said that no worker has begun
+_CONNECT = 10.0  # seconds that a cluster's address has to answer in
 
 
 class RayEngine:
@@ -68,6 +70,7 @@ class RayEngine:
         ours = not ray.is_initialized()
         if ours:
             try:
+                _knock(self.address)
                 ray.init(
                     address=self.address,
                     include_dashboard=None if self.address else False,
@@ -170,6 +173,20 @@ class _Run:
             # Ours as they were raised; others say where in the actor it was.
             raise error.cause if isinstance(error.cause, DiffuseMixError) else error from None
         yield report
+
+
+def _knock(address: str | None) -> None:
+    """Raise ConnectionError where nothing answers at host:port, which Ray would go on trying for minutes.
+
+    Other kinds of addresses ("auto", "local", ray://) are Ray's own affair.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if not host or "://" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 def _ray() -> Any:

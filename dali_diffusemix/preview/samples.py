@@ -9,10 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.dataset import DiffuseMixDataset, decode_edit
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import TensorFormat, edit_weight, encode, mixed_image
-from dali_diffusemix.pixels import decode
 from dali_diffusemix.plan import MASKS, BatchPlan, MixSpec, Planner, Schedule, visible_parts
 
 MOST_ROWS: Final = 64
@@ -191,7 +190,7 @@ class Sample:
             class_name=dataset.classes[int(dataset.catalog.labels[original])],
             prompt=None if store is None else store.prompt_of(edit),
             original=dataset.decode_original(original),
-            edit=None if store is None else decode(store.encoded(edit)),
+            edit=None if store is None else decode_edit(store, edit),
             fractal=None if bank is None or fractal < 0 else bank.images[fractal],
         )
 

@@ -381,14 +381,15 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
     """The content of store.json; whatever is found wrong with it becomes a StoreError."""
     file = store / "store.json"
     other = ORIGINALS if kind is EDITS else EDITS
-    remedy = f"use another folder (what has {other.magic!r}, the {other.name}, {other.use})"
+    remedy = "bring back a copy of it, or make a new store"
+    elsewhere = f"use another folder (what has {other.magic!r}, the {other.name}, {other.use})"
     try:
-        stored = read_json(file, kind.magic, remedy)
+        stored = read_json(file, kind.magic, remedy, elsewhere)
     except FileNotFoundError as error:
         raise StoreError(
             f"{str(store)!r}: there is no {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
         ) from error
-    with understood(file, "bring back a copy of it, or make a new store"):
+    with understood(file, remedy):
         yield stored
 
 
@@ -453,8 +454,9 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, CatalogError) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # without the remedy of catalogs
         raise StoreError(
-            f"{str(place)!r}: cannot be written ({error}). Finished shards stay as they are; make room, or permit "
+            f"{str(place)!r}: cannot be written ({cause}). Finished shards stay as they are; make room, or permit "
             "writing, and run the same command again: it does the rest."
         ) from error
 
@@ -496,8 +498,15 @@ def write_json(file: Path, magic: str, content: Mapping[str, Any]) -> None:
         stream.write(json.dumps({"magic": magic, "version": VERSION, **content}, indent=1).encode("ascii") + b"\n")
 
 
-def read_json(file: Path, magic: str, remedy: str) -> dict[str, Any]:
-    """A JSON object of this kind and version. Raises FileNotFoundError, StoreError."""
+def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None) -> dict[str, Any]:
+    """A JSON object of this kind and version. Raises FileNotFoundError, StoreError.
+
+    Args:
+        file: Where it is.
+        magic: Its kind.
+        remedy: What to do where it is damaged.
+        elsewhere: What to do where it is of another kind; the same unless given.
+    """
     try:
         data = file.read_bytes()
     except FileNotFoundError:
@@ -508,7 +517,7 @@ def read_json(file: Path, magic: str, remedy: str) -> dict[str, Any]:
         stored: dict[str, Any] = json.loads(data)
         found, version = stored["magic"], stored["version"]
     if found != magic:
-        raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {remedy}.")
+        raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {elsewhere or remedy}.")
     if version != VERSION:
         raise StoreError(
             f"{str(file)!r}: 'version' must be {VERSION}, found {version!r}; update dali_diffusemix to the release "
@@ -531,7 +540,9 @@ def load(kind: Kind, file: Path, dtype: np.dtype[Any], count: int, *, mapped: bo
     try:
         array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise kind.damaged(file, f"is missing or cut short ({error})") from error
+        # NumPy advises to unpickle what it does not know.
+        why = "it is no array" if "allow_pickle" in str(error) else error
+        raise kind.damaged(file, f"is missing or cut short ({why})") from error
     if array.dtype != dtype or array.shape != (count,):
         raise kind.damaged(file, f"must be {count} rows of {dtype}, found {array.shape} of {array.dtype}")
     return np.asarray(array)

@@ -111,7 +111,7 @@ class EditStore:
                 "run `dali-diffusemix generate` until it is."
             )
         tables, derived = _open_tables(path, header, len(catalog), done, mirror)
-        _check_sizes(EDITS, path, tables.sizes, listing)
+        _check_sizes(EDITS, path, tables.sizes, listing, mirror)
         missing = header.shard_count - len(done)
         if missing or not derived:
             what = (
@@ -314,7 +314,7 @@ class OriginalStore:
                 f"catalog has {catalog.fingerprint[:16]}; {remedy}."
             )
         listing = list_shards(path) if mirror is None else _list_mirrored(ORIGINALS, mirror)
-        _check_sizes(ORIGINALS, path, sizes, listing)
+        _check_sizes(ORIGINALS, path, sizes, listing, mirror)
         index = load(ORIGINALS, path / "index.npy", ORIGINAL_INDEX_ROW, len(catalog), mapped=True)
         return cls(path, header.settings, catalog, index, _Tars(ORIGINALS, path, sizes, mirror))
 
@@ -551,7 +551,7 @@ def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
     rows = rows_of(given, ours)
     classes = [ours.classes[label] for label in ours.labels.tolist()]
     if (rows < 0).any() or [given.classes[label] for label in given.labels[rows].tolist()] != classes:
-        check_originals(store, ours, given)
+        check_originals(EDITS, store, ours, given)
     if len(ours) == len(given):
         return ours
     order = np.concatenate([rows, np.setdiff1d(np.arange(len(given)), rows)])
@@ -586,7 +586,7 @@ def _open_tar(kind: Kind, shards: Path, sizes: Sizes, number: int) -> OpenFile:
         tar = OpenFile(file)
     except OSError as error:
         raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
-    _check_size(kind, file, sizes[number][0], os.fstat(tar.descriptor).st_size)
+    _check_size(repr(str(file)), sizes[number][0], os.fstat(tar.descriptor).st_size, _remedy(kind))
     return tar
 
 
@@ -639,20 +639,23 @@ class _Tars:
         return self.mirror.open(self._kind.shard(number))
 
 
-def _check_sizes(kind: Kind, store: Path, sizes: Sizes, listing: Mapping[str, int]) -> None:
+def _check_sizes(kind: Kind, store: Path, sizes: Sizes, listing: Mapping[str, int], mirror: Mirror | None) -> None:
+    remedy = _remedy(kind) if mirror is None else "upload the store again, all of it"
     for number, of_shard in sizes.items():
         for ending, size in zip(FILES, of_shard, strict=True):
             name = kind.file(number, ending)
-            _check_size(kind, store / "shards" / name, size, listing.get(name))
+            file = repr(str(store / "shards" / name)) if mirror is None else f"{mirror.url}/shards/{name}"
+            _check_size(file, size, listing.get(name), remedy)
 
 
-def _check_size(kind: Kind, file: Path, expected: int, found: int | None) -> None:
+def _check_size(file: str, expected: int, found: int | None, remedy: str) -> None:
     if found != expected:
         what = "is missing" if found is None else f"must have {expected} bytes, found {found}"
-        raise StoreError(
-            f"{str(file)!r}: {what}; run `{kind.command}` again, which makes this shard anew "
-            "(`dali-diffusemix verify` checks them all)."
-        )
+        raise StoreError(f"{file}: {what}; {remedy}.")
+
+
+def _remedy(kind: Kind) -> str:
+    return f"run `{kind.command}` again, which makes this shard anew (`dali-diffusemix verify` checks them all)"
 
 
 def list_shards(store: Path) -> dict[str, int]:
@@ -748,7 +751,7 @@ def open_catalog(store: Path, folder: str = "catalog") -> Catalog:
         ) from error
 
 
-def check_originals(store: Path, ours: Catalog, given: Catalog, folder: str = "catalog") -> None:
+def check_originals(kind: Kind, store: Path, ours: Catalog, given: Catalog) -> None:
     if ours.fingerprint == given.fingerprint:
         return
     stored, found = set(ours.paths), set(given.paths)
@@ -757,8 +760,12 @@ def check_originals(store: Path, ours: Catalog, given: Catalog, folder: str = "c
         for paths, where in ((stored - found, "only in the store"), (found - stored, "not in the store"))
         if paths
     ] or ["the same files in other classes"]
+    if kind is EDITS:
+        remedy = "Give all of those that it was built from (new ones are welcome), or another store"
+    else:
+        remedy = "Pack into a new folder, or give just those that it was built from"
     raise StoreError(
         f"{str(store)!r}: the store was built from other originals: it has {len(stored)}, given are {len(found)}; "
-        f"{', '.join(differences)}. Give all of those that it was built from (new ones are welcome), or another store; "
-        f"if that folder has changed since, Catalog.open({str(store / folder)!r}) is the list that the store goes by."
+        f"{', '.join(differences)}. {remedy}; if that folder has changed since, "
+        f"Catalog.open({str(store / kind.listing)!r}) is the list that the store goes by."
     )

@@ -249,7 +249,7 @@ class OriginalStoreWriter:
         with _locked(ORIGINALS, path, WHOLE):
             _begin(ORIGINALS, path, catalog, alone=True)
             listed = open_catalog(path, ORIGINALS.listing)
-            check_originals(path, listed, catalog, ORIGINALS.listing)
+            check_originals(ORIGINALS, path, listed, catalog)
             writer = cls()
             writer.path = path
             writer.catalog = listed
