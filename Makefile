@@ -41,7 +41,8 @@ clean:
 
 # Torch first and by itself: its pin keeps an unpinned requirement from fetching gigabytes of CUDA.
 $(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.cuh)
-	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12")'
+	@echo "Installing into $(VENV), which takes some minutes; the next time it is there."
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=80" wheel
 	$(BIN)/python -m pip install -q -c constraints.txt torch

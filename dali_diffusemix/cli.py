@@ -249,7 +249,9 @@ class _Group(click.Group):
         except DiffuseMixError as error:
             raise _Failure(error) from error
         except KeyboardInterrupt:
-            _notice("Interrupted", "run the same command again to go on.", "yellow")
+            goes_on = ctx.invoked_subcommand in ("generate", "pack")
+            again = "run the same command again to go on." if goes_on else "nothing is kept of it."
+            _notice("Interrupted", again, "yellow")
             ctx.exit(_INTERRUPTED)
 
 
@@ -501,7 +503,7 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
     show_default=True,
     metavar="NAME",
     shell_complete=_words(lambda _: ["procedural"], kind="dir"),
-    help="Or a model: hub id or folder.",
+    help="Else a model: hub id or folder.",
 )
 @click.option(
     "--prompts",
@@ -626,6 +628,8 @@ def generate_command(
             display.line(f"{count} edits of {len(catalog)} images")
         elif count:
             display.line(f"{count} not used: {verdict}")
+    if editor == "procedural":
+        display.line("restyled by the procedural editor: not diffusion")
     rejected = {prompt: _rejected(verdicts) for prompt, verdicts in summary.by_prompt.items()}
     _list(display, (f"{count:>8}  rejected under {prompt!r}" for prompt, count in rejected.items() if count))
     if summary.made:

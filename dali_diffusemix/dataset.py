@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from dali_diffusemix.catalog import Catalog, index
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
 from dali_diffusemix.philox import check_seed
@@ -81,7 +81,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         seed: int = 0,
         on_error: OnError = "substitute",
     ) -> None:
+        _check_kinds(crop, mix)
         self.root = root if isinstance(root, str) and is_url(root) else Path(root)
+        if isinstance(self.root, Path) and not self.root.is_dir():
+            raise CatalogError(f"{str(root)!r}: there is no such folder; give that of the originals.")
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
@@ -267,6 +270,15 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
             f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, seed={self.seed})"
         )
+
+
+def _check_kinds(crop: object, mix: object) -> None:
+    """Refuse what is easily given in place of a crop and of a mix, for it would fail far from here."""
+    if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
+        size = crop if isinstance(crop, int) else 224
+        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size})")
+    if mix is not None and not isinstance(mix, MixSpec):
+        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
 
 
 def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:

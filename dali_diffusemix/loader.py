@@ -45,7 +45,7 @@ BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[t
 # DataLoader's arguments that mean nothing here: the value that asks for nothing, and what to do instead.
 _MEANINGLESS: Final[dict[str, tuple[object, str]]] = {
     "collate_fn": (None, "batches are made whole; change them with batch_transform=, or in the training loop"),
-    "pin_memory": (False, "batches lie on the device already"),
+    "pin_memory": (False, "batches lie on the loader's device already"),
     "pin_memory_device": ("", "batches lie on the device already"),
     "timeout": (0, "there are no worker processes to wait for"),
     "worker_init_fn": (None, "there are no worker processes; all randomness comes from the dataset's seed"),

@@ -7,7 +7,7 @@ import click
 
 from dali_diffusemix.cli import main
 
-_PLACE = re.compile(r"<!-- help: .*? -->")
+_PLACE = re.compile(r"^\*Here the built site.*\*$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -161,7 +161,7 @@ def test_from_a_folder_to_a_sheet(root: Path, tmp_path: Path) -> None:
 
     edits, bank, sheet = tmp_path / "edits", tmp_path / "deep" / "fractals.npy", tmp_path / "new" / "sheet.png"
     generated = run("generate", root, edits, "--prompts", "autumn, snowy", "--size", "48", "--variants", "2")
-    assert "48 edits of 12 images\n48 made now, in " in generated.stdout
+    assert "48 edits of 12 images\nrestyled by the procedural editor: not diffusion\n48 made now" in generated.stdout
     assert "1 files left out; `dali-diffusemix index` lists them" in generated.stdout
     again = run("generate", root, edits, "--prompts", "autumn,snowy", "--size", "48", "--variants", "2")
     assert "all were there already" in again.stdout
@@ -446,7 +446,7 @@ def test_an_interrupt_is_code_130_and_leaves_nothing_half_done(tmp_path: Path) -
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=30)
     assert (running.returncode, stdout) == (130, "")
-    assert stderr == "Interrupted: run the same command again to go on.\n"
+    assert stderr == "Interrupted: nothing is kept of it.\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -255,3 +255,14 @@ def test_a_damaged_edit_has_the_remedy_of_its_store(photos: Path, edits: Path, t
     assert found.kind == "edit" and "is no image of a supported format" in found.reason
     assert "run `dali-diffusemix verify STORE --discard`" in found.reason
     assert "in memory" not in found.reason and "convert it" not in found.reason
+
+
+def test_what_is_easily_given_by_mistake(photos: Path, tmp_path: Path) -> None:
+    for crop, remedy in ((96, r"TrainCrop\(96\)"), (TrainCrop, r"TrainCrop\(224\)"), ("train", "TrainCrop")):
+        with pytest.raises(ConfigError, match=rf"crop must be a TrainCrop, .*{remedy}"):
+            DiffuseMixDataset(photos, crop=crop)  # type: ignore[arg-type]
+    for mix in ("paper", MixSpec, MixSpec.paper):
+        with pytest.raises(ConfigError, match=r"mix must be a MixSpec or None, found .*MixSpec\.paper\(\)"):
+            DiffuseMixDataset(photos, crop=TrainCrop(32), mix=mix)  # type: ignore[arg-type]
+    with pytest.raises(CatalogError, match="there is no such folder"):
+        DiffuseMixDataset(tmp_path / "trian", crop=TrainCrop(32))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from material import encoded, photograph
 
-from dali_diffusemix.catalog import index
+from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.engines import Job, Report
 from dali_diffusemix.engines.local import LocalEngine
@@ -101,6 +102,31 @@ def test_a_data_set_may_be_some_of_a_store(root: Path, tmp_path: Path, bank: Fra
     put(root, "ants/new.jpg", 3)
     with pytest.raises(StoreError, match=r"lacks 1 \(for one 'ants/new.jpg'\).*take new ones in"):
         DiffuseMixDataset(root, edits=tmp_path / "store", crop=TrainCrop(32), catalog=index(root, refresh=True))
+
+
+def test_originals_that_vanished_keep_their_edits(root: Path, tmp_path: Path, bank: FractalBank) -> None:
+    """A photograph that is removed, or a whole class, stops neither the next run nor new photographs."""
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    before, edits = EditStore.open(store), edits_of(store)
+    (root / "ants" / "1.jpg").unlink()
+    shutil.rmtree(root / "bees")
+    put(root, "moths/new.jpg", 3)
+    fewer = index(root, refresh=True)
+    with pytest.warns(StaleCatalogWarning, match=r"are not among those given \(for one .*their edits stay"):
+        assert generate(root, store, CONFIG, catalog=fewer).made == len(CONFIG.prompts)
+    after = EditStore.open(store)
+    assert list(after.catalog.paths)[: len(before.catalog)] == list(before.catalog.paths)
+    assert after.catalog.classes == ("ants", "bees", "moths")
+    for row, path in enumerate(after.catalog.paths):
+        assert after.catalog.classes[int(after.catalog.labels[row])] == path.split("/")[0]
+    assert edits.items() <= edits_of(store).items()
+    # And one that comes back is an original like the others.
+    put(root, "ants/1.jpg", 1)
+    with pytest.warns(StaleCatalogWarning):
+        assert generate(root, store, CONFIG, catalog=index(root, refresh=True)).made == 0
+    dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=MixSpec(), crop=TrainCrop(32), catalog=fewer)
+    assert len(dataset) == len(fewer)
 
 
 GROW = """
@@ -243,7 +269,7 @@ def test_two_runs_into_one_part(root: Path, tmp_path: Path, first: Part, second:
 
 HOLD = """
 import sys, time
-from dali_diffusemix.catalog import index
+from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.store import Part, StoreWriter
 with StoreWriter.open(sys.argv[2], index(sys.argv[1]), {}, Part.parse(sys.argv[3])) as writer:
     writer.order(["autumn"], 1, 3)

@@ -101,7 +101,10 @@ def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
         ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size 2\), found 2"),
         ({"batch_size": None}, "batch_size must be at least 1, found None"),
         ({"collate_fn": list}, r"collate_fn has no meaning here.*batch_transform"),
-        ({"pin_memory": True}, "pin_memory has no meaning here, found True: batches lie on the device already"),
+        (
+            {"pin_memory": True},
+            "pin_memory has no meaning here, found True: batches lie on the loader's device already",
+        ),
         ({"persistent_workers": True}, "threads are always kept"),
         ({"worker_init_fn": print}, "the dataset's seed"),
         ({"timeout": 3}, "no worker processes"),

@@ -111,8 +111,9 @@ class DiffusersConfig:
             ConfigError: The model is not there, has weights that are not safetensors, or wants its own code to be run.
             MissingDependencyError: diffusers or transformers is not installed.
         """
+        folder = _folder(self.model, self.revision)
         _diffusers()
-        _check_files(_folder(self.model, self.revision), self.model)
+        _check_files(folder, self.model)
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "DiffusersEditor":
         """Load the pipeline onto a device.
@@ -374,7 +375,10 @@ def _folder(model: str, revision: str | None) -> Path:
             raise ConfigError(f"revision must be left out for a model in a folder, found {revision!r}.")
         return Path(model).absolute()
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
-        raise ConfigError(f"model must be a folder or a hub id (owner/name), found {model!r}, which is no folder.")
+        raise ConfigError(
+            f"model must be a folder or a hub id (owner/name), and else the editor is 'procedural'; found {model!r}, "
+            "which is no folder."
+        )
     _diffusers()
     from huggingface_hub import snapshot_download
 

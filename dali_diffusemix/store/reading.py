@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.catalog import Catalog
+from dali_diffusemix.catalog import Catalog, StaleCatalogWarning
 from dali_diffusemix.errors import CatalogError, DecodeError, StoreError
 from dali_diffusemix.reading import Extent, OpenFile
 from dali_diffusemix.remote import Mirror, MirrorError, is_url
@@ -547,17 +547,34 @@ def tally(path: Path, records: Mapping[int, "ShardRecord"], catalog: Catalog, pr
 
 
 def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
-    """Our catalog, and after it what else is given. Raises StoreError unless all of ours is given."""
+    """Our catalog, and after it what else is given; what is not given any more stays, and a warning says so.
+
+    Raises:
+        StoreError: None of ours is given, or some are in other classes.
+    """
     rows = rows_of(given, ours)
-    classes = [ours.classes[label] for label in ours.labels.tolist()]
-    if (rows < 0).any() or [given.classes[label] for label in given.labels[rows].tolist()] != classes:
+    kept = np.flatnonzero(rows < 0)
+    here = np.flatnonzero(rows >= 0)
+    classes = [ours.classes[label] for label in ours.labels[here].tolist()]
+    if not len(here) or [given.classes[label] for label in given.labels[rows[here]].tolist()] != classes:
         check_originals(EDITS, store, ours, given)
-    if len(ours) == len(given):
+    if len(kept):
+        warnings.warn(
+            f"{str(store)!r}: {len(kept)} of its {len(ours)} originals are not among those given (for one "
+            f"{ours.path(int(kept[0]))!r}); their edits stay in the store. To train without them, give the dataset "
+            "catalog=dali_diffusemix.catalog.index(root).",
+            StaleCatalogWarning,
+            stacklevel=2,
+        )
+    more = np.setdiff1d(np.arange(len(given)), rows)
+    if not len(more):
         return ours
-    order = np.concatenate([rows, np.setdiff1d(np.arange(len(given)), rows)])
-    sizes = np.concatenate([ours.sizes, given.sizes[order[len(ours) :]]])
-    paths = [given.encoded_path(row) for row in order.tolist()]
-    return replace(Catalog.from_arrays(paths, given.labels[order], given.classes, sizes), rejected=given.rejected)
+    names = given.classes if set(ours.classes) <= set(given.classes) else sorted({*ours.classes, *given.classes})
+    labels = [names.index(ours.classes[label]) for label in ours.labels.tolist()]
+    labels += [names.index(given.classes[label]) for label in given.labels[more].tolist()]
+    paths = [ours.encoded_path(row) for row in range(len(ours))] + [given.encoded_path(row) for row in more.tolist()]
+    sizes = np.concatenate([ours.sizes, given.sizes[more]])
+    return replace(Catalog.from_arrays(paths, labels, names, sizes), rejected=given.rejected)
 
 
 def gather(kind: Kind, path: Path, records: Mapping[int, "ShardRecord"], originals: int) -> NDArray[np.void]:
@@ -761,7 +778,7 @@ def check_originals(kind: Kind, store: Path, ours: Catalog, given: Catalog) -> N
         if paths
     ] or ["the same files in other classes"]
     if kind is EDITS:
-        remedy = "Give all of those that it was built from (new ones are welcome), or another store"
+        remedy = "Give those that it was built from (new ones are welcome), or another store"
     else:
         remedy = "Pack into a new folder, or give just those that it was built from"
     raise StoreError(

@@ -119,7 +119,9 @@ def test_unknown_arguments_raise(dataset: DiffuseMixDataset) -> None:
 
 
 def run_resume(dataset: DiffuseMixDataset, checkpoint: Path, train: Callable[..., None]) -> None:
-    exec(code("Resume"), {**globals(), "dataset": dataset, "checkpoint": checkpoint, "train": train})
+    model = torch.nn.Linear(2, 2)
+    given = {"model": model, "optimizer": torch.optim.SGD(model.parameters(), 0.1), "train": train}
+    exec(code("Resume"), {**globals(), **given, "dataset": dataset, "checkpoint": checkpoint})
 
 
 def test_the_resume_example(data: Path, tmp_path: Path) -> None:
