@@ -550,13 +550,13 @@ def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
     """Our catalog, and after it what else is given; what is not given any more stays, and a warning says so.
 
     Raises:
-        StoreError: None of ours is given, or some are in other classes.
+        StoreError: Fewer than half of ours are given, as of another dataset, or some are in other classes.
     """
     rows = rows_of(given, ours)
     kept = np.flatnonzero(rows < 0)
     here = np.flatnonzero(rows >= 0)
     classes = [ours.classes[label] for label in ours.labels[here].tolist()]
-    if not len(here) or [given.classes[label] for label in given.labels[rows[here]].tolist()] != classes:
+    if 2 * len(here) < len(ours) or [given.classes[label] for label in given.labels[rows[here]].tolist()] != classes:
         check_originals(EDITS, store, ours, given)
     if len(kept):
         warnings.warn(
