@@ -3,7 +3,9 @@
 import importlib.util
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +256,34 @@ def test_the_tables_of_results(name: str) -> None:
     for run in runs:
         assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])  # without the mark of a changed checkout
         assert run["changes"][: len(known[run["method"]])] == list(known[run["method"]])
+
+
+def test_the_findings_of_results() -> None:
+    """Differences are those of the table's rounded figures."""
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = json.loads((ROOT / "benchmarks" / "results" / "2026-11-25-2cores-compare.json").read_text())["runs"]
+
+    def mean(value: Callable[[dict[str, Any]], float], method: str, images: str) -> float:
+        found = [value(run) for run in runs if (run["method"], run["images_per_class"]) == (method, images)]
+        return statistics.fmean(found)
+
+    def over_vanilla(method: str, images: str, value: Callable[[dict[str, Any]], float]) -> str:
+        ours, plain = (round(100 * mean(value, name, images), 1) for name in (method, "vanilla"))
+        return f"{abs(ours - plain):.1f}"
+
+    def clean(run: dict[str, Any]) -> float:
+        return float(run["top1"])
+
+    def attacked(run: dict[str, Any]) -> float:
+        return float(run["fgsm_top1"]["8"])
+
+    paper, both = "DiffuseMix paper", "DiffuseMix + RandAugment"
+    of_all = [over_vanilla(name, "all", clean) for name in (paper, "MixUp", "CutMix", "RandAugment")]
+    assert "DiffuseMix is {} points below vanilla, MixUp {}, CutMix {}, RandAugment {}.".format(*of_all) in text
+    of_ten = [over_vanilla(name, "10", clean) for name in (paper, "MixUp", "RandAugment")]
+    assert "DiffuseMix is {} points above it, MixUp {}, RandAugment {}.".format(*of_ten) in text
+    under = [over_vanilla(name, "all", attacked) for name in (paper, "CutMix", both)]
+    assert "DiffuseMix is {} points above vanilla, CutMix {}, DiffuseMix with RandAugment {},".format(*under) in text
+    for loss, method, images in (("is {:.2f}, D", "vanilla", "all"), ("DiffuseMix's {:.2f}.", paper, "all")):
+        assert loss.format(mean(lambda run: float(run["last_loss"]), method, images)) in text
+    assert f"does fit ({mean(lambda run: float(run['last_loss']), 'vanilla', '10'):.2f})" in text

@@ -77,6 +77,15 @@ def resnet50_weights(scripts: SimpleNamespace, tmp_path_factory: pytest.TempPath
     return file
 
 
+@pytest.fixture
+def no_compiling() -> Iterator[None]:
+    """oneDNN compiles each shape of each layer anew, which is most of the time that two updates take."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        yield
+
+
+@pytest.mark.usefixtures("no_compiling")
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # which its flags have, too
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
 def test_a_recipe_trains_and_is_evaluated(
     file: Path, scripts: SimpleNamespace, tmp_path: Path, resnet50_weights: Path
