@@ -458,6 +458,21 @@ def test_processes_that_cannot_share_a_batch(command: Callable[..., list[str]]) 
 # --- comparisons
 
 
+def test_whole_edits_are_trained_on(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """What "edit only" compares with: originals and whole edits, as files, of the training images alone."""
+    scripts.train.main(command("run", "mix.preset=edits", "data.per_class=2"))
+    assert len(rows(tmp_path / "run/train.csv")) == 2
+    recipe = scripts.recipe.Recipe.from_tables(json.loads((tmp_path / "run/run.json").read_text())["recipe"])
+    found = scripts.data.parts(recipe, tmp_path / "data")
+    cache = tmp_path / "cache"
+    training = scripts.data.train_set(recipe, found, edits=cache / "edits", fractals=cache / "none", cache=cache)
+    originals = set(found.train.paths)
+    assert {path if path in originals else path.rsplit(".", 3)[0] for path in training.catalog.paths} == originals
+    assert len(training) == 3 * len(originals)  # two prompts
+
+
 def test_a_comparison_is_made_in_pieces(
     scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -475,16 +490,16 @@ def test_a_comparison_is_made_in_pieces(
         scripts.compare.main()
         return json.loads((tmp_path / "out/record.json").read_text())
 
-    first = run("0", "--methods", "vanilla,DiffuseMix paper,edit only")
-    assert [one["method"] for one in first["runs"]] == ["vanilla", "DiffuseMix paper", "edit only"]
+    first = run("0", "--methods", "vanilla,DiffuseMix paper")
+    assert [one["method"] for one in first["runs"]] == ["vanilla", "DiffuseMix paper"]
     assert all(one["updates"] == 4 and one["training_images"] >= 18 for one in first["runs"])
     # The record alone says what is done.
     for folder in (tmp_path / "out").iterdir():
         if folder.is_dir() and folder.name != "cache":
             folder.rename(tmp_path / f"gone-{folder.name}")
     second = run("0,1", "--methods", "vanilla", "--jobs", "2")
-    assert second["runs"][:3] == first["runs"]
-    assert [(one["method"], one["seed"]) for one in second["runs"][3:]] == [("vanilla", 1)]
+    assert second["runs"][:2] == first["runs"]
+    assert [(one["method"], one["seed"]) for one in second["runs"][2:]] == [("vanilla", 1)]
     table = (tmp_path / "out/table.md").read_text()
     assert "± " in table
     assert "(2)" in table
