@@ -238,16 +238,12 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
         Raises:
             DecodeError: it cannot be decoded, or has another size than it is listed with.
+            MirrorError: of a packed store at a URL: the source does not answer.
         """
         path, size = self.path_of(original), self.catalog.sizes[original]
         if self.original_store is None:
             return decode_listed(path, size)
-        try:
-            return decode_listed(self.original_store.encoded(original), size, IN_STORE)
-        except MirrorError:
-            raise  # nothing is wrong with the image
-        except (DecodeError, StoreError) as error:
-            raise DecodeError(f"{path}: {error}") from error
+        return _decode_stored(self.original_store, original, size, path)
 
     def _count(self, samples: int) -> None:
         """Notice that an epoch is drawn a second time: under DataLoader nobody else can."""
@@ -283,12 +279,16 @@ def _check_kinds(crop: object, mix: object) -> None:
 
 def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
     """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError where its source does not answer."""
+    return _decode_stored(store, edit, store.sizes(np.array([edit]))[0], f"{store.path}: edit {edit}")
+
+
+def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.int32], name: str) -> NDArray[np.uint8]:
     try:
-        return decode_listed(store.encoded(edit), store.sizes(np.array([edit]))[0], IN_STORE)
+        return decode_listed(store.encoded(row), size, IN_STORE)
     except MirrorError:
         raise  # nothing is wrong with the image
     except (DecodeError, StoreError) as error:
-        raise DecodeError(f"{store.path}: edit {edit}: {error}") from error
+        raise DecodeError(f"{name}: {error}") from error
 
 
 def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:

@@ -232,14 +232,14 @@ def parts(dataset: DiffuseMixDataset, index: int, epoch: int, file: Path) -> Non
 
 
 def decoded(dataset: DiffuseMixDataset, *, epochs: int) -> dict[str, float]:
-    """Mean pixels for a mixed sample, over the mixed samples of some epochs."""
+    """Mean pixels for a sample over some epochs of a dataset that mixes all of them."""
+    assert dataset.store is not None
     sizes = np.asarray(dataset.catalog.sizes)
     sums, count = np.zeros(3), 0
     for epoch in range(epochs):
         plan = dataset.planner.batch(epoch, np.arange(len(dataset)))
-        rows = np.flatnonzero(plan.mixed)
         original_sizes = np.asarray(sizes[plan.original], np.int32)
-        edit_sizes = np.full_like(original_sizes, 256)
+        edit_sizes = dataset.store.sizes(plan.edit)
         whole = original_sizes.prod(1) + edit_sizes.prod(1)
         windows = visible_parts(plan, original_sizes, edit_sizes)
         plain = visible_parts(plan.unmixed(), original_sizes, edit_sizes)[0]
@@ -247,8 +247,8 @@ def decoded(dataset: DiffuseMixDataset, *, epochs: int) -> dict[str, float]:
         def area(window: np.ndarray) -> np.ndarray:
             return (window[:, 2] - window[:, 0]) * (window[:, 3] - window[:, 1])
 
-        sums += [one[rows].sum() for one in (whole, area(plain), area(windows[0]) + area(windows[1]))]
-        count += len(rows)
+        sums += [one.sum() for one in (whole, area(plain), area(windows[0]) + area(windows[1]))]
+        count += len(plan)
     names = ("mixed: both images whole", "not mixed: the crop", "mixed: visible parts")
     return dict(zip(names, sums / count, strict=True))
 

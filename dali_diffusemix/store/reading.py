@@ -570,8 +570,13 @@ def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
     if not len(more):
         return ours
     names = given.classes if set(ours.classes) <= set(given.classes) else sorted({*ours.classes, *given.classes})
-    labels = [names.index(ours.classes[label]) for label in ours.labels.tolist()]
-    labels += [names.index(given.classes[label]) for label in given.labels[more].tolist()]
+    place = {name: label for label, name in enumerate(names)}
+    labels = np.concatenate(
+        [
+            np.array([place[name] for name in catalog.classes])[catalog_labels]
+            for catalog, catalog_labels in ((ours, ours.labels), (given, given.labels[more]))
+        ]
+    )
     paths = [ours.encoded_path(row) for row in range(len(ours))] + [given.encoded_path(row) for row in more.tolist()]
     sizes = np.concatenate([ours.sizes, given.sizes[more]])
     return replace(Catalog.from_arrays(paths, labels, names, sizes), rejected=given.rejected)
