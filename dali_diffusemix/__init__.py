@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from dali_diffusemix.fractals import FractalBank
     from dali_diffusemix.loader import DiffuseMixLoader, LoaderStats
+    from dali_diffusemix.pipeline import GpuDecoding
     from dali_diffusemix.plan import EvalCrop, MixSpec, RandomCrop, TrainCrop
     from dali_diffusemix.quarantine import Quarantined, QuarantineWarning
     from dali_diffusemix.store import EditStore
@@ -44,6 +45,7 @@ __all__ = [
     "EditStore",
     "EvalCrop",
     "FractalBank",
+    "GpuDecoding",
     "LoaderStats",
     "MissingDependencyError",
     "MixSpec",
@@ -63,6 +65,7 @@ _HOME = {
     "EditStore": "store",
     "EvalCrop": "plan",
     "FractalBank": "fractals",
+    "GpuDecoding": "pipeline",
     "LoaderStats": "loader",
     "MixSpec": "plan",
     "QuarantineWarning": "quarantine",

@@ -343,16 +343,21 @@ class Catalog:
 def default_location(root: str | os.PathLike[str]) -> Path:
     """The folder that keeps the catalog of `root` unless another is given.
 
-    It is catalogs/HASH below $DALI_DIFFUSEMIX_CACHE, else below dali-diffusemix in $XDG_CACHE_HOME or ~/.cache; HASH is
-    of the root's absolute path with links resolved. Raises ConfigError where there is no home folder either.
+    It is catalogs/HASH in `cache_folder`; HASH is of the root's absolute path with links resolved.
     """
-    key = hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
+    return cache_folder() / "catalogs" / hashlib.sha256(os.fsencode(Path(root).resolve())).hexdigest()[:16]
+
+
+def cache_folder() -> Path:
+    """The user's folder for what can be made again: $DALI_DIFFUSEMIX_CACHE, else dali-diffusemix in $XDG_CACHE_HOME or
+    ~/.cache. Raises ConfigError where there is no home folder either.
+    """
     if own := os.environ.get("DALI_DIFFUSEMIX_CACHE"):
-        return Path(own) / "catalogs" / key
+        return Path(own)
     if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared) / "dali-diffusemix" / "catalogs" / key
+        return Path(shared) / "dali-diffusemix"
     try:
-        return Path.home() / ".cache" / "dali-diffusemix" / "catalogs" / key
+        return Path.home() / ".cache" / "dali-diffusemix"
     except RuntimeError as error:
         raise ConfigError("There is no home folder to cache in; set DALI_DIFFUSEMIX_CACHE to a folder.") from error
 

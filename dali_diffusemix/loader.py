@@ -21,16 +21,17 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, RandomSampler
 
-from dali_diffusemix import gpu, native
+from dali_diffusemix import decoding, gpu, native
 from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, piece_table
 from dali_diffusemix.philox import check_seed, draw
-from dali_diffusemix.pipeline import Decoded, PieceDecoder, Sources
+from dali_diffusemix.pipeline import Decoded, GpuDecoding, PieceDecoder, Sources
 from dali_diffusemix.plan import BatchPlan, Schedule, visible_parts
 from dali_diffusemix.quarantine import Failure, Quarantine
 from dali_diffusemix.reading import Place
 from dali_diffusemix.samplers import BatchOrder, OwnBatches, OwnOrder, UsersOrder
+from dali_diffusemix.upload import PieceUpload
 
 _DTYPES: Final[dict[torch.dtype, DtypeName]] = {
     torch.float32: "float32",
@@ -81,7 +82,9 @@ class LoaderStats:
     read: float = 0.0
     """Reading, in a thread of its own."""
     decode: float = 0.0
-    """Processor time of DALI's threads, all of them together. 0 where the GPU decodes."""
+    """Processor time of DALI's threads, all of them together. What a GPU decodes is not in it."""
+    decoded_on: Literal["cpu", "gpu"] = "cpu"
+    """Where images are decoded: the loader's `decode`, and where that is "auto", what it came to."""
 
     @property
     def bottleneck(self) -> Literal["loader", "training"]:
@@ -104,8 +107,12 @@ class DiffuseMixLoader:
         sampler: The indices to load, in order; of this rank alone, as with DataLoader. It is not told the epoch.
         batch_sampler: The same as lists of indices, one for each batch.
         num_workers: Threads that decode and mix; there are no worker processes. 0 is one thread.
-        device: Where decoding and mixing are done and the tensors lie: "cuda" (the current GPU at the first `iter`),
-            "cuda:N" or "cpu". On a GPU batches are ordered on torch's current stream, and nothing waits for it.
+        device: Where mixing is done and the tensors lie: "cuda" (the current GPU at the first `iter`), "cuda:N" or
+            "cpu". On a GPU batches are ordered on torch's current stream, and nothing waits for it.
+        decode: Where a GPU's images are decoded. "cpu": with the pixels of device="cpu", and one copy of what a batch
+            shows to the GPU. "gpu" or a `GpuDecoding`: by DALI's mixed decoders, whose pixels are nearly those. "auto":
+            on the GPU if that works on this machine and is at least a tenth faster; the first `iter` ever on a machine
+            tries it, which takes up to a few minutes, and the user's cache folder remembers the answer.
         dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
         memory_format: torch.contiguous_format or torch.channels_last.
         drop_last: Leave out a last batch that is not full.
@@ -140,6 +147,7 @@ class DiffuseMixLoader:
         num_workers: int = 0,
         *,
         device: str | torch.device = "cuda",
+        decode: decoding.Decode = "auto",
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
         drop_last: bool = False,
@@ -162,6 +170,7 @@ class DiffuseMixLoader:
             )
         _check_others(others)
         _check_device(device)
+        decoding.check(decode, torch.device(device))
         if dtype not in _DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, found {dtype}")
         if memory_format not in (torch.contiguous_format, torch.channels_last):
@@ -193,6 +202,7 @@ class DiffuseMixLoader:
         self.shuffle = bool(shuffle)
         self.num_workers = num_workers
         self.device = torch.device(device)
+        self.decode = decode
         self.dtype = dtype
         self.memory_format = memory_format
         self.drop_last = drop_last
@@ -226,6 +236,8 @@ class DiffuseMixLoader:
         self._measured: _Progress | None = None
         # Decoders that no iterator uses: building one takes longer than a batch.
         self._idle: list[PieceDecoder] = []
+        self._decoding: GpuDecoding | None = None  # None: on the CPU
+        self._upload: PieceUpload | None = None  # of a GPU's pieces that the CPU decodes
         self._bank: gpu.DeviceBank | None = None
         self._retained = gpu.Retained()
         self._memory = _Memory()
@@ -246,9 +258,11 @@ class DiffuseMixLoader:
             gpu.check_available()
             if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
+            self._decoding = decoding.resolve(self.decode, self.device, self._threads)
         start = self._next
         self._next = _Position(start.epoch + 1, 0)
         self._newest = _Progress(start.epoch, start.places, self._users.begin() if self._users else None)
+        self._newest.decoded_on = "cpu" if self._decoding is None else "gpu"
         self._measured = self._newest
         return _Iterator(self, self._newest)
 
@@ -379,7 +393,7 @@ class DiffuseMixLoader:
         self._memory = _Memory()
         while self._idle:
             self._idle.pop().close()
-        self._bank = None
+        self._bank = self._upload = None
 
     def __enter__(self) -> Self:
         return self
@@ -392,6 +406,8 @@ class DiffuseMixLoader:
     def __getstate__(self) -> dict[str, object]:
         fresh: dict[str, object] = {
             "_idle": [],
+            "_decoding": None,
+            "_upload": None,
             "_bank": None,
             "_retained": gpu.Retained(),
             "_memory": _Memory(),
@@ -446,14 +462,12 @@ class DiffuseMixLoader:
         self._idle = [decoder for decoder in self._idle if not decoder.inherited]
         if self._idle:
             return self._idle.pop()
-        sizes = self.dataset.catalog.sizes
-        height, width = sizes[np.argmax(sizes.astype(np.int64).prod(axis=1))].tolist()
         return PieceDecoder(
             batch_size,
             threads=self._threads,
             ahead=1 + self.prefetch_factor,
-            device=self.device.index if self.device.type == "cuda" else None,
-            largest=(height, width),
+            device=None if self._decoding is None else self.device.index,
+            gpu=self._decoding,
         )
 
     @property
@@ -536,8 +550,15 @@ class DiffuseMixLoader:
     def _mix_on_device(self, plan: BatchPlan, pieces: "_Pieces") -> torch.Tensor:
         shape = (len(plan), 3, *plan.output_size)
         images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
-        mix_on_device(plan, pieces.originals, pieces.edits, self._device_bank(), out=images, format=self._format)
-        self._retained.add(tuple(pieces.owners), self.device)
+        originals, edits = pieces.originals, pieces.edits
+        if self._decoding is None:
+            self._upload = self._upload or PieceUpload(self.device, self._threads)
+            (originals, edits), block = self._upload([originals, edits])
+            mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
+            del block  # until now: its memory goes to nothing that could run before the mix
+        else:
+            mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
+            self._retained.add(tuple(pieces.owners), self.device)
         return images
 
     def _device_bank(self) -> gpu.DeviceBank | None:
@@ -577,6 +598,7 @@ class _Progress:
     wait: float = 0.0
     idle: float = 0.0
     mix: float = 0.0
+    decoded_on: Literal["cpu", "gpu"] = "cpu"
     decoder: PieceDecoder | None = None
     before: tuple[float, float] = (0.0, 0.0)  # the decoder's seconds when the iterator took it
     seconds: tuple[float, float] = (0.0, 0.0)  # when it was given back
@@ -592,6 +614,7 @@ class _Progress:
             mix=self.mix,
             read=read - self.before[0],
             decode=decode - self.before[1],
+            decoded_on=self.decoded_on,
         )
 
 
@@ -660,7 +683,8 @@ class _Iterator(Iterator[Batch]):
             labels = torch.from_numpy(loader.dataset.labels_of(plan))
         else:
             with torch.cuda.device(loader.device):
-                decoded = decoder.fetch(torch.cuda.current_stream(loader.device).cuda_stream)
+                stream = None if decoder.device is None else torch.cuda.current_stream(loader.device).cuda_stream
+                decoded = decoder.fetch(stream)
                 progress.idle += time.perf_counter() - begin
                 images, plan = self._mixed(plan, decoded)
                 labels = torch.from_numpy(loader.dataset.labels_of(plan)).pin_memory()

@@ -147,6 +147,25 @@ def read(
     return needed
 
 
+def gather(
+    addresses: NDArray[np.uint64],
+    lengths: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    threads: int,
+) -> None:
+    """Copy pieces of memory into one: `lengths[i]` bytes at `addresses[i]` to `out[starts[i]:]`, off the GIL."""
+    assert not len(starts) or int((starts + lengths).max()) <= out.nbytes
+    loaded = library()
+    if loaded is None:
+        for address, length, start in zip(addresses.tolist(), lengths.tolist(), starts.tolist(), strict=True):
+            ctypes.memmove(out.ctypes.data + start, address, length)
+        return
+    loaded.dali_diffusemix_gather(
+        ctypes.c_int64(len(addresses)), _address(addresses), _address(lengths), _address(starts), _address(out), threads
+    )
+
+
 def tile_jpeg(content: bytes, width: int) -> bytes | None:
     """Run kernels/tile.cpp: a JPEG in tiles of at most `width` pixels.
 

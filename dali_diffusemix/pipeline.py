@@ -1,10 +1,13 @@
 """DALI: reads and decodes the pieces of a batch, several batches ahead, and does nothing else.
 
 `PieceDecoder` is a queue: `submit` a batch's sources, `fetch` its decoded pieces, in order. A thread of its own reads
-batches ahead of DALI. DALI's CPU decoder gives the same bytes as Pillow.
+batches ahead of DALI. DALI is given what a batch shows of originals and edits as one list, and what it shows alone.
 
     submit ──> read, cut ──┬─> DALI, `ahead` batches of it ───┬──> fetch
                            └─> Pillow, what is not sound ─────┘
+
+DALI's CPU decoder gives the same bytes as Pillow. A GPU's (`GpuDecoding`) does not: its transform and its chroma
+upsampling are others.
 
 DALI is given sound JPEGs and PNGs alone: a header that it cannot parse can crash the process (a batch's last part is
 parsed by a thread that leaves the others behind when it fails), and of codes with stray markers it delivers something
@@ -20,22 +23,38 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.errors import DecodeError, MissingDependencyError
+from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError
 from dali_diffusemix.pixels import decode_listed
 from dali_diffusemix.reading import IN_STORE, Extent, Place, name_of, read
 
 _log = logging.getLogger(__name__)
 
-# A 1 x 1 picture (PNM): what a row without an edit decodes, for DALI wants every input of a batch alike in number.
-_PLACEHOLDER: Final = np.frombuffer(b"P6\n1 1\n255\n\0\0\0", dtype=np.uint8)
 _ENDS: Final = ("start", "end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuDecoding:
+    """How a GPU decodes: by DALI's mixed decoders, which use nvJPEG and the GPU's JPEG engine.
+
+    Args:
+        regions: Decode of each image only the window that its sample shows. False: whole images, which is all that a
+            JPEG engine can do; of a JPEG with restart markers, as edit stores and packed stores hold, that is the part
+            that was cut out of it on reading.
+        hardware_load: The share of a batch that the JPEG engine decodes, where there is one; 0 to 1.
+    """
+
+    regions: bool = False
+    hardware_load: float = 0.65
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.hardware_load <= 1:
+            raise ConfigError(f"hardware_load must be from 0 to 1, found {self.hardware_load}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +71,10 @@ class Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class Decoded:
-    """The decoded pieces of one source for a batch: the windows, upright RGB, (height, width, 3) uint8 each."""
+    """The decoded pieces of one source for a batch: upright RGB, (height, width, 3) uint8 each.
+
+    A piece holds its window; a GPU that decodes no regions makes it larger.
+    """
 
     data: NDArray[np.uint64]  # (n,) addresses, on the decoder's device; 0: the sample has none
     shapes: NDArray[np.int32]  # (n, 2) (height, width) of the pieces
@@ -62,14 +84,13 @@ class Decoded:
     errors: dict[int, DecodeError]  # by sample: what could not be decoded; its data is 0
 
 
-class _Image(NamedTuple):
-    """One decoded image."""
+class _Piece(NamedTuple):
+    """One decoded piece."""
 
     address: int
+    shape: tuple[int, int]
+    place: tuple[int, int]  # in its image
     owner: object
-
-
-_NO_IMAGE: Final = _Image(0, None)
 
 
 def dali() -> tuple[Any, Any, Any]:
@@ -99,7 +120,7 @@ class PieceDecoder:
         threads: DALI's worker threads.
         ahead: Batches that DALI is given at once; those behind are read meanwhile.
         device: The GPU that decodes and keeps the pieces, its number; None is the CPU.
-        largest: (height, width) of the largest image, for which a GPU's decoder makes room at once.
+        gpu: How a GPU decodes.
 
     Raises:
         MissingDependencyError: DALI is not installed.
@@ -112,17 +133,17 @@ class PieceDecoder:
         threads: int,
         ahead: int = 2,
         device: int | None = None,
-        largest: tuple[int, int] = (0, 0),
+        gpu: GpuDecoding | None = None,
     ) -> None:
         self._batch_size = batch_size
         self._threads = threads
         self._ahead = ahead
-        self._device = device
-        self._build = partial(_build, device=device, largest=largest)
+        self.device = device
+        self._gpu = None if device is None else gpu or GpuDecoding()
         self._decoders: set[int] = set()  # the pipeline's threads
         self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
-        self._pipeline = self._build_main()
-        self._alone: Any = None  # a pipeline for one image
+        self._pipeline: Any = self._build_main()
+        self._alone: _Pipeline | None = None  # a pipeline for one image
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
         self._reading: deque[Future[_Batch]] = deque()
@@ -153,7 +174,7 @@ class PieceDecoder:
         self._advance()
         batch = self._decoding.popleft()
         try:
-            outputs = _share_outputs(batch.pipeline, stream)
+            outputs = [] if batch.pipeline is None else batch.pipeline.outputs(stream)
         except RuntimeError as error:
             _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
             decoded = self._decode_alone(batch)
@@ -163,11 +184,7 @@ class PieceDecoder:
                 if behind.pipeline is batch.pipeline:
                     self._schedule(behind)
         else:
-            originals, edits = (
-                self._gather(source, [_Image(part[i].data_ptr(), None) for i in range(len(part))], part)
-                for source, part in zip((batch.originals, batch.edits), outputs, strict=True)
-            )
-            decoded = originals, edits
+            decoded = self._gather(batch, self._pieces_of(batch, outputs), outputs)
         # A GPU may read the batch before this one a little longer than its outputs' hand-over.
         if self._fetched is not None:
             self._memory.append(self._fetched.memory)
@@ -177,7 +194,7 @@ class PieceDecoder:
     def decode_now(self, sources: Sources) -> tuple[Decoded, Decoded]:
         """Read and decode a batch beside those that were submitted, one image at a time."""
         batch = _read(sources, None)
-        self._decode_unsound(batch)
+        self._decode_aside(batch)
         return self._decode_alone(batch)
 
     def seconds(self) -> tuple[float, float]:
@@ -196,7 +213,8 @@ class PieceDecoder:
         while self._decoding:
             try:
                 batch = self._decoding.popleft()
-                _share_outputs(batch.pipeline, None)
+                if batch.pipeline is not None:
+                    batch.pipeline.outputs()
                 self._memory.append(batch.memory)
             except RuntimeError:
                 self._decoding.clear()
@@ -218,228 +236,232 @@ class PieceDecoder:
                 break
             batch = self._reading.popleft().result()
             self._seconds[0] += batch.seconds
-            self._decode_unsound(batch)
+            self._decode_aside(batch)
             self._schedule(batch)
             self._decoding.append(batch)
 
-    def _build_main(self) -> Any:
+    def _build(self, batch_size: int, threads: int) -> "_Pipeline":
+        return _Pipeline(batch_size, threads, device=self.device, gpu=self._gpu)
+
+    def _build_main(self) -> "_Pipeline":
         self._seconds[1] = self.seconds()[1]
         before = _threads()
-        pipeline = self._build(("originals", "edits"), self._batch_size, self._threads)
+        pipeline = self._build(2 * self._batch_size, self._threads)  # an original and an edit each
         self._decoders = _threads() - before
         return pipeline
 
     def _schedule(self, batch: "_Batch") -> None:
         """Give a batch to the pipeline; to a new one if the batch is larger than any before."""
-        if len(batch.originals.places) > self._batch_size:
-            self._batch_size = len(batch.originals.places)
+        if len(batch) > self._batch_size:
+            self._batch_size = len(batch)
             self._pipeline = self._build_main()
-        _feed(self._pipeline, "originals", batch.originals)
-        _feed(self._pipeline, "edits", batch.edits)
-        self._pipeline.schedule_run()
-        batch.pipeline = self._pipeline
+        batch.pipeline = None
+        if len(batch.fed):
+            self._pipeline.schedule([batch.images[row] for row in batch.fed.tolist()], batch.cuts[batch.fed])
+            batch.pipeline = self._pipeline
 
-    def _decode_unsound(self, batch: "_Batch") -> None:
+    def _decode_aside(self, batch: "_Batch") -> None:
         """Start what DALI is not given."""
-        for source in (batch.originals, batch.edits):
-            for row in np.flatnonzero(~source.sound).tolist():
-                if source.images[row] is not None:
-                    source.aside[row] = self._pillow.submit(_decode_by_pillow, source, row)
+        for row in np.flatnonzero(~batch.sound).tolist():
+            if batch.images[row] is not None:
+                batch.aside[row] = self._pillow.submit(_decode_by_pillow, batch, row)
 
     def _decode_alone(self, batch: "_Batch") -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
-        originals, edits = (
-            self._gather(source, [self._decode_one(source, row) for row in range(len(source.places))], None)
-            for source in (batch.originals, batch.edits)
-        )
-        return originals, edits
+        return self._gather(batch, {row: self._decode_one(batch, row) for row in batch.fed.tolist()}, None)
 
-    def _decode_one(self, source: "_Source", row: int) -> "_Image | DecodeError":
-        image = source.images[row]
-        if image is None or not source.sound[row]:
-            return _NO_IMAGE
+    def _decode_one(self, batch: "_Batch", row: int) -> "_Piece | DecodeError":
         try:
-            self._alone = self._alone or self._build(("originals",), 1, 1)
-            _feed(self._alone, "originals", replace(source, images=[image], cuts=source.cuts[row : row + 1]), [True])
-            self._alone.schedule_run()
-            (outputs,) = _share_outputs(self._alone, None)
-            return _Image(outputs[0].data_ptr(), outputs)
+            self._alone = self._alone or self._build(1, 1)
+            self._alone.schedule([batch.images[row]], batch.cuts[row : row + 1])
+            outputs = self._alone.outputs()
+            return self._piece_of(batch, row, outputs[0], outputs)
         except RuntimeError:
             self._alone = None
-        return self._placed(_decode_by_pillow(source, row))
+        return self._placed(batch, row, _decode_by_pillow(batch, row))
 
-    def _placed(self, piece: "NDArray[np.uint8] | DecodeError") -> "_Image | DecodeError":
-        """A piece on the decoder's device."""
-        if isinstance(piece, DecodeError):
-            return piece
-        if self._device is None:
-            return _Image(piece.ctypes.data, piece)
+    def _pieces_of(self, batch: "_Batch", outputs: Any) -> "dict[int, _Piece | DecodeError]":
+        """What DALI made of what it was fed, by row."""
+        return {row: self._piece_of(batch, row, outputs[i], None) for i, row in enumerate(batch.fed.tolist())}
+
+    def _piece_of(self, batch: "_Batch", row: int, pixels: Any, owner: object) -> _Piece:
+        top, left, bottom, right = batch.windows[row].tolist()
+        if self._gpu is None or self._gpu.regions:
+            return _Piece(pixels.data_ptr(), (bottom - top, right - left), (top, left), owner)
+        # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
+        height, width, _ = pixels.shape()
+        cut_top, cut_left = batch.cuts[row, :2].tolist()
+        return _Piece(pixels.data_ptr(), (height, width), (top - cut_top, left - cut_left), owner)
+
+    def _placed(self, batch: "_Batch", row: int, pixels: "NDArray[np.uint8] | DecodeError") -> "_Piece | DecodeError":
+        """A window that was decoded on the host, on the decoder's device."""
+        if isinstance(pixels, DecodeError):
+            return pixels
+        top, left = batch.windows[row, :2].tolist()
+        height, width, _ = pixels.shape
+        if self.device is None:
+            return _Piece(pixels.ctypes.data, (height, width), (top, left), pixels)
         from dali_diffusemix.gpu import to_device
 
-        return _Image(*to_device(piece, self._device))
+        address, owner = to_device(pixels, self.device)
+        return _Piece(address, (height, width), (top, left), owner)
 
-    def _gather(self, source: "_Source", results: "Sequence[_Image | DecodeError]", owner: object) -> Decoded:
-        """Describe what was decoded of one source; what is missing of the results was decoded aside, or not at all."""
-        data = np.zeros(len(results), dtype=np.uint64)
-        owners, errors = [owner], dict(source.errors)
-        for row, result in enumerate(results):
-            if row in source.aside:
-                result = self._placed(source.aside[row].result())
-            elif source.images[row] is None:
-                continue
+    def _gather(
+        self, batch: "_Batch", results: "dict[int, _Piece | DecodeError]", owner: object
+    ) -> tuple[Decoded, Decoded]:
+        """Describe what was decoded of a batch, by DALI and aside."""
+        data, owners = np.zeros(len(batch.places), dtype=np.uint64), [owner]
+        shapes, places = batch.windows[:, 2:] - batch.windows[:, :2], batch.windows[:, :2].copy()
+        errors = dict(batch.errors)
+        results |= {row: self._placed(batch, row, future.result()) for row, future in batch.aside.items()}
+        for row, result in results.items():
             if isinstance(result, DecodeError):
                 errors[row] = result
             else:
-                data[row] = result.address
-                if result.owner is not None:
-                    owners.append(result.owner)
-        return Decoded(
-            data=data,
-            shapes=source.windows[:, 2:] - source.windows[:, :2],
-            places=source.windows[:, :2],
-            image_sizes=source.sizes,
-            owner=owners,
-            errors=errors,
-        )
+                data[row], shapes[row], places[row], one = result
+                if one is not None:
+                    owners.append(one)
 
+        def source(rows: slice) -> Decoded:
+            return Decoded(
+                data=data[rows],
+                shapes=shapes[rows],
+                places=places[rows],
+                image_sizes=batch.sizes[rows],
+                owner=owners,
+                errors={row - rows.start: error for row, error in errors.items() if rows.start <= row < rows.stop},
+            )
 
-@dataclass
-class _Source:
-    """One source of a batch, read."""
-
-    places: Sequence[Place | None]
-    windows: NDArray[np.int32]  # (n, 4) of the images in their places
-    sizes: NDArray[np.int32]  # (n, 2)
-    images: Sequence[NDArray[np.uint8] | None]  # encoded
-    cuts: NDArray[np.int32]  # (n, 4) the windows in `images`
-    sound: NDArray[np.bool_]  # (n,) fit for DALI
-    errors: dict[int, DecodeError]
-    aside: dict[int, "Future[NDArray[np.uint8] | DecodeError]"] = field(default_factory=dict)  # what DALI is not given
+        return source(slice(0, len(batch))), source(slice(len(batch), 2 * len(batch)))
 
 
 @dataclass
 class _Batch:
-    """A batch under way."""
+    """A batch under way: its n originals, then its n edits."""
 
-    originals: _Source
-    edits: _Source
-    memory: NDArray[np.uint8]  # that its images lie in
+    places: Sequence[Place | None]  # (2n,)
+    windows: NDArray[np.int32]  # (2n, 4) of the images in their places
+    sizes: NDArray[np.int32]  # (2n, 2)
+    images: Sequence[NDArray[np.uint8] | None]  # (2n,) encoded; None: nothing of it is seen, or it cannot be read
+    cuts: NDArray[np.int32]  # (2n, 4) the windows in `images`
+    sound: NDArray[np.bool_]  # (2n,) fit for DALI
+    errors: dict[int, DecodeError]
+    memory: NDArray[np.uint8]  # that the images lie in
     seconds: float  # that reading took
-    pipeline: Any = None  # that decodes it
+    fed: NDArray[np.int64] = field(init=False)  # the rows that DALI is given
+    aside: dict[int, "Future[NDArray[np.uint8] | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
+    pipeline: "_Pipeline | None" = None  # that decodes it; None: DALI is given nothing
+
+    def __post_init__(self) -> None:
+        there = np.fromiter((image is not None for image in self.images), np.bool_, len(self.images))
+        self.fed = np.flatnonzero(there & self.sound)
+
+    def __len__(self) -> int:
+        return len(self.places) // 2
 
 
 def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Batch:
     """Read what a batch decodes, in one go."""
     begin = time.perf_counter()
-    n = len(sources.originals)
     places = [*sources.originals, *sources.edits]
     windows = np.concatenate([sources.original_windows, sources.edit_windows])
     sizes = np.concatenate([sources.original_sizes, sources.edit_sizes])
-    wanted = [None if empty else place for place, empty in zip(places, _is_empty(windows).tolist(), strict=True)]
+    empty = (windows[:, 2] <= windows[:, 0]) | (windows[:, 3] <= windows[:, 1])
+    wanted = [None if nothing else place for place, nothing in zip(places, empty.tolist(), strict=True)]
     found = read(wanted, windows, sizes, memory)
+    return _Batch(
+        places=places,
+        windows=windows,
+        sizes=sizes,
+        images=found.images,
+        cuts=found.windows,
+        sound=found.sound,
+        errors=found.errors,
+        memory=found.memory,
+        seconds=time.perf_counter() - begin,
+    )
 
-    def part(first: int) -> _Source:
-        rows = slice(first, first + n)
-        errors = {row - first: error for row, error in found.errors.items() if first <= row < first + n}
-        return _Source(
-            places[rows], windows[rows], sizes[rows], found.images[rows], found.windows[rows], found.sound[rows], errors
-        )
 
-    return _Batch(part(0), part(n), found.memory, time.perf_counter() - begin)
-
-
-def _decode_by_pillow(source: _Source, row: int) -> NDArray[np.uint8] | DecodeError:
+def _decode_by_pillow(batch: _Batch, row: int) -> NDArray[np.uint8] | DecodeError:
     """The window of an image, (height, width, 3) uint8, or why it cannot be decoded."""
-    place, image = source.places[row], source.images[row]
-    if source.sound[row]:  # perhaps it was cut
+    place, image = batch.places[row], batch.images[row]
+    if batch.sound[row]:  # perhaps it was cut
         whole = read([place], np.zeros((1, 4), dtype=np.int32))
         image = whole.images[0]
         if image is None:
             return whole.errors[0]
     assert image is not None
     try:
-        pixels = decode_listed(image, source.sizes[row], IN_STORE if isinstance(place, Extent) else None)
+        pixels = decode_listed(image, batch.sizes[row], IN_STORE if isinstance(place, Extent) else None)
     except DecodeError as error:
         return DecodeError(f"{name_of(place)}: {error}")
-    top, left, bottom, right = source.windows[row]
+    top, left, bottom, right = batch.windows[row]
     return np.ascontiguousarray(pixels[top:bottom, left:right])
 
 
-def _build(names: Sequence[str], batch_size: int, threads: int, *, device: int | None, largest: tuple[int, int]) -> Any:
-    """A pipeline that decodes windows of encoded images; for each name it has three inputs and one output."""
-    fn, pipeline_def, types = dali()
-    options = {"output_type": types.RGB, "device": "cpu"}
-    if device is not None:
-        height, width = largest
-        options |= {"device": "mixed", "preallocate_height_hint": height, "preallocate_width_hint": width}
+class _Pipeline:
+    """A DALI pipeline that decodes at most `batch_size` encoded images, or windows of them, at a time."""
 
-    # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
-    # before the first is handed out.
-    @pipeline_def(  # type: ignore[untyped-decorator]
-        batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
-    )
-    def pieces() -> Any:
-        def window(name: str) -> dict[str, Any]:
-            ends = {end: fn.external_source(name=f"{name}_{end}", dtype=types.INT32, ndim=1) for end in _ENDS}
-            return {**ends, "axes": [0, 1]}
+    def __init__(self, batch_size: int, threads: int, *, device: int | None, gpu: GpuDecoding | None) -> None:
+        fn, pipeline_def, types = dali()
+        self._regions = gpu is None or gpu.regions
+        options = {"output_type": types.RGB, "device": "cpu"}
+        if gpu is not None:
+            options |= {"device": "mixed", "hw_decoder_load": gpu.hardware_load}
 
-        def encoded(name: str) -> Any:
+        # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
+        # before the first is handed out.
+        @pipeline_def(  # type: ignore[untyped-decorator]
+            batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
+        )
+        def pieces() -> Any:
             # It is not copied: who feeds it keeps it.
-            return fn.external_source(name=name, dtype=types.UINT8, ndim=1, no_copy=True)
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            if not self._regions:
+                return fn.decoders.image(encoded, **options)
+            ends = {end: fn.external_source(name=end, dtype=types.INT32, ndim=1) for end in _ENDS}
+            return fn.decoders.image_slice(encoded, **ends, axes=[0, 1], **options)
 
-        return tuple(fn.decoders.image_slice(encoded(name), **window(name), **options) for name in names)
+        self._pipeline = pieces()
+        self._pipeline.build()
 
-    pipeline = pieces()
-    pipeline.build()
-    return pipeline
+    def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> None:
+        """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows."""
+        self._pipeline.feed_input("encoded", images)
+        if self._regions:
+            for end, values in zip(_ENDS, (windows[:, :2], windows[:, 2:]), strict=True):
+                self._pipeline.feed_input(end, np.ascontiguousarray(values))
+        self._pipeline.schedule_run()
+
+    def outputs(self, stream: int | None = None) -> Any:
+        """The decoded images of the oldest batch that was scheduled, a list of DALI's. `stream` will wait for them."""
+        # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
+        share = self._pipeline.share_outputs
+        (outputs,) = share() if stream is None else share(cuda_stream=stream or 1)
+        # Outputs outlive this: DALI's default executor only learns that the next may be made.
+        self._pipeline.release_outputs()
+        return outputs
 
 
-def decode_by_dali(image: NDArray[np.uint8], size: tuple[int, int], *, device: int | None) -> NDArray[np.uint8]:
+def decode_by_dali(
+    image: NDArray[np.uint8], size: tuple[int, int], *, device: int | None, gpu: GpuDecoding | None = None
+) -> NDArray[np.uint8]:
     """What DALI alone makes of a whole encoded image, in the way in which `PieceDecoder` has it decoded.
 
     Args:
         image: (n,) the file's content; sound.
         size: (height, width) of its pixels.
-        device: As `PieceDecoder` has it.
+        device, gpu: As `PieceDecoder` has them.
 
     Raises:
         MissingDependencyError: DALI is not installed.
         RuntimeError: DALI cannot decode it.
     """
-    pipeline = _build(("image",), 1, 1, device=device, largest=size)
-    pipeline.feed_input("image", [image])
-    for end, values in zip(_ENDS, ((0, 0), size), strict=True):
-        pipeline.feed_input(f"image_{end}", [np.array(values, dtype=np.int32)])
-    pipeline.schedule_run()
-    (outputs,) = _share_outputs(pipeline, None)
-    return np.array(outputs.as_cpu().at(0))
-
-
-def _share_outputs(pipeline: Any, stream: int | None) -> Any:
-    # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
-    outputs = pipeline.share_outputs() if stream is None else pipeline.share_outputs(cuda_stream=stream or 1)
-    # Outputs outlive this: DALI's default executor only learns that the next may be made.
-    pipeline.release_outputs()
-    return outputs
+    pipeline = _Pipeline(1, 1, device=device, gpu=None if device is None else gpu or GpuDecoding())
+    pipeline.schedule([image], np.array([(0, 0, *size)], dtype=np.int32))
+    return np.array(pipeline.outputs().as_cpu().at(0))
 
 
 def _threads() -> set[int]:
     """This process's threads."""
     return {int(name) for name in os.listdir("/proc/self/task")}  # noqa: PTH208
-
-
-def _is_empty(windows: NDArray[np.int32]) -> NDArray[np.bool_]:
-    return np.asarray((windows[:, 2] <= windows[:, 0]) | (windows[:, 3] <= windows[:, 1]))
-
-
-def _feed(pipeline: Any, name: str, source: _Source, sound: Sequence[bool] | None = None) -> None:
-    """Feed images and the windows to decode of them; a placeholder's one pixel where there is none to decode."""
-    fed = [
-        image if image is not None and fit else None
-        for image, fit in zip(source.images, source.sound.tolist() if sound is None else sound, strict=True)
-    ]
-    pipeline.feed_input(name, [_PLACEHOLDER if image is None else image for image in fed])
-    none = np.array([image is None for image in fed])
-    ends = np.where(none[:, None], np.array([0, 0, 1, 1], dtype=np.int32), source.cuts)
-    for end, values in zip(_ENDS, (ends[:, :2], ends[:, 2:]), strict=True):
-        pipeline.feed_input(f"{name}_{end}", np.ascontiguousarray(values))

@@ -1,0 +1,94 @@
+"""The copy of decoded pieces to a GPU, with the CPU in the GPU's place: all but the page-locking and the streams."""
+
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, FractalBank, MixSpec, RandomCrop, TrainCrop
+from dali_diffusemix.loader import _Pieces
+from dali_diffusemix.mixing import TensorFormat, mix, piece_table
+from dali_diffusemix.plan import Crop
+from dali_diffusemix.upload import PieceUpload
+
+CPU = torch.device("cpu")
+
+
+def content(table: NDArray[np.void]) -> list[bytes]:
+    return [ctypes.string_at(int(p["data"]), 3 * p["height"] * p["width"]) if p["data"] else b"" for p in table]
+
+
+def described(images: list[NDArray[np.uint8] | None]) -> NDArray[np.void]:
+    data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
+    shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
+    return piece_table(data, shapes.reshape(-1, 2), np.zeros((len(images), 4)))
+
+
+@given(
+    shapes=st.lists(st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=9),
+    split=st.integers(0, 9),
+    threads=st.integers(1, 4),
+    native=st.booleans(),
+)
+def test_every_byte_arrives(shapes: list[tuple[int, int] | None], split: int, threads: int, native: bool) -> None:
+    draw = np.random.default_rng(len(shapes))
+    images = [None if shape is None else draw.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
+    tables = [described(images[:split]), described(images[split:])]
+    with pytest.MonkeyPatch.context() as patch:
+        if not native:
+            patch.setattr("dali_diffusemix.native.library", lambda: None)
+        upload = PieceUpload(CPU, threads)
+        for _ in range(2):
+            moved, block = upload(tables)
+            assert [content(table) for table in moved] == [content(table) for table in tables]
+            assert [len(table) for table in moved] == [len(table) for table in tables]
+            for table, before in zip(moved, tables, strict=True):
+                assert all(not one["data"] for one in table[before["data"] == 0])
+                for name in set(table.dtype.names or ()) - {"data"}:
+                    np.testing.assert_array_equal(table[name], before[name])
+                # Where a kernel reads whole words.
+                assert not (table["data"] % 16).any()
+            first = block.data_ptr()
+            assert all(first <= one["data"] < first + len(block) for table in moved for one in table if one["data"])
+
+
+def test_blocks_grow_to_the_largest_batch_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that torch's allocators give the same memory again."""
+    upload = PieceUpload(CPU, 1)
+    sizes = []
+    for side in (10, 2000, 20):
+        _, block = upload([described([np.zeros((side, side, 3), dtype=np.uint8)])])
+        sizes.append(len(block))
+    assert sizes[0] < 2000 * 2000 * 3 <= sizes[1] == sizes[2]
+
+
+@pytest.mark.parametrize("crop", [TrainCrop(40), RandomCrop(48, resize=60, padding=5)], ids=repr)
+@pytest.mark.parametrize("visible_parts", [True, False])
+def test_pixels_before_the_kernel_are_those_of_the_cpu(
+    photos: Path, edits: Path, bank: FractalBank, crop: Crop, visible_parts: bool
+) -> None:
+    """What decode="cpu" gives the kernel on a GPU: bit for bit what device="cpu" mixes, and mixed it is the same."""
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
+    dataset = DiffuseMixDataset(photos, edits=edits, fractals=bank, mix=MixSpec.paper(), crop=crop, normalize=None)
+    loader = DiffuseMixLoader(dataset, 9, device="cpu", num_workers=2, visible_parts=visible_parts)
+    upload = PieceUpload(CPU, 2)
+    format = TensorFormat(normalize=None)
+    decoder = loader._take_decoder(9)
+    for step, (images, _) in enumerate(loader):
+        plan = loader.plan(0, step)
+        decoder.submit(loader._sources(plan))
+        pieces = _Pieces.of(plan, decoder.fetch())
+        tables = [pieces.originals, pieces.edits]
+        moved, block = upload(tables)
+        assert [content(table) for table in moved] == [content(table) for table in tables]
+        del pieces, tables
+        out = np.empty(format.shape(len(plan), plan.output_size), dtype=format.storage)
+        mix(plan, moved[0], moved[1], bank.images, out=out, format=format, threads=2)
+        del block
+        np.testing.assert_array_equal(out, images.numpy())
+    decoder.close()
