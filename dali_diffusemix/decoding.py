@@ -159,6 +159,7 @@ def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
 
 def serve(request: str) -> None:
     """Try a way, as asked in JSON, and print what came of it as JSON; what libraries print goes elsewhere."""
+    signal.alarm(math.ceil(_SECONDS) + 5)  # ends it if nobody is left who would
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         asked = json.loads(request)
@@ -185,23 +186,23 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     """
     cuda = device.type == "cuda"
     decoder = PieceDecoder(_BATCH, threads=threads, ahead=3, device=device.index if way else None, gpu=way)
-    upload = PieceUpload(device, threads) if way is None else None
+    upload = PieceUpload(device, threads)
 
-    def fetch() -> tuple[list[NDArray[np.void]], object]:
+    def fetch() -> tuple[NDArray[np.void], object]:
         decoder.submit(sources)
         decoded = decoder.fetch(torch.cuda.current_stream(device).cuda_stream if way else None)
         for one in decoded:
             for error in one.errors.values():
                 raise error
-        tables = [_table(one) for one in decoded]
-        return (tables, decoded) if upload is None else upload(tables)
+        table, copied = upload(np.concatenate([*map(_table, decoded)]), np.concatenate([d.on_host for d in decoded]))
+        return table, (copied, decoded)
 
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(device) if cuda else contextlib.nullcontext():
         sources = _photographs(Path(folder))
         for _ in range(4):
             decoder.submit(sources)
-        tables, owner = fetch()
-        _compare(tables, sources, device)
+        table, owner = fetch()
+        _compare(table, sources, device)
         del owner
         for _ in range(3):
             fetch()
@@ -249,15 +250,11 @@ def _table(decoded: Decoded) -> NDArray[np.void]:
     return piece_table(decoded.data, decoded.shapes, boxes, places=decoded.places, image_sizes=decoded.image_sizes)
 
 
-def _compare(tables: list[NDArray[np.void]], sources: Sources, device: torch.device) -> None:
+def _compare(table: NDArray[np.void], sources: Sources, device: torch.device) -> None:
     """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
-    batch = [
-        (place, window, piece)
-        for places, windows, table in zip(
-            (sources.originals, sources.edits), (sources.original_windows, sources.edit_windows), tables, strict=True
-        )
-        for place, window, piece in zip(places, windows.tolist(), table, strict=True)
-    ]
+    places = [*sources.originals, *sources.edits]
+    windows = np.concatenate([sources.original_windows, sources.edit_windows]).tolist()
+    batch = list(zip(places, windows, table, strict=True))
     for place, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
         assert isinstance(place, bytes)
         expected = pixels.decode(os.fsdecode(place))[top:bottom, left:right].astype(np.int16)

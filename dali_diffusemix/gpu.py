@@ -164,12 +164,6 @@ def _upload(tables: list[NDArray[np.void]], device: torch.device) -> tuple[torch
     return there, [there.data_ptr() + int(start) for start in starts[:-1]]
 
 
-def to_device(pixels: NDArray[np.uint8], device: int) -> tuple[int, object]:
-    """Copy pixels to a device; returns their address there and what keeps them."""
-    there = torch.from_numpy(np.array(pixels)).to(torch.device("cuda", device))
-    return there.data_ptr(), there
-
-
 class Retained:
     """Keeps what the device still reads, and lets it go once it has: looked at with each addition, never waited for."""
 

@@ -526,7 +526,7 @@ class DiffuseMixLoader:
         for place in sorted(failures):
             row, found = self.dataset.substitution(plan.row(place), failures[place], decode, self.quarantine)
             rows[place] = row
-            pieces.originals[place], pieces.edits[place] = found.originals[0], found.edits[0]
+            pieces.table[:, place], pieces.on_host[:, place] = found.table[:, 0], found.on_host[:, 0]
             pieces.owners.extend(found.owners)
         return plan.with_rows(rows), pieces
 
@@ -535,10 +535,11 @@ class DiffuseMixLoader:
             return self._mix_on_device(plan, pieces)
         buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
         bank = self.dataset.bank
+        originals, edits = pieces.table
         mix(
             plan,
-            pieces.originals,
-            pieces.edits,
+            originals,
+            edits,
             None if bank is None else bank.images,
             out=buffer,
             format=self._format,
@@ -550,14 +551,12 @@ class DiffuseMixLoader:
     def _mix_on_device(self, plan: BatchPlan, pieces: "_Pieces") -> torch.Tensor:
         shape = (len(plan), 3, *plan.output_size)
         images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
-        originals, edits = pieces.originals, pieces.edits
-        if self._decoding is None:
-            self._upload = self._upload or PieceUpload(self.device, self._threads)
-            (originals, edits), block = self._upload([originals, edits])
-            mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
-            del block  # until now: its memory goes to nothing that could run before the mix
-        else:
-            mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
+        self._upload = self._upload or PieceUpload(self.device, self._threads)
+        table, copied = self._upload(pieces.table.ravel(), pieces.on_host.ravel())
+        originals, edits = table.reshape(2, -1)
+        mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
+        del copied  # until now: its memory goes to nothing that could run before the mix
+        if self._decoding is not None:
             self._retained.add(tuple(pieces.owners), self.device)
         return images
 
@@ -736,14 +735,14 @@ class _Iterator(Iterator[Batch]):
 class _Pieces:
     """Decoded pieces as the mix takes them, and what keeps their memory."""
 
-    originals: NDArray[np.void]
-    edits: NDArray[np.void]
+    table: NDArray[np.void]  # (2, n) of `mixing.PIECE`: originals, edits
+    on_host: NDArray[np.bool_]  # (2, n)
     owners: list[object] = field(default_factory=list)
 
     @classmethod
     def of(cls, plan: BatchPlan, decoded: tuple[Decoded, Decoded]) -> Self:
         tables = [piece_table(d.data, d.shapes, plan.box, places=d.places, image_sizes=d.image_sizes) for d in decoded]
-        return cls(tables[0], tables[1], [d.owner for d in decoded])
+        return cls(np.stack(tables), np.stack([d.on_host for d in decoded]), [d.owner for d in decoded])
 
 
 def _failures(decoded: tuple[Decoded, Decoded]) -> dict[int, Failure]:

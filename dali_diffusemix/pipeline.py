@@ -76,7 +76,8 @@ class Decoded:
     A piece holds its window; a GPU that decodes no regions makes it larger.
     """
 
-    data: NDArray[np.uint64]  # (n,) addresses, on the decoder's device; 0: the sample has none
+    data: NDArray[np.uint64]  # (n,) addresses; 0: the sample has none
+    on_host: NDArray[np.bool_]  # (n,) the addresses are the host's; else they are the decoder's device's
     shapes: NDArray[np.int32]  # (n, 2) (height, width) of the pieces
     places: NDArray[np.int32]  # (n, 2) (top, left) of the pieces in their images
     image_sizes: NDArray[np.int32]  # (n, 2) (height, width) of the images
@@ -88,6 +89,7 @@ class _Piece(NamedTuple):
     """One decoded piece."""
 
     address: int
+    on_host: bool
     shape: tuple[int, int]
     place: tuple[int, int]  # in its image
     owner: object
@@ -270,7 +272,7 @@ class PieceDecoder:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
         return self._gather(batch, {row: self._decode_one(batch, row) for row in batch.fed.tolist()}, None)
 
-    def _decode_one(self, batch: "_Batch", row: int) -> "_Piece | DecodeError":
+    def _decode_one(self, batch: "_Batch", row: int) -> _Piece | DecodeError:
         try:
             self._alone = self._alone or self._build(1, 1)
             self._alone.schedule([batch.images[row]], batch.cuts[row : row + 1])
@@ -278,53 +280,42 @@ class PieceDecoder:
             return self._piece_of(batch, row, outputs[0], outputs)
         except RuntimeError:
             self._alone = None
-        return self._placed(batch, row, _decode_by_pillow(batch, row))
+        return _decode_by_pillow(batch, row)
 
-    def _pieces_of(self, batch: "_Batch", outputs: Any) -> "dict[int, _Piece | DecodeError]":
+    def _pieces_of(self, batch: "_Batch", outputs: Any) -> dict[int, _Piece | DecodeError]:
         """What DALI made of what it was fed, by row."""
         return {row: self._piece_of(batch, row, outputs[i], None) for i, row in enumerate(batch.fed.tolist())}
 
     def _piece_of(self, batch: "_Batch", row: int, pixels: Any, owner: object) -> _Piece:
         top, left, bottom, right = batch.windows[row].tolist()
         if self._gpu is None or self._gpu.regions:
-            return _Piece(pixels.data_ptr(), (bottom - top, right - left), (top, left), owner)
+            return _Piece(pixels.data_ptr(), self.device is None, (bottom - top, right - left), (top, left), owner)
         # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
         height, width, _ = pixels.shape()
         cut_top, cut_left = batch.cuts[row, :2].tolist()
-        return _Piece(pixels.data_ptr(), (height, width), (top - cut_top, left - cut_left), owner)
-
-    def _placed(self, batch: "_Batch", row: int, pixels: "NDArray[np.uint8] | DecodeError") -> "_Piece | DecodeError":
-        """A window that was decoded on the host, on the decoder's device."""
-        if isinstance(pixels, DecodeError):
-            return pixels
-        top, left = batch.windows[row, :2].tolist()
-        height, width, _ = pixels.shape
-        if self.device is None:
-            return _Piece(pixels.ctypes.data, (height, width), (top, left), pixels)
-        from dali_diffusemix.gpu import to_device
-
-        address, owner = to_device(pixels, self.device)
-        return _Piece(address, (height, width), (top, left), owner)
+        return _Piece(pixels.data_ptr(), False, (height, width), (top - cut_top, left - cut_left), owner)
 
     def _gather(
-        self, batch: "_Batch", results: "dict[int, _Piece | DecodeError]", owner: object
+        self, batch: "_Batch", results: dict[int, _Piece | DecodeError], owner: object
     ) -> tuple[Decoded, Decoded]:
         """Describe what was decoded of a batch, by DALI and aside."""
-        data, owners = np.zeros(len(batch.places), dtype=np.uint64), [owner]
+        data, on_host = np.zeros(len(batch.places), dtype=np.uint64), np.zeros(len(batch.places), dtype=np.bool_)
+        owners = [owner]
         shapes, places = batch.windows[:, 2:] - batch.windows[:, :2], batch.windows[:, :2].copy()
         errors = dict(batch.errors)
-        results |= {row: self._placed(batch, row, future.result()) for row, future in batch.aside.items()}
+        results |= {row: future.result() for row, future in batch.aside.items()}
         for row, result in results.items():
             if isinstance(result, DecodeError):
                 errors[row] = result
             else:
-                data[row], shapes[row], places[row], one = result
+                data[row], on_host[row], shapes[row], places[row], one = result
                 if one is not None:
                     owners.append(one)
 
         def source(rows: slice) -> Decoded:
             return Decoded(
                 data=data[rows],
+                on_host=on_host[rows],
                 shapes=shapes[rows],
                 places=places[rows],
                 image_sizes=batch.sizes[rows],
@@ -349,7 +340,7 @@ class _Batch:
     memory: NDArray[np.uint8]  # that the images lie in
     seconds: float  # that reading took
     fed: NDArray[np.int64] = field(init=False)  # the rows that DALI is given
-    aside: dict[int, "Future[NDArray[np.uint8] | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
+    aside: dict[int, "Future[_Piece | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
     pipeline: "_Pipeline | None" = None  # that decodes it; None: DALI is given nothing
 
     def __post_init__(self) -> None:
@@ -382,8 +373,8 @@ def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Batch:
     )
 
 
-def _decode_by_pillow(batch: _Batch, row: int) -> NDArray[np.uint8] | DecodeError:
-    """The window of an image, (height, width, 3) uint8, or why it cannot be decoded."""
+def _decode_by_pillow(batch: _Batch, row: int) -> _Piece | DecodeError:
+    """The window of an image, on the host, or why it cannot be decoded."""
     place, image = batch.places[row], batch.images[row]
     if batch.sound[row]:  # perhaps it was cut
         whole = read([place], np.zeros((1, 4), dtype=np.int32))
@@ -395,8 +386,9 @@ def _decode_by_pillow(batch: _Batch, row: int) -> NDArray[np.uint8] | DecodeErro
         pixels = decode_listed(image, batch.sizes[row], IN_STORE if isinstance(place, Extent) else None)
     except DecodeError as error:
         return DecodeError(f"{name_of(place)}: {error}")
-    top, left, bottom, right = batch.windows[row]
-    return np.ascontiguousarray(pixels[top:bottom, left:right])
+    top, left, bottom, right = batch.windows[row].tolist()
+    window = np.ascontiguousarray(pixels[top:bottom, left:right])
+    return _Piece(window.ctypes.data, True, (bottom - top, right - left), (top, left), window)
 
 
 class _Pipeline:

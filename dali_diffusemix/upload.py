@@ -35,28 +35,31 @@ class PieceUpload:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._size = 0
 
-    def __call__(self, tables: list[NDArray[np.void]]) -> tuple[list[NDArray[np.void]], torch.Tensor]:
-        """Copy what piece tables describe, so that work on torch's current stream may read it. Waits for nothing.
+    def __call__(self, pieces: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
+        """Copy pieces, so that work on torch's current stream may read them. Waits for nothing.
 
         Args:
-            tables: (n,) of `mixing.PIECE` each; their addresses are the host's, and not needed afterwards.
+            pieces: (n,) of `mixing.PIECE`.
+            on_host: (n,) whose addresses are the host's. These are copied, and not needed afterwards.
 
         Returns:
-            The tables with addresses on the device, and the block that holds the pieces.
+            The table with all addresses on the device, and what holds the memory of those that were copied: to be kept
+            until the work was begun.
         """
-        pieces = np.concatenate(tables)
-        rows = np.flatnonzero(pieces["data"])
+        rows = np.flatnonzero(on_host & (pieces["data"] != 0))
+        if not len(rows):
+            return pieces, None
         lengths = pieces["height"][rows].astype(np.int64) * pieces["width"][rows] * 3
         ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
         starts = ends - -(-lengths // _ALIGNMENT) * _ALIGNMENT
-        needed = int(ends[-1]) if len(ends) else 0
+        needed = int(ends[-1])
         self._size = max(self._size, -(-needed // _GRAIN) * _GRAIN)
         staging = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._stream is not None)
         native.gather(np.ascontiguousarray(pieces["data"][rows]), lengths, starts, staging.numpy(), self._threads)
         block = self._copied(staging, needed)
         moved = pieces.copy()
         moved["data"][rows] = np.uint64(block.data_ptr()) + starts.astype(np.uint64)
-        return np.split(moved, np.cumsum([len(table) for table in tables])[:-1]), block
+        return moved, block
 
     def _copied(self, staging: torch.Tensor, length: int) -> torch.Tensor:
         if self._stream is None:

@@ -369,10 +369,15 @@ ONLINE = (
     (
         (3.22, 4.86, 2.6),
         "reading, pipeline",
-        ("reading", "pipeline", "remote"),
+        ("reading", "pipeline", "decoding", "remote"),
         "bytes cut to what is seen;\nDALI decodes",
     ),
-    ((6.62, 4.86, 2.36), "mixing", ("mixing", "native", "gpu"), "one call from pieces to\nthe tensor: CPU or GPU"),
+    (
+        (6.62, 4.86, 2.36),
+        "mixing",
+        ("mixing", "native", "upload", "gpu"),
+        "one call from pieces to\nthe tensor: CPU or GPU",
+    ),
     (
         (0.42, 6.34, 2.0),
         "dataset",

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def test_a_probe_that_breaks_keeps_no_other_from_its_answer(
 def test_a_probe_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module(tmp_path, "ray", "import time; time.sleep(100)")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(lanes, "_SECONDS", 5.0)
+    monkeypatch.setitem(PROBES, "ray", replace(PROBES["ray"], seconds=5.0))
     answers = ask("ray", "package")
     assert answers["ray"].error == "no answer within 5 s" and answers["package"].error is None
 

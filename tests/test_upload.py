@@ -38,23 +38,27 @@ def described(images: list[NDArray[np.uint8] | None]) -> NDArray[np.void]:
 def test_every_byte_arrives(shapes: list[tuple[int, int] | None], split: int, threads: int, native: bool) -> None:
     draw = np.random.default_rng(len(shapes))
     images = [None if shape is None else draw.integers(0, 256, (*shape, 3), dtype=np.uint8) for shape in shapes]
-    tables = [described(images[:split]), described(images[split:])]
+    table = described(images)
+    on_host = np.arange(len(images)) >= split  # the others lie on the device already
     with pytest.MonkeyPatch.context() as patch:
         if not native:
             patch.setattr("dali_diffusemix.native.library", lambda: None)
         upload = PieceUpload(CPU, threads)
         for _ in range(2):
-            moved, block = upload(tables)
-            assert [content(table) for table in moved] == [content(table) for table in tables]
-            assert [len(table) for table in moved] == [len(table) for table in tables]
-            for table, before in zip(moved, tables, strict=True):
-                assert all(not one["data"] for one in table[before["data"] == 0])
-                for name in set(table.dtype.names or ()) - {"data"}:
-                    np.testing.assert_array_equal(table[name], before[name])
-                # Where a kernel reads whole words.
-                assert not (table["data"] % 16).any()
-            first = block.data_ptr()
-            assert all(first <= one["data"] < first + len(block) for table in moved for one in table if one["data"])
+            moved, block = upload(table, on_host)
+            assert content(moved) == content(table)
+            assert not moved["data"][table["data"] == 0].any()
+            for name in set(table.dtype.names or ()) - {"data"}:
+                np.testing.assert_array_equal(moved[name], table[name])
+            np.testing.assert_array_equal(moved["data"][:split], table["data"][:split])
+            there = moved["data"][split:][table["data"][split:] != 0]
+            if not len(there):
+                assert block is None
+                continue
+            assert isinstance(block, torch.Tensor)
+            # Where a kernel reads whole words.
+            assert not (there % 16).any()
+            assert ((there >= block.data_ptr()) & (there < block.data_ptr() + len(block))).all()
 
 
 def test_blocks_grow_to_the_largest_batch_and_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +66,9 @@ def test_blocks_grow_to_the_largest_batch_and_stay(monkeypatch: pytest.MonkeyPat
     upload = PieceUpload(CPU, 1)
     sizes = []
     for side in (10, 2000, 20):
-        _, block = upload([described([np.zeros((side, side, 3), dtype=np.uint8)])])
+        image = np.zeros((side, side, 3), dtype=np.uint8)
+        _, block = upload(described([image]), np.ones(1, dtype=np.bool_))
+        assert isinstance(block, torch.Tensor)
         sizes.append(len(block))
     assert sizes[0] < 2000 * 2000 * 3 <= sizes[1] == sizes[2]
 
@@ -83,12 +89,12 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
         plan = loader.plan(0, step)
         decoder.submit(loader._sources(plan))
         pieces = _Pieces.of(plan, decoder.fetch())
-        tables = [pieces.originals, pieces.edits]
-        moved, block = upload(tables)
-        assert [content(table) for table in moved] == [content(table) for table in tables]
-        del pieces, tables
+        moved, block = upload(pieces.table.ravel(), pieces.on_host.ravel())
+        assert pieces.on_host[pieces.table["data"] != 0].all()
+        assert content(moved) == content(pieces.table.ravel())
+        del pieces
         out = np.empty(format.shape(len(plan), plan.output_size), dtype=format.storage)
-        mix(plan, moved[0], moved[1], bank.images, out=out, format=format, threads=2)
+        mix(plan, *moved.reshape(2, -1), bank.images, out=out, format=format, threads=2)
         del block
         np.testing.assert_array_equal(out, images.numpy())
     decoder.close()

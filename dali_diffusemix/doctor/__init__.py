@@ -285,6 +285,7 @@ _TEXTS: Final[tuple[tuple[str, str, Callable[[_Found], str]], ...]] = (
     ("Pillow", "pillow", _pillow_text),
     ("DALI, CPU", "dali_cpu", lambda found: f"decodes {_formats_text(found)}"),
     ("DALI, GPU", "dali_gpu", _dali_gpu_text),
+    ("Decoding", "decoding", lambda found: f"with {found['threads']} threads, {found['choice']}"),
     ("Cache", "cache", _cache_text),
     ("Data", "data", _data_text),
     ("  reading", "data", partial(_reading_text, "one_thread")),

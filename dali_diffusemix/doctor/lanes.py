@@ -23,7 +23,6 @@ from dali_diffusemix.errors import DiffuseMixError
 
 __all__ = ["Answer", "Lane", "run", "serve"]
 
-_SECONDS = 30.0  # that a probe may take
 _CHILD: Final = (
     "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.doctor.lanes import serve; serve(sys.argv[1])"
 )
@@ -81,24 +80,25 @@ class Lane:
             self._process = process
             failed = False
             while self._waiting and not failed:
-                answer = self._next_answer(process) or _last_words(process, said.fileno())
+                seconds = PROBES[self._waiting[0]].seconds
+                answer = self._next_answer(process, seconds) or _last_words(process, said.fileno())
                 failed = answer.error is not None and not answer.known
                 self._tell(self._waiting.popleft(), answer)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(1)
             self._kill()
 
-    def _next_answer(self, process: "subprocess.Popen[bytes]") -> Answer | None:
+    def _next_answer(self, process: "subprocess.Popen[bytes]", seconds: float) -> Answer | None:
         assert process.stdout is not None
         begin = time.monotonic()
-        timer = threading.Timer(_SECONDS, self._kill)
+        timer = threading.Timer(seconds, self._kill)
         timer.start()
         line = process.stdout.readline()
         timer.cancel()
         if line.endswith(b"\n"):
             return Answer(**json.loads(line))
-        late = time.monotonic() - begin >= _SECONDS
-        return Answer(found={}, error=f"no answer within {_SECONDS:g} s") if late else None
+        late = time.monotonic() - begin >= seconds
+        return Answer(found={}, error=f"no answer within {seconds:g} s") if late else None
 
     def _kill(self) -> None:
         if self._process is not None and self._process.poll() is None:

@@ -379,7 +379,8 @@ def _load(device: str) -> dict[str, Any]:
     from dali_diffusemix.loader import DiffuseMixLoader
 
     with _photographs() as dataset:
-        with DiffuseMixLoader(dataset, batch_size=_COUNT, num_workers=1, device=device) as loader:
+        # On a GPU too: that needs no more than PyTorch, CuPy and DALI's CPU decoders.
+        with DiffuseMixLoader(dataset, batch_size=_COUNT, num_workers=1, device=device, decode="cpu") as loader:
             images, _ = next(iter(loader))
             found = images.cpu()
         difference = 255 * float((found - torch.stack([dataset[place][0] for place in range(_COUNT)])).abs().max())
@@ -387,6 +388,19 @@ def _load(device: str) -> dict[str, Any]:
         raise RuntimeError(f"samples differ from the dataset's, by up to {difference:.3g} of 255")
     alike = "the dataset's, bit for bit" if not difference else f"the dataset's within {difference:.2g} of 255"
     return {"difference": difference, "detail": f"{_COUNT} samples by DALI: {alike}"}
+
+
+def _decoding() -> dict[str, Any]:
+    """Which way to decode is the fastest for the GPU, with a thread for each core; loaders then know it."""
+    _gpus()
+    import torch
+
+    from dali_diffusemix.decoding import choose
+
+    if not torch.cuda.is_available():
+        raise MissingDependencyError("PyTorch sees no GPU")
+    cores = _machine()["cores"]
+    return {"threads": cores, "choice": str(choose(0, cores))}
 
 
 def _edits() -> dict[str, Any]:
@@ -530,6 +544,7 @@ class Probe:
 
     run: Callable[..., Mapping[str, Any]]
     keys: tuple[str, ...] = ("detail",)
+    seconds: float = 30.0  # that it may take
 
 
 @dataclass(frozen=True)
@@ -581,6 +596,7 @@ PROBES: Final[Mapping[str, Probe]] = {
     ),
     "load_cpu": Probe(partial(_load, "cpu"), ("difference", "detail")),
     "load_cuda": Probe(partial(_load, "cuda"), ("difference", "detail")),
+    "decoding": Probe(_decoding, ("threads", "choice"), seconds=240.0),
     "dataset": Probe(_dataset),
     "edits": Probe(_edits),
     **{name: Probe(partial(_imports, extra.modules)) for name, extra in EXTRAS.items()},
@@ -596,6 +612,7 @@ LANES: Final = (
         "dali_gpu",
         "gpu_kernel",
         "load_cuda",
+        "decoding",
         "train",
         "accelerate",
         "diffusers",
