@@ -721,9 +721,12 @@ class _Iterator(Iterator[Batch]):
         decoder, progress.decoder = progress.decoder, None
         if decoder is not None and not decoder.inherited:
             progress.seconds = decoder.seconds()
-            decoder.drain()
-            native.trim()
-            self._loader._idle.append(decoder)
+            if decoder.intact:
+                decoder.drain()
+                native.trim()
+                self._loader._idle.append(decoder)
+            else:
+                decoder.close()
 
     def __del__(self) -> None:
         # DALI is gone before what is left at the interpreter's end.

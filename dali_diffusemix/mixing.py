@@ -414,6 +414,12 @@ def _check_tables(plan: BatchPlan, originals: NDArray[np.void], edits: NDArray[n
         raise ConfigError("every row needs a piece of its original, and every mixed row one of its original or edit")
     if len(plan) and plan.fractal.max() >= fractals:
         raise ConfigError(f"the plan wants fractal {plan.fractal.max()}, the bank holds {fractals}")
+    for name, table in (("original", originals), ("edit", edits)):
+        inside = (table["top"] >= 0) & (table["left"] >= 0) & (table["height"] > 0) & (table["width"] > 0)
+        inside &= table["top"] + table["height"] <= table["image_height"]
+        inside &= table["left"] + table["width"] <= table["image_width"]
+        if wrong := np.flatnonzero(~inside & (table["data"] != 0)).tolist():
+            raise ConfigError(f"a piece must lie in its image, found row {wrong[0]} of the {name}s: {table[wrong[0]]}")
 
 
 def _whole_image(piece: np.void) -> NDArray[np.uint8]:

@@ -13,6 +13,11 @@ DALI is given sound JPEGs and PNGs alone: a header that it cannot parse can cras
 parsed by a thread that leaves the others behind when it fails), and of codes with stray markers it delivers something
 where Pillow refuses. One image that DALI cannot decode ends a DALI pipeline; here it costs a rebuild: the batch is
 decoded once more, one source at a time, and what DALI still refuses is tried with `pixels.decode`.
+
+DALI's queues know no batches: an exception between two of its calls, a Ctrl-C for one, would leave it an input ahead,
+and every later sample would show another's pixels. So a decoder through whose calls an exception has passed can only
+be closed (`intact`), a batch's number goes through DALI beside its images, and what comes out must have that number and
+the shapes that were asked for.
 """
 
 import logging
@@ -20,9 +25,9 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
@@ -153,6 +158,8 @@ class PieceDecoder:
         self._memory: list[NDArray[np.uint8]] = []  # to read into
         self._fetched: _Batch | None = None
         self._process = os.getpid()
+        self.intact = True
+        """Whether it can be used: no exception has passed through its calls."""
         _living.add(self)
 
     @property
@@ -160,11 +167,21 @@ class PieceDecoder:
         """Whether this is a forked process's copy, whose threads stayed behind: it can do nothing."""
         return os.getpid() != self._process
 
+    @contextmanager
+    def _call(self) -> Iterator[None]:
+        """Around all that changes the queues: intact again only if it comes to its end."""
+        if not self.intact:
+            raise RuntimeError("an exception has passed through this decoder, which can only be closed")
+        self.intact = False
+        yield
+        self.intact = True
+
     def submit(self, sources: Sources) -> None:
         """Start to read and decode a batch; returns at once."""
-        memory = self._memory.pop() if self._memory else None
-        self._reading.append(self._reader.submit(_read, sources, memory))
-        self._advance()
+        with self._call():
+            memory = self._memory.pop() if self._memory else None
+            self._reading.append(self._reader.submit(_read, sources, memory))
+            self._advance()
 
     def fetch(self, stream: int | None = None) -> tuple[Decoded, Decoded]:
         """Return the oldest batch's originals and edits.
@@ -173,31 +190,34 @@ class PieceDecoder:
             stream: The CUDA stream that will read the pieces: it is made to wait for them, not the caller. The CPU
                 decoder waits here.
         """
-        self._advance()
-        batch = self._decoding.popleft()
-        try:
-            outputs = [] if batch.pipeline is None else batch.pipeline.outputs(stream)
-        except RuntimeError as error:
-            _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
-            decoded = self._decode_alone(batch)
-            # The pipeline took the batches behind with it.
-            self._pipeline = self._build_main()
-            for behind in self._decoding:
-                if behind.pipeline is batch.pipeline:
-                    self._schedule(behind)
-        else:
-            decoded = self._gather(batch, self._pieces_of(batch, outputs), outputs)
-        # A GPU may read the batch before this one a little longer than its outputs' hand-over.
-        if self._fetched is not None:
-            self._memory.append(self._fetched.memory)
-        self._fetched = batch
-        return decoded
+        with self._call():
+            self._advance()
+            batch = self._decoding.popleft()
+            try:
+                outputs = [] if batch.pipeline is None else batch.pipeline.outputs(batch.number, stream)
+                pieces = self._pieces_of(batch, outputs)
+            except RuntimeError as error:
+                _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
+                decoded = self._decode_alone(batch)
+                # The pipeline took the batches behind with it.
+                self._pipeline = self._build_main()
+                for behind in self._decoding:
+                    if behind.pipeline is batch.pipeline:
+                        self._schedule(behind)
+            else:
+                decoded = self._gather(batch, pieces, outputs)
+            # A GPU may read the batch before this one a little longer than its outputs' hand-over.
+            if self._fetched is not None:
+                self._memory.append(self._fetched.memory)
+            self._fetched = batch
+            return decoded
 
     def decode_now(self, sources: Sources) -> tuple[Decoded, Decoded]:
         """Read and decode a batch beside those that were submitted, one image at a time."""
-        batch = _read(sources, None)
-        self._decode_aside(batch)
-        return self._decode_alone(batch)
+        with self._call():
+            batch = _read(sources, None)
+            self._decode_aside(batch)
+            return self._decode_alone(batch)
 
     def seconds(self) -> tuple[float, float]:
         """What reading took so far, and the processor time of DALI's threads (which do nothing but decode)."""
@@ -209,21 +229,23 @@ class PieceDecoder:
 
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
-        for future in self._reading:
-            future.cancel()
-        self._reading.clear()
-        while self._decoding:
-            try:
+        with self._call():
+            for future in self._reading:
+                future.cancel()
+            self._reading.clear()
+            while self._decoding:
                 batch = self._decoding.popleft()
-                if batch.pipeline is not None:
-                    batch.pipeline.outputs()
-                self._memory.append(batch.memory)
-            except RuntimeError:
-                self._decoding.clear()
-                self._pipeline = self._build_main()
+                try:
+                    if batch.pipeline is not None:
+                        batch.pipeline.outputs(batch.number)
+                    self._memory.append(batch.memory)
+                except RuntimeError:
+                    self._decoding.clear()
+                    self._pipeline = self._build_main()
 
     def close(self) -> None:
         """Give threads and memory back."""
+        self.intact = False
         self._reader.shutdown(cancel_futures=True)
         self._pillow.shutdown(cancel_futures=True)
         self._reading.clear()
@@ -259,7 +281,9 @@ class PieceDecoder:
             self._pipeline = self._build_main()
         batch.pipeline = None
         if len(batch.fed):
-            self._pipeline.schedule([batch.images[row] for row in batch.fed.tolist()], batch.cuts[batch.fed])
+            batch.number = self._pipeline.schedule(
+                [batch.images[row] for row in batch.fed.tolist()], batch.cuts[batch.fed]
+            )
             batch.pipeline = self._pipeline
 
     def _decode_aside(self, batch: "_Batch") -> None:
@@ -275,8 +299,8 @@ class PieceDecoder:
     def _decode_one(self, batch: "_Batch", row: int) -> _Piece | DecodeError:
         try:
             self._alone = self._alone or self._build(1, 1)
-            self._alone.schedule([batch.images[row]], batch.cuts[row : row + 1])
-            outputs = self._alone.outputs()
+            number = self._alone.schedule([batch.images[row]], batch.cuts[row : row + 1])
+            outputs = self._alone.outputs(number)
             return self._piece_of(batch, row, outputs[0], outputs)
         except RuntimeError:
             self._alone = None
@@ -288,10 +312,12 @@ class PieceDecoder:
 
     def _piece_of(self, batch: "_Batch", row: int, pixels: Any, owner: object) -> _Piece:
         top, left, bottom, right = batch.windows[row].tolist()
-        if self._gpu is None or self._gpu.regions:
-            return _Piece(pixels.data_ptr(), self.device is None, (bottom - top, right - left), (top, left), owner)
-        # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
         height, width, _ = pixels.shape()
+        if self._gpu is None or self._gpu.regions:
+            if (height, width) != (bottom - top, right - left):
+                raise RuntimeError(f"a window of {bottom - top} x {right - left} came as {height} x {width} pixels")
+            return _Piece(pixels.data_ptr(), self.device is None, (height, width), (top, left), owner)
+        # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
         cut_top, cut_left = batch.cuts[row, :2].tolist()
         return _Piece(pixels.data_ptr(), False, (height, width), (top - cut_top, left - cut_left), owner)
 
@@ -342,6 +368,7 @@ class _Batch:
     fed: NDArray[np.int64] = field(init=False)  # the rows that DALI is given
     aside: dict[int, "Future[_Piece | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
     pipeline: "_Pipeline | None" = None  # that decodes it; None: DALI is given nothing
+    number: int = 0  # in that pipeline
 
     def __post_init__(self) -> None:
         there = np.fromiter((image is not None for image in self.images), np.bool_, len(self.images))
@@ -409,29 +436,45 @@ class _Pipeline:
         def pieces() -> Any:
             # It is not copied: who feeds it keeps it.
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
+            number = fn.external_source(name="number", dtype=types.INT64, ndim=0)
             if not self._regions:
-                return fn.decoders.image(encoded, **options)
+                return fn.decoders.image(encoded, **options), number
             ends = {end: fn.external_source(name=end, dtype=types.INT32, ndim=1) for end in _ENDS}
-            return fn.decoders.image_slice(encoded, **ends, axes=[0, 1], **options)
+            return fn.decoders.image_slice(encoded, **ends, axes=[0, 1], **options), number
 
         self._pipeline = pieces()
         self._pipeline.build()
+        self._scheduled = 0
 
-    def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> None:
-        """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows."""
+    def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> int:
+        """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows.
+
+        Returns:
+            The number to ask `outputs` for.
+        """
+        self._scheduled += 1
         self._pipeline.feed_input("encoded", images)
+        self._pipeline.feed_input("number", np.full(len(images), self._scheduled))
         if self._regions:
             for end, values in zip(_ENDS, (windows[:, :2], windows[:, 2:]), strict=True):
                 self._pipeline.feed_input(end, np.ascontiguousarray(values))
         self._pipeline.schedule_run()
+        return self._scheduled
 
-    def outputs(self, stream: int | None = None) -> Any:
-        """The decoded images of the oldest batch that was scheduled, a list of DALI's. `stream` will wait for them."""
+    def outputs(self, number: int, stream: int | None = None) -> Any:
+        """The decoded images of the oldest batch that was scheduled, a list of DALI's. `stream` will wait for them.
+
+        Raises:
+            RuntimeError: DALI cannot decode one of them, or has mistaken the batch for another.
+        """
         # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
         share = self._pipeline.share_outputs
-        (outputs,) = share() if stream is None else share(cuda_stream=stream or 1)
+        outputs, numbers = share() if stream is None else share(cuda_stream=stream or 1)
         # Outputs outlive this: DALI's default executor only learns that the next may be made.
         self._pipeline.release_outputs()
+        found = np.asarray(numbers.as_tensor())
+        if len(found) != len(outputs) or (found != number).any():
+            raise RuntimeError(f"batch {number} of a DALI pipeline came as {found}")
         return outputs
 
 
@@ -450,8 +493,8 @@ def decode_by_dali(
         RuntimeError: DALI cannot decode it.
     """
     pipeline = _Pipeline(1, 1, device=device, gpu=None if device is None else gpu or GpuDecoding())
-    pipeline.schedule([image], np.array([(0, 0, *size)], dtype=np.int32))
-    return np.array(pipeline.outputs().as_cpu().at(0))
+    number = pipeline.schedule([image], np.array([(0, 0, *size)], dtype=np.int32))
+    return np.array(pipeline.outputs(number).as_cpu().at(0))
 
 
 def _threads() -> set[int]:
