@@ -7,6 +7,7 @@ import math
 import os
 import random
 import sys
+import threading
 import time
 import weakref
 from collections import deque
@@ -618,9 +619,10 @@ class _Progress:
 
 
 class _Iterator(Iterator[Batch]):
-    """One epoch. Nothing is read before the first `next`."""
+    """One epoch. Nothing is read before the first `next`. Several threads may share it; each batch goes to one."""
 
     def __init__(self, loader: DiffuseMixLoader, progress: _Progress) -> None:
+        self._lock = threading.Lock()
         self._loader = loader
         self._progress = progress
         self._orders: Iterator[BatchOrder] | None = None
@@ -630,6 +632,16 @@ class _Iterator(Iterator[Batch]):
         return len(self._loader)
 
     def __next__(self) -> Batch:
+        decoder = self._progress.decoder
+        if decoder is not None and decoder.inherited:
+            raise ConfigError(
+                "this iterator was begun in the process that was forked, and its threads stayed there; call "
+                "iter(loader) in the process that is to have the batches"
+            )
+        with self._lock:
+            return self._advance()
+
+    def _advance(self) -> Batch:
         progress, loader = self._progress, self._loader
         if not progress.running:
             raise StopIteration

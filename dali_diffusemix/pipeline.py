@@ -20,8 +20,11 @@ be closed (`intact`), a batch's number goes through DALI beside its images, and 
 the shapes that were asked for.
 """
 
+import atexit
+import ctypes
 import logging
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -113,10 +116,77 @@ def dali() -> tuple[Any, Any, Any]:
     return fn, pipeline_def, types
 
 
-# DALI's threads do not live on in a forked process, and it ends a process that destroys a pipeline without them.
-_living: weakref.WeakSet["PieceDecoder"] = weakref.WeakSet()
-_inherited: list["PieceDecoder"] = []
-os.register_at_fork(after_in_child=lambda: _inherited.extend(_living))
+# DALI's threads do not live on in a forked process, and whoever shuts a pipeline down or destroys it there waits for
+# them for ever: DALI itself at the process's end, for one. So pipelines that a process inherits are left alone.
+_pipelines: weakref.WeakSet["_Pipeline"] = weakref.WeakSet()
+
+
+def _disown_pipelines() -> None:
+    for ours in list(_pipelines):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(ours))  # nothing destroys it, nor what it holds
+        registry: set[Any] = getattr(type(ours.pipeline), "_pipes", set())  # what DALI shuts down at the end
+        registry -= {one for one in registry if one() is ours.pipeline}
+    _pipelines.clear()
+    _gate.reopen()
+
+
+class _Gate:
+    """Keeps threads out of DALI at the interpreter's end: DALI shuts its pipelines down then, whoever is inside."""
+
+    def __init__(self) -> None:
+        self._registered = False
+        self.reopen()
+
+    def reopen(self) -> None:
+        """In a forked process, which has none of the threads that may hold locks."""
+        self._ending = self._closed = False
+        self._locks: weakref.WeakSet[threading.Lock] = weakref.WeakSet()
+
+    def lock(self) -> threading.Lock:
+        """A lock for `through`."""
+        lock = threading.Lock()
+        self._locks.add(lock)
+        return lock
+
+    @contextmanager
+    def through(self, lock: threading.Lock) -> Iterator[None]:
+        """Around calls of DALI, one thread at a time for each lock."""
+        self._register()
+        if self._ending and threading.current_thread().daemon:
+            threading.Event().wait()  # for ever, as Python does with daemons that outlive it
+        if self._closed:
+            raise RuntimeError("the interpreter ends, and DALI with it: close loaders before")
+        with lock:
+            yield
+
+    def _register(self) -> None:
+        if self._registered:
+            return
+        dali()  # what is registered after it is called before it
+        try:
+            # Before Python's thread pools end, which `concurrent.futures` has registered here likewise.
+            threading._register_atexit(self._end)  # type: ignore[attr-defined]
+        except RuntimeError:  # it is at its end already
+            self._ending = True
+        atexit.register(self._close)
+        self._registered = True
+
+    def _end(self) -> None:
+        """The main thread is at its end: daemons stop at their next call, and those inside come out."""
+        self._ending = True
+        for lock in list(self._locks):
+            if lock.acquire(timeout=10):
+                lock.release()
+
+    def _close(self) -> None:
+        """No other threads are left but daemons."""
+        self._closed = True
+        for lock in list(self._locks):
+            lock.acquire(timeout=10)  # never to be released
+
+
+_gate = _Gate()
+os.register_at_fork(after_in_child=_disown_pipelines)
 
 
 class PieceDecoder:
@@ -149,7 +219,9 @@ class PieceDecoder:
         self._gpu = None if device is None else gpu or GpuDecoding()
         self._decoders: set[int] = set()  # the pipeline's threads
         self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
-        self._pipeline: Any = self._build_main()
+        self._lock = _gate.lock()
+        with _gate.through(self._lock):
+            self._pipeline: Any = self._build_main()
         self._alone: _Pipeline | None = None  # a pipeline for one image
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
@@ -160,7 +232,6 @@ class PieceDecoder:
         self._process = os.getpid()
         self.intact = True
         """Whether it can be used: no exception has passed through its calls."""
-        _living.add(self)
 
     @property
     def inherited(self) -> bool:
@@ -170,11 +241,12 @@ class PieceDecoder:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around all that changes the queues: intact again only if it comes to its end."""
-        if not self.intact:
-            raise RuntimeError("an exception has passed through this decoder, which can only be closed")
-        self.intact = False
-        yield
-        self.intact = True
+        with _gate.through(self._lock):
+            if not self.intact:
+                raise RuntimeError("an exception has passed through this decoder, which can only be closed")
+            self.intact = False
+            yield
+            self.intact = True
 
     def submit(self, sources: Sources) -> None:
         """Start to read and decode a batch; returns at once."""
@@ -442,9 +514,10 @@ class _Pipeline:
             ends = {end: fn.external_source(name=end, dtype=types.INT32, ndim=1) for end in _ENDS}
             return fn.decoders.image_slice(encoded, **ends, axes=[0, 1], **options), number
 
-        self._pipeline = pieces()
-        self._pipeline.build()
+        self.pipeline = pieces()
+        self.pipeline.build()
         self._scheduled = 0
+        _pipelines.add(self)
 
     def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> int:
         """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows.
@@ -453,12 +526,12 @@ class _Pipeline:
             The number to ask `outputs` for.
         """
         self._scheduled += 1
-        self._pipeline.feed_input("encoded", images)
-        self._pipeline.feed_input("number", np.full(len(images), self._scheduled))
+        self.pipeline.feed_input("encoded", images)
+        self.pipeline.feed_input("number", np.full(len(images), self._scheduled))
         if self._regions:
             for end, values in zip(_ENDS, (windows[:, :2], windows[:, 2:]), strict=True):
-                self._pipeline.feed_input(end, np.ascontiguousarray(values))
-        self._pipeline.schedule_run()
+                self.pipeline.feed_input(end, np.ascontiguousarray(values))
+        self.pipeline.schedule_run()
         return self._scheduled
 
     def outputs(self, number: int, stream: int | None = None) -> Any:
@@ -468,10 +541,10 @@ class _Pipeline:
             RuntimeError: DALI cannot decode one of them, or has mistaken the batch for another.
         """
         # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
-        share = self._pipeline.share_outputs
+        share = self.pipeline.share_outputs
         outputs, numbers = share() if stream is None else share(cuda_stream=stream or 1)
         # Outputs outlive this: DALI's default executor only learns that the next may be made.
-        self._pipeline.release_outputs()
+        self.pipeline.release_outputs()
         found = np.asarray(numbers.as_tensor())
         if len(found) != len(outputs) or (found != number).any():
             raise RuntimeError(f"batch {number} of a DALI pipeline came as {found}")
@@ -492,9 +565,10 @@ def decode_by_dali(
         MissingDependencyError: DALI is not installed.
         RuntimeError: DALI cannot decode it.
     """
-    pipeline = _Pipeline(1, 1, device=device, gpu=None if device is None else gpu or GpuDecoding())
-    number = pipeline.schedule([image], np.array([(0, 0, *size)], dtype=np.int32))
-    return np.array(pipeline.outputs(number).as_cpu().at(0))
+    with _gate.through(_gate.lock()):
+        pipeline = _Pipeline(1, 1, device=device, gpu=None if device is None else gpu or GpuDecoding())
+        number = pipeline.schedule([image], np.array([(0, 0, *size)], dtype=np.int32))
+        return np.array(pipeline.outputs(number).as_cpu().at(0))
 
 
 def _threads() -> set[int]:

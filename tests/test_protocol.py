@@ -480,3 +480,89 @@ def test_validation_goes_the_same_way(photos: Path) -> None:
     epochs = [torch.cat([images for images, _ in loader]) for _ in range(2)]
     assert torch.equal(*epochs)  # nothing is random
     assert torch.equal(epochs[0], torch.stack([dataset[i][0] for i in range(33)]))
+
+
+# --- threads, forks and ends ----------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, signal, sys, threading, time
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+
+loader = DiffuseMixLoader(DiffuseMixDataset(sys.argv[1], crop=EvalCrop(24)), 4, device="cpu", num_workers=2)
+batches = iter(loader)
+next(batches)
+
+
+def in_a_fork(work):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)  # a child that hangs is ended
+        work()
+        sys.exit(7)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code == 7, code
+    assert len(list(batches)) == 8  # nothing was lost here
+
+
+def forever():
+    while True:
+        for _ in loader:
+            pass
+"""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        pytest.param("in_a_fork(lambda: None)", id="sys.exit in a fork"),
+        pytest.param("in_a_fork(lambda: print(len(list(loader)), flush=True))", id="a new iterator in a fork"),
+        pytest.param(
+            "in_a_fork(lambda: print(sum(1 for _ in zip(range(3), loader)), flush=True))", id="one that is not finished"
+        ),
+        pytest.param(
+            "threading.Thread(target=forever, daemon=True).start(); time.sleep(0.3)", id="a daemon at the end"
+        ),
+        pytest.param("import atexit; atexit.register(loader.close)", id="closed at the end"),
+    ],
+)
+def test_processes_end(photos: Path, work: str) -> None:
+    """With nothing to say, and without waiting for threads that are not there."""
+    command = [sys.executable, "-c", f"{SCRIPT}\n{work}", str(photos)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_iterator_of_another_process_says_so(dataset: DiffuseMixDataset) -> None:
+    batches = iter(loader_of(dataset))
+    next(batches)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            next(batches)
+        except ConfigError as error:
+            code = 0 if "call iter(loader) in the process that is to have the batches" in str(error) else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert len(list(batches)) == 8
+
+
+def test_several_threads_share_an_iterator(dataset: DiffuseMixDataset) -> None:
+    loader = DiffuseMixLoader(dataset, 2, device="cpu", num_workers=2, return_index=True)
+    expected = {i: image for images, _, indices in loader for image, i in zip(images, indices.tolist(), strict=True)}
+    loader.set_epoch(0)
+    batches, found, lock = iter(loader), [], threading.Lock()
+
+    def take() -> None:
+        for images, _, indices in batches:
+            with lock:
+                found.extend(zip(indices.tolist(), images, strict=True))
+
+    threads = [threading.Thread(target=take) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(i for i, _ in found) == sorted(expected)
+    assert all(torch.equal(image, expected[i]) for i, image in found)
