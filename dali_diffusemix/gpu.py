@@ -77,8 +77,7 @@ class Shape:
 
 SHAPES: Final[Mapping[str, Shape]] = {
     "direct": Shape("mix.cu", 256),
-    "staged": Shape("mix_staged.cu", 256),
-    "staged128": Shape("mix_staged.cu", 128, ("-DMIX_THREADS=128",)),
+    "staged": Shape("mix_staged.cu", 128),
 }
 SHAPE: Final = "direct"
 """The shape that is launched. Tests and benchmarks/bench_kernel.py launch the others too."""

@@ -23,16 +23,10 @@
 
 namespace {
 
-#ifndef MIX_THREADS
-#define MIX_THREADS 256
-#endif
-constexpr int kThreads = MIX_THREADS;
-// Blocks for each multiprocessor that registers must allow: 64 for a thread of 256, 96 of 128. Shared memory allows 5.
-constexpr int kBlocks = kThreads == 256 ? 4 : 5;
-constexpr int kRows = kTile * kTile / kThreads;  // output rows for each thread
-constexpr int kGroup = 4;                        // source columns for each thread: 12 bytes
+constexpr int kThreads = 128, kBlocks = 5;       // of a multiprocessor: at most 96 registers, 40 KB of shared memory
+constexpr int kRows = kTile * kTile / kThreads;  // output rows for each thread, going across
+constexpr int kGroup = 4;                        // source columns for each thread, going down: 12 bytes
 constexpr int kBytes = kGroup * 3, kWords = 3;
-constexpr int kAhead = kThreads == 256 ? 2 : 4;  // tap rows read before the first of them is used
 // Groups of a chunk. Column c of a chunk lies at float4 c % 4 * kGroups + c / 4: whoever writes groups side by side
 // meets no other thread's banks, and 18, which is 2 modulo 8, spreads readers of columns side by side over all banks.
 constexpr int kGroups = 18;
@@ -44,73 +38,162 @@ struct alignas(16) Pixel {
 
 struct Tile {
     Measures measures;
-    int low[kSources], high[kSources];  // the source columns that the tile reads
-    int rows_seen[kSources];
+    int low[kSources][kAxes], high[kSources][kAxes];  // the source rows and columns that the tile reads
     union {
         Pixel sums[kTile][kChunk];
         float values[kTile * kTile * 3];
     };
 };
 
-// The source columns that the tile reads.
+// The source rows and columns that the tile reads.
 MIX_FN void bound(Tile& tile, int task) {
     const int source = task / (kAxes * kTile), axis = task / kTile % kAxes;
     const Filter& filter = tile.measures.filters[source][axis][task % kTile];
     if (filter.count == 0) return;
-    if (axis == kX) {
-        atomicMin(&tile.low[source], filter.first);
-        atomicMax(&tile.high[source], filter.first + filter.count);
-    } else {
-        tile.rows_seen[source] = 1;
-    }
+    atomicMin(&tile.low[source][axis], filter.first);
+    atomicMax(&tile.high[source][axis], filter.first + filter.count);
 }
 
-// sums += weights * rows; see `read_words`.
+// What a thread has to do going down: one group of source columns, `count` output rows of the tile from `row` on, in
+// the direction in which their source rows ascend.
+struct Strip {
+    const uint8_t* data;   // the group's bytes in the source's first row
+    uint32_t pitch;
+    int wanted;            // wanted: bytes of the group that lie in the chunk
+    int high;              // the tile reads no source rows from here on
+    float step;
+    const Filter* filters;
+    const float* factors;  // weigh the output rows; null: all by 1
+    int row, direction, count;
+    Pixel* sums;           // the group's first column in the tile's row 0
+};
+
+MIX_FN float factor_of(const Strip& strip, const Filter& filter, int row) {
+    if (filter.count == 0) return 0;
+    return strip.factors == nullptr ? filter.norm : filter.norm * strip.factors[row];
+}
+
+MIX_FN float weight_of(const Filter& filter, int tap, float step, float factor) {
+    return triangle(filter.offset + static_cast<float>(tap) * step) * factor;
+}
+
+MIX_FN void put(const Strip& strip, int row, const float (&sums)[kBytes]) {
+    Pixel* const to = strip.sums + row * kChunk;
+#pragma unroll
+    for (int c = 0; c < kGroup; ++c) to[c * kGroups] = {{sums[c * 3], sums[c * 3 + 1], sums[c * 3 + 2]}, 0};
+}
+
+// Shrinking, a source row counts for two output rows at most: it is read once, and added to this one and the next.
 template <bool kWhole>
-MIX_FN void add_rows(const uint8_t* at, int pitch, int wanted, const Filter& filter, float step, float factor,
-                     float (&sums)[kBytes]) {
+MIX_FN void shrink(const Strip& strip) {
+    float sums[kBytes], later[kBytes];
+    uint32_t ahead[kWords];  // source row `read` - 1
+#pragma unroll
+    for (int j = 0; j < kBytes; ++j) sums[j] = later[j] = 0;
+    int row = strip.row, done = 0, read = 0;
+    Filter filter = strip.filters[row];
+    float factor = factor_of(strip, filter, row);
 #pragma unroll 1
-    for (int k = 0; k < filter.count; k += kAhead, at += kAhead * pitch) {
-        uint32_t words[kAhead][kWords];
+    for (int n = strip.count; n > 0; --n) {
+        const int next_row = row + strip.direction;
+        Filter next = {0, 0, 0.0f, 0.0f};
+        if (n > 1) next = strip.filters[next_row];
+        const float next_factor = factor_of(strip, next, next_row);
+        const int end = filter.first + filter.count;
+        int s = filter.first > done ? filter.first : done;
+#pragma unroll 1
+        for (; s < end; ++s) {
+            if (read != s + 1) read_words<kWhole, kBytes>(strip.data + s * strip.pitch, strip.wanted, ahead);
+            uint32_t words[kWords];
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-            if (k + i < filter.count) read_words<kWhole, kBytes>(at + i * pitch, wanted, words[i]);
+            for (int j = 0; j < kWords; ++j) words[j] = ahead[j];
+            read = s + 1;
+            if (kWhole && read < strip.high) {
+                read_words<kWhole, kBytes>(strip.data + read * strip.pitch, strip.wanted, ahead);
+                ++read;
+            }
+            const float weight = weight_of(filter, s - filter.first, strip.step, factor);
+            const float next_weight = weight_of(next, s - next.first, strip.step, next_factor);
 #pragma unroll
-        for (int i = 0; i < kAhead; ++i) {
-            if (k + i >= filter.count) break;
-            const float weight = triangle(filter.offset + static_cast<float>(k + i) * step) * factor;
-#pragma unroll
-            for (int j = 0; j < kBytes; ++j) sums[j] += weight * byte_of(words[i][j / 4], j % 4);
+            for (int j = 0; j < kBytes; ++j) {
+                const float value = byte_of(words[j / 4], j % 4);
+                sums[j] += weight * value;
+                later[j] += next_weight * value;
+            }
         }
+        done = end > done ? end : done;
+        put(strip, row, sums);
+#pragma unroll
+        for (int j = 0; j < kBytes; ++j) sums[j] = later[j], later[j] = 0;
+        row = next_row, filter = next, factor = next_factor;
     }
 }
 
-// Columns [from, to) of a source, summed down into tile.sums. `factors` weighs the rows; null: all by 1.
-MIX_FN void down(Tile& tile, int source, int from, int to, const float* factors) {
-    const View& view = tile.measures.views[source];
-    const int groups = (to - from + kGroup - 1) / kGroup;
-    // item / groups, exact for items below 2048 and at most 18 groups.
-    const uint32_t inverse = 65536u / groups + 1;
+// Enlarging, an output row lies between two source rows, which may be those of the output row before.
+template <bool kWhole>
+MIX_FN void enlarge(const Strip& strip) {
+    float above[kBytes], below[kBytes];  // source rows `read` - 2 and `read` - 1; 0: not there
+#pragma unroll
+    for (int j = 0; j < kBytes; ++j) above[j] = below[j] = 0;
+    int row = strip.row, read = 0;
 #pragma unroll 1
-    for (uint32_t item = threadIdx.x; item < static_cast<uint32_t>(groups * kTile); item += kThreads) {
-        const int row = item * inverse >> 16, group = item - row * groups, column = from + group * kGroup;
-        const Filter filter = tile.measures.filters[source][kY][row];
+    for (int n = strip.count; n > 0; --n, row += strip.direction) {
+        const Filter filter = strip.filters[row];
+        const float factor = factor_of(strip, filter, row);
+        if (filter.first > read) {
+            read = filter.first;
+#pragma unroll
+            for (int j = 0; j < kBytes; ++j) below[j] = 0;
+        }
+#pragma unroll 1
+        for (; read < filter.first + filter.count; ++read) {
+            uint32_t words[kWords];
+            read_words<kWhole, kBytes>(strip.data + read * strip.pitch, strip.wanted, words);
+#pragma unroll
+            for (int j = 0; j < kBytes; ++j) above[j] = below[j], below[j] = byte_of(words[j / 4], j % 4);
+        }
+        const float low = weight_of(filter, filter.count - 2, strip.step, factor);
+        const float high = weight_of(filter, filter.count - 1, strip.step, factor);
         float sums[kBytes];
 #pragma unroll
-        for (int j = 0; j < kBytes; ++j) sums[j] = 0;
-        if (filter.count > 0) {
-            const uint32_t first = static_cast<uint32_t>(filter.first) * view.pitch + column * 3;
-            const uint32_t last = first + static_cast<uint32_t>(filter.count - 1) * view.pitch;
-            const float factor = factors == nullptr ? filter.norm : filter.norm * factors[row];
-            // An aligned word begins up to 3 bytes before its byte, and 4 of them hold the 12.
-            if (first >= 3 && last + 16 <= view.size)
-                add_rows<true>(view.data + first, view.pitch, kBytes, filter, view.step[kY], factor, sums);
-            else
-                add_rows<false>(view.data + first, view.pitch, (to - column) * 3, filter, view.step[kY], factor, sums);
-        }
-#pragma unroll
-        for (int c = 0; c < kGroup; ++c)
-            tile.sums[row][c * kGroups + group] = {{sums[c * 3], sums[c * 3 + 1], sums[c * 3 + 2]}, 0};
+        for (int j = 0; j < kBytes; ++j) sums[j] = low * above[j] + high * below[j];
+        put(strip, row, sums);
+    }
+}
+
+// Columns [from, to) of a source, summed down into tile.sums.
+MIX_FN void down(Tile& tile, int source, int from, int to, bool descending, const float* factors) {
+    const View& view = tile.measures.views[source];
+    const int groups = (to - from + kGroup - 1) / kGroup;
+    const int strips = kThreads / groups, length = (kTile + strips - 1) / strips;
+    const int number = threadIdx.x / groups, group = threadIdx.x - number * groups, first = number * length;
+    const int count = kTile - first < length ? kTile - first : length;
+    if (count <= 0) return;
+    const int column = from + group * kGroup, high = tile.high[source][kY];
+    const Strip strip = {view.data + column * 3,
+                         static_cast<uint32_t>(view.pitch),
+                         (to - column) * 3,
+                         high,
+                         view.step[kY],
+                         tile.measures.filters[source][kY],
+                         factors,
+                         descending ? first + count - 1 : first,
+                         descending ? -1 : 1,
+                         count,
+                         &tile.sums[0][group]};
+    // An aligned word begins up to 3 bytes before its byte, and 4 of them hold the 12.
+    const uint32_t pitch = view.pitch, low = tile.low[source][kY];
+    const bool whole = low * pitch + column * 3 >= 3 && (high - 1) * pitch + column * 3 + 16 <= view.size;
+    if (strip.step < 1) {
+        if (whole)
+            shrink<true>(strip);
+        else
+            shrink<false>(strip);
+    } else {
+        if (whole)
+            enlarge<true>(strip);
+        else
+            enlarge<false>(strip);
     }
 }
 
@@ -174,7 +257,10 @@ MIX_FN void run(const Batch& batch, Tile& tile) {
     const int thread = threadIdx.x;
     const Row& row = batch.rows[blockIdx.z];
     const bool mixed = row.mask >= 0, horizontal = mask_is_horizontal(row.mask);
-    if (thread < kSources) tile.low[thread] = 0x7FFFFFFF, tile.high[thread] = tile.rows_seen[thread] = 0;
+    if (thread < kSources * kAxes) {
+        tile.low[thread / kAxes][thread % kAxes] = 0x7FFFFFFF;
+        tile.high[thread / kAxes][thread % kAxes] = 0;
+    }
     for (int task = thread; task < kTasks; task += kThreads) measure(batch, tile.measures, task);
     __syncthreads();
     for (int task = thread; task < kTasks; task += kThreads) {
@@ -203,12 +289,13 @@ MIX_FN void run(const Batch& batch, Tile& tile) {
                 for (int channel = 0; channel < 3; ++channel) mix[r][channel] *= keep;
             }
         }
-        if (!tile.rows_seen[source]) continue;
-        const int high = tile.high[source];
+        if (tile.high[source][kY] == 0) continue;
+        const int high = tile.high[source][kX];
+        const bool descending = source == kFractal && row.fractal_flip[kY];
 #pragma unroll 1
-        for (int from = tile.low[source]; from < high; from += kChunk) {
+        for (int from = tile.low[source][kX]; from < high; from += kChunk) {
             const int to = from + kChunk < high ? from + kChunk : high;
-            down(tile, source, from, to, by_row ? tile.measures.cover : nullptr);
+            down(tile, source, from, to, descending, by_row ? tile.measures.cover : nullptr);
             __syncthreads();
             across(tile, source, from, to, factor, mix);
             __syncthreads();
