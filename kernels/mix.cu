@@ -61,14 +61,23 @@ constexpr int kBytes = kColumns * 3, kWords = 3;  // 9 bytes lie in 3 aligned wo
 
 typedef Measures Tile;
 
-// sums += the column sums of `count` rows from `at` on; see `read_words`.
+// sums += the column sums of `count` rows from `at` on. With `kWhole` every aligned word that holds a wanted byte lies
+// in the piece; without, the `wanted` bytes are read singly, and the others are 0.
 template <bool kWhole>
 MIX_FN void add_rows(const uint8_t* at, int pitch, int wanted, int count, float offset, float step,
                      float (&sums)[kBytes]) {
 #pragma unroll 1
     for (int k = 0; k < count; ++k, at += pitch) {
-        uint32_t words[kWords];
-        read_words<kWhole, kBytes>(at, wanted, words);
+        uint32_t words[kWords] = {0, 0, 0};
+        if (kWhole) {
+            uint32_t loads[kWords];
+            load_words(at, loads);
+            align_words(at, loads, words);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kBytes; ++j)
+                if (j < wanted) words[j / 4] |= static_cast<uint32_t>(__ldg(at + j)) << (j % 4 * 8);
+        }
         const float weight = triangle(offset + static_cast<float>(k) * step);
 #pragma unroll
         for (int j = 0; j < kBytes; ++j) sums[j] += weight * byte_of(words[j / 4], j % 4);

@@ -26,7 +26,7 @@ namespace {
 constexpr int kThreads = 128, kBlocks = 5;       // of a multiprocessor: at most 96 registers, 40 KB of shared memory
 constexpr int kRows = kTile * kTile / kThreads;  // output rows for each thread, going across
 constexpr int kGroup = 4;                        // source columns for each thread, going down: 12 bytes
-constexpr int kBytes = kGroup * 3, kWords = 3;
+constexpr int kBytes = kGroup * 3, kWords = 3, kLoads = 4;  // 12 bytes lie in 4 aligned words wherever they begin
 // Groups of a chunk. Column c of a chunk lies at float4 c % 4 * kGroups + c / 4: whoever writes groups side by side
 // meets no other thread's banks, and 18, which is 2 modulo 8, spreads readers of columns side by side over all banks.
 constexpr int kGroups = 18;
@@ -84,13 +84,13 @@ MIX_FN void put(const Strip& strip, int row, const float (&sums)[kBytes]) {
 }
 
 // Shrinking, a source row counts for two output rows at most: it is read once, and added to this one and the next.
-template <bool kWhole>
 MIX_FN void shrink(const Strip& strip) {
     float sums[kBytes], later[kBytes];
-    uint32_t ahead[kWords];  // source row `read` - 1
+    uint32_t ahead[kLoads];  // the words of source row `s`
+    const uint8_t* at = strip.data;
 #pragma unroll
     for (int j = 0; j < kBytes; ++j) sums[j] = later[j] = 0;
-    int row = strip.row, done = 0, read = 0;
+    int row = strip.row, s = -1;
     Filter filter = strip.filters[row];
     float factor = factor_of(strip, filter, row);
 #pragma unroll 1
@@ -99,21 +99,23 @@ MIX_FN void shrink(const Strip& strip) {
         Filter next = {0, 0, 0.0f, 0.0f};
         if (n > 1) next = strip.filters[next_row];
         const float next_factor = factor_of(strip, next, next_row);
-        const int end = filter.first + filter.count;
-        int s = filter.first > done ? filter.first : done;
+        if (filter.count > 0 && filter.first > s) {
+            s = filter.first;
+            at = strip.data + s * strip.pitch;
+            load_words(at, ahead);
+        }
+        const int end = filter.count > 0 ? filter.first + filter.count : -1;
+        // Offsets of both filters' triangles, as seen from row `s`.
+        const float offset = filter.offset + static_cast<float>(s - filter.first) * strip.step;
+        const float next_offset = next.offset + static_cast<float>(s - next.first) * strip.step;
 #pragma unroll 1
-        for (; s < end; ++s) {
-            if (read != s + 1) read_words<kWhole, kBytes>(strip.data + s * strip.pitch, strip.wanted, ahead);
+        for (float tap = 0; s < end; tap += 1) {
             uint32_t words[kWords];
-#pragma unroll
-            for (int j = 0; j < kWords; ++j) words[j] = ahead[j];
-            read = s + 1;
-            if (kWhole && read < strip.high) {
-                read_words<kWhole, kBytes>(strip.data + read * strip.pitch, strip.wanted, ahead);
-                ++read;
-            }
-            const float weight = weight_of(filter, s - filter.first, strip.step, factor);
-            const float next_weight = weight_of(next, s - next.first, strip.step, next_factor);
+            align_words(at, ahead, words);
+            ++s, at += strip.pitch;
+            if (s < strip.high) load_words(at, ahead);
+            const float weight = triangle(offset + tap * strip.step) * factor;
+            const float next_weight = triangle(next_offset + tap * strip.step) * next_factor;
 #pragma unroll
             for (int j = 0; j < kBytes; ++j) {
                 const float value = byte_of(words[j / 4], j % 4);
@@ -121,7 +123,6 @@ MIX_FN void shrink(const Strip& strip) {
                 later[j] += next_weight * value;
             }
         }
-        done = end > done ? end : done;
         put(strip, row, sums);
 #pragma unroll
         for (int j = 0; j < kBytes; ++j) sums[j] = later[j], later[j] = 0;
@@ -130,7 +131,6 @@ MIX_FN void shrink(const Strip& strip) {
 }
 
 // Enlarging, an output row lies between two source rows, which may be those of the output row before.
-template <bool kWhole>
 MIX_FN void enlarge(const Strip& strip) {
     float above[kBytes], below[kBytes];  // source rows `read` - 2 and `read` - 1; 0: not there
 #pragma unroll
@@ -147,8 +147,10 @@ MIX_FN void enlarge(const Strip& strip) {
         }
 #pragma unroll 1
         for (; read < filter.first + filter.count; ++read) {
-            uint32_t words[kWords];
-            read_words<kWhole, kBytes>(strip.data + read * strip.pitch, strip.wanted, words);
+            const uint8_t* const at = strip.data + read * strip.pitch;
+            uint32_t loads[kLoads], words[kWords];
+            load_words(at, loads);
+            align_words(at, loads, words);
 #pragma unroll
             for (int j = 0; j < kBytes; ++j) above[j] = below[j], below[j] = byte_of(words[j / 4], j % 4);
         }
@@ -157,6 +159,28 @@ MIX_FN void enlarge(const Strip& strip) {
         float sums[kBytes];
 #pragma unroll
         for (int j = 0; j < kBytes; ++j) sums[j] = low * above[j] + high * below[j];
+        put(strip, row, sums);
+    }
+}
+
+// The same byte by byte, for a group that has bytes or words outside of the chunk or the piece.
+MIX_FN void creep(const Strip& strip) {
+    int row = strip.row;
+#pragma unroll 1
+    for (int n = strip.count; n > 0; --n, row += strip.direction) {
+        const Filter filter = strip.filters[row];
+        const float factor = factor_of(strip, filter, row);
+        float sums[kBytes];
+#pragma unroll
+        for (int j = 0; j < kBytes; ++j) sums[j] = 0;
+#pragma unroll 1
+        for (int k = 0; k < filter.count; ++k) {
+            const uint8_t* const at = strip.data + (filter.first + k) * strip.pitch;
+            const float weight = weight_of(filter, k, strip.step, factor);
+#pragma unroll
+            for (int j = 0; j < kBytes; ++j)
+                if (j < strip.wanted) sums[j] += weight * static_cast<float>(__ldg(at + j));
+        }
         put(strip, row, sums);
     }
 }
@@ -181,20 +205,15 @@ MIX_FN void down(Tile& tile, int source, int from, int to, bool descending, cons
                          descending ? -1 : 1,
                          count,
                          &tile.sums[0][group]};
-    // An aligned word begins up to 3 bytes before its byte, and 4 of them hold the 12.
+    // An aligned word begins up to 3 bytes before its byte.
     const uint32_t pitch = view.pitch, low = tile.low[source][kY];
     const bool whole = low * pitch + column * 3 >= 3 && (high - 1) * pitch + column * 3 + 16 <= view.size;
-    if (strip.step < 1) {
-        if (whole)
-            shrink<true>(strip);
-        else
-            shrink<false>(strip);
-    } else {
-        if (whole)
-            enlarge<true>(strip);
-        else
-            enlarge<false>(strip);
-    }
+    if (!whole)
+        creep(strip);
+    else if (strip.step < 1)
+        shrink(strip);
+    else
+        enlarge(strip);
 }
 
 // mix += factor * the taps that columns [from, to) hold of the thread's column, for its rows.

@@ -127,27 +127,20 @@ MIX_FN float byte_of(uint32_t word, int i) {
     return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440u | i)) - 8388608.0f;
 }
 
-// The `kWords` * 4 bytes from `at` on, as words. With `kWhole` all aligned words that hold `kBytes` bytes from `at` on
-// lie in the piece; without, the first `wanted` bytes are read singly, and the others are 0.
-template <bool kWhole, int kBytes, int kWords>
-MIX_FN void read_words(const uint8_t* at, int wanted, uint32_t (&words)[kWords]) {
-    if (kWhole) {
-        constexpr int kLoads = (kBytes + 6) / 4;  // an aligned word begins up to 3 bytes before its byte
-        const size_t address = reinterpret_cast<size_t>(at);
-        const uint32_t* const aligned = reinterpret_cast<const uint32_t*>(address & ~static_cast<size_t>(3));
-        const uint32_t shift = static_cast<uint32_t>(address & 3) * 8;
-        uint32_t raw[kLoads];
+// Bytes at any alignment are read as the aligned words that hold them, which `align_words` then shifts.
+template <int kLoads>
+MIX_FN void load_words(const uint8_t* at, uint32_t (&loads)[kLoads]) {
+    const size_t address = reinterpret_cast<size_t>(at);
+    const uint32_t* const aligned = reinterpret_cast<const uint32_t*>(address & ~static_cast<size_t>(3));
 #pragma unroll
-        for (int j = 0; j < kLoads; ++j) raw[j] = __ldg(aligned + j);
+    for (int j = 0; j < kLoads; ++j) loads[j] = __ldg(aligned + j);
+}
+
+template <int kLoads, int kWords>
+MIX_FN void align_words(const uint8_t* at, const uint32_t (&loads)[kLoads], uint32_t (&words)[kWords]) {
+    const uint32_t shift = static_cast<uint32_t>(reinterpret_cast<size_t>(at) & 3) * 8;
 #pragma unroll
-        for (int j = 0; j < kWords; ++j) words[j] = __funnelshift_r(raw[j], j + 1 < kLoads ? raw[j + 1] : 0, shift);
-    } else {
-#pragma unroll
-        for (int j = 0; j < kWords; ++j) words[j] = 0;
-#pragma unroll
-        for (int j = 0; j < kBytes; ++j)
-            if (j < wanted) words[j / 4] |= static_cast<uint32_t>(__ldg(at + j)) << (j % 4 * 8);
-    }
+    for (int j = 0; j < kWords; ++j) words[j] = __funnelshift_r(loads[j], j + 1 < kLoads ? loads[j + 1] : 0, shift);
 }
 
 // The elements of the tensor.
