@@ -23,7 +23,10 @@
 
 namespace {
 
-constexpr int kThreads = 128, kBlocks = 5;       // of a multiprocessor: at most 96 registers, 40 KB of shared memory
+#ifndef MIX_BLOCKS
+#define MIX_BLOCKS 5
+#endif
+constexpr int kThreads = 128, kBlocks = MIX_BLOCKS;  // blocks for each multiprocessor: 5 leave a thread 96 registers
 constexpr int kRows = kTile * kTile / kThreads;  // output rows for each thread, going across
 constexpr int kGroup = 4;                        // source columns for each thread, going down: 12 bytes
 constexpr int kBytes = kGroup * 3, kWords = 3, kLoads = 4;  // 12 bytes lie in 4 aligned words wherever they begin
@@ -132,25 +135,30 @@ MIX_FN void shrink(const Strip& strip) {
 
 // Enlarging, an output row lies between two source rows, which may be those of the output row before.
 MIX_FN void enlarge(const Strip& strip) {
-    float above[kBytes], below[kBytes];  // source rows `read` - 2 and `read` - 1; 0: not there
+    float above[kBytes], below[kBytes];  // source rows `s` - 2 and `s` - 1; 0: not there
+    uint32_t ahead[kLoads];              // the words of source row `s`
+    const uint8_t* at = strip.data;
 #pragma unroll
     for (int j = 0; j < kBytes; ++j) above[j] = below[j] = 0;
-    int row = strip.row, read = 0;
+    int row = strip.row, s = -1;
 #pragma unroll 1
     for (int n = strip.count; n > 0; --n, row += strip.direction) {
         const Filter filter = strip.filters[row];
         const float factor = factor_of(strip, filter, row);
-        if (filter.first > read) {
-            read = filter.first;
+        if (filter.count > 0 && filter.first > s) {
+            s = filter.first;
+            at = strip.data + s * strip.pitch;
+            load_words(at, ahead);
 #pragma unroll
             for (int j = 0; j < kBytes; ++j) below[j] = 0;
         }
+        const int end = filter.count > 0 ? filter.first + filter.count : -1;
 #pragma unroll 1
-        for (; read < filter.first + filter.count; ++read) {
-            const uint8_t* const at = strip.data + read * strip.pitch;
-            uint32_t loads[kLoads], words[kWords];
-            load_words(at, loads);
-            align_words(at, loads, words);
+        while (s < end) {
+            uint32_t words[kWords];
+            align_words(at, ahead, words);
+            ++s, at += strip.pitch;
+            if (s < strip.high) load_words(at, ahead);
 #pragma unroll
             for (int j = 0; j < kBytes; ++j) above[j] = below[j], below[j] = byte_of(words[j / 4], j % 4);
         }
