@@ -1,11 +1,12 @@
-// The fused mix on the GPU, the staged shape: same kernels, arguments, grid and block as mix.cu, which describes them.
+// The fused mix on the GPU, the staged shape: same kernels, arguments and grid as mix.cu, which describes them; block
+// (128, 1, 1), no dynamic shared memory.
 //
 // A block makes a tile of 32 x 32 output pixels of one sample. After `measure` (mix_tile.cuh), for each source that the
 // tile sees, for each chunk of up to 72 of the source columns that the tile reads:
 //
 //     down    a thread for each (row of the tile, four source columns): the 12 bytes of each tap row, summed down into
 //             12 floats, which go to shared memory, a float4 for each source column;
-//     across  a thread for each (column of the tile, four rows of it): the column's taps out of shared memory.
+//     across  a thread for each (column of the tile, eight rows of it): the column's taps out of shared memory.
 //
 //               source                                shared memory                     output
 //               ┌────┬────┬────┐ first tap row
@@ -17,16 +18,19 @@
 //
 // Why this shape. What goes down is a whole row of the tile's source: each source column is summed once for an output
 // row, where mix.cu sums it again for each run of four pixels that reads it, and neighbouring threads read
-// neighbouring bytes. Going across, the weights of a column are computed once for four rows, and each pixel multiplies
+// neighbouring bytes. Going across, the weights of a column are computed once for eight rows, and each pixel multiplies
 // its own taps only. Chunks of columns and a loop over tap rows leave no ratio too large.
 #include "mix_tile.cuh"
 
 namespace {
 
-#ifndef MIX_BLOCKS
+// Tap rows read before the first of them is used, and blocks for each multiprocessor that registers must allow. Five
+// leave a thread 96 registers, four 128; shared memory allows five on sm_90.
+#ifndef MIX_AHEAD
+#define MIX_AHEAD 2
 #define MIX_BLOCKS 5
 #endif
-constexpr int kThreads = 128, kBlocks = MIX_BLOCKS;  // blocks for each multiprocessor: 5 leave a thread 96 registers
+constexpr int kAhead = MIX_AHEAD, kThreads = 128, kBlocks = MIX_BLOCKS;
 constexpr int kRows = kTile * kTile / kThreads;  // output rows for each thread, going across
 constexpr int kGroup = 4;                        // source columns for each thread, going down: 12 bytes
 constexpr int kBytes = kGroup * 3, kWords = 3, kLoads = 4;  // 12 bytes lie in 4 aligned words wherever they begin
@@ -57,171 +61,73 @@ MIX_FN void bound(Tile& tile, int task) {
     atomicMax(&tile.high[source][axis], filter.first + filter.count);
 }
 
-// What a thread has to do going down: one group of source columns, `count` output rows of the tile from `row` on, in
-// the direction in which their source rows ascend.
-struct Strip {
-    const uint8_t* data;   // the group's bytes in the source's first row
-    uint32_t pitch;
-    int wanted;            // wanted: bytes of the group that lie in the chunk
-    int high;              // the tile reads no source rows from here on
-    float step;
-    const Filter* filters;
-    const float* factors;  // weigh the output rows; null: all by 1
-    int row, direction, count;
-    Pixel* sums;           // the group's first column in the tile's row 0
-};
-
-MIX_FN float factor_of(const Strip& strip, const Filter& filter, int row) {
-    if (filter.count == 0) return 0;
-    return strip.factors == nullptr ? filter.norm : filter.norm * strip.factors[row];
-}
-
-MIX_FN float weight_of(const Filter& filter, int tap, float step, float factor) {
-    return triangle(filter.offset + static_cast<float>(tap) * step) * factor;
-}
-
-MIX_FN void put(const Strip& strip, int row, const float (&sums)[kBytes]) {
-    Pixel* const to = strip.sums + row * kChunk;
-#pragma unroll
-    for (int c = 0; c < kGroup; ++c) to[c * kGroups] = {{sums[c * 3], sums[c * 3 + 1], sums[c * 3 + 2]}, 0};
-}
-
-// Shrinking, a source row counts for two output rows at most: it is read once, and added to this one and the next.
-MIX_FN void shrink(const Strip& strip) {
-    float sums[kBytes], later[kBytes];
-    uint32_t ahead[kLoads];  // the words of source row `s`
-    const uint8_t* at = strip.data;
-#pragma unroll
-    for (int j = 0; j < kBytes; ++j) sums[j] = later[j] = 0;
-    int row = strip.row, s = -1;
-    Filter filter = strip.filters[row];
-    float factor = factor_of(strip, filter, row);
+// sums += the tap rows of a filter, from `at` on, by aligned words.
+MIX_FN void add_rows(const uint8_t* at, int pitch, const Filter& filter, float step, float factor,
+                     float (&sums)[kBytes]) {
 #pragma unroll 1
-    for (int n = strip.count; n > 0; --n) {
-        const int next_row = row + strip.direction;
-        Filter next = {0, 0, 0.0f, 0.0f};
-        if (n > 1) next = strip.filters[next_row];
-        const float next_factor = factor_of(strip, next, next_row);
-        if (filter.count > 0 && filter.first > s) {
-            s = filter.first;
-            at = strip.data + s * strip.pitch;
-            load_words(at, ahead);
-        }
-        const int end = filter.count > 0 ? filter.first + filter.count : -1;
-        // Offsets of both filters' triangles, as seen from row `s`.
-        const float offset = filter.offset + static_cast<float>(s - filter.first) * strip.step;
-        const float next_offset = next.offset + static_cast<float>(s - next.first) * strip.step;
-#pragma unroll 1
-        for (float tap = 0; s < end; tap += 1) {
+    for (int k = 0; k < filter.count; k += kAhead) {
+        uint32_t loads[kAhead][kLoads];
+        const uint8_t* row = at;
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, row += pitch)
+            if (k + i < filter.count) load_words(row, loads[i]);
+#pragma unroll
+        for (int i = 0; i < kAhead; ++i, at += pitch) {
+            if (k + i >= filter.count) break;
             uint32_t words[kWords];
-            align_words(at, ahead, words);
-            ++s, at += strip.pitch;
-            if (s < strip.high) load_words(at, ahead);
-            const float weight = triangle(offset + tap * strip.step) * factor;
-            const float next_weight = triangle(next_offset + tap * strip.step) * next_factor;
+            align_words(at, loads[i], words);
+            const float weight = triangle(filter.offset + static_cast<float>(k + i) * step) * factor;
 #pragma unroll
-            for (int j = 0; j < kBytes; ++j) {
-                const float value = byte_of(words[j / 4], j % 4);
-                sums[j] += weight * value;
-                later[j] += next_weight * value;
-            }
+            for (int j = 0; j < kBytes; ++j) sums[j] += weight * byte_of(words[j / 4], j % 4);
         }
-        put(strip, row, sums);
-#pragma unroll
-        for (int j = 0; j < kBytes; ++j) sums[j] = later[j], later[j] = 0;
-        row = next_row, filter = next, factor = next_factor;
     }
 }
 
-// Enlarging, an output row lies between two source rows, which may be those of the output row before.
-MIX_FN void enlarge(const Strip& strip) {
-    float above[kBytes], below[kBytes];  // source rows `s` - 2 and `s` - 1; 0: not there
-    uint32_t ahead[kLoads];              // the words of source row `s`
-    const uint8_t* at = strip.data;
-#pragma unroll
-    for (int j = 0; j < kBytes; ++j) above[j] = below[j] = 0;
-    int row = strip.row, s = -1;
+// The same for a group of which bytes or words leave the chunk or the piece: byte by byte, straight to where they go.
+MIX_FN void put_bytes(const uint8_t* at, int pitch, int wanted, const Filter& filter, float step, float factor,
+                      Pixel* to) {
 #pragma unroll 1
-    for (int n = strip.count; n > 0; --n, row += strip.direction) {
-        const Filter filter = strip.filters[row];
-        const float factor = factor_of(strip, filter, row);
-        if (filter.count > 0 && filter.first > s) {
-            s = filter.first;
-            at = strip.data + s * strip.pitch;
-            load_words(at, ahead);
-#pragma unroll
-            for (int j = 0; j < kBytes; ++j) below[j] = 0;
-        }
-        const int end = filter.count > 0 ? filter.first + filter.count : -1;
+    for (int j = 0; j < kBytes; ++j) {
+        float sum = 0;
 #pragma unroll 1
-        while (s < end) {
-            uint32_t words[kWords];
-            align_words(at, ahead, words);
-            ++s, at += strip.pitch;
-            if (s < strip.high) load_words(at, ahead);
-#pragma unroll
-            for (int j = 0; j < kBytes; ++j) above[j] = below[j], below[j] = byte_of(words[j / 4], j % 4);
+        for (int k = 0; j < wanted && k < filter.count; ++k) {
+            const float weight = triangle(filter.offset + static_cast<float>(k) * step) * factor;
+            sum += weight * static_cast<float>(__ldg(at + k * pitch + j));
         }
-        const float low = weight_of(filter, filter.count - 2, strip.step, factor);
-        const float high = weight_of(filter, filter.count - 1, strip.step, factor);
-        float sums[kBytes];
-#pragma unroll
-        for (int j = 0; j < kBytes; ++j) sums[j] = low * above[j] + high * below[j];
-        put(strip, row, sums);
+        to[j / 3 * kGroups].value[j % 3] = sum;
     }
 }
 
-// The same byte by byte, for a group that has bytes or words outside of the chunk or the piece.
-MIX_FN void creep(const Strip& strip) {
-    int row = strip.row;
+// Columns [from, to) of a source, summed down into tile.sums. `factors` weigh the output rows; null: all by 1.
+MIX_FN void down(Tile& tile, int source, int from, int to, const float* factors) {
+    const View& view = tile.measures.views[source];
+    // A thread keeps to one group of columns, and makes every `stride`-th row of it.
+    const int groups = (to - from + kGroup - 1) / kGroup, stride = kThreads / groups;
+    const int first_row = threadIdx.x / groups, group = threadIdx.x - first_row * groups;
+    if (first_row >= stride) return;
+    const int column = from + group * kGroup;
+    const uint8_t* const data = view.data + column * 3;
+    // An aligned word begins up to 3 bytes before its byte.
+    const uint32_t pitch = view.pitch, low = tile.low[source][kY], high = tile.high[source][kY];
+    const bool whole = low * pitch + column * 3 >= 3 && (high - 1) * pitch + column * 3 + kLoads * 4 <= view.size;
+    const float step = view.step[kY];
 #pragma unroll 1
-    for (int n = strip.count; n > 0; --n, row += strip.direction) {
-        const Filter filter = strip.filters[row];
-        const float factor = factor_of(strip, filter, row);
+    for (int row = first_row; row < kTile; row += stride) {
+        const Filter filter = tile.measures.filters[source][kY][row];
+        const uint8_t* const at = data + filter.first * pitch;
+        const float factor = factors == nullptr ? filter.norm : filter.norm * factors[row];
+        Pixel* const put = tile.sums[row] + group;
+        if (!whole) {
+            put_bytes(at, pitch, (to - column) * 3, filter, step, factor, put);
+            continue;
+        }
         float sums[kBytes];
 #pragma unroll
         for (int j = 0; j < kBytes; ++j) sums[j] = 0;
-#pragma unroll 1
-        for (int k = 0; k < filter.count; ++k) {
-            const uint8_t* const at = strip.data + (filter.first + k) * strip.pitch;
-            const float weight = weight_of(filter, k, strip.step, factor);
+        add_rows(at, pitch, filter, step, factor, sums);
 #pragma unroll
-            for (int j = 0; j < kBytes; ++j)
-                if (j < strip.wanted) sums[j] += weight * static_cast<float>(__ldg(at + j));
-        }
-        put(strip, row, sums);
+        for (int c = 0; c < kGroup; ++c) put[c * kGroups] = {{sums[c * 3], sums[c * 3 + 1], sums[c * 3 + 2]}, 0};
     }
-}
-
-// Columns [from, to) of a source, summed down into tile.sums.
-MIX_FN void down(Tile& tile, int source, int from, int to, bool descending, const float* factors) {
-    const View& view = tile.measures.views[source];
-    const int groups = (to - from + kGroup - 1) / kGroup;
-    const int strips = kThreads / groups, length = (kTile + strips - 1) / strips;
-    const int number = threadIdx.x / groups, group = threadIdx.x - number * groups, first = number * length;
-    const int count = kTile - first < length ? kTile - first : length;
-    if (count <= 0) return;
-    const int column = from + group * kGroup, high = tile.high[source][kY];
-    const Strip strip = {view.data + column * 3,
-                         static_cast<uint32_t>(view.pitch),
-                         (to - column) * 3,
-                         high,
-                         view.step[kY],
-                         tile.measures.filters[source][kY],
-                         factors,
-                         descending ? first + count - 1 : first,
-                         descending ? -1 : 1,
-                         count,
-                         &tile.sums[0][group]};
-    // An aligned word begins up to 3 bytes before its byte.
-    const uint32_t pitch = view.pitch, low = tile.low[source][kY];
-    const bool whole = low * pitch + column * 3 >= 3 && (high - 1) * pitch + column * 3 + 16 <= view.size;
-    if (!whole)
-        creep(strip);
-    else if (strip.step < 1)
-        shrink(strip);
-    else
-        enlarge(strip);
 }
 
 // mix += factor * the taps that columns [from, to) hold of the thread's column, for its rows.
@@ -318,11 +224,10 @@ MIX_FN void run(const Batch& batch, Tile& tile) {
         }
         if (tile.high[source][kY] == 0) continue;
         const int high = tile.high[source][kX];
-        const bool descending = source == kFractal && row.fractal_flip[kY];
 #pragma unroll 1
         for (int from = tile.low[source][kX]; from < high; from += kChunk) {
             const int to = from + kChunk < high ? from + kChunk : high;
-            down(tile, source, from, to, descending, by_row ? tile.measures.cover : nullptr);
+            down(tile, source, from, to, by_row ? tile.measures.cover : nullptr);
             __syncthreads();
             across(tile, source, from, to, factor, mix);
             __syncthreads();

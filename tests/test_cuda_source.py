@@ -36,7 +36,7 @@ KERNELS = ROOT / "kernels"
 SHIM = Path(__file__).parent / "cuda_shim"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 NAMES = [f"mix_{dtype}_{layout}" for dtype in DTYPES for layout in ("nchw", "channels_last")]
-# What the sources ask the compiler for: four blocks of 256 threads, or five of 128, share 65,536 registers.
+# What the sources ask the compiler for: four blocks of 256 threads, five or four of 128 share 65,536 registers.
 REGISTERS = {"direct": 64, "staged": 96, "staged4": 128}
 
 
