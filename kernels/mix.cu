@@ -39,17 +39,10 @@
 //     written  256 * 224 * 224 * 3 values    38.5 million: 154.1 MB float32, 77.1 MB in 16 bits, 38.5 MB uint8
 //     together 274.2, 197.2 or 158.6 MB; piece and row tables are 0.05 MB
 //
-// What must be done for them, counted, not measured. A thread's four pixels read 3 chunks of three columns x 3.6 rows
-// of the crop and 2 x 2.3 of the fractal (in a warp the longest counts: 4 and 2.7 rows). As compiled for sm_90 a row of
-// a chunk is 46 instructions (3 loads, 9 times byte to float, scale, add), a chunk 135 more (going across: 12 weights,
-// 36 multiply-adds). For a pixel of the output that is 11 word loads, where one by one its 16 taps would be 49 byte
-// loads, and (3 * (4 * 46 + 135) + 2 * (2.7 * 46 + 135)) / 4 = 370 instructions; all else adds some 100. Times 12.8
-// million pixels, over 32: about 190 million instructions of warps.
+// What must be done for them is counted, not measured, in docs/kernel.md: some 500 instructions for a pixel of the
+// output, and 11 word loads, where one by one its 16 taps would be 49 byte loads.
 //
-// To be measured against this on a GPU when one can be had: (a) separable through shared memory: the tile's source
-// rows across into shared floats once, then down. Up to half the multiplications at large ratios, but a tile's source
-// has no bounded size, so that large ratios need a second way; (b) taller tiles: `measure` works in double, which many
-// GPUs have few units for, and repeats itself for every tile of a row or column; (c) the hardware's casts to 16 bits.
+// mix_staged.cu is the other shape, to be measured against this one.
 #include "mix_tile.cuh"
 
 namespace {
