@@ -76,10 +76,10 @@ def compile_with_nvcc(nvcc: str, text: str, options: Sequence[str], architecture
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("shape", gpu.SHAPES)
 def test_every_kernel_compiles_without_a_warning_or_a_spill(shape: str, architecture: int, tmp_path: Path) -> None:
-    """All kernels for two architectures; for the others two, one by one, as the loader compiles the one it needs."""
+    """All kernels for sm_90; for the others two, one by one, as the loader compiles the one it needs."""
     library, nvcc = nvrtc_library(), shutil.which("nvcc")
     text = gpu.source(shape)
-    if architecture in (75, 90):
+    if architecture == 90:
         compilations = [(NAMES, gpu.options(shape))]
     else:
         compilations = [([name], gpu.options(shape, name)) for name in ("mix_float32_nchw", "mix_uint8_channels_last")]
@@ -341,6 +341,35 @@ def test_a_training_batch(shim: Shim, format: TensorFormat) -> None:
     for row in range(2):
         expected = encode(mixed_image(plan, row, originals.seen[row], edits.seen[row], bank[0]), format)
         compare(result[row], expected, format.dtype)
+
+
+@pytest.mark.parametrize("size", [(9, 700), (700, 9), (300, 300)])
+def test_any_ratio(shim: Shim, size: tuple[int, int]) -> None:
+    """Tiles that read many more source columns or rows than they have pixels, or the same few."""
+    generator = np.random.default_rng(11)
+    box = np.array([[0.0, 0, 1, 1], [0.1, 0.05, 0.85, 0.9], [0.4, 0.4, 0.01, 0.01], [-0.2, -0.1, 1.4, 1.3]])
+    mask = np.array([-1, MASKS.index("right"), MASKS.index("top"), MASKS.index("left")], dtype=np.int8)
+    originals = Pieces(generator, [pixels(generator, *size) for _ in mask], box, cut=False)
+    edits = Pieces(generator, [pixels(generator, *size[::-1]) for _ in mask], box, cut=False)
+    bank = pixels(generator, 200, 90)[None]
+    for out in ((35, 36), (3, 2)):
+        plan = plan_of(
+            4,
+            out,
+            box=box,
+            mask=mask,
+            flip=np.array([False, True, True, False]),
+            fractal=np.array([-1, 0, 0, 0]),
+            fractal_flip=np.array([[False, False], [True, False], [False, True], [True, True]]),
+            fractal_weight=np.array([0, 0.3, 0.3, 0.3], dtype=np.float32),
+            seam_width=0.3,
+        )
+        readable = originals.readable + edits.readable
+        result = run(shim, plan, originals.table, edits.table, bank, TensorFormat(), readable)
+        for row in range(4):
+            edit, fractal = (edits.seen[row], bank[0]) if row else (None, None)
+            expected = encode(mixed_image(plan, row, originals.seen[row], edit, fractal), TensorFormat())
+            compare(result[row], expected, "float32")
 
 
 def test_a_pixel_falls_on_the_specifications_side_of_seam_and_edge(shim: Shim) -> None:
