@@ -1,24 +1,50 @@
 """The mix kernel alone: time for a batch, and the bandwidth that this is.
 
-Method: 256 samples of 224 x 224 from 500 x 375 originals and 256 x 256 edits, `MixSpec.paper()` with every sample
-mixed, `TrainCrop`. On a GPU: CUDA events around `--repeat` launches over `--sets` rotating batches of fresh pixels,
-warmed up; the time of one is the median over the launches. On the CPU: wall time on `--threads` threads. The bytes
-counted are those that must move: seen pixels of each source once, the fractals once for each sample, the output once.
-A copy on the device, counted as bytes read plus bytes written, is timed beside it as the ceiling.
+Method: 256 samples of 224 x 224 from 500 x 375 originals and 256 x 256 edits of random pixels, `MixSpec.paper()` with
+every sample mixed, `TrainCrop`. The bytes counted are the fewest that must move: what is seen of each source once, each
+fractal that a sample of the batch has once, the output once.
+
+On a GPU, for every shape of the kernel (`gpu.SHAPES`), type and layout: the output is filled with a pattern, mixed, and
+a few samples are compared with the specification; a kernel that is wrong or fails gets no time. Then `--launches`
+launches between two CUDA events, behind work that keeps the device busy until all are queued, over `--sets` batches in
+turn, whose tables are on the device; the time of one is the median over such runs, `--repeat` launches in all.
+`with_upload` is the same with the tables copied to the device before each launch, as the loader does it, and nothing
+queued ahead. A copy on the device, counted as bytes read plus bytes written, is timed beside it as the ceiling. The
+record is written after every row. After `--seconds` no row begins.
+
+On the CPU: wall time on `--threads` threads.
 """
 
 import argparse
+import json
 import statistics
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from record import write
+from numpy.typing import NDArray
+from record import machine
 
 from dali_diffusemix import gpu
-from dali_diffusemix.mixing import DTYPES, IMAGENET, TensorFormat, edit_weight, mix, mix_on_device, piece_table
+from dali_diffusemix.mixing import (
+    DTYPES,
+    IMAGENET,
+    TensorFormat,
+    edit_weight,
+    encode,
+    mix,
+    mixed_image,
+    piece_table,
+    row_table,
+)
 from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, TrainCrop
+
+OUTPUT, ORIGINAL, EDIT, BANK = (224, 224), (375, 500), (256, 256), (64, 256, 256, 3)
+CHECKED = 3  # samples compared with the specification
 
 
 class OneEdit:
@@ -31,104 +57,239 @@ class OneEdit:
         return edits
 
 
-def bytes_moved(plan: BatchPlan, format: TensorFormat, original: tuple[int, int], edit: tuple[int, int]) -> int:
-    """Bytes that must be read and written for the batch."""
+@dataclass(frozen=True)
+class Batch:
+    """A plan, its piece tables (originals, edits) and the tensors that hold their pixels."""
+
+    plan: BatchPlan
+    tables: tuple[NDArray[np.void], NDArray[np.void]]
+    pixels: tuple[torch.Tensor, torch.Tensor]  # (samples, height, width, 3) uint8
+
+
+def make_batches(count: int, sets: int, device: torch.device) -> list[Batch]:
+    planner = Planner(
+        seed=0,
+        crop=TrainCrop(OUTPUT[0]),
+        sizes=np.tile(np.array(ORIGINAL, dtype=np.int32), (count, 1)),
+        mix=MixSpec(probability=1),
+        edits=OneEdit(count),
+        fractals=BANK[0],
+    )
+    batches = []
+    for number in range(sets):
+        plan = planner.batch(number, np.arange(count))
+        tables, kept = [], []
+        for size in (ORIGINAL, EDIT):
+            pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, device=device)
+            data = (pixels.data_ptr() + np.arange(count) * pixels[0].numel()).astype(np.uint64)
+            tables.append(piece_table(data, np.tile(np.array(size, dtype=np.int32), (count, 1)), plan.box))
+            kept.append(pixels)
+        batches.append(Batch(plan, (tables[0], tables[1]), (kept[0], kept[1])))
+    return batches
+
+
+def bytes_moved(plan: BatchPlan, format: TensorFormat) -> int:
+    """The fewest bytes that must be read and written for the batch."""
     total = int(np.prod(format.shape(len(plan), plan.output_size))) * format.storage.itemsize
     for row in range(len(plan)):
         share = float(edit_weight(int(plan.mask[row]), 0.0, plan.span[row], plan.output_size).mean())
-        area, span = plan.box[row, 2] * plan.box[row, 3], plan.span[row, 2] * plan.span[row, 3]
-        total += int(3 * area * ((1 - share) * original[0] * original[1] + share * edit[0] * edit[1]))
-        total += int(3 * span * 256 * 256)
-    return total
+        area = plan.box[row, 2] * plan.box[row, 3]
+        total += int(3 * area * ((1 - share) * np.prod(ORIGINAL) + share * np.prod(EDIT)))
+    return total + int((np.unique(plan.fractal) >= 0).sum()) * int(np.prod(BANK[1:]))
+
+
+def formats() -> list[TensorFormat]:
+    return [
+        TensorFormat(dtype=dtype, channels_last=channels_last, normalize=None if dtype == "uint8" else IMAGENET)
+        for dtype in DTYPES
+        for channels_last in (False, True)
+    ]
+
+
+def layout_of(format: TensorFormat) -> str:
+    return "channels_last" if format.channels_last else "nchw"
+
+
+class Record:
+    """Results so far, in a file from the first row on."""
+
+    def __init__(self, path: Path | None, **content: object) -> None:
+        self._path, self._begin = path, time.perf_counter()
+        self._content: dict[str, Any] = {"machine": machine(), "benchmark": "bench_kernel", **content, "results": []}
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._begin
+
+    def add(self, **row: object) -> None:
+        self._content["results"].append(row)
+        self.set("seconds", round(self.seconds, 1))
+        print(json.dumps(row))
+
+    def set(self, name: str, value: object) -> None:
+        self._content[name] = value
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(self._content, indent=1) + "\n")
+
+
+def times_of(seconds: list[float], moved: int) -> dict[str, float]:
+    middle = statistics.median(seconds)
+    return {
+        "milliseconds": round(middle * 1e3, 4),
+        "lowest": round(min(seconds) * 1e3, 4),
+        "highest": round(max(seconds) * 1e3, 4),
+        "megabytes": round(moved / 1e6, 1),
+        "gigabytes_per_second": round(moved / middle / 1e9, 1),
+    }
+
+
+def time_on_device(work: Callable[[int], object], launches: int, runs: int, *, queued: bool) -> list[float]:
+    """Seconds of `work(turn)`, each the mean of `launches`; `queued`: the device begins when all are launched."""
+    seconds = []
+    for run in range(runs + 1):  # the first is not counted
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if queued:
+            torch.cuda._sleep(4_000_000)  # about 2 ms
+        begin.record()
+        for turn in range(launches):
+            work(run * launches + turn)
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3 / launches)
+    return seconds[1:]
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes a second, read and written, of a copy on the device."""
+    source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = time_on_device(lambda _: target.copy_(source), 3, 5, queued=True)
+    return 2 * source.numel() / statistics.median(seconds)
+
+
+def wrong(out: torch.Tensor, expected: list[NDArray[np.float32]], format: TensorFormat) -> str | None:
+    """What is wrong with the first samples; None: nothing."""
+    first = out[: len(expected)]
+    values = (first.permute(0, 2, 3, 1) if format.channels_last else first).float().cpu().numpy()
+    for row, image in enumerate(expected):
+        wanted = encode(image, format)
+        if format.dtype == "bfloat16":
+            wanted = (wanted.astype(np.uint32) << 16).view(np.float32)
+        difference = np.abs(values[row] - wanted.astype(np.float32))
+        relative = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-7, "uint8": 0}[format.dtype]
+        allowed = relative * np.abs(wanted.astype(np.float32)) + (1 if format.dtype == "uint8" else 2e-5)
+        if not (difference <= allowed).all():  # NaN is never smaller
+            bad = int((~(difference <= allowed)).sum())
+            return f"sample {row}: {bad} of {difference.size} values, the largest difference is {difference.max()}"
+    return None
+
+
+def on_gpu(options: argparse.Namespace, record: Record) -> None:
+    device = torch.device("cuda", 0)
+    torch.manual_seed(0)
+    batches = make_batches(options.batch_size, options.sets, device)
+    bank = np.random.default_rng(0).integers(0, 256, BANK, dtype=np.uint8)
+    device_bank = gpu.DeviceBank(bank, device)
+    plan = batches[0].plan
+    fractals = [bank[number] if number >= 0 else None for number in plan.fractal]
+    pixels = [tensor[:CHECKED].cpu().numpy() for tensor in batches[0].pixels]
+    checked = range(min(CHECKED, len(plan)))
+    expected = [mixed_image(plan, row, pixels[0][row], pixels[1][row], fractals[row]) for row in checked]
+    tables = [gpu.upload(*batch.tables, row_table(batch.plan), device) for batch in batches]
+
+    ceiling = copy_rate(device)
+    record.set("copy_gigabytes_per_second", round(ceiling / 1e9, 1))
+    for shape in options.shapes:  # a kernel that breaks the CUDA context leaves the times of the shapes before it
+        for format in formats():
+            row = {"shape": shape, "dtype": format.dtype, "layout": layout_of(format)}
+            if record.seconds > options.seconds:
+                record.add(**row, skipped=f"{options.seconds} seconds are over")
+                continue
+            try:
+                record.add(**row, **time_shape(shape, format, batches, tables, device_bank, expected, options, ceiling))
+            except Exception as error:  # the next row is measured all the same
+                record.add(**row, wrong=f"{type(error).__name__}: {error}"[:2000])
+
+
+def time_shape(
+    shape: str,
+    format: TensorFormat,
+    batches: list[Batch],
+    tables: list[gpu.DeviceTables],
+    bank: gpu.DeviceBank,
+    expected: list[NDArray[np.float32]],
+    options: argparse.Namespace,
+    ceiling: float,
+) -> dict[str, object]:
+    device, memory = bank.images.device, format.shape(options.batch_size, OUTPUT)
+    pattern = torch.full((int(np.prod(memory)) * format.storage.itemsize,), 0xFF, dtype=torch.uint8, device=device)
+    out = pattern.view(getattr(torch, format.dtype)).view(memory)
+    if format.channels_last:
+        out = out.permute(0, 3, 1, 2)
+    scale, offset = format.scale_and_offset()
+
+    def launch(table: gpu.DeviceTables) -> None:
+        name = f"mix_{format.dtype}_{layout_of(format)}"
+        gpu.launch(table, bank, out, output_size=OUTPUT, name=name, scale=scale, offset=offset, shape=shape)
+
+    def upload_and_launch(turn: int) -> None:
+        batch = batches[turn % len(batches)]
+        launch(gpu.upload(*batch.tables, row_table(batch.plan), device))
+
+    begin = time.perf_counter()
+    launch(tables[0])
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    found = wrong(out, expected, format)
+    if found is not None:
+        return {"wrong": found}
+    runs = max(1, options.repeat // options.launches)
+    seconds = time_on_device(lambda turn: launch(tables[turn % len(tables)]), options.launches, runs, queued=True)
+    loader = time_on_device(upload_and_launch, options.launches, max(1, runs // 2), queued=False)
+    moved = sum(bytes_moved(batch.plan, format) for batch in batches) // len(batches)
+    return {
+        **times_of(seconds, moved),
+        "share_of_copy": round(moved / statistics.median(seconds) / ceiling, 3),
+        "with_upload_milliseconds": round(statistics.median(loader) * 1e3, 4),
+        "first_launch_seconds": round(first, 2),
+    }
+
+
+def on_cpu(options: argparse.Namespace, record: Record) -> None:
+    batches = make_batches(options.batch_size, options.sets, torch.device("cpu"))
+    bank = np.random.default_rng(0).integers(0, 256, BANK, dtype=np.uint8)
+    for format in formats():
+        out = np.empty(format.shape(options.batch_size, OUTPUT), dtype=format.storage)
+        seconds = []
+        for turn in range(2 + options.repeat):
+            batch = batches[turn % len(batches)]
+            begin = time.perf_counter()
+            mix(batch.plan, *batch.tables, bank, out=out, format=format, threads=options.threads)
+            seconds.append(time.perf_counter() - begin)
+        moved = sum(bytes_moved(batch.plan, format) for batch in batches) // len(batches)
+        record.add(dtype=format.dtype, layout=layout_of(format), **times_of(seconds[2:], moved))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", default=",".join(gpu.SHAPES), help="of the GPU's kernel, with commas between")
     parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--repeat", type=int, default=100)
+    parser.add_argument("--launches", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=140)
     parser.add_argument("--sets", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=22.0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    count, original, edit = options.batch_size, (375, 500), (256, 256)
-    generator = np.random.default_rng(0)
-    planner = Planner(
-        seed=0,
-        crop=TrainCrop(224),
-        sizes=np.tile(np.array(original, dtype=np.int32), (count, 1)),
-        mix=MixSpec(probability=1),
-        edits=OneEdit(count),
-        fractals=64,
-    )
-    bank = generator.integers(0, 256, (64, 256, 256, 3), dtype=np.uint8)
-    cuda = options.device != "cpu"
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    device_bank = gpu.DeviceBank(bank, device) if cuda else None
-    batches = []
-    for number in range(options.sets):
-        plan = planner.batch(number, np.arange(count))
-        tables, kept = [], []
-        for size in (original, edit):
-            pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, device=device)
-            step = pixels[0].numel()
-            data = (pixels.data_ptr() + np.arange(count) * step).astype(np.uint64)
-            tables.append(piece_table(data, np.tile(np.array(size, dtype=np.int32), (count, 1)), plan.box))
-            kept.append(pixels)
-        batches.append((plan, tables, kept))
-
-    results = {}
-    for dtype in DTYPES:
-        for channels_last in (False, True):
-            normalize = None if dtype == "uint8" else IMAGENET
-            format = TensorFormat(dtype=dtype, channels_last=channels_last, normalize=normalize)
-            seconds = []
-            if cuda:
-                layout = torch.channels_last if channels_last else torch.contiguous_format
-                shape = (count, 3, 224, 224)
-                out = torch.empty(shape, dtype=getattr(torch, dtype), device=device, memory_format=layout)
-                events = []
-                for turn in range(10 + options.repeat):
-                    plan, tables, _ = batches[turn % options.sets]
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    # The tables go to the device before the kernel; both are what a batch costs there.
-                    begin.record()
-                    mix_on_device(plan, *tables, device_bank, out=out, format=format)
-                    end.record()
-                    events.append((begin, end))
-                torch.cuda.synchronize()
-                seconds = [begin.elapsed_time(end) / 1e3 for begin, end in events[10:]]
-            else:
-                out = np.empty(format.shape(count, (224, 224)), dtype=format.storage)
-                for turn in range(2 + options.repeat):
-                    plan, tables, _ = batches[turn % options.sets]
-                    begin = time.perf_counter()
-                    mix(plan, *tables, bank, out=out, format=format, threads=options.threads)
-                    seconds.append(time.perf_counter() - begin)
-                seconds = seconds[2:]
-            middle = statistics.median(seconds)
-            moved = bytes_moved(batches[0][0], format, original, edit)
-            results[f"{dtype} {'channels_last' if channels_last else 'nchw'}"] = {
-                "milliseconds": round(middle * 1e3, 4),
-                "lowest": round(min(seconds) * 1e3, 4),
-                "highest": round(max(seconds) * 1e3, 4),
-                "megabytes": round(moved / 1e6, 1),
-                "gigabytes_per_second": round(moved / middle / 1e9, 1),
-            }
-    if cuda:
-        source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device=device)
-        target = torch.empty_like(source)
-        times = []
-        for _ in range(20):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            target.copy_(source)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
-        rate = 2 * source.numel() / statistics.median(times) / 1e9
-        results["copy on the device"] = {"gigabytes_per_second": round(rate, 1)}
-    write(options.out, {"benchmark": "bench_kernel", "device": options.device, "batch_size": count, "results": results})
+    options.shapes = options.shapes.split(",")
+    record = Record(options.out, device=options.device, batch_size=options.batch_size)
+    if options.device == "cpu":
+        on_cpu(options, record)
+    else:
+        on_gpu(options, record)
+    print(f"{record.seconds:.1f} seconds")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CuPy and the GPU: compiles kernels/mix.cu at first use and launches it on torch's current stream.
+"""CuPy and the GPU: compiles the mix kernel at first use and launches it on torch's current stream.
 
 CuPy is imported only here, and only when something is launched: importing this module touches no GPU. Nothing here
 waits for the device, but `Retained.wait` and the first use of a kernel or a bank.
@@ -9,6 +9,8 @@ import importlib.util
 import re
 import weakref
 from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
 
@@ -18,8 +20,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import MissingDependencyError
 
-_TILE: Final = 32  # output pixels of a block, both ways: kernels/mix.cu
-_THREADS: Final = 256
+_TILE: Final = 32  # output pixels of a block, both ways: kernels/mix_tile.cuh
 _INSTALL: Final = "pip install 'dali-diffusemix[cuda12]' (or [cuda13]) with a PyTorch built for CUDA"
 
 
@@ -62,27 +63,76 @@ def _refuse(missing: list[str]) -> None:
         )
 
 
-def source() -> str:
-    """The CUDA source of the mix, its header put in: CuPy's cache of compiled kernels goes by this text alone."""
+@dataclass(frozen=True)
+class Shape:
+    """One way to write the mix kernel. All shapes have the same kernels, arguments and grid."""
+
+    file: str
+    """The .cu file in kernels/."""
+    threads: int
+    """Threads of a block."""
+    defines: tuple[str, ...] = ()
+    """Options of the compiler."""
+
+
+SHAPES: Final[Mapping[str, Shape]] = {
+    "direct": Shape("mix.cu", 256),
+    "staged": Shape("mix_staged.cu", 128),
+    "staged4": Shape("mix_staged.cu", 128, ("-DMIX_AHEAD=4", "-DMIX_BLOCKS=4")),
+}
+SHAPE: Final = "direct"
+"""The shape that is launched. Tests and benchmarks/bench_kernel.py launch the others too."""
+
+
+def source(shape: str = SHAPE) -> str:
+    """The CUDA source of a shape, its headers put in: CuPy's cache of compiled kernels goes by this text alone."""
     folder = resources.files("dali_diffusemix.kernels")
-    header = (folder / "mix_pixel.cuh").read_text(encoding="utf-8").replace("#pragma once", "")
-    text, count = re.subn(
-        r'#include "mix_pixel\.cuh"', lambda _: header, (folder / "mix.cu").read_text(encoding="utf-8")
-    )
-    assert count == 1
-    return text
+
+    def text(name: str) -> str:
+        content = (folder / name).read_text(encoding="utf-8").replace("#pragma once", "")
+        return re.sub(r'#include "(\w+\.cuh)"', lambda include: text(include[1]), content)
+
+    return text(SHAPES[shape].file)
 
 
-OPTIONS: Final = ("--std=c++17",)
-"""What NVRTC is given besides the architecture."""
+def options(shape: str, name: str | None = None) -> tuple[str, ...]:
+    """What NVRTC is given besides the architecture, to compile the kernel `name` alone: all eight take seconds."""
+    # The headers lie in the text, where what a shape does not use would be warned about.
+    common = ("--std=c++17", "--diag-suppress=177", *SHAPES[shape].defines)
+    if name is None:
+        return common
+    dtype, layout = name.removeprefix("mix_").split("_", 1)
+    last = str(layout == "channels_last").lower()
+    return (*common, f"-DMIX_NAME={name}", f"-DMIX_ELEMENT={dtype.capitalize()}", f"-DMIX_CHANNELS_LAST={last}")
 
 
 @functools.cache
-def _kernel(device: int, name: str) -> Any:
+def _kernel(device: int, shape: str, name: str) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(), options=OPTIONS).get_function(name)
+        return cupy.RawModule(code=source(shape), options=options(shape, name)).get_function(name)
+
+
+class _TorchStream:
+    """A stream handle in the protocol that CuPy 14 asks for; torch's streams have it in late versions only."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._handle
+
+
+@functools.cache
+def _stream(handle: int, device: int) -> Any:
+    """CuPy's object for a stream of torch's. Kept for good: some CuPy may destroy the stream along with the object."""
+    import cupy
+
+    with cupy.cuda.Device(device):
+        if hasattr(cupy.cuda.Stream, "from_external"):
+            return cupy.cuda.Stream.from_external(_TorchStream(handle))
+        return cupy.cuda.ExternalStream(handle, device)
 
 
 class DeviceBank:
@@ -113,6 +163,15 @@ def device_bank(key: object, images: NDArray[np.uint8], device: torch.device) ->
     return bank
 
 
+@dataclass(frozen=True)
+class DeviceTables:
+    """A batch's tables in device memory: originals, edits and rows. `upload` makes them."""
+
+    count: int
+    addresses: tuple[int, int, int]
+    owner: object
+
+
 def mix(
     originals: NDArray[np.void],
     edits: NDArray[np.void],
@@ -125,16 +184,32 @@ def mix(
     scale: NDArray[np.float32],
     offset: NDArray[np.float32],
 ) -> None:
-    """Launch the kernel `name` of kernels/mix.cu; `mixing.mix_on_device` describes and checks the arguments."""
+    """Launch the mix kernel `name`; `mixing.mix_on_device` describes and checks the arguments."""
+    tables = upload(originals, edits, rows, out.device)
+    launch(tables, bank, out, output_size=output_size, name=name, scale=scale, offset=offset)
+    # `tables` goes now: torch gives its memory to nothing that could run before the kernel on this stream.
+
+
+def launch(
+    tables: DeviceTables,
+    bank: DeviceBank | None,
+    out: torch.Tensor,
+    *,
+    output_size: tuple[int, int],
+    name: str,
+    scale: NDArray[np.float32],
+    offset: NDArray[np.float32],
+    shape: str | None = None,
+) -> None:
+    """`mix` with tables that are on the device already; `shape` is one of `SHAPES`, None: `SHAPE`."""
     import cupy
 
+    shape = SHAPE if shape is None else shape
     device = out.device
-    count = len(rows)
-    tables = _upload([originals, edits, rows], device)
     height, width = output_size
     pixels = None if bank is None else bank.images
     arguments = (
-        *(np.uintp(table) for table in tables[1]),
+        *(np.uintp(table) for table in tables.addresses),
         np.uintp(0 if pixels is None else pixels.data_ptr()),
         np.int32(0 if pixels is None else pixels.shape[1]),
         np.int32(0 if pixels is None else pixels.shape[2]),
@@ -144,24 +219,26 @@ def mix(
         *scale,
         *offset,
     )
-    grid = (-(-width // _TILE), -(-height // _TILE), count)
+    grid = (-(-width // _TILE), -(-height // _TILE), tables.count)
     stream = torch.cuda.current_stream(device).cuda_stream
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(stream, device.index):
-        _kernel(device.index, name)(grid, (_THREADS, 1, 1), arguments)
-    # `tables` goes now: torch gives its memory to nothing that could run before the kernel on this stream.
+    with cupy.cuda.Device(device.index), _stream(stream, device.index):
+        _kernel(device.index, shape, name)(grid, (SHAPES[shape].threads, 1, 1), arguments)
 
 
-def _upload(tables: list[NDArray[np.void]], device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """Copy tables to the device in one go, without waiting; returns what holds them, and their addresses."""
-    sizes = [table.nbytes for table in tables]
-    starts = np.cumsum([0, *sizes])
-    staging = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=True)
+def upload(
+    originals: NDArray[np.void], edits: NDArray[np.void], rows: NDArray[np.void], device: torch.device
+) -> DeviceTables:
+    """Copy a batch's tables to the device in one go, on torch's current stream, without waiting."""
+    tables = (originals, edits, rows)
+    starts = np.cumsum([0, *(table.nbytes for table in tables)]).tolist()
+    staging = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
     view = staging.numpy()
     for table, start in zip(tables, starts, strict=False):
         view[start : start + table.nbytes] = table.view(np.uint8)
     # torch does not use pinned memory again before a copy from it is done.
     there = staging.to(device, non_blocking=True)
-    return there, [there.data_ptr() + int(start) for start in starts[:-1]]
+    first = there.data_ptr()
+    return DeviceTables(len(rows), (first, first + starts[1], first + starts[2]), there)
 
 
 class Retained:

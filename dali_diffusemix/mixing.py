@@ -2,7 +2,7 @@
 
 The functions named `resample_weights`, `edit_weight`, `mixed_image` and `encode` are the specification, in NumPy.
 `mix` does the same for a batch in one call, with the fused kernel of kernels/mix.cpp where it was built, and
-`mix_on_device` with that of kernels/mix.cu. They work on a `piece_table`: a piece is a rectangle of decoded pixels and
+`mix_on_device` with the GPU's. They work on a `piece_table`: a piece is a rectangle of decoded pixels and
 the place where it lies in its image.
 
         image (of the original, or of the edit)
@@ -286,7 +286,8 @@ def piece_table(
     return table
 
 
-def _row_table(plan: BatchPlan) -> NDArray[np.void]:
+def row_table(plan: BatchPlan) -> NDArray[np.void]:
+    """Describe a batch's rows to the kernels: (n,) of `ROW`."""
     rows = np.zeros(len(plan), dtype=ROW)
     for name in ("span", "seam_width", "fractal_weight", "fractal", "mask", "flip", "fractal_flip"):
         rows[name] = getattr(plan, name)
@@ -330,7 +331,7 @@ def mix(
     done = native.mix(
         originals,
         edits,
-        _row_table(plan),
+        row_table(plan),
         bank,
         out,
         output_size=plan.output_size,
@@ -396,7 +397,7 @@ def mix_on_device(
     gpu.mix(
         originals,
         edits,
-        _row_table(plan),
+        row_table(plan),
         bank,
         out,
         output_size=plan.output_size,

@@ -72,11 +72,17 @@ MIX_FN Axis make_axis(double start, double extent, int output, int source) {
     return {start, extent, scale > 1.0 ? scale : 1.0, output, source};
 }
 
+// Whether the centre of output pixel i lies inside the image.
+MIX_FN bool is_inside(const Axis& axis, int i) {
+    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
+    return centre >= 0 && centre < axis.source;
+}
+
 // First source pixel and number of them that output pixel i reads; none where its centre lies outside the image.
 MIX_FN int taps_of(const Axis& axis, int i, int* first) {
-    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
     *first = 0;
-    if (centre < 0 || centre >= axis.source) return 0;
+    if (!is_inside(axis, i)) return 0;
+    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
     const double low = centre - axis.widened + 0.5, high = centre + axis.widened + 0.5;
     const int begin = low > 0 ? static_cast<int>(low) : 0;
     const int end = high < axis.source ? static_cast<int>(high) : axis.source;

@@ -77,11 +77,15 @@ class Case:
     edits: list[NDArray[np.uint8]]  # NOTHING where a row is not mixed
     bank: NDArray[np.uint8]
 
-    def expected(self, row: int, format: TensorFormat) -> NDArray[np.generic]:
-        """What the specification makes of a row."""
+    def mixed(self, row: int) -> NDArray[np.float32]:
+        """What the specification makes of a row, (height, width, 3) in [0, 255]."""
         edit = self.edits[row] if self.plan.mask[row] >= 0 else None
         fractal = self.bank[self.plan.fractal[row]] if self.plan.fractal[row] >= 0 else None
-        return encode(mixed_image(self.plan, row, self.originals[row], edit, fractal), format)
+        return mixed_image(self.plan, row, self.originals[row], edit, fractal)
+
+    def expected(self, row: int, format: TensorFormat) -> NDArray[np.generic]:
+        """The same as the tensor has it."""
+        return encode(self.mixed(row), format)
 
 
 def random_case(

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from mixing_cases import NOTHING, compare, pixels, plan_of, random_case
 from numpy.typing import NDArray
 
+from dali_diffusemix import gpu
 from dali_diffusemix.mixing import (
     DTYPES,
     IMAGENET,
@@ -34,8 +35,9 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels"
 SHIM = Path(__file__).parent / "cuda_shim"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-# At 64 registers four blocks of 256 threads share a multiprocessor's 65,536; mix.cu asks the compiler for that.
-REGISTERS = {"mix.cu": 64}
+NAMES = [f"mix_{dtype}_{layout}" for dtype in DTYPES for layout in ("nchw", "channels_last")]
+# What the sources ask the compiler for: four blocks of 256 threads, five or four of 128 share 65,536 registers.
+REGISTERS = {"direct": 64, "staged": 96, "staged4": 128}
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -48,15 +50,13 @@ def nvrtc_library() -> Path | None:
     return next((file for place in folders for file in sorted(place.glob("*/lib/libnvrtc.so.*"))), None)
 
 
-def compile_with_nvrtc(library: Path, source: Path, architecture: int) -> tuple[int, str]:
+def compile_with_nvrtc(library: Path, text: str, options: Sequence[str], architecture: int) -> tuple[int, str]:
     nvrtc = ctypes.CDLL(str(library))
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    assert (
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None) == 0
-    )
-    # As CuPy's RawModule calls it, which adds the last two of the first line.
-    options = [f"-arch=sm_{architecture}", "-std=c++17", "-ftz=true", "--device-as-default-execution-space"]
-    options += [f"-I{KERNELS}", "--ptxas-options=-v"]
+    assert nvrtc.nvrtcCreateProgram(ctypes.byref(program), text.encode(), b"mix.cu", 0, None, None) == 0
+    # As CuPy's RawModule calls it, which adds the first three.
+    options = [f"-arch=sm_{architecture}", "-ftz=true", "--device-as-default-execution-space", *options]
+    options.append("--ptxas-options=-v")
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     failed = nvrtc.nvrtcCompileProgram(program, len(options), encoded)
     assert nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size)) == 0
@@ -66,38 +66,40 @@ def compile_with_nvrtc(library: Path, source: Path, architecture: int) -> tuple[
     return failed, log.value.decode()
 
 
-def compile_with_nvcc(nvcc: str, source: Path, architecture: int, folder: Path) -> tuple[int, str]:
-    command = [nvcc, "-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings"]
-    run = subprocess.run([*command, "-o", folder / "out.cubin", source], capture_output=True, text=True)
+def compile_with_nvcc(nvcc: str, text: str, options: Sequence[str], architecture: int, folder: Path) -> tuple[int, str]:
+    (folder / "mix.cu").write_text(text)
+    command = [nvcc, f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-Werror", "all-warnings", *options]
+    run = subprocess.run([*command, "-o", folder / "out.cubin", folder / "mix.cu"], capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", sorted(KERNELS.glob("*.cu")), ids=lambda source: source.name)
-def test_every_kernel_compiles_without_a_warning_or_a_spill(source: Path, architecture: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", gpu.SHAPES)
+def test_every_kernel_compiles_without_a_warning_or_a_spill(shape: str, architecture: int, tmp_path: Path) -> None:
+    """All kernels for sm_90; for the others two, one by one, as the loader compiles the one it needs."""
     library, nvcc = nvrtc_library(), shutil.which("nvcc")
-    if library is not None:
-        failed, log = compile_with_nvrtc(library, source, architecture)
-    elif nvcc is not None:
-        failed, log = compile_with_nvcc(nvcc, source, architecture, tmp_path)
+    text = gpu.source(shape)
+    if architecture == 90:
+        compilations = [(NAMES, gpu.options(shape))]
     else:
-        pytest.skip("neither the wheel nvidia-cuda-nvrtc-cu12 nor nvcc is here")
-    assert not failed and "warning" not in log, log
-    # ptxas: "... Compiling entry function 'mix_uint8_nchw' for 'sm_90'", "... 0 bytes stack frame, 0 bytes spill
-    # stores, 0 bytes spill loads", "... Used 62 registers, ...".
-    names = re.findall(r"entry function '(\w+)'", log)
-    memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
-    report = dict(zip(names, zip(registers, memory, strict=True), strict=True))
-    assert sorted(names) == sorted(kernels_of(source)), report
-    assert all(bytes == ("0", "0", "0") for bytes in memory), report
-    assert max(registers) <= REGISTERS.get(source.name, 255), report
-
-
-def kernels_of(source: Path) -> list[str]:
-    if source.name == "mix.cu":
-        return [f"mix_{dtype}_{layout}" for dtype in DTYPES for layout in ("nchw", "channels_last")]
-    return re.findall(r"__global__[^(]*?\b(\w+)\(", re.sub(r"__launch_bounds__\([^)]*\)", "", source.read_text()))
+        compilations = [([name], gpu.options(shape, name)) for name in ("mix_float32_nchw", "mix_uint8_channels_last")]
+    for expected, options in compilations:
+        if library is not None:
+            failed, log = compile_with_nvrtc(library, text, options, architecture)
+        elif nvcc is not None:
+            failed, log = compile_with_nvcc(nvcc, text, options, architecture, tmp_path)
+        else:
+            pytest.skip("neither the wheel nvidia-cuda-nvrtc-cu12 nor nvcc is here")
+        assert not failed and "warning" not in log, log
+        # ptxas: "... Compiling entry function 'mix_uint8_nchw' for 'sm_90'", "... 0 bytes stack frame, 0 bytes spill
+        # stores, 0 bytes spill loads", "... Used 62 registers, ...".
+        names = re.findall(r"entry function '(\w+)'", log)
+        memory = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", log)
+        registers = [int(used) for used in re.findall(r"Used (\d+) registers", log)]
+        report = dict(zip(names, zip(registers, memory, strict=True), strict=True))
+        assert sorted(names) == sorted(expected), report
+        assert all(bytes == ("0", "0", "0") for bytes in memory), report
+        assert max(registers) <= REGISTERS.get(shape, 255), report
 
 
 # --- run on the CPU -------------------------------------------------------------------------------------------------
@@ -108,7 +110,9 @@ Dim3 = ctypes.c_uint32 * 3
 class Shim:
     """A .cu file compiled by g++ against cuda_shim.h."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    threads = 256
+
+    def __init__(self, source: Path, folder: Path, *defines: str) -> None:
         compiler = shutil.which("g++")
         if compiler is None:
             pytest.skip("the shim needs g++")
@@ -116,8 +120,8 @@ class Shim:
         flags = "-std=c++17 -O2 -march=native -ffp-contract=fast -fno-strict-aliasing -fPIC -fvisibility=hidden"
         checks = "-fsanitize=alignment -Wall -Wextra -Werror -Wno-unknown-pragmas"
         compiled, library = folder / "shim.o", folder / "shim.so"
-        command = [compiler, *flags.split(), *checks.split(), f"-I{SHIM}", "-c", source, "-o", compiled]
-        subprocess.run(command, check=True)
+        command = [compiler, *flags.split(), *checks.split(), *defines, f"-I{SHIM}", f"-I{KERNELS}", "-c", source]
+        subprocess.run([*command, "-o", compiled], check=True)
         subprocess.run([compiler, "-shared", compiled, "-o", library], check=True)
         self._library = ctypes.CDLL(str(library))
         self._library.cuda_shim_forbidden_reads.restype = ctypes.c_int64
@@ -148,9 +152,13 @@ class Shim:
         return int(self._library.cuda_shim_forbidden_reads())
 
 
-@pytest.fixture(scope="module")
-def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
-    return Shim(SHIM / "mix.cpp", tmp_path_factory.mktemp("shim"))
+# Shapes of one file differ in what the compiler for the GPU is asked for only.
+@pytest.fixture(scope="module", params={shape.file: name for name, shape in reversed(gpu.SHAPES.items())}.values())
+def shim(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Shim:
+    shape = gpu.SHAPES[request.param]
+    library = Shim(SHIM / "mix.cpp", tmp_path_factory.mktemp("shim"), f'-DMIX_SHAPE="{shape.file}"', *shape.defines)
+    library.threads = shape.threads
+    return library
 
 
 def run(
@@ -165,7 +173,7 @@ def run(
     offset: int = 0,
     descending: bool = False,
 ) -> NDArray[np.generic]:
-    """Launch mix.cu as the GPU's launcher does; `offset` moves the output off its alignment, in elements."""
+    """Launch the kernel as the GPU's launcher does; `offset` moves the output off its alignment, in elements."""
     height, width = plan.output_size
     shape = format.shape(len(plan), plan.output_size)
     # Guards on both sides, and NaNs (float) or 255 (uint8) inside, so that an element never written shows.
@@ -181,7 +189,7 @@ def run(
     forbidden = shim.launch(
         f"mix_{format.dtype}_{'channels_last' if format.channels_last else 'nchw'}",
         (-(-width // 32), -(-height // 32), len(plan)),
-        (256, 1, 1),
+        (shim.threads, 1, 1),
         [
             *(np.uint64(table.ctypes.data) for table in (originals, edits, rows)),
             np.uint64(0 if bank is None else bank.ctypes.data),
@@ -333,6 +341,35 @@ def test_a_training_batch(shim: Shim, format: TensorFormat) -> None:
     for row in range(2):
         expected = encode(mixed_image(plan, row, originals.seen[row], edits.seen[row], bank[0]), format)
         compare(result[row], expected, format.dtype)
+
+
+@pytest.mark.parametrize("size", [(9, 700), (700, 9), (300, 300)])
+def test_any_ratio(shim: Shim, size: tuple[int, int]) -> None:
+    """Tiles that read many more source columns or rows than they have pixels, or the same few."""
+    generator = np.random.default_rng(11)
+    box = np.array([[0.0, 0, 1, 1], [0.1, 0.05, 0.85, 0.9], [0.4, 0.4, 0.01, 0.01], [-0.2, -0.1, 1.4, 1.3]])
+    mask = np.array([-1, MASKS.index("right"), MASKS.index("top"), MASKS.index("left")], dtype=np.int8)
+    originals = Pieces(generator, [pixels(generator, *size) for _ in mask], box, cut=False)
+    edits = Pieces(generator, [pixels(generator, *size[::-1]) for _ in mask], box, cut=False)
+    bank = pixels(generator, 200, 90)[None]
+    for out in ((35, 36), (3, 2)):
+        plan = plan_of(
+            4,
+            out,
+            box=box,
+            mask=mask,
+            flip=np.array([False, True, True, False]),
+            fractal=np.array([-1, 0, 0, 0]),
+            fractal_flip=np.array([[False, False], [True, False], [False, True], [True, True]]),
+            fractal_weight=np.array([0, 0.3, 0.3, 0.3], dtype=np.float32),
+            seam_width=0.3,
+        )
+        readable = originals.readable + edits.readable
+        result = run(shim, plan, originals.table, edits.table, bank, TensorFormat(), readable)
+        for row in range(4):
+            edit, fractal = (edits.seen[row], bank[0]) if row else (None, None)
+            expected = encode(mixed_image(plan, row, originals.seen[row], edit, fractal), TensorFormat())
+            compare(result[row], expected, "float32")
 
 
 def test_a_pixel_falls_on_the_specifications_side_of_seam_and_edge(shim: Shim) -> None:

@@ -1,6 +1,6 @@
-// kernels/mix.cu as a library of the CPU's.
+// One shape of the mix on the GPU as a library of the CPU's: -DMIX_SHAPE="mix.cu".
 #include "cuda_shim.h"
 
-#include "../../kernels/mix.cu"
+#include MIX_SHAPE
 
 CUDA_SHIM_LIBRARY(decltype(mix_float32_nchw))
