@@ -20,7 +20,9 @@ def machine() -> dict[str, Any]:
     found = {**bench.machine(), "command": sys.argv}
     git = ["git", "-C", str(ROOT)]
     try:
-        found["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        found["commit"] = subprocess.check_output(
+            [*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
         found["changed"] = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True).strip())
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = os.environ.get("COMMIT", "unknown")

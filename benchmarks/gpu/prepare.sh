@@ -12,10 +12,10 @@ photographs=$(cd "$2" && pwd) bundle=$(cd "$3" && pwd)
 unpacker=$(realpath "${4:-$here/../../../shared/gpu_host/bundle.py}")
 most=${MOST:-58000000} # bytes: 55.3 MiB; the repository comes on top
 cd "$here/../.."
-rm -rf "$folder/1" "$folder/2"
-mkdir -p "$folder/1" "$folder/2"
 parts=("$bundle"/part-*)
 [ ${#parts[@]} -eq 2 ] || { echo "$bundle holds ${#parts[@]} parts, two are needed: bundle.py make --only-arch 90"; exit 1; }
+rm -rf "$folder/1" "$folder/2"
+mkdir -p "$folder/1" "$folder/2"
 cp "${parts[0]}" "$bundle/bundle.json" "$unpacker" "$folder/1/"
 cp "${parts[1]}" "$folder/2/"
 git rev-parse HEAD > "$folder/1/COMMIT"

@@ -1,13 +1,13 @@
-"""The calls of a GPU host, rehearsed here: the CPU in the GPU's place, no network, every step killed once in its middle.
+"""The calls of a GPU host, rehearsed here: the CPU in the GPU's place, no network, every step killed once.
 
     prepare.sh FOLDER PHOTOGRAPHS BUNDLE
     rehearse.py FOLDER --python PYTHON --out RECORD
 
 A new folder stands for the host: it gets the repository's tracked files as they are committed, and what call N carries
 when N is made. The calls run under `unshare -n` with PYTHON, an environment that holds what the host has (Python 3.12;
-no DALI). First both calls are made as on the host. Then each step is taken again and killed with SIGKILL, the suite with
-it, after half the time it took: the archive must be whole and still have all other steps; and `--resume` must take the
-step and no other. Needs root, for `unshare -n`.
+no DALI). First both calls are made as on the host. Then each step is taken again, and the suite killed with SIGKILL
+after a third of the time the step took: the archive must be whole and still have all other steps, and `--resume` must
+take the step and end what the killed one left. Needs root, for `unshare -n`.
 """
 
 import argparse
@@ -134,7 +134,7 @@ def main() -> None:
         kept = {name: {key: row[key] for key in ("group", "state", "exit", "seconds")} for name, row in steps.items()}
         print("\n".join(names))
         for name, row in kept.items():
-            row["killed"] = killed(host, name, row["seconds"] / 2)
+            row["killed"] = killed(host, name, row["seconds"] / 3)
             print(name, row["killed"], flush=True)
         size = (host.out / "suite.tar.gz").stat().st_size
     versions = "import sys, torch, numpy; print(sys.version.split()[0], torch.__version__, numpy.__version__)"
