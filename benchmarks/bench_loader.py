@@ -25,8 +25,8 @@ the hardware decoder's share as it is by default), `diffusemix_gpu_0`, `_65`, `_
 `diffusemix_gpu_regions`; `diffusemix_packed_cpu`, `diffusemix_packed_gpu`, `plain_cpu`, `plain_gpu`.
 
 With --seconds S a turn is not an epoch but whole batches for so long, in steady state, as in `dali-diffusemix bench`.
-A contender that fails, dies or takes more than --patience seconds for a turn costs its own row alone: its reason is
-in the record, which is written anew after each round.
+A contender that fails, dies or takes more than --patience seconds for a counted turn costs its own row alone: its
+reason is in the record, which is written anew after each round.
 
 With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then always reads the
 packed store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.

@@ -600,7 +600,8 @@ def interleaved(
         together: All contenders share one process, for variants of one.
         progress: Called after each turn.
         begin_together: The uncounted turns of all contenders run at the same time, which saves their starts.
-        patience: Seconds that a turn may take; the process of a contender that takes longer is killed. None: any time.
+        patience: Seconds that a turn may take, the uncounted one, which has the start in it, five times as many; the
+            process of a contender that takes longer is killed. None: any time.
         each_round: Called after each counted round with what is known so far, as it is returned in the end.
 
     Returns:
@@ -624,6 +625,7 @@ def interleaved(
             processes = {name: stack.enter_context(_Process({name: one})) for name, one in factories.items()}
         for turn in range(1 + rounds):
             at_once = begin_together and turn == 0
+            limit = None if patience is None else patience * (5 if turn == 0 else 1)
             if at_once:
                 for name, process in processes.items():
                     process.ask(name, seconds, watched=True)
@@ -632,7 +634,7 @@ def interleaved(
                     try:
                         if not at_once:
                             process.ask(name, seconds, watched=turn == 0)
-                        turns[name].append(process.answer(name, patience))
+                        turns[name].append(process.answer(name, limit))
                     except DiffuseMixError as error:
                         if name not in optional:
                             raise

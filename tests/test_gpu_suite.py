@@ -216,6 +216,10 @@ def test_the_choice_is_the_fastest_way_that_works() -> None:
     assert "black 3" in chosen["ways"]["gpu_region_0"]["wrong"]["together"]
     assert (chosen["fastest"], chosen["loader"], chosen["plain_dali"]) == ("gpu_whole", "gpu", "whole")
     assert chosen["driver_refuses"] is None and chosen["kernels"]["ok"]
+    del found["gpu_whole"]
+    found["gpu_region"] = results(**speeds(9000))
+    chosen = probe.choice(found | {"gpu_whole": results(one=crash)})
+    assert (chosen["fastest"], chosen["loader"], chosen["plain_dali"]) == ("gpu_region", "cpu", "region")
 
 
 def test_a_driver_that_refuses_the_device_code_is_named() -> None:

@@ -21,5 +21,5 @@ if [ ! -e "$host/site/.unpacked" ]; then
 fi
 export PYTHONPATH=$host/site${PYTHONPATH:+:$PYTHONPATH}
 steps=("${@:3}")
-[ ${#steps[@]} -gt 0 ] || steps=(b c d e f)
+case ${steps[0]:--} in -*) steps=(b c d e f "${steps[@]}") ;; esac
 suite $((seconds - SECONDS)) "${steps[@]}"

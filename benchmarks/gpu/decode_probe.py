@@ -501,8 +501,8 @@ def choice(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "ways": ways,
         "fastest": fastest,
-        # For steps after this one: this package's way to decode, and the form of plain DALI.
-        "loader": None if fastest is None else fastest[:3],
+        # For steps after this one: this package's way to decode, whose "gpu" is whole decode, and plain DALI's form.
+        "loader": None if fastest is None else "gpu" if fastest[:3] == "gpu" and ways["gpu_whole"]["works"] else "cpu",
         "plain_dali": max(forms, key=lambda form: forms[form]) if any(forms.values()) else None,
         "kernels": kernels,
         "driver_refuses": refusals[:5] or None,

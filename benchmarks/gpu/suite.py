@@ -321,7 +321,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         batch, seconds = ("256", "0.8") if cuda else ("32", "0.3")
         command = script(
             *("bench_loader.py", photographs, "--device", options.device, "--batch-size", batch, "--threads", threads),
-            *("--repeat", "1", "--rounds", rounds, "--seconds", seconds, "--begin-together", "--patience", "30"),
+            *("--repeat", "1", "--rounds", rounds, "--seconds", seconds, "--begin-together", "--patience", "15"),
             *("--only", only, "--cache", cache, "--out", str(out / "loader.json")),
         )
         return Step(name="loader-bench", group="d", command=command, limit=110, expected=90)
