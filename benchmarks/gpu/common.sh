@@ -6,6 +6,7 @@ out=${OUT:-$host/out}
 python=${PYTHON:-python3}
 device=${DEVICE:-cuda}
 export DALI_DIFFUSEMIX_SHARED=$host/shared DALI_DIFFUSEMIX_CACHE=$host/cache CUPY_CACHE_DIR=$host/cupy
+ulimit -c 0 # a crash must not take the time to write gigabytes
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
 # Keep what was carried in a folder outside the repository, where the next call finds it.

@@ -30,7 +30,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "DALI_DIFFUSEMIX_SUITE"  # in the environment of a step and of all that it starts
 GRACE = 4.0  # seconds to end in, for a step whose limit is over
-TAIL = 900  # characters of a step's log that are shown
+TAIL = 1300  # characters of a step's log that are shown
 LARGEST = 1 << 20  # bytes of a log in the archive; of a longer one both ends
 REPORTS = (".json", ".log", ".xml", ".jsonl", ".txt")
 
