@@ -1,5 +1,6 @@
 """benchmarks/gpu: the suite's steps end when they must, its archive survives, and the probe tells what works."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -237,6 +238,52 @@ def test_black_pictures_are_found_even_where_the_mean_is_small() -> None:
     found = probe.compared([np.zeros_like(dark)], items)
     assert not found["ok"] and found["black"] == 1 and found["mean"] < 1
     assert not probe.compared([dark[:20]], items)["ok"]
+
+
+FAKE_WAY = """
+import json, os, signal, sys, time
+def say(**content): print(json.dumps(content), flush=True)
+print("a library's own word", flush=True)
+for kind in ("one", "photographs", "cut", "progressive", "together"):
+    if kind in sys.argv[1].split(","):
+        continue
+    say(kind=kind, state="begin")
+    if kind == "photographs":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    if kind == "progressive":
+        time.sleep(60)
+    say(kind=kind, state="done", ok=True)
+say(kind="ready", state="done")
+sys.stdin.readline()
+say(kind="speed of photographs", state="begin")
+os.abort()
+"""
+
+
+def test_a_way_that_crashes_or_hangs_goes_on_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    monkeypatch.setattr(probe, "SILENCE", 1.5)
+    monkeypatch.setattr(
+        probe.Probe, "command", lambda self, way, skip: [sys.executable, "-c", FAKE_WAY, ",".join(skip)]
+    )
+    with contextlib.closing(probe.Probe(argparse.Namespace(out=tmp_path, limit=60))) as taken:
+        taken.decode("gpu_region")
+        taken.time("gpu_region")
+    found = taken.found["gpu_region"]
+    assert {kind: row["ok"] for kind, row in found.items()} == {
+        "one": True,
+        "photographs": False,
+        "cut": True,
+        "progressive": False,
+        "together": True,
+        "speed of photographs": False,
+    }
+    assert found["photographs"]["error"].endswith("SIGSEGV") and found["progressive"]["error"].endswith("for 2 s")
+    assert found["speed of photographs"]["error"].endswith("SIGABRT")
+    assert taken.write()["ways"]["gpu_region"]["works"] is False
+    lines = (tmp_path / "decode-probe.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == list(found)
 
 
 # The calls ------------------------------------------------------------------------------------------------------------

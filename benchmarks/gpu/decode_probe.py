@@ -340,7 +340,8 @@ class Process:
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -376,6 +377,11 @@ class Process:
         self.process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it: then it is left
             self.process.wait(3)
+            self._reader.join(1)
+            for pipe in (self.process.stdin, self.process.stdout):
+                with contextlib.suppress(OSError):  # nobody reads what was not sent
+                    assert pipe is not None
+                    pipe.close()
 
 
 class Probe:
@@ -390,20 +396,30 @@ class Probe:
         self._record = (options.out / "decode-probe.jsonl").open("w")
         self._log = (options.out / "decode-probe-processes.log").open("w")
 
+    def close(self) -> None:
+        """End what waits, and close the files."""
+        for process in self._processes.values():
+            process.end()
+        self._record.close()
+        self._log.close()
+
     def _note(self, way: str, kind: str, content: dict[str, Any]) -> None:
         with self._lock:
             self.found.setdefault(way, {})[kind] = content
             self._record.write(json.dumps({"way": way, "kind": kind, **content}) + "\n")
             self._record.flush()
 
+    def command(self, way: str, skip: Sequence[str]) -> list[str]:
+        """What a way's process runs."""
+        options = self._options
+        command = [sys.executable, __file__, str(options.photographs), "--way", way, "--skip", ",".join(skip)]
+        return [*command, "--device", options.device, "--out", str(options.out), "--seconds", str(options.seconds)]
+
     def decode(self, way: str) -> None:
         """Take a way through all kinds, behind each crash anew."""
         skip: list[str] = []
         for _ in range(1 + RESTARTS):
-            options = self._options
-            command = [sys.executable, __file__, str(options.photographs), "--way", way, "--skip", ",".join(skip)]
-            command += ["--device", options.device, "--out", str(options.out), "--seconds", str(options.seconds)]
-            process, under_way = Process(command, self._log), "start"
+            process, under_way = Process(self.command(way, skip), self._log), "start"
             while True:
                 line = process.line(min(SILENCE, self._end - time.monotonic()))
                 if isinstance(line, str):
@@ -457,8 +473,6 @@ class Probe:
             if way in self._processes and way != "kernels":
                 self.time(way)
                 self.write()
-        for process in self._processes.values():
-            process.end()
         return self.write()
 
     def write(self) -> dict[str, Any]:
@@ -522,7 +536,8 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.way:
         work(options)
-    content = Probe(options).run()
+    with contextlib.closing(Probe(options)) as taken:
+        content = taken.run()
     for way, row in content["ways"].items():
         rates = "/".join(f"{rate or 0:.0f}" for rate in row["images_per_second"].values())
         wrong = "; ".join(f"{kind}: {why[:60]}" for kind, why in row["wrong"].items())
