@@ -88,6 +88,8 @@ def killed(host: Host, name: str, seconds: float) -> dict[str, Any]:
     names, steps = host.archive()
     others = {other: row["state"] for other, row in steps.items() if other != name}
     expected = {other: row["state"] for other, row in before.items() if other != name}
+    if steps[name]["state"] != "running" and seconds > 0.2:
+        return killed(host, name, seconds / 3)  # on a machine that has become faster it was over
     assert steps[name]["state"] == "running" and others == expected, (name, steps[name]["state"], others, expected)
     again = host.call(2, "900", name, "--resume", carry=False)
     output = again.communicate()[0]
