@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--compile", action="store_true", help="one more contender: torch.compile")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--no-warm-up", action="store_true", help="count the first round, for a first look")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     full = options.full_size
@@ -142,10 +143,13 @@ def main() -> None:
         if options.compile:
             contenders["generate, compiled"] = lambda: ours(root, config(steps, compile=True), devices[:1], originals)
         rates: dict[str, list[float]] = {name: [] for name in contenders}
-        for turn in range(1 + options.rounds):
+        if options.no_warm_up:
+            released(prompts, 1)
+        for turn in range(0 if options.no_warm_up else -1, options.rounds):
             for name, work in contenders.items():
                 rate = work()
-                if turn:
+                print(f"{name}: {rate:.3f} edits/s{' (uncounted)' if turn < 0 else ''}", flush=True)
+                if turn >= 0:
                     rates[name].append(rate)
     baseline = statistics.median(rates["released"])
     results: dict[str, Any] = {
@@ -166,6 +170,7 @@ def main() -> None:
         "originals": originals,
         "prompts": len(prompts),
         "devices": list(devices),
+        "warm_up": not options.no_warm_up,
     }
     write(options.out, {"benchmark": "bench_generate", "settings": settings, "results": results})
 

@@ -13,10 +13,20 @@ share counts once) is taken in the first epoch, in which nothing is timed.
     diffusemix_whole          the same as the first, with visible_parts=False: whole images are decoded
     plain                     this package, mix=None
     plain_dali                DALI alone: decode of the crop's region only, resize, crop_mirror_normalize
+    plain_dali_whole          the same, but the whole image is decoded, and cropped while it is resized
+    plain_dali_cpu            the same as plain_dali, decoded on the CPU, copied, and the rest on the GPU
     pillow_plain              DataLoader, Pillow's resize(box=...), NumPy's normalise
     pillow_mixed              the same for original and edit, mixed with NumPy a sample at a time, as the release does
     spdl                      SPDL's DataLoader: FFmpeg decodes, crops, resizes and flips in threads; torch normalises
     webdataset                the same JPEGs in tar shards, WebDataset, pillow_plain's work by WebLoader's workers
+
+On a GPU this package's loader is also measured by each way to decode: `diffusemix_cpu`, `diffusemix_gpu` (whole decode,
+the hardware decoder's share as it is by default), `diffusemix_gpu_0`, `_65`, `_90` (that share in percent),
+`diffusemix_gpu_regions`; `diffusemix_packed_cpu`, `diffusemix_packed_gpu`, `plain_cpu`, `plain_gpu`.
+
+With --seconds S a turn is not an epoch but whole batches for so long, in steady state, as in `dali-diffusemix bench`.
+A contender that fails, dies or takes more than --patience seconds for a counted turn costs its own row alone: its
+reason is in the record, which is written anew after each round.
 
 With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then always reads the
 packed store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.
@@ -27,7 +37,7 @@ libraries beside it.
 
 import argparse
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -43,6 +53,7 @@ from dali_diffusemix.bench import (
     Contender,
     Factory,
     Material,
+    Measurement,
     PillowCrops,
     diffusemix,
     extract,
@@ -59,6 +70,17 @@ from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.store import OriginalStore
 
 IMAGES_PER_SHARD = 64  # of WebDataset's
+EPOCH = 1 << 14  # images of an epoch at least, where turns are not epochs
+
+
+def diffusemix_gpu(
+    material: Material, *, regions: bool = False, hardware_load: float | None = None, mixed: bool = True
+) -> Contender:
+    """This package's loader with DALI's mixed decoders, set as given."""
+    from dali_diffusemix import GpuDecoding
+
+    load = {} if hardware_load is None else {"hardware_load": hardware_load}
+    return diffusemix(material, mixed=mixed, decode=GpuDecoding(regions=regions, **load))
 
 
 def missing(package: str) -> MissingDependencyError:
@@ -229,6 +251,10 @@ def main() -> None:
     parser.add_argument("--only", default="", help="contenders, separated by commas")
     parser.add_argument("--max-side", type=int, help="pack the originals first: longest side N px, quality 90")
     parser.add_argument("--cache", type=Path, help="keep what is set up here for the next run, of one root")
+    parser.add_argument("--seconds", type=float, help="length of a turn; else it is a whole epoch")
+    parser.add_argument("--patience", type=float, default=600, help="seconds that a turn may take")
+    parser.add_argument("--begin-together", action="store_true", help="the uncounted turns at the same time")
+    parser.add_argument("--prepare", action="store_true", help="only set up what --cache keeps")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -239,39 +265,86 @@ def main() -> None:
             num_workers=options.threads,
             device=options.device,
         )
+        images = len(material.dataset(mixed=False))
+        if options.seconds is not None:
+            material = replace(material, epochs=-(-max(EPOCH, 16 * options.batch_size) // images))
+        if options.prepare:
+            return
+        packed = replace(material, root=material.edits.parent / "store")
         shards = folder / f"shards-{options.max_side or 'whole'}"
         contenders: dict[str, Factory] = {
             "diffusemix": partial(diffusemix, material),
             "diffusemix_channels_last": partial(diffusemix, material, channels_last=True),
-            "diffusemix_packed": partial(diffusemix, replace(material, root=material.edits.parent / "store")),
+            "diffusemix_packed": partial(diffusemix, packed),
             "diffusemix_whole": partial(diffusemix, material, visible_parts=False),
             "plain": partial(diffusemix, material, mixed=False),
             "plain_dali": partial(plain_dali, material),
+            "plain_dali_whole": partial(plain_dali, material, form="whole"),
             "pillow_plain": partial(pillow, material),
             "pillow_mixed": partial(pillow, material, mixed=True),
             "spdl": partial(spdl, material),
             "webdataset": partial(webdataset, material, shards, options.repeat),
         }
+        if options.device != "cpu":
+            contenders |= {
+                "plain_dali_cpu": partial(plain_dali, material, form="cpu"),
+                "diffusemix_cpu": partial(diffusemix, material, decode="cpu"),
+                "diffusemix_gpu": partial(diffusemix_gpu, material),
+                **{
+                    f"diffusemix_gpu_{load}": partial(diffusemix_gpu, material, hardware_load=load / 100)
+                    for load in (0, 65, 90)
+                },
+                "diffusemix_gpu_regions": partial(diffusemix_gpu, material, regions=True),
+                "diffusemix_packed_cpu": partial(diffusemix, packed, decode="cpu"),
+                "diffusemix_packed_gpu": partial(diffusemix_gpu, packed),
+                "plain_cpu": partial(diffusemix, material, mixed=False, decode="cpu"),
+                "plain_gpu": partial(diffusemix_gpu, material, mixed=False),
+            }
         wanted = options.only.split(",") if options.only else list(contenders)
         if unknown := set(wanted) - set(contenders):
             parser.error(f"--only must name some of {', '.join(contenders)}, found {', '.join(sorted(unknown))}")
         if "webdataset" in wanted:
             write_shards(material, shards, options.repeat)
+        settings = {
+            "images": images,
+            "batch_size": options.batch_size,
+            "threads": options.threads,
+            "device": options.device,
+            "max_side": options.max_side,
+            "seconds": options.seconds,
+        }
+
+        def keep(results: Mapping[str, Measurement], left_out: Mapping[str, str]) -> None:
+            found = {name: measurement.json() for name, measurement in results.items()}
+            reasons = {name: stated(reason) for name, reason in left_out.items()}
+            content = {"benchmark": "bench_loader", "settings": settings, "results": found, "left_out": reasons}
+            write(options.out, content, quiet=True)
+
         results, left_out = interleaved(
-            {name: contenders[name] for name in wanted}, rounds=options.rounds, optional=("spdl", "webdataset")
+            {name: contenders[name] for name in wanted},
+            rounds=options.rounds,
+            seconds=options.seconds,
+            optional=wanted,
+            begin_together=options.begin_together,
+            patience=options.patience,
+            each_round=keep,
         )
-        images = len(material.dataset(mixed=False))
+        keep(results, left_out)
+    first = next(iter(results.values()), None)
+    for name, measurement in results.items():
+        row = measurement.json()
+        rate = row["images_per_second"]
+        ratio = rate / first.json()["images_per_second"]
+        print(f"{name:26}{rate:9.0f} images/s ({row['lowest']:.0f} to {row['highest']:.0f}) {ratio:6.2f}x")
     for name, reason in left_out.items():
-        print(f"{name} is left out: {reason}")
-    settings = {
-        "images": images,
-        "batch_size": options.batch_size,
-        "threads": options.threads,
-        "device": options.device,
-        "max_side": options.max_side,
-    }
-    found = {name: measurement.json() for name, measurement in results.items()}
-    write(options.out, {"benchmark": "bench_loader", "settings": settings, "results": found, "left_out": left_out})
+        print(f"{name:26}{stated(reason)[:200]}")
+    if not results:
+        raise SystemExit("no contender could be measured")
+
+
+def stated(reason: str) -> str:
+    """Why a contender is left out, as the record has it."""
+    return reason if "not installed" in reason else f"failed: {reason}"
 
 
 if __name__ == "__main__":

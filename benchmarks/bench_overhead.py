@@ -10,7 +10,11 @@ resamples of the rounds. Loading and training share the machine's cores, as they
     all_mixed   MixSpec(probability=1)
     cutmix      plain, and kornia's CutMix of each batch, its labels probabilities
     mixup       plain, and kornia's MixUp of each batch
-    plain_dali  DALI alone: decode of the crop's region, resize, crop_mirror_normalize; in the same place
+    plain_dali  DALI alone: decode of the crop's region, resize, crop_mirror_normalize; in the same place; --dali-form
+                as in bench_loader.py: region, whole, cpu
+
+With --decode this package's loader decodes for a GPU as it says, "cpu" or "gpu". A source that fails costs its own row
+alone; the record is written anew after each round. --amp trains in bfloat16 and channels_last.
 
 Images are cropped by TrainCrop; edits of all nine prompts are made first: procedural, `--edit-size` pixels a side.
 """
@@ -21,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +35,18 @@ from record import ROOT, write
 from torch import nn
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
-from dali_diffusemix.bench import dali
+from dali_diffusemix.bench import Material, plain_dali_batches
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mixing import IMAGENET, IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.mixing import IMAGENET
 
 sys.path.insert(0, str(ROOT / "examples"))
 from batch_transforms import batch_transform
 from models import build
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
+Seconds = dict[str, list[float]]
+Reasons = dict[str, str]
 
 
 def ours(
@@ -54,6 +61,7 @@ def ours(
         crop=TrainCrop(size),
         normalize=None if names else IMAGENET,
     )
+    way = {} if options.decode is None else {"decode": options.decode}
     loader = DiffuseMixLoader(
         dataset,
         options.batch_size,
@@ -62,6 +70,8 @@ def ours(
         num_workers=options.workers,
         device=options.device,
         batch_transform=batch_transform(names, len(dataset.classes)),
+        memory_format=torch.channels_last if options.amp else torch.contiguous_format,
+        **way,
     )
     while True:
         yield from loader
@@ -69,65 +79,74 @@ def ours(
 
 def plain_dali(options: argparse.Namespace, size: int) -> Batches:
     """Batches of DALI's own operators, for ever."""
-    fn, pipeline_def, types = dali()
-    cuda = options.device != "cpu"
-
-    @pipeline_def(
+    material = Material(
+        root=options.data,
+        files=options.data,
         batch_size=options.batch_size,
-        num_threads=options.workers,
-        device_id=0 if cuda else None,
-        prefetch_queue_depth=2,
-        seed=0,
+        num_workers=options.workers,
+        device=options.device,
+        size=size,
     )
-    def pipeline() -> Any:
-        encoded, label = fn.readers.file(file_root=str(options.data), random_shuffle=True)
-        pixels = fn.decoders.image_random_crop(
-            encoded, device="mixed" if cuda else "cpu", output_type=types.RGB, random_aspect_ratio=[3 / 4, 4 / 3]
-        )
-        pixels = fn.resize(pixels, size=[size, size], interp_type=types.INTERP_LINEAR, antialias=True)
-        images = fn.crop_mirror_normalize(
-            pixels,
-            dtype=types.FLOAT,
-            output_layout="CHW",
-            mean=[255 * mean for mean in IMAGENET_MEAN],
-            std=[255 * deviation for deviation in IMAGENET_STD],
-            mirror=fn.random.coin_flip(),
-        )
-        return images, label
-
-    built = pipeline()
-    while True:
-        images, labels = (torch.utils.dlpack.from_dlpack(one.as_tensor()) for one in built.run())
-        yield images, labels.flatten().long()
+    for images, labels in plain_dali_batches(material, form=options.dali_form, drop_last=True):
+        yield images, labels.long()
 
 
-def measure(sources: dict[str, Batches], options: argparse.Namespace, classes: int) -> dict[str, list[float]]:
-    """Seconds of a step, for each source and round; the round before the first is not counted."""
-    model = build("resnet18", classes).to(options.device)
+def measure(
+    sources: dict[str, Batches],
+    options: argparse.Namespace,
+    classes: int,
+    each_round: Callable[[Seconds, Reasons], None],
+) -> None:
+    """Seconds of a step, for each source and round, given to `each_round`; the round before the first is not counted.
+
+    A source that fails is left out from then on, with the reason.
+    """
+    model = build(options.model, classes).to(options.device)
+    if options.amp:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
     criterion = nn.CrossEntropyLoss()
     synchronize: Callable[[], None] = torch.cuda.synchronize if options.device != "cpu" else lambda: None
+    kind = torch.device(options.device).type
 
     def step(batches: Batches) -> None:
         images, labels = next(batches)
-        loss = criterion(model(images), labels.to(images.device))
+        if options.amp:
+            images = images.to(memory_format=torch.channels_last)  # of this package's loader they are so
+        with torch.autocast(kind, torch.bfloat16, enabled=options.amp):
+            loss = criterion(model(images), labels.to(images.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
 
-    seconds: dict[str, list[float]] = {name: [] for name in sources}
+    def turn_of(batches: Batches) -> float:
+        for _ in range(options.skip):
+            step(batches)
+        synchronize()
+        begin = time.perf_counter()
+        for _ in range(options.steps):
+            step(batches)
+        synchronize()
+        return (time.perf_counter() - begin) / options.steps
+
+    seconds: Seconds = {name: [] for name in sources}
+    left_out: Reasons = {}
     for turn in range(options.rounds + 1):
         for name, batches in sources.items():
-            for _ in range(options.skip):
-                step(batches)
-            synchronize()
-            begin = time.perf_counter()
-            for _ in range(options.steps):
-                step(batches)
-            synchronize()
+            if name in left_out:
+                continue
+            try:
+                taken = turn_of(batches)
+            except Exception as error:
+                if name == "plain":  # what all are compared with
+                    raise
+                left_out[name] = f"failed: {type(error).__name__}: {error}"
+                seconds.pop(name)
+                continue
             if turn:
-                seconds[name].append((time.perf_counter() - begin) / options.steps)
-    return seconds
+                seconds[name].append(taken)
+        if turn:
+            each_round(seconds, left_out)
 
 
 def overhead(mixed: list[float], plain: list[float]) -> dict[str, Any]:
@@ -154,6 +173,10 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=6)
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--sources", default="plain,diffusemix,all_mixed,cutmix,mixup,plain_dali")
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 and channels_last")
+    parser.add_argument("--decode", help="of this package's loader on a GPU: cpu or gpu")
+    parser.add_argument("--dali-form", default="region")
     parser.add_argument("--cache", type=Path, help="where edits and fractals are made; else in a folder that goes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -164,7 +187,26 @@ def main() -> None:
         if not bank.exists():
             render_bank(bank, count=64, size=options.edit_size)
         classes = len(DiffuseMixDataset(options.data, edits=edits, crop=TrainCrop(64)).classes)
+        settings = {
+            name: str(value) if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+            if name not in ("out", "cache", "model")
+        }
         results: dict[str, Any] = {}
+        left_out: dict[str, Reasons] = {}
+
+        def keep(size: str, seconds: Seconds, reasons: Reasons) -> None:
+            results[size] = {
+                name: {
+                    "milliseconds_per_step": round(1000 * statistics.median(found), 2),
+                    "A_O": overhead(found, seconds["plain"]),
+                }
+                for name, found in seconds.items()
+            }
+            left_out[size] = dict(reasons)
+            content = {"settings": settings, "model": options.model, "results": results, "left_out": left_out}
+            write(options.out, content, quiet=True)
+
         for size in map(int, options.sizes.split(",")):
             made: dict[str, Callable[[], Batches]] = {
                 "plain": lambda size=size: ours(options, edits, bank, size, 0.0),
@@ -175,21 +217,15 @@ def main() -> None:
                 "plain_dali": lambda size=size: plain_dali(options, size),
             }
             sources = {name: made[name]() for name in options.sources.split(",")}
-            seconds = measure(sources, options, classes)
-            results[str(size)] = {
-                name: {
-                    "milliseconds_per_step": round(1000 * statistics.median(found), 2),
-                    "A_O": overhead(found, seconds["plain"]),
-                }
-                for name, found in seconds.items()
-            }
+            measure(sources, options, classes, partial(keep, str(size)))
             del sources
-    settings = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(options).items()
-        if name not in ("out", "cache")
-    }
-    write(options.out, {"settings": settings, "model": "resnet18", "results": results})
+    for size, rows in results.items():
+        for name, row in rows.items():
+            found = row["A_O"]
+            interval = f"{found['interval'][0]:.2%} to {found['interval'][1]:.2%}"
+            print(f"{size:>4} {name:12}{row['milliseconds_per_step']:9.2f} ms, A_O {found['median']:7.2%} ({interval})")
+        for name, reason in left_out[size].items():
+            print(f"{size:>4} {name:12} {reason[:200]}")
 
 
 if __name__ == "__main__":

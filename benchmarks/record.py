@@ -20,7 +20,9 @@ def machine() -> dict[str, Any]:
     found = {**bench.machine(), "command": sys.argv}
     git = ["git", "-C", str(ROOT)]
     try:
-        found["commit"] = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
+        found["commit"] = subprocess.check_output(
+            [*git, "rev-parse", "HEAD"], text=True, stderr=subprocess.DEVNULL
+        ).strip()
         found["changed"] = bool(subprocess.check_output([*git, "status", "--porcelain", "-uno"], text=True).strip())
     except (OSError, subprocess.CalledProcessError):
         found["commit"] = os.environ.get("COMMIT", "unknown")
@@ -58,10 +60,13 @@ def interleaved(contenders: Mapping[str, Callable[[], int]], rounds: int) -> dic
     }
 
 
-def write(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a record, and print its results."""
+def write(path: Path | None, content: Mapping[str, Any], *, quiet: bool = False) -> None:
+    """Write a record, whole at any moment, and print its results."""
     record = {"machine": machine(), **content}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(content, indent=1))
+        unfinished = path.with_name(f".{path.name}.tmp")
+        unfinished.write_text(json.dumps(record, indent=1) + "\n")
+        unfinished.replace(path)
+    if not quiet:
+        print(json.dumps(content, indent=1))

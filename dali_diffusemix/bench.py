@@ -63,6 +63,7 @@ __all__ = [
     "machine",
     "pillow",
     "plain_dali",
+    "plain_dali_batches",
 ]
 
 _Path = str | os.PathLike[str]
@@ -76,6 +77,7 @@ _PACKED: Final = 256  # originals that are packed to try it
 _LEAST_BATCHES: Final = 32  # in an epoch of a sample
 _SAMPLE_SECONDS: Final = 0.05  # between two looks at memory
 _COLUMNS: Final = 80  # of the text
+_QUEUE: Final = 2  # of batches; DALI's own, and longer ones are no faster
 _OURS: Final = ("diffusemix", "plain")
 
 
@@ -189,8 +191,10 @@ def diffusemix(
     channels_last: bool = False,
     visible_parts: bool = True,
     prefetch_factor: int = 2,
+    decode: Any = None,
 ) -> Contender:
-    """This package's loader; `mixed`, or the plain images."""
+    """This package's loader; `mixed`, or the plain images; `decode` is the loader's, where one is given."""
+    way: dict[str, Any] = {} if decode is None else {"decode": decode}
     loader = DiffuseMixLoader(
         material.dataset(mixed=mixed),
         material.batch_size,
@@ -200,35 +204,69 @@ def diffusemix(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         prefetch_factor=prefetch_factor,
         visible_parts=visible_parts,
+        **way,
     )
     return Contender(epoch=lambda: (len(images) for images, _ in loader), ahead=prefetch_factor + 1)
 
 
-def plain_dali(material: Material) -> Contender:
-    """DALI by itself: the crop's region decoded alone, resize, crop_mirror_normalize. Crops of the same law, its own.
+def plain_dali(material: Material, *, form: str = "region") -> Contender:
+    """DALI by itself, see `plain_dali_batches`."""
+    batches = plain_dali_batches(material, form=form)
+    images_of_epoch = len(material.dataset(mixed=False).catalog) * material.epochs
 
-    Raises MissingDependencyError where DALI is not installed.
+    def epoch() -> Iterator[int]:
+        left = images_of_epoch
+        while left > 0:
+            images, _ = next(batches)
+            # The reader goes on into the next epoch, where the last batch of this one has room.
+            yield min(left, len(images))
+            left -= material.batch_size
+
+    return Contender(epoch=epoch, ahead=_QUEUE + 1)
+
+
+def plain_dali_batches(
+    material: Material, *, form: str = "region", drop_last: bool = False
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of DALI by itself, without end: decode, resize, crop_mirror_normalize. Crops of the same law, its own.
+
+    Args:
+        material: The images.
+        form: What is decoded, and where. "region": the crop alone, on the device; "whole": the image, on the device,
+            cropped by the resize, as a hardware decoder wants it; "cpu": the crop alone, on the CPU, then copied.
+        drop_last: Leave out the part of a batch that an epoch of the reader ends with.
+
+    Raises:
+        ConfigError: There is no such form.
+        MissingDependencyError: DALI is not installed.
     """
+    if form not in ("region", "whole", "cpu"):
+        raise ConfigError(f"form must be 'region', 'whole' or 'cpu', found {form!r}.")
     fn, pipeline_def, types = dali()
     catalog = material.dataset(mixed=False).catalog
     cuda = material.device != "cpu"
-    queue = 2  # DALI's own; longer ones are no faster
+    decoder = "mixed" if cuda and form != "cpu" else "cpu"
     side = material.size
+    resize = {"size": [side, side], "interp_type": types.INTERP_LINEAR, "antialias": True}
 
     @pipeline_def(  # type: ignore[untyped-decorator]
         batch_size=material.batch_size,
         num_threads=material.num_workers,
         device_id=(torch.device(material.device).index or 0) if cuda else None,
-        prefetch_queue_depth=queue,
+        prefetch_queue_depth=_QUEUE,
         seed=material.seed,
     )
     def pipeline() -> Any:
         files = [os.path.join(material.files, path) for path in catalog.paths]  # noqa: PTH118 - speed
         encoded, label = fn.readers.file(files=files, labels=catalog.labels.tolist(), shuffle_after_epoch=True)
-        pixels = fn.decoders.image_random_crop(
-            encoded, device="mixed" if cuda else "cpu", output_type=types.RGB, random_aspect_ratio=[3 / 4, 4 / 3]
-        )
-        pixels = fn.resize(pixels, size=[side, side], interp_type=types.INTERP_LINEAR, antialias=True)
+        if form == "whole":
+            pixels = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+            pixels = fn.random_resized_crop(pixels, random_aspect_ratio=[3 / 4, 4 / 3], **resize)
+        else:
+            pixels = fn.decoders.image_random_crop(
+                encoded, device=decoder, output_type=types.RGB, random_aspect_ratio=[3 / 4, 4 / 3]
+            )
+            pixels = fn.resize(pixels.gpu() if cuda and form == "cpu" else pixels, **resize)
         images = fn.crop_mirror_normalize(
             pixels,
             dtype=types.FLOAT,
@@ -241,15 +279,13 @@ def plain_dali(material: Material) -> Contender:
 
     built = pipeline()
 
-    def epoch() -> Iterator[int]:
-        left = len(catalog) * material.epochs
-        while left > 0:
-            images, _ = built.run()
-            # The reader goes on into the next epoch, where the last batch of this one has room.
-            yield min(left, len(torch.utils.dlpack.from_dlpack(images.as_tensor())))
-            left -= material.batch_size
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        while True:
+            images, labels = (torch.utils.dlpack.from_dlpack(one.as_tensor()) for one in built.run())
+            if len(images) == material.batch_size or not drop_last:
+                yield images, labels.flatten()
 
-    return Contender(epoch=epoch, ahead=queue + 1)
+    return batches()
 
 
 class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
@@ -491,14 +527,25 @@ class _Process:
         self._process = context.Process(target=_serve, args=(theirs, dict(factories)))
         self._process.start()
         theirs.close()
+        self._open = True
 
-    def turn(self, name: str, seconds: float | None, *, watched: bool) -> _Turn:
-        """Have a turn of a contender; `watched`, its memory too. Raises DiffuseMixError."""
-        try:
+    def ask(self, name: str, seconds: float | None, *, watched: bool) -> None:
+        """Begin a turn of a contender; `watched`, its memory too."""
+        with contextlib.suppress(OSError):  # it has ended, which `answer` says
             self._connection.send((name, seconds, watched))
+
+    def answer(self, name: str, patience: float | None) -> _Turn:
+        """The turn that was asked for. Raises DiffuseMixError."""
+        try:
+            if patience is not None and not self._connection.poll(patience):
+                self._process.kill()
+                raise DiffuseMixError(f"{name}: a turn must end within {patience:g} s, found that this one did not.")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
-            self._process.join()
+            self._process.join(5)
+            if self._process.is_alive():  # it closed the pipe and hangs
+                self._process.kill()
+                self._process.join()
             raise DiffuseMixError(
                 f"{name}: its process must live to the end, found exit code {self._process.exitcode}; if it was killed "
                 "for memory, take a smaller batch_size or fewer num_workers. A script that calls this needs "
@@ -511,7 +558,9 @@ class _Process:
 
     def dismiss(self) -> None:
         """Ask it to end, without waiting."""
-        self._connection.close()
+        if self._open:
+            self._connection.close()
+        self._open = False
 
     def __enter__(self) -> Self:
         return self
@@ -534,6 +583,9 @@ def interleaved(
     optional: Collection[str] = (),
     together: bool = False,
     progress: Callable[[], None] | None = None,
+    begin_together: bool = False,
+    patience: float | None = None,
+    each_round: Callable[[Mapping[str, Measurement], Mapping[str, str]], None] | None = None,
 ) -> tuple[dict[str, Measurement], dict[str, str]]:
     """Run contenders in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike.
 
@@ -544,9 +596,13 @@ def interleaved(
         factories: Name to what builds the contender.
         rounds: Counted turns of each.
         seconds: Length of a turn at least, in steady state; None: a turn is a whole epoch from its beginning.
-        optional: Contenders that may fail; they are left out, with the reason.
+        optional: Contenders that may fail or die; they are left out, with the reason.
         together: All contenders share one process, for variants of one.
         progress: Called after each turn.
+        begin_together: The uncounted turns of all contenders run at the same time, which saves their starts.
+        patience: Seconds that a turn may take, the uncounted one, which has the start in it, five times as many; the
+            process of a contender that takes longer is killed. None: any time.
+        each_round: Called after each counted round with what is known so far, as it is returned in the end.
 
     Returns:
         The measurements, and what was left out with the reason of each.
@@ -556,6 +612,11 @@ def interleaved(
     """
     turns: dict[str, list[_Turn]] = {name: [] for name in factories}
     left_out: dict[str, str] = {}
+
+    def found() -> dict[str, Measurement]:
+        done = {name: turns[name] for name in factories if name not in left_out and len(turns[name]) > 1}
+        return {name: _measurement(taken) for name, taken in done.items()}
+
     with contextlib.ExitStack() as stack:
         if together:
             shared = stack.enter_context(_Process(factories))
@@ -563,19 +624,30 @@ def interleaved(
         else:
             processes = {name: stack.enter_context(_Process({name: one})) for name, one in factories.items()}
         for turn in range(1 + rounds):
+            at_once = begin_together and turn == 0
+            limit = None if patience is None else patience * (5 if turn == 0 else 1)
+            if at_once:
+                for name, process in processes.items():
+                    process.ask(name, seconds, watched=True)
             for name, process in processes.items():
                 if name not in left_out:
                     try:
-                        turns[name].append(process.turn(name, seconds, watched=turn == 0))
+                        if not at_once:
+                            process.ask(name, seconds, watched=turn == 0)
+                        turns[name].append(process.answer(name, limit))
                     except DiffuseMixError as error:
                         if name not in optional:
                             raise
                         left_out[name] = str(error)
+                        if not together:
+                            process.dismiss()  # what it holds of the machine is not taken from the rest
                 if progress is not None:
                     progress()
+            if turn and each_round is not None:
+                each_round(found(), dict(left_out))
         for process in processes.values():
             process.dismiss()
-    return {name: _measurement(turns[name]) for name in factories if name not in left_out}, left_out
+    return found(), left_out
 
 
 def _measurement(turns: Sequence[_Turn]) -> Measurement:

@@ -1,6 +1,8 @@
 """bench: contenders measured on real files in processes of their own, the advice, the text, and the command."""
 
 import json
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from dali_diffusemix.bench import (
     bench,
     extract,
     interleaved,
+    plain_dali_batches,
 )
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, StoreError
 from dali_diffusemix.fractals import FractalBank
@@ -194,6 +197,57 @@ def test_what_fails_is_left_out_with_its_reason_or_ends_the_run() -> None:
     with pytest.raises(StoreError, match="found half of it") as caught:
         interleaved({"refused": refused}, rounds=1)
     assert caught.value.__notes__ == ["found where it was looked for"]
+
+
+def dying() -> Contender:
+    def epoch() -> Any:
+        yield 5
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    return Contender(epoch=epoch, ahead=1)
+
+
+def hanging() -> Contender:
+    def epoch() -> Any:
+        for _ in range(3):  # the uncounted turn takes two or three of them
+            time.sleep(0.03)
+            yield 5
+        time.sleep(60)
+
+    return Contender(epoch=epoch, ahead=1)
+
+
+def test_one_that_dies_or_hangs_costs_only_its_own_row() -> None:
+    factories = {"dying": dying, "waiting": waiting, "hanging": hanging, "broken": broken}
+    rounds: list[tuple[list[str], list[str]]] = []
+    begin = time.monotonic()
+    found, left_out = interleaved(
+        factories,
+        rounds=2,
+        seconds=0.05,
+        optional=tuple(factories),
+        begin_together=True,
+        patience=3,
+        each_round=lambda results, reasons: rounds.append((list(results), sorted(reasons))),
+    )
+    assert time.monotonic() - begin < 40
+    assert list(found) == ["waiting"] and len(found["waiting"].images_per_second) == 2
+    assert f"found exit code {-signal.SIGSEGV}" in left_out["dying"]
+    assert "must end within 3 s" in left_out["hanging"]
+    assert left_out["broken"] == "RuntimeError: it does not work"
+    assert rounds == [(["waiting"], ["broken", "dying", "hanging"])] * 2
+
+
+@pytest.mark.parametrize("form", ["region", "whole"])
+def test_plain_dali_by_itself_gives_whole_batches_for_training(photos: Path, form: str) -> None:
+    material = Material(root=photos, files=photos, size=24, batch_size=8, num_workers=1)
+    batches = plain_dali_batches(material, form=form, drop_last=True)
+    for _ in range(6):  # more than an epoch of 33
+        images, labels = next(batches)
+        assert images.shape == (8, 3, 24, 24) and labels.shape == (8,) and set(labels.tolist()) <= {0, 1, 2}
+        assert images.std() > 0.1
+    with pytest.raises(ConfigError, match="found 'half'"):
+        plain_dali_batches(material, form="half")
 
 
 def test_packed_originals_are_extracted_as_they_are(photos: Path, tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def run_command(words: list[str]) -> None:
     elif program == "hf":
         pass
     else:
-        assert program in ("eval", "benchmarks/gpu_suite.sh"), f"nobody looks at {program!r}"
+        known = program == "eval" or (program.startswith("benchmarks/gpu/") and (ROOT / program).is_file())
+        assert known, f"nobody looks at {program!r}"
 
 
 @pytest.mark.parametrize("page", PAGES)
