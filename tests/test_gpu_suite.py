@@ -163,8 +163,7 @@ def test_the_steps_use_options_that_exist_and_take_seven_minutes(tmp_path: Path,
             continue
         source = Path(one.command[1]).read_text()
         for option in one.command[2:]:
-            # bench_kernel.py's own shapes come with the kernel's.
-            assert not option.startswith("--") or option == "--shapes" or f'"{option}"' in source, (one.name, option)
+            assert not option.startswith("--") or f'"{option}"' in source, (one.name, option)
 
 
 def test_the_suite_names_its_steps_when_it_is_asked_for_another(tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The second call on a GPU host: unpack DALI, then steps b to f, within so many seconds.
+# The second call on a GPU host: unpack DALI, then steps b to g, within so many seconds.
 #
 #     OUT=FOLDER benchmarks/gpu/call-2.sh CARRIED/2 [SECONDS [STEP or OPTION...]]
 #
@@ -21,5 +21,5 @@ if [ ! -e "$host/site/.unpacked" ]; then
 fi
 export PYTHONPATH=$host/site${PYTHONPATH:+:$PYTHONPATH}
 steps=("${@:3}")
-case ${steps[0]:--} in -*) steps=(b c d e f "${steps[@]}") ;; esac
+case ${steps[0]:--} in -*) steps=(b c d e f g "${steps[@]}") ;; esac
 suite $((seconds - SECONDS)) "${steps[@]}"

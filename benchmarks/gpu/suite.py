@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a GPU is to show, in short steps, for a host that is lent for minutes and may be lost at any moment.
 
-    suite.py STEP... --out FOLDER     steps or groups of them: a b c d e f; without any, all
+    suite.py STEP... --out FOLDER     steps or groups of them: a b c d e f g; without any, all
 
 Each step is a process, with a log and a time limit of its own. When the limit is over, the process and all that it
 started are killed. A step that fails, crashes or hangs never stops the next. After each step what there is goes into
@@ -297,7 +297,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         return Step(name=name, group=group, command=command, limit=limit, expected=expected, environment=few)
 
     def kernel_benchmark() -> Step:
-        more = ("--shapes", "direct,staged") if cuda else ("--repeat", "3", "--sets", "1", "--threads", threads)
+        more = ("--shapes", "direct,staged,staged4") if cuda else ("--repeat", "3", "--sets", "1", "--threads", threads)
         command = script("bench_kernel.py", "--device", options.device, *more, "--out", str(out / "kernel.json"))
         return Step(name="kernel-bench", group="a", command=command, limit=50, expected=28)
 
@@ -362,7 +362,15 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
     gpu = "tests/gpu"
     host = script("gpu/host.py", "--device", options.device, "--out", str(out / "host.json"))
-    memory = "memory_stays"  # looks at the memory of the whole device: alone
+    alone = "memory_stays or auto"  # look at the memory of the whole device, or measure: nothing runs beside them
+
+    def regions() -> Step:
+        """The tests of a way that may crash in every one of them: a few, unless the probe saw it work."""
+        works = read(out / "choice.json").get("ways", {}).get("gpu_region", {}).get("works", not cuda)
+        which = "regions" if works else "regions and same_samples and 8"
+        arguments = (f"{gpu}/test_gpu_loader.py", "-k", which)
+        return tests("region-tests", 4 if works else 1, 60, 20, *arguments, group="g")
+
     return [
         lambda: Step(name="host", group="a", command=host, limit=40, expected=12),
         lambda: tests("kernel-tests", 10, 75, 35, f"{gpu}/test_gpu_kernel.py", group="a"),
@@ -376,25 +384,28 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
             f"{gpu}/test_gpu_loader.py",
             f"{gpu}/test_gpu_fn.py",
             "-k",
-            f"not {memory}",
+            f"not regions and not ({alone})",
             group="c",
         ),
-        lambda: tests("memory-tests", 1, 75, 35, f"{gpu}/test_gpu_loader.py", "-k", memory, group="c"),
+        lambda: tests(
+            "alone-tests", 1, 100, 40, f"{gpu}/test_gpu_loader.py", "-k", f"not regions and ({alone})", group="c"
+        ),
         loader_benchmark,
         overhead,
         generation,
+        regions,
     ]
 
 
 NAMES = (
-    *("host", "kernel-tests", "kernel-bench", "decode-probe", "loader-tests", "memory-tests"),
-    *("loader-bench", "overhead", "generate"),
+    *("host", "kernel-tests", "kernel-bench", "decode-probe", "loader-tests", "alone-tests"),
+    *("loader-bench", "overhead", "generate", "region-tests"),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"a to f, or {', '.join(NAMES)}")
+    parser.add_argument("steps", nargs="*", metavar="STEP", help=f"a to g, or {', '.join(NAMES)}")
     parser.add_argument("--out", type=Path, required=True, help="logs, records, and what is known of each step")
     parser.add_argument("--archive", type=Path, help="FOLDER/suite.tar.gz, unless said otherwise")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for the rehearsal")
