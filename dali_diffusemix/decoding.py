@@ -47,6 +47,7 @@ WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "cpu": None,
     "gpu": GpuDecoding(),
     "gpu, regions": GpuDecoding(regions=True),
+    "gpu, edits on the cpu": GpuDecoding(regions=True, hardware_load=0.9, edits_on_cpu=True),
 }
 """What "auto" tries; None is the CPU."""
 

@@ -55,10 +55,14 @@ class GpuDecoding:
             JPEG engine can do; of a JPEG with restart markers, as edit stores and packed stores hold, that is the part
             that was cut out of it on reading.
         hardware_load: The share of a batch that the JPEG engine decodes, where there is one; 0 to 1.
+        edits_on_cpu: Decode edits on the CPU, which has cores for that beside a GPU that decodes the originals.
+        fancy_upsampling: Interpolate colours as libjpeg-turbo does.
     """
 
     regions: bool = False
     hardware_load: float = 0.65
+    edits_on_cpu: bool = False
+    fancy_upsampling: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.hardware_load <= 1:
@@ -220,9 +224,10 @@ class PieceDecoder:
         self._decoders: set[int] = set()  # the pipeline's threads
         self._seconds = [0.0, 0.0]  # reading; decoding by earlier pipelines' threads
         self._lock = _gate.lock()
+        self._pipelines: dict[bool, _Pipeline] = {}  # by whether the GPU decodes
+        self._alone: dict[bool, _Pipeline] = {}  # for one image
         with _gate.through(self._lock):
-            self._pipeline: Any = self._build_main()
-        self._alone: _Pipeline | None = None  # a pipeline for one image
+            self._build_main()
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
         self._reading: deque[Future[_Batch]] = deque()
@@ -266,18 +271,18 @@ class PieceDecoder:
             self._advance()
             batch = self._decoding.popleft()
             try:
-                outputs = [] if batch.pipeline is None else batch.pipeline.outputs(batch.number, stream)
-                pieces = self._pieces_of(batch, outputs)
+                pieces, owner = self._decoded(batch, stream)
             except RuntimeError as error:
                 _log.info("DALI refused a batch, which is decoded again one by one: %s", error)
                 decoded = self._decode_alone(batch)
-                # The pipeline took the batches behind with it.
-                self._pipeline = self._build_main()
+                # The pipelines took the batches behind with them.
+                old = [part.pipeline for part in batch.parts]
+                self._build_main()
                 for behind in self._decoding:
-                    if behind.pipeline is batch.pipeline:
+                    if any(part.pipeline in old for part in behind.parts):
                         self._schedule(behind)
             else:
-                decoded = self._gather(batch, pieces, outputs)
+                decoded = self._gather(batch, pieces, owner)
             # A GPU may read the batch before this one a little longer than its outputs' hand-over.
             if self._fetched is not None:
                 self._memory.append(self._fetched.memory)
@@ -308,12 +313,12 @@ class PieceDecoder:
             while self._decoding:
                 batch = self._decoding.popleft()
                 try:
-                    if batch.pipeline is not None:
-                        batch.pipeline.outputs(batch.number)
+                    for part in batch.parts:
+                        part.pipeline.outputs(part.number)
                     self._memory.append(batch.memory)
                 except RuntimeError:
                     self._decoding.clear()
-                    self._pipeline = self._build_main()
+                    self._build_main()
 
     def close(self) -> None:
         """Give threads and memory back."""
@@ -323,7 +328,7 @@ class PieceDecoder:
         self._reading.clear()
         self._decoding.clear()
         self._memory.clear()
-        self._fetched = self._alone = self._pipeline = None
+        self._pipelines, self._alone, self._fetched = {}, {}, None
 
     def _advance(self) -> None:
         """Give DALI what has been read. Waits for a read only if DALI has nothing to do."""
@@ -336,27 +341,49 @@ class PieceDecoder:
             self._schedule(batch)
             self._decoding.append(batch)
 
-    def _build(self, batch_size: int, threads: int) -> "_Pipeline":
-        return _Pipeline(batch_size, threads, device=self.device, gpu=self._gpu)
+    def _build(self, on_gpu: bool, batch_size: int, threads: int) -> "_Pipeline":
+        return _Pipeline(batch_size, threads, device=self.device if on_gpu else None, gpu=self._gpu if on_gpu else None)
 
-    def _build_main(self) -> "_Pipeline":
+    def _build_main(self) -> None:
         self._seconds[1] = self.seconds()[1]
         before = _threads()
-        pipeline = self._build(2 * self._batch_size, self._threads)  # an original and an edit each
+        # A batch has an original and an edit of each sample.
+        self._pipelines = {
+            on_gpu: self._build(on_gpu, 2 * self._batch_size, self._threads) for on_gpu in self._divided(None)
+        }
         self._decoders = _threads() - before
-        return pipeline
+
+    def _divided(self, batch: "_Batch | None") -> dict[bool, NDArray[np.int64]]:
+        """The rows of a batch that DALI is given, by whether the GPU decodes them; that follows from the row alone."""
+        fed = np.zeros(0, dtype=np.int64) if batch is None else batch.fed
+        if self._gpu is None:
+            return {False: fed}
+        if not self._gpu.edits_on_cpu:
+            return {True: fed}
+        edits = np.zeros(0, dtype=np.bool_) if batch is None else fed >= len(batch)
+        return {True: fed[~edits], False: fed[edits]}
 
     def _schedule(self, batch: "_Batch") -> None:
-        """Give a batch to the pipeline; to a new one if the batch is larger than any before."""
+        """Give a batch to the pipelines; to new ones if the batch is larger than any before."""
         if len(batch) > self._batch_size:
             self._batch_size = len(batch)
-            self._pipeline = self._build_main()
-        batch.pipeline = None
-        if len(batch.fed):
-            batch.number = self._pipeline.schedule(
-                [batch.images[row] for row in batch.fed.tolist()], batch.cuts[batch.fed]
-            )
-            batch.pipeline = self._pipeline
+            self._build_main()
+        batch.parts = []
+        for on_gpu, rows in self._divided(batch).items():
+            if len(rows):
+                pipeline = self._pipelines[on_gpu]
+                number = pipeline.schedule([batch.images[row] for row in rows.tolist()], batch.cuts[rows])
+                batch.parts.append(_Part(pipeline, number, rows))
+
+    def _decoded(self, batch: "_Batch", stream: int | None) -> "tuple[dict[int, _Piece | DecodeError], object]":
+        """What DALI made of a batch, by row, and what keeps it."""
+        pieces, owners = dict[int, _Piece | DecodeError](), []
+        for part in batch.parts:
+            outputs = part.pipeline.outputs(part.number, None if part.pipeline.on_host else stream)
+            owners.append(outputs)
+            for i, row in enumerate(part.rows.tolist()):
+                pieces[row] = _piece_of(batch, row, part.pipeline, outputs[i], None)
+        return pieces, owners
 
     def _decode_aside(self, batch: "_Batch") -> None:
         """Start what DALI is not given."""
@@ -366,32 +393,21 @@ class PieceDecoder:
 
     def _decode_alone(self, batch: "_Batch") -> tuple[Decoded, Decoded]:
         """Decode a batch one image at a time, so that each result depends on its own file alone."""
-        return self._gather(batch, {row: self._decode_one(batch, row) for row in batch.fed.tolist()}, None)
+        found = {
+            row: self._decode_one(batch, row, on_gpu)
+            for on_gpu, rows in self._divided(batch).items()
+            for row in rows.tolist()
+        }
+        return self._gather(batch, found, None)
 
-    def _decode_one(self, batch: "_Batch", row: int) -> _Piece | DecodeError:
+    def _decode_one(self, batch: "_Batch", row: int, on_gpu: bool) -> _Piece | DecodeError:
         try:
-            self._alone = self._alone or self._build(1, 1)
-            number = self._alone.schedule([batch.images[row]], batch.cuts[row : row + 1])
-            outputs = self._alone.outputs(number)
-            return self._piece_of(batch, row, outputs[0], outputs)
+            pipeline = self._alone[on_gpu] = self._alone.get(on_gpu) or self._build(on_gpu, 1, 1)
+            outputs = pipeline.outputs(pipeline.schedule([batch.images[row]], batch.cuts[row : row + 1]))
+            return _piece_of(batch, row, pipeline, outputs[0], outputs)
         except RuntimeError:
-            self._alone = None
+            self._alone.pop(on_gpu, None)
         return _decode_by_pillow(batch, row)
-
-    def _pieces_of(self, batch: "_Batch", outputs: Any) -> dict[int, _Piece | DecodeError]:
-        """What DALI made of what it was fed, by row."""
-        return {row: self._piece_of(batch, row, outputs[i], None) for i, row in enumerate(batch.fed.tolist())}
-
-    def _piece_of(self, batch: "_Batch", row: int, pixels: Any, owner: object) -> _Piece:
-        top, left, bottom, right = batch.windows[row].tolist()
-        height, width, _ = pixels.shape()
-        if self._gpu is None or self._gpu.regions:
-            if (height, width) != (bottom - top, right - left):
-                raise RuntimeError(f"a window of {bottom - top} x {right - left} came as {height} x {width} pixels")
-            return _Piece(pixels.data_ptr(), self.device is None, (height, width), (top, left), owner)
-        # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
-        cut_top, cut_left = batch.cuts[row, :2].tolist()
-        return _Piece(pixels.data_ptr(), False, (height, width), (top - cut_top, left - cut_left), owner)
 
     def _gather(
         self, batch: "_Batch", results: dict[int, _Piece | DecodeError], owner: object
@@ -424,6 +440,14 @@ class PieceDecoder:
         return source(slice(0, len(batch))), source(slice(len(batch), 2 * len(batch)))
 
 
+class _Part(NamedTuple):
+    """What of a batch a pipeline decodes."""
+
+    pipeline: "_Pipeline"
+    number: int  # of the batch in the pipeline
+    rows: NDArray[np.int64]
+
+
 @dataclass
 class _Batch:
     """A batch under way: its n originals, then its n edits."""
@@ -439,8 +463,7 @@ class _Batch:
     seconds: float  # that reading took
     fed: NDArray[np.int64] = field(init=False)  # the rows that DALI is given
     aside: dict[int, "Future[_Piece | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
-    pipeline: "_Pipeline | None" = None  # that decodes it; None: DALI is given nothing
-    number: int = 0  # in that pipeline
+    parts: "list[_Part]" = field(default_factory=list)
 
     def __post_init__(self) -> None:
         there = np.fromiter((image is not None for image in self.images), np.bool_, len(self.images))
@@ -490,15 +513,36 @@ def _decode_by_pillow(batch: _Batch, row: int) -> _Piece | DecodeError:
     return _Piece(window.ctypes.data, True, (bottom - top, right - left), (top, left), window)
 
 
+def _piece_of(batch: _Batch, row: int, pipeline: "_Pipeline", pixels: Any, owner: object) -> _Piece:
+    """Describe what a pipeline made of a row. Raises RuntimeError if that is not what was asked for."""
+    top, left, bottom, right = batch.windows[row].tolist()
+    height, width, _ = pixels.shape()
+    if pipeline.regions:
+        if (height, width) != (bottom - top, right - left):
+            raise RuntimeError(f"a window of {bottom - top} x {right - left} came as {height} x {width} pixels")
+    else:
+        # The whole of what was cut out, which begins where the window lies in the image less where it lies in the cut.
+        cut_top, cut_left, cut_bottom, cut_right = batch.cuts[row].tolist()
+        if height < cut_bottom or width < cut_right:
+            raise RuntimeError(f"an image of {cut_bottom} x {cut_right} at least came as {height} x {width} pixels")
+        top, left = top - cut_top, left - cut_left
+    return _Piece(pixels.data_ptr(), pipeline.on_host, (height, width), (top, left), owner)
+
+
 class _Pipeline:
     """A DALI pipeline that decodes at most `batch_size` encoded images, or windows of them, at a time."""
 
     def __init__(self, batch_size: int, threads: int, *, device: int | None, gpu: GpuDecoding | None) -> None:
         fn, pipeline_def, types = dali()
-        self._regions = gpu is None or gpu.regions
+        self.regions = gpu is None or gpu.regions
+        self.on_host = gpu is None
         options = {"output_type": types.RGB, "device": "cpu"}
         if gpu is not None:
-            options |= {"device": "mixed", "hw_decoder_load": gpu.hardware_load}
+            options |= {
+                "device": "mixed",
+                "hw_decoder_load": gpu.hardware_load,
+                "jpeg_fancy_upsampling": gpu.fancy_upsampling,
+            }
 
         # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
         # before the first is handed out.
@@ -509,7 +553,7 @@ class _Pipeline:
             # It is not copied: who feeds it keeps it.
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             number = fn.external_source(name="number", dtype=types.INT64, ndim=0)
-            if not self._regions:
+            if not self.regions:
                 return fn.decoders.image(encoded, **options), number
             ends = {end: fn.external_source(name=end, dtype=types.INT32, ndim=1) for end in _ENDS}
             return fn.decoders.image_slice(encoded, **ends, axes=[0, 1], **options), number
@@ -528,7 +572,7 @@ class _Pipeline:
         self._scheduled += 1
         self.pipeline.feed_input("encoded", images)
         self.pipeline.feed_input("number", np.full(len(images), self._scheduled))
-        if self._regions:
+        if self.regions:
             for end, values in zip(_ENDS, (windows[:, :2], windows[:, 2:]), strict=True):
                 self.pipeline.feed_input(end, np.ascontiguousarray(values))
         self.pipeline.schedule_run()

@@ -87,12 +87,12 @@ def _black(piece):  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize(
     ("answers", "way"),
     [
-        ({"cpu": 1000.0, "gpu": 1200.0, "gpu, regions": 1150.0}, "gpu"),
-        ({"cpu": 1000.0, "gpu": 1200.0, "gpu, regions": 1300.0}, "gpu, regions"),
-        ({"cpu": 1000.0, "gpu": 1050.0, "gpu, regions": None}, "cpu"),
-        ({"cpu": 1000.0, "gpu": None, "gpu, regions": None}, "cpu"),
-        ({"cpu": None, "gpu": 100.0, "gpu, regions": None}, "gpu"),
-        ({"cpu": None, "gpu": None, "gpu, regions": None}, "cpu"),
+        ({"cpu": 1000.0, "gpu": 1200.0, "gpu, regions": 1150.0, "gpu, edits on the cpu": 900.0}, "gpu"),
+        ({"cpu": 1000.0, "gpu": 1200.0, "gpu, regions": 1300.0, "gpu, edits on the cpu": None}, "gpu, regions"),
+        ({"cpu": 1000.0, "gpu": 1050.0, "gpu, regions": None, "gpu, edits on the cpu": None}, "cpu"),
+        ({"cpu": 1000.0, "gpu": None, "gpu, regions": None, "gpu, edits on the cpu": None}, "cpu"),
+        ({"cpu": None, "gpu": 100.0, "gpu, regions": None, "gpu, edits on the cpu": 1.0}, "gpu"),
+        ({"cpu": None, "gpu": None, "gpu, regions": None, "gpu, edits on the cpu": None}, "cpu"),
     ],
 )
 def test_the_gpu_is_chosen_where_it_is_clearly_faster(

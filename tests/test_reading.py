@@ -1,6 +1,8 @@
 """Reading: what is cut out of a JPEG has the pixels of the whole; what cannot be read is named; memory is enough."""
 
+import ctypes
 import errno
+import math
 import os
 import threading
 from pathlib import Path
@@ -99,7 +101,9 @@ def test_dali_sees_the_same_and_less_of_it_is_read(tmp_path: Path) -> None:
     originals, edits = decoder.fetch()
     assert not originals.errors and not edits.data.any()
     for i, (top, left, bottom, right) in enumerate(windows.tolist()):
-        piece = np.asarray(originals.owner[0][i])  # type: ignore[index]
+        shape = (*originals.shapes[i].tolist(), 3)
+        memory = (ctypes.c_uint8 * math.prod(shape)).from_address(int(originals.data[i]))
+        piece = np.ctypeslib.as_array(memory).reshape(shape)
         np.testing.assert_array_equal(piece, pixels[top:bottom, left:right])
     decoder.close()
     read_bytes = [len(image) for image in read([place] * count, windows).images if image is not None]

@@ -30,6 +30,7 @@ from dali_diffusemix import (
 MEAN_DIFFERENCE = 3 / 255
 MEAN_OF_A_SAMPLE = 12 / 255
 LARGEST_DIFFERENCE = 128 / 255
+FANCY_DIFFERENCE = 6 / 255
 # The kernels' sums differ in their order only.
 SAME = 2e-5
 
@@ -38,10 +39,12 @@ WAYS: dict[str, decoding.Decode] = {
     "whole": GpuDecoding(),
     "regions": GpuDecoding(regions=True),
     "no_engine": GpuDecoding(hardware_load=0),
+    "edits_apart": GpuDecoding(regions=True, edits_on_cpu=True),
+    "fancy": GpuDecoding(fancy_upsampling=True),
 }
 
 
-@pytest.fixture(params=[name for name in WAYS if name != "no_engine"])
+@pytest.fixture(params=["cpu", "whole", "regions", "edits_apart"])
 def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -74,6 +77,8 @@ def check(images: torch.Tensor, expected: torch.Tensor, way: str) -> None:
     # A decoder that answers success with black or stale pixels differs by far more in that sample.
     assert samples.max() <= MEAN_OF_A_SAMPLE
     assert samples.mean() <= MEAN_DIFFERENCE and difference.max() <= LARGEST_DIFFERENCE
+    if way == "fancy":
+        assert difference.max() <= FANCY_DIFFERENCE
 
 
 @pytest.mark.parametrize("batch_size", [8, 33])
