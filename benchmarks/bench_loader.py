@@ -20,9 +20,9 @@ share counts once) is taken in the first epoch, in which nothing is timed.
     spdl                      SPDL's DataLoader: FFmpeg decodes, crops, resizes and flips in threads; torch normalises
     webdataset                the same JPEGs in tar shards, WebDataset, pillow_plain's work by WebLoader's workers
 
-On a GPU this package's loader is also measured by each way to decode: `diffusemix_cpu`, `diffusemix_gpu` (whole decode,
-the hardware decoder's share as it is by default), `diffusemix_gpu_0`, `_65`, `_90` (that share in percent),
-`diffusemix_gpu_regions`; `diffusemix_packed_cpu`, `diffusemix_packed_gpu`, `plain_cpu`, `plain_gpu`.
+On a GPU this package's loader is also measured by each way to decode: `diffusemix_WAY`, `diffusemix_packed_WAY` and
+`plain_WAY`, where WAY is one of `WAYS`: `cpu`; `gpu`, whole images; `regions`; `shared`, edits on the CPU and originals
+on the GPU; `fancy`, colours interpolated as on the CPU; the hardware decoder's share, in percent, at the end.
 
 With --seconds S a turn is not an epoch but whole batches for so long, in steady state, as in `dali-diffusemix bench`.
 A contender that fails, dies or takes more than --patience seconds for a counted turn costs its own row alone: its
@@ -62,25 +62,35 @@ from dali_diffusemix.bench import (
     plain_dali,
 )
 from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.decoding import Decode
 from dali_diffusemix.errors import DataError, MissingDependencyError
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
 from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.pipeline import GpuDecoding
 from dali_diffusemix.store import OriginalStore
 
 IMAGES_PER_SHARD = 64  # of WebDataset's
 EPOCH = 1 << 14  # images of an epoch at least, where turns are not epochs
 
 
-def diffusemix_gpu(
-    material: Material, *, regions: bool = False, hardware_load: float | None = None, mixed: bool = True
-) -> Contender:
-    """This package's loader with DALI's mixed decoders, set as given."""
-    from dali_diffusemix import GpuDecoding
-
-    load = {} if hardware_load is None else {"hardware_load": hardware_load}
-    return diffusemix(material, mixed=mixed, decode=GpuDecoding(regions=regions, **load))
+# Of this package's loader on a GPU: where it decodes; see `GpuDecoding`.
+WAYS: dict[str, Decode] = {
+    "cpu": "cpu",
+    "gpu": GpuDecoding(),
+    "gpu_0": GpuDecoding(hardware_load=0),
+    "gpu_90": GpuDecoding(hardware_load=0.9),
+    "gpu_fancy": GpuDecoding(fancy_upsampling=True),
+    "regions": GpuDecoding(regions=True),
+    "regions_90": GpuDecoding(regions=True, hardware_load=0.9),
+    "regions_fancy": GpuDecoding(regions=True, fancy_upsampling=True),
+    "shared": GpuDecoding(edits_on_cpu=True),
+    "shared_90": GpuDecoding(edits_on_cpu=True, hardware_load=0.9),
+    "shared_regions": GpuDecoding(regions=True, edits_on_cpu=True),
+    "shared_regions_90": GpuDecoding(regions=True, edits_on_cpu=True, hardware_load=0.9),
+    "shared_regions_100": GpuDecoding(regions=True, edits_on_cpu=True, hardware_load=1),
+}
 
 
 def missing(package: str) -> MissingDependencyError:
@@ -288,17 +298,9 @@ def main() -> None:
         if options.device != "cpu":
             contenders |= {
                 "plain_dali_cpu": partial(plain_dali, material, form="cpu"),
-                "diffusemix_cpu": partial(diffusemix, material, decode="cpu"),
-                "diffusemix_gpu": partial(diffusemix_gpu, material),
-                **{
-                    f"diffusemix_gpu_{load}": partial(diffusemix_gpu, material, hardware_load=load / 100)
-                    for load in (0, 65, 90)
-                },
-                "diffusemix_gpu_regions": partial(diffusemix_gpu, material, regions=True),
-                "diffusemix_packed_cpu": partial(diffusemix, packed, decode="cpu"),
-                "diffusemix_packed_gpu": partial(diffusemix_gpu, packed),
-                "plain_cpu": partial(diffusemix, material, mixed=False, decode="cpu"),
-                "plain_gpu": partial(diffusemix_gpu, material, mixed=False),
+                **{f"diffusemix_{way}": partial(diffusemix, material, decode=WAYS[way]) for way in WAYS},
+                **{f"diffusemix_packed_{way}": partial(diffusemix, packed, decode=WAYS[way]) for way in WAYS},
+                **{f"plain_{way}": partial(diffusemix, material, mixed=False, decode=WAYS[way]) for way in WAYS},
             }
         wanted = options.only.split(",") if options.only else list(contenders)
         if unknown := set(wanted) - set(contenders):

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -290,10 +291,17 @@ def work(options: argparse.Namespace) -> None:
     if options.way == "kernels":
         one_kind("kernels", lambda: kernels(material["photographs"][:8], device))
     else:
+        decoder: Decoder | None = None
         for kind, items in material.items():
-            if kind not in options.skip.split(","):
-                # Anew for each kind: a failure ends a pipeline.
-                one_kind(kind, lambda kind=kind, items=items: decoded(kind, items, way, device))
+            if kind in options.skip.split(","):
+                continue
+            begin = time.perf_counter()
+            if decoder is None:  # anew behind a failure, which ends a pipeline
+                decoder = Decoder(way, max(map(len, material.values())), 4, device)
+            built = round(time.perf_counter() - begin, 2)
+            found = one_kind(kind, partial(decoded, kind, items, decoder), build_seconds=built)
+            if "error" in found:
+                decoder = None
     say(kind="ready", state="done")
     if options.way != "kernels" and sys.stdin.readline().strip():
         for kind in ("photographs", "cut"):
@@ -308,8 +316,7 @@ def work(options: argparse.Namespace) -> None:
     os._exit(0)  # what a library does at its end is not the question
 
 
-def decoded(kind: str, items: Sequence[Item], way: dict[str, Any], device: int | None) -> dict[str, Any]:
-    decoder = Decoder(way, len(items), 4, device)
+def decoded(kind: str, items: Sequence[Item], decoder: "Decoder") -> dict[str, Any]:
     if kind != "damaged":
         return compared(decoder(items), items)
     try:
@@ -323,14 +330,15 @@ def flat_rows(pixels: NDArray[np.uint8]) -> int:
     return int((np.ptp(pixels.reshape(len(pixels), -1), axis=1) == 0).sum())
 
 
-def one_kind(kind: str, attempt: Callable[[], dict[str, Any]]) -> None:
+def one_kind(kind: str, attempt: Callable[[], dict[str, Any]], **more: Any) -> dict[str, Any]:
     say(kind=kind, state="begin")
     begin = time.perf_counter()
     try:
         found = attempt()
     except Exception as error:
         found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:1500]}
-    say(kind=kind, state="done", seconds=round(time.perf_counter() - begin, 2), **found)
+    say(kind=kind, state="done", seconds=round(time.perf_counter() - begin, 2), **more, **found)
+    return found
 
 
 # All ways -------------------------------------------------------------------------------------------------------------

@@ -311,11 +311,12 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         if options.only:
             only = options.only
         elif cuda:
-            only = (
-                "diffusemix_cpu,diffusemix_packed_cpu,diffusemix_gpu,diffusemix_packed_gpu,diffusemix_gpu_0,"
-                "diffusemix_gpu_90,diffusemix_gpu_regions,plain_cpu,plain_gpu,plain_dali,plain_dali_whole,"
-                "plain_dali_cpu,pillow_mixed"
-            )
+            ours = ("cpu", "gpu", "gpu_0", "gpu_90", "regions", "shared_regions_90")
+            names = [f"diffusemix_{way}" for way in ours] + [
+                f"diffusemix_packed_{way}" for way in ours if way[-1] != "0"
+            ]
+            names += ["diffusemix_packed_shared_regions_90", "plain_cpu", "plain_gpu", "plain_regions"]
+            only = ",".join([*names, "plain_dali", "plain_dali_whole", "plain_dali_cpu", "pillow_mixed"])
         else:
             only = "diffusemix,diffusemix_packed,plain,plain_dali,plain_dali_whole,pillow_mixed"
         batch, seconds = ("256", "0.8") if cuda else ("32", "0.3")
