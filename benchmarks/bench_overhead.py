@@ -13,7 +13,7 @@ resamples of the rounds. Loading and training share the machine's cores, as they
     plain_dali  DALI alone: decode of the crop's region, resize, crop_mirror_normalize; in the same place; --dali-form
                 as in bench_loader.py: region, whole, cpu
 
-With --decode this package's loader decodes for a GPU as it says, "cpu" or "gpu". A source that fails costs its own row
+With --decode this package's loader decodes for a GPU as bench_loader.py's `WAYS` has it. A source that fails costs its own row
 alone; the record is written anew after each round. --amp trains in bfloat16 and channels_last.
 
 Images are cropped by TrainCrop; edits of all nine prompts are made first: procedural, `--edit-size` pixels a side.
@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_loader import WAYS
 from record import ROOT, write
 from torch import nn
 
@@ -61,7 +62,7 @@ def ours(
         crop=TrainCrop(size),
         normalize=None if names else IMAGENET,
     )
-    way = {} if options.decode is None else {"decode": options.decode}
+    way = {} if options.decode is None else {"decode": WAYS[options.decode]}
     loader = DiffuseMixLoader(
         dataset,
         options.batch_size,
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--sources", default="plain,diffusemix,all_mixed,cutmix,mixup,plain_dali")
     parser.add_argument("--model", default="resnet18")
     parser.add_argument("--amp", action="store_true", help="bfloat16 and channels_last")
-    parser.add_argument("--decode", help="of this package's loader on a GPU: cpu or gpu")
+    parser.add_argument("--decode", choices=WAYS, help="of this package's loader on a GPU")
     parser.add_argument("--dali-form", default="region")
     parser.add_argument("--cache", type=Path, help="where edits and fractals are made; else in a folder that goes")
     parser.add_argument("--out", type=Path)

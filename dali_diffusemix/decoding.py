@@ -190,7 +190,7 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     upload = PieceUpload(device, threads)
 
     def fetch() -> tuple[NDArray[np.void], object]:
-        decoder.submit(sources)
+        decoder.submit(lambda: sources)
         decoded = decoder.fetch(torch.cuda.current_stream(device).cuda_stream if way else None)
         for one in decoded:
             for error in one.errors.values():
@@ -201,7 +201,7 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(device) if cuda else contextlib.nullcontext():
         sources = _photographs(Path(folder))
         for _ in range(4):
-            decoder.submit(sources)
+            decoder.submit(lambda: sources)
         table, owner = fetch()
         _compare(table, sources, device)
         del owner

@@ -618,6 +618,19 @@ class _Progress:
         )
 
 
+class _Planned:
+    """A batch's plan and sources, made when they are first asked for: by the decoder, in its own thread."""
+
+    plan: BatchPlan
+
+    def __init__(self, loader: DiffuseMixLoader, epoch: int, order: BatchOrder) -> None:
+        self._loader, self._epoch, self.order = loader, epoch, order
+
+    def __call__(self) -> Sources:
+        self.plan = self._loader.dataset.planner.batch(self._epoch, self.order.indices)
+        return self._loader._sources(self.plan)
+
+
 class _Iterator(Iterator[Batch]):
     """One epoch. Nothing is read before the first `next`. Several threads may share it; each batch goes to one."""
 
@@ -626,7 +639,7 @@ class _Iterator(Iterator[Batch]):
         self._loader = loader
         self._progress = progress
         self._orders: Iterator[BatchOrder] | None = None
-        self._under_way: deque[tuple[BatchOrder, BatchPlan]] = deque()
+        self._under_way: deque[_Planned] = deque()
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -678,26 +691,27 @@ class _Iterator(Iterator[Batch]):
             if progress.decoder is None:
                 progress.decoder = loader._take_decoder(loader.batch_size or len(order.indices))
                 progress.before = progress.decoder.seconds()
-            plan = loader.dataset.planner.batch(progress.epoch, order.indices)
-            progress.decoder.submit(loader._sources(plan))
-            self._under_way.append((order, plan))
+            planned = _Planned(loader, progress.epoch, order)
+            progress.decoder.submit(planned)
+            self._under_way.append(planned)
 
     def _deliver(self) -> tuple[Batch, BatchOrder]:
         loader, progress, decoder = self._loader, self._progress, self._progress.decoder
         assert decoder is not None
-        order, plan = self._under_way.popleft()
+        planned = self._under_way.popleft()
+        order = planned.order
         begin = time.perf_counter()
         if loader.device.type == "cpu":
             decoded = decoder.fetch()
             progress.idle += time.perf_counter() - begin
-            images, plan = self._mixed(plan, decoded)
+            images, plan = self._mixed(planned.plan, decoded)
             labels = torch.from_numpy(loader.dataset.labels_of(plan))
         else:
             with torch.cuda.device(loader.device):
                 stream = None if decoder.device is None else torch.cuda.current_stream(loader.device).cuda_stream
                 decoded = decoder.fetch(stream)
                 progress.idle += time.perf_counter() - begin
-                images, plan = self._mixed(plan, decoded)
+                images, plan = self._mixed(planned.plan, decoded)
                 labels = torch.from_numpy(loader.dataset.labels_of(plan)).pin_memory()
                 labels = labels.to(loader.device, non_blocking=True)
         batch: Batch = (images, labels)

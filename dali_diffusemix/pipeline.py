@@ -28,7 +28,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -253,8 +253,12 @@ class PieceDecoder:
             yield
             self.intact = True
 
-    def submit(self, sources: Sources) -> None:
-        """Start to read and decode a batch; returns at once."""
+    def submit(self, sources: Callable[[], Sources]) -> None:
+        """Start to read and decode a batch; returns at once.
+
+        Args:
+            sources: Called once, in the thread that reads. What it raises, `fetch` raises when the batch's turn comes.
+        """
         with self._call():
             memory = self._memory.pop() if self._memory else None
             self._reading.append(self._reader.submit(_read, sources, memory))
@@ -292,7 +296,7 @@ class PieceDecoder:
     def decode_now(self, sources: Sources) -> tuple[Decoded, Decoded]:
         """Read and decode a batch beside those that were submitted, one image at a time."""
         with self._call():
-            batch = _read(sources, None)
+            batch = _read(lambda: sources, None)
             self._decode_aside(batch)
             return self._decode_alone(batch)
 
@@ -473,8 +477,9 @@ class _Batch:
         return len(self.places) // 2
 
 
-def _read(sources: Sources, memory: NDArray[np.uint8] | None) -> _Batch:
+def _read(make: Callable[[], Sources], memory: NDArray[np.uint8] | None) -> _Batch:
     """Read what a batch decodes, in one go."""
+    sources = make()
     begin = time.perf_counter()
     places = [*sources.originals, *sources.edits]
     windows = np.concatenate([sources.original_windows, sources.edit_windows])

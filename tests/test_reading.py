@@ -89,7 +89,7 @@ def test_dali_sees_the_same_and_less_of_it_is_read(tmp_path: Path) -> None:
     place = os.fsencode(tmp_path / "photo.jpg")
     decoder = PieceDecoder(count, threads=2)
     decoder.submit(
-        Sources(
+        lambda: Sources(
             originals=[place] * count,
             edits=[None] * count,
             original_windows=windows,

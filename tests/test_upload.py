@@ -87,7 +87,7 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
     decoder = loader._take_decoder(9)
     for step, (images, _) in enumerate(loader):
         plan = loader.plan(0, step)
-        decoder.submit(loader._sources(plan))
+        decoder.submit(lambda plan=plan: loader._sources(plan))
         pieces = _Pieces.of(plan, decoder.fetch())
         moved, block = upload(pieces.table.ravel(), pieces.on_host.ravel())
         assert pieces.on_host[pieces.table["data"] != 0].all()

@@ -270,8 +270,9 @@ def choice(out: Path) -> dict[str, str | None]:
         found = {choice: rates[name] for name, choice in names.items() if name in rates}
         return max(found, key=lambda choice: found[choice]) if found else otherwise
 
+    ways = {name: name.removeprefix("diffusemix_") for name in rates if name.startswith("diffusemix_")}
     return {
-        "loader": fastest({"diffusemix_cpu": "cpu", "diffusemix_gpu": "gpu"}, probed.get("loader")),
+        "loader": fastest({name: way for name, way in ways.items() if "packed" not in way}, probed.get("loader")),
         "plain_dali": fastest(
             {"plain_dali": "region", "plain_dali_whole": "whole", "plain_dali_cpu": "cpu"}, probed.get("plain_dali")
         ),
@@ -329,7 +330,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
     def overhead() -> Step:
         found = choice(out)
-        size = ("--sizes", "224", "--model", "resnet50", "--amp", "--batch-size", "128", "--skip", "5", "--steps", "12")
+        size = ("--sizes", "224", "--model", "resnet50", "--amp", "--batch-size", "128", "--skip", "5", "--steps", "20")
         if not cuda:
             size = ("--sizes", "32", "--batch-size", "16", "--skip", "1", "--steps", "2")
         decode = ("--decode", found["loader"]) if cuda and found.get("loader") else ()
@@ -346,7 +347,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
                 "--workers",
                 threads,
             ),
-            *("--sources", "plain,diffusemix,all_mixed,plain_dali", "--rounds", rounds),
+            *("--sources", "plain,all_mixed,plain_dali", "--rounds", rounds),
             *("--cache", cache + "-training", "--out", str(out / "overhead.json")),
         )
         return Step(name="overhead", group="e", command=command, limit=60, expected=40)
