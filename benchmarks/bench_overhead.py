@@ -13,8 +13,8 @@ resamples of the rounds. Loading and training share the machine's cores, as they
     plain_dali  DALI alone: decode of the crop's region, resize, crop_mirror_normalize; in the same place; --dali-form
                 as in bench_loader.py: region, whole, cpu
 
-With --decode this package's loader decodes for a GPU as bench_loader.py's `WAYS` has it. A source that fails costs its own row
-alone; the record is written anew after each round. --amp trains in bfloat16 and channels_last.
+With --decode this package's loader decodes for a GPU as `WAYS` of bench_loader.py has it. A source that fails costs its
+own row alone; the record is written anew after each round. --amp trains in bfloat16 and channels_last.
 
 Images are cropped by TrainCrop; edits of all nine prompts are made first: procedural, `--edit-size` pixels a side.
 """
