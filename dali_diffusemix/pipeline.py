@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError
+from dali_diffusemix.native import quiet
 from dali_diffusemix.pixels import decode_listed
 from dali_diffusemix.reading import IN_STORE, Extent, Place, name_of, read
 
@@ -416,6 +417,7 @@ class _Pipeline:
 
         self._pipeline = pieces()
         self._pipeline.build()
+        quiet()
 
     def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> None:
         """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows."""

@@ -3,6 +3,7 @@
 Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
 """
 
+import functools
 import io
 import os
 import threading
@@ -147,6 +148,8 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
         width, height = image.size
         if height * width > MAX_PIXELS:
             raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+        if image.format == "TIFF":
+            _quiet_libraries()
         # Loaded first: that turns a TIFF upright, and finds the EXIF of a PNG that lies behind the pixels.
         image.load()
         turn = _UPRIGHT.get(orientation(image))
@@ -160,6 +163,9 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
         pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
         pixels.flags.writeable = False
         return pixels
+
+
+_quiet_libraries = functools.cache(native.quiet)
 
 
 def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
