@@ -1,4 +1,4 @@
-"""Files of every kind, damaged at random, through the loader's path: read, screened, decoded in batches by many threads.
+"""Files of every kind, damaged at random, through the loader's path: read, screened, decoded by several threads.
 
 File i is a function of (seed, i): the first are the kinds of `odd.every_kind` as they are, the rest those changed. Each
 batch is decoded twice over, the whole of each file and a window of it, and compared with `pixels.decode`: the same
@@ -7,6 +7,7 @@ ended it is then looked for among the files and kept.
 """
 
 import argparse
+import ctypes
 import io
 import json
 import os
@@ -16,9 +17,10 @@ import sys
 import warnings
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,11 +28,29 @@ from odd import chunk, chunks, every_kind, exif, join_jpeg, join_png, split_jpeg
 from PIL import Image
 
 BATCH: Final = 48  # files; each is decoded twice
-_ODD_BYTES: Final = (0x00, 0xFF, 0x01, 0x02, 0x03, 0x10, 0x3F, 0x40, 0x7F, 0x80, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1)
+_ODD_BYTES: Final = (
+    0x00,
+    0xFF,
+    0x01,
+    0x02,
+    0x03,
+    0x10,
+    0x3F,
+    0x40,
+    0x7F,
+    0x80,
+    0xC0,
+    0xC4,
+    0xD0,
+    0xD8,
+    0xD9,
+    0xDA,
+    0xE1,
+)
 
 _ORDINARY: Final = re.compile(
-    r"jpeg, (plain|grey|progressive|progressive grey|(progressive |restart \w+ )?4\d\d|size|optimised|best|worst|profile"
-    r"|Photoshop|MPF|XMP|comment|extended|sampling \(1, 2\)|trailing|4\d\d turned \d|EXIF none|zeros before)"
+    r"jpeg, (plain|grey|progressive|progressive grey|(progressive |restart \w+ )?4\d\d|size|optimised|best|worst"
+    r"|profile|Photoshop|MPF|XMP|comment|extended|sampling \(1, 2\)|trailing|4\d\d turned \d|EXIF none|zeros before)"
     r"|png, ([0246] of 8|0 of|before: (sRGB|gAMA|tEXt|iTXt|pHYs|tIME|bKGD)|after: t|all filters|many|small)"
 )
 
@@ -134,10 +154,8 @@ def _segments(kinds: dict[str, bytes], draw: Draw) -> list[tuple[int, bytes]]:
     found.append((0xE1, exif([entries[k] for k in order], little=bool(draw.integers(2)))))
     names = [name for name in kinds if name.startswith("jpeg")]
     content = kinds[names[draw.integers(len(names))]]
-    try:
+    with suppress(IndexError, ValueError):
         found += split_jpeg(content)[0]
-    except (IndexError, ValueError):
-        pass
     return found
 
 
@@ -194,7 +212,11 @@ def length_wrong(content: bytes, draw: Draw, kinds: dict[str, bytes]) -> bytes:
     if not places:
         return content
     at = places[draw.integers(len(places))] + 3
-    return content[:at] + bytes([(content[at] + int(draw.integers(-3, 4))) % 256]) + content[at + 1 :] if at < len(content) else content
+    return (
+        content[:at] + bytes([(content[at] + int(draw.integers(-3, 4))) % 256]) + content[at + 1 :]
+        if at < len(content)
+        else content
+    )
 
 
 def marker_inserted(content: bytes, draw: Draw, kinds: dict[str, bytes]) -> bytes:
@@ -203,7 +225,9 @@ def marker_inserted(content: bytes, draw: Draw, kinds: dict[str, bytes]) -> byte
         return content[:33] + chunk(draw.bytes(4), draw.bytes(int(draw.integers(30)))) + content[33:]
     places = [at for at in range(2, _body(content)) if content[at] == 0xFF] or [0]
     at = places[draw.integers(len(places))] if draw.integers(3) else int(draw.integers(len(content) + 1))
-    return content[:at] + b"\xff" + bytes([draw.integers(256)]) + (b"", b"\0\2", b"\0\0")[draw.integers(3)] + content[at:]
+    return (
+        content[:at] + b"\xff" + bytes([draw.integers(256)]) + (b"", b"\0\2", b"\0\0")[draw.integers(3)] + content[at:]
+    )
 
 
 _WAYS: Final = (
@@ -276,7 +300,7 @@ def _decode_batch(folder: Path, contents: list[bytes], decoder: object, draw: Dr
                 if verdict != "refused":
                     verdict += f" ({decoded.errors[i]})" if i in decoded.errors else " (the loader)"
             else:
-                found = _at(int(decoded.data[i]), (bottom - top, right - left, 3))
+                found = pixels_at(int(decoded.data[i]), (bottom - top, right - left, 3))
                 same = np.array_equal(found, pixels[top:bottom, left:right])
                 verdict = "shown" if same else f"unequal in {name} {(top, left, bottom, right)} of {pixels.shape[:2]}"
             if verdicts[i] in ("", "shown", "refused"):
@@ -296,9 +320,7 @@ def _guessed(content: bytes) -> tuple[int, int]:
     return size if 0 < width * height < 1 << 24 else (43, 61)
 
 
-def _at(address: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
-    import ctypes
-
+def pixels_at(address: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
     memory = (ctypes.c_uint8 * int(np.prod(shape))).from_address(address)
     return np.frombuffer(memory, dtype=np.uint8).reshape(shape)
 
@@ -349,6 +371,15 @@ class Found:
     def tried(self) -> int:
         return self.shown + self.refused + len(self.unequal) + len(self.crashes)
 
+    def add(self, lines: list[dict[str, Any]], printed: list[str]) -> None:
+        self.printed += printed
+        for line in lines:
+            self.by_dali += line["dali"]
+            self.shown += line["verdict"] == "shown"
+            self.refused += line["verdict"] == "refused"
+            if line["verdict"] not in ("shown", "refused"):
+                self.unequal[line["file"]] = f"{line['name']}: {line['verdict']}"
+
     def numbers(self) -> dict[str, int]:
         return {
             "files_tried": self.tried,
@@ -371,35 +402,25 @@ def fuzz(seed: int, first: int, count: int, folder: Path, *, limit: float = 900.
     found, kinds, at = Found(), every_kind(), first
     while at < first + count:
         output, errors, ended = _run(seed, at, first + count - at, folder, limit)
-        found.printed += errors
-        batch = at
-        for line in output:
-            if "begin" in line:
-                batch = line["begin"]
-                continue
-            at = line["file"] + 1
-            found.by_dali += line["dali"]
-            if line["verdict"] == "shown":
-                found.shown += 1
-            elif line["verdict"] == "refused":
-                found.refused += 1
-            else:
-                found.unequal[line["file"]] = f"{line['name']}: {line['verdict']}"
-                (folder / f"unequal {line['file']}").write_bytes(file(seed, line["file"], kinds)[1])
-        if ended:
-            size = min(BATCH, first + count - batch)
-            for i in _guilty(seed, batch, size, folder, limit):
-                name, content = file(seed, i, kinds)
-                found.crashes[i] = f"{name}: {ended}"
-                (folder / f"crash {i}").write_bytes(content)
-            found.refused += size - sum(batch <= i < batch + size for i in found.crashes)
-            at = batch + size
+        begun = [line["begin"] for line in output if "begin" in line] or [at]
+        found.add([line for line in output if "file" in line], errors)
+        at = first + count
+        if ended:  # in the batch that was begun last
+            batch, at = begun[-1], min(begun[-1] + BATCH, first + count)
+            guilty = _guilty(seed, batch, at - batch, folder, limit)
+            found.crashes |= {i: f"{file(seed, i, kinds)[0]}: {ended}" for i in guilty}
+            others = [i for i in range(batch, at) if i not in guilty]
+            output, errors, _ = _run(seed, batch, at - batch, folder, limit, others)
+            found.add([line for line in output if line.get("file") in others], errors)
+    for kind, names in (("unequal", found.unequal), ("crash", found.crashes)):
+        for i in names:
+            (folder / f"{kind} {i}").write_bytes(file(seed, i, kinds)[1])
     return found
 
 
 def _run(
     seed: int, first: int, count: int, folder: Path, limit: float, only: list[int] | None = None
-) -> tuple[list[dict[str, object]], list[str], str]:
+) -> tuple[list[dict[str, Any]], list[str], str]:
     """What a process says of files, what it prints to stderr, and how it ended, if not well."""
     work = folder / "work"
     work.mkdir(parents=True, exist_ok=True)

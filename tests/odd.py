@@ -14,19 +14,15 @@ Segment = tuple[int, bytes]
 
 # --- JPEG -----------------------------------------------------------------------------------------------------------
 
-_ZIGZAG = sorted(range(64), key=lambda k: (k // 8 + k % 8, (k // 8 if (k // 8 + k % 8) % 2 else k % 8)))
-_ORDER = np.array(_ZIGZAG)
-# The tables of T.81, K.3: how many codes of each length there are, and their symbols.
+_ORDER = np.array(
+    sorted(range(64), key=lambda k: (k // 8 + k % 8, k // 8 if (k // 8 + k % 8) % 2 else k % 8))
+)  # zigzag
+# How many codes of each length there are, and their symbols: T.81, K.3 for luma.
 _DC = (bytes([0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]), bytes(range(12)))
 
 
-def _lengths_of_eight() -> tuple[bytes, bytes]:
-    """A code for every AC symbol: 255 of them, of 8 and 9 bits."""
-    symbols = bytes(run << 4 | size for run in range(16) for size in range(11))  # all that 8 bits need
-    return bytes([0, 0, 0, 0, 0, 0, 0, 176] + [0] * 8), symbols
-
-
-_AC = _lengths_of_eight()
+# A code of 8 bits for each AC symbol that pictures of 8 bits need.
+_AC = (bytes([0] * 7 + [176] + [0] * 8), bytes(run << 4 | size for run in range(16) for size in range(11)))
 
 
 def _codes(table: tuple[bytes, bytes]) -> dict[int, tuple[int, int]]:
@@ -264,7 +260,12 @@ def jpegs() -> dict[str, bytes]:
     progressive = encoded(picture, progressive=True, quality=88)
     cmyk = encoded(picture.convert("CMYK"))
     y, cb, cr = (np.asarray(plane) for plane in picture.convert("YCbCr").split())
-    files = {"plain": plain, "grey": grey, "progressive": progressive, "progressive grey": encoded(picture.convert("L"), progressive=True)}
+    files = {
+        "plain": plain,
+        "grey": grey,
+        "progressive": progressive,
+        "progressive grey": encoded(picture.convert("L"), progressive=True),
+    }
     for name, subsampling in (("444", 0), ("422", 1), ("420", 2)):
         files[name] = encoded(picture, subsampling=subsampling)
         files[f"progressive {name}"] = encoded(picture, subsampling=subsampling, progressive=True)
@@ -370,7 +371,9 @@ def jpegs() -> dict[str, bytes]:
     for first in range(1, len(scans)):
         files[f"progressive, {first} scans"] = progressive[: scans[first]] + b"\xff\xd9"
         parts = [progressive[a:b] for a, b in zip(scans, [*scans[1:], len(progressive)], strict=True)]
-        files[f"progressive, scan {first} twice"] = progressive[: scans[first]] + parts[first - 1] + progressive[scans[first] :]
+        files[f"progressive, scan {first} twice"] = (
+            progressive[: scans[first]] + parts[first - 1] + progressive[scans[first] :]
+        )
         files[f"progressive, without scan {first}"] = progressive[: scans[first - 1]] + progressive[scans[first] :]
     return files
 
@@ -402,7 +405,12 @@ def pngs() -> dict[str, bytes]:
             before = palette[:0] if colours != 3 else chunk(b"PLTE", bytes((37 * i) % 256 for i in range(3 << depth)))
             files[f"{colours} of {depth}"] = png(colours, depth, before=before)
             files[f"{colours} of {depth}, interlaced"] = png(colours, depth, before=before, interlaced=True)
+
+    def frame(width: int) -> bytes:
+        return chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, width, 21, 0, 0, 1, 1, 0, 0))
+
     plain = png(2, 8)
+    few = chunk(b"PLTE", bytes(range(90)))
     before = {
         "gAMA": chunk(b"gAMA", struct.pack(">I", 45455)),
         "other gAMA": chunk(b"gAMA", struct.pack(">I", 100000)),
@@ -460,8 +468,8 @@ def pngs() -> dict[str, bytes]:
         "acTL": chunk(b"acTL", struct.pack(">II", 2, 0)),
         "acTL of none": chunk(b"acTL", bytes(8)),
         "short acTL": chunk(b"acTL", bytes(4)),
-        "fcTL": chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 34, 21, 0, 0, 1, 1, 0, 0)),
-        "fcTL outside": chunk(b"acTL", struct.pack(">II", 1, 0)) + chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 99, 21, 0, 0, 1, 1, 0, 0)),
+        "fcTL": chunk(b"acTL", struct.pack(">II", 1, 0)) + frame(34),
+        "fcTL outside": chunk(b"acTL", struct.pack(">II", 1, 0)) + frame(99),
         "bad checksum": chunk(b"tEXt", b"Title\0a title")[:-1] + b"\x77",
         "bad name": chunk(b"a\xffbc", b"abc"),
     }  # fmt: skip
@@ -478,7 +486,7 @@ def pngs() -> dict[str, bytes]:
         "PLTE": palette,
         "IDAT": chunk(b"tIME", bytes(7)) + chunk(b"IDAT", b"more"),
         "fdAT": chunk(b"fdAT", bytes(9)),
-        "fcTL": chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 34, 21, 0, 0, 1, 1, 0, 0)),
+        "fcTL": frame(34),
         "short fcTL": chunk(b"fcTL", bytes(9)),
         "cut chunk": chunk(b"tEXt", b"Title\0a title")[:-8],
         "large chunk": b"\x7f\xff\xff\xfftEXtabc",
@@ -486,8 +494,10 @@ def pngs() -> dict[str, bytes]:
     files |= {f"before: {name}": png(2, 8, before=part) for name, part in before.items()}
     files |= {f"after: {name}": png(2, 8, after=part) for name, part in after.items()}
     size = (48, 56)
-    stream = [(kind, data) for kind, data in chunks(png(2, 8, size=size))]
+    stream = chunks(png(2, 8, size=size))
     raw = zlib.decompress(stream[1][1])
+    line = len(raw) // 48
+    filtered = b"".join(bytes([y % 5]) + raw[y * line + 1 : (y + 1) * line] for y in range(48))
 
     def of(data: bytes, *, idats: int = 1) -> bytes:
         step = -(-len(data) // idats)
@@ -517,11 +527,11 @@ def pngs() -> dict[str, bytes]:
         "no compression": of(zlib.compress(raw, 0)),
         "unknown filter": of(zlib.compress(b"\x07" + raw[1:])),
         "small window": of(_small_window(raw)),
-        "all filters": of(zlib.compress(b"".join(bytes([y % 5]) + raw[y * 169 + 1 : (y + 1) * 169] for y in range(48)))),
-        "palette of few": png(3, 8, before=chunk(b"PLTE", bytes(range(90))), colours_used=30),
-        "palette, indices outside": png(3, 8, before=chunk(b"PLTE", bytes(range(90)))),
+        "all filters": of(zlib.compress(filtered)),
+        "palette of few": png(3, 8, before=few, colours_used=30),
+        "palette, indices outside": png(3, 8, before=few),
         "palette missing": png(3, 8),
-        "palette with tRNS": png(3, 8, before=chunk(b"PLTE", bytes(range(90))) + chunk(b"tRNS", bytes(range(30))), colours_used=30),
+        "palette with tRNS": png(3, 8, before=few + chunk(b"tRNS", bytes(range(30))), colours_used=30),
         "grey with tRNS": png(0, 8, before=chunk(b"tRNS", b"\0\x55")),
         "grey with PLTE": png(0, 8, before=palette),
         "bilevel with tRNS": png(0, 1, before=chunk(b"tRNS", b"\0\1")),
