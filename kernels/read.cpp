@@ -1,4 +1,5 @@
-// Reads the encoded images of a batch into one block of memory, and cuts out of each JPEG what its sample shows.
+// Reads the encoded images of a batch into one block of memory, and cuts out of each JPEG what its sample shows (of each
+// PNG, its pixels).
 //
 // Cutting decodes nothing. A restart marker sets the decoder's predictions to zero, so what lies between two of them is
 // a piece that can be moved: where they divide every row of a picture's minimum coded units (MCUs) evenly, they divide
@@ -141,6 +142,7 @@ struct Batch {
         if (seen && header.sequential && header.interval && picture.orientation == 1) {
             lengths[i] = cut(to, bytes, header, window, starts);
         }
+        if (picture.pixels) places[i] += screen::strip_png(to, lengths[i], picture);
         sound[i] = true;
     }
 

@@ -11,6 +11,7 @@
 #include <cstring>
 #include <vector>
 
+#include "inflate.h"
 #include "jpeg.h"
 
 namespace screen {
@@ -21,12 +22,14 @@ constexpr int kDqt = 0xDB, kApp1 = 0xE1, kApp2 = 0xE2, kApp13 = 0xED, kCom = 0xF
 constexpr int kMaxSide = 65500;          // pixels: libjpeg's limit
 constexpr int64_t kMaxPixels = 89478485;  // `catalog.MAX_PIXELS`
 constexpr int kMaxScans = 64;
+constexpr int64_t kMaxText = 1 << 20;  // bytes: Pillow refuses a PNG whose profile or text inflates to more
 
 // What the grammar has found in a sound file.
 struct Picture {
     Header header;
     int orientation = 1;  // EXIF's, 1 to 8
     bool subsampled = false;
+    int64_t pixels = 0, pixels_end = 0;  // a PNG's chunks of pixels
 };
 
 inline bool begins(const uint8_t *content, int64_t length, const char *with, int64_t bytes) {
@@ -365,8 +368,19 @@ inline bool is_text(const uint8_t *content, int64_t bytes, bool international) {
     return left >= 5 && zero[1] == 0 && zero[2] == 0;  // not compressed
 }
 
+// Whether Pillow takes a profile. Most of a folder's are alike: the last one that was good is remembered.
+inline bool is_profile(const uint8_t *content, int64_t bytes) {
+    static thread_local std::vector<uint8_t> known;
+    if (static_cast<int64_t>(known.size()) == bytes && !std::memcmp(known.data(), content, bytes)) return true;
+    const auto *zero = static_cast<const uint8_t *>(std::memchr(content, 0, bytes));
+    if (!zero || zero == content || zero - content > 79 || content + bytes - zero < 2 || zero[1]) return false;
+    if (inflate::inflated_bytes(zero + 2, content + bytes - zero - 2, kMaxText) < 0) return false;
+    if (bytes < 1 << 16) known.assign(content, content + bytes);
+    return true;
+}
+
 // Whether a file is a PNG that DALI decodes as Pillow does: of 8 bits or grey, without palette, transparent colours,
-// profile, frames or compressed texts.
+// frames or compressed texts.
 inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) {
     if (length < 57 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return false;
     const int64_t width = four_bytes(file + 16), height = four_bytes(file + 20);
@@ -377,11 +391,7 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
     if (!(grey || full) || file[26] || file[27] || file[28] > 1) return false;
     picture.header.width = static_cast<int>(width);
     picture.header.height = static_cast<int>(height);
-    // What most programs write, and libpng finds no fault with.
-    static constexpr char kGamma[] = "\0\0\xB1\x8F";
-    static constexpr char kChroma[] =
-        "\0\0\x7A\x26\0\0\x80\x84\0\0\xFA\0\0\0\x80\xE8\0\0\x75\x30\0\0\xEA\x60\0\0\x3A\x98\0\0\x17\x70";
-    bool seen[6] = {}, data = false, after = false;
+    bool seen[7] = {}, data = false, after = false;
     int64_t texts = 0;
     for (int64_t at = 8; length - at >= 12;) {
         const int64_t bytes = four_bytes(file + at);
@@ -403,29 +413,31 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
                 return false;
             }
             if (after) return false;
+            if (!data) picture.pixels = at;
+            picture.pixels_end = at + 12 + bytes;
             data = true;
         } else if (is("IEND")) {
             if (bytes || !data || at + 12 != length) return false;
         } else {
             after = data;
             if (is("tEXt") || is("iTXt")) {
-                if (!is_text(content, bytes, kind[0] == 'i') || (texts += bytes) > 1 << 20) return false;
+                if (!is_text(content, bytes, kind[0] == 'i') || (texts += bytes) > kMaxText) return false;
+            } else if (is("iCCP")) {
+                if (!once(0, is_profile(content, bytes))) return false;
             } else if (is("gAMA")) {
-                if (!once(0, bytes == 4 && begins(content, bytes, kGamma, 4))) return false;
+                if (!once(1, bytes == 4)) return false;
             } else if (is("cHRM")) {
-                if (!once(5, bytes == 32 && begins(content, bytes, kChroma, 32))) return false;
-            } else if (is("pHYs")) {
-                if (!once(1, bytes == 9 && content[8] <= 1)) return false;
+                if (!once(2, bytes == 32)) return false;
             } else if (is("sRGB")) {
-                if (!once(2, bytes == 1 && content[0] <= 3)) return false;
-            } else if (is("tIME")) {
-                const bool good = bytes == 7 && content[2] >= 1 && content[2] <= 12 && content[3] >= 1 && content[3] <= 31 &&
-                                  content[4] <= 23 && content[5] <= 59 && content[6] <= 60;
-                if (seen[3] || !good) return false;
-                seen[3] = true;
+                if (!once(3, bytes == 1)) return false;
+            } else if (is("pHYs")) {
+                if (!once(4, bytes == 9)) return false;
             } else if (is("bKGD")) {
-                if (!once(4, bytes == (colours & 2 ? 6 : 2))) return false;
-            } else {
+                if (!once(5, bytes == (colours & 2 ? 6 : 2))) return false;
+            } else if (is("tIME")) {
+                if (seen[6] || bytes != 7) return false;
+                seen[6] = true;
+            } else if (!is("sBIT") && !is("oFFs") && !is("iDOT") && !is("vpAg")) {  // these say nothing to Pillow
                 return false;
             }
         }
@@ -435,6 +447,17 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
         if (at == length) return is("IEND");
     }
     return false;
+}
+
+// Takes out of a sound PNG what is not its pixels, in place, for libpng finds fault with some of it and says so. Returns
+// where the file now begins; `length` is what is left of it.
+inline int64_t strip_png(uint8_t *file, int64_t &length, const Picture &picture) {
+    constexpr int64_t kHead = 8 + 25;
+    const int64_t begin = picture.pixels - kHead;
+    std::memmove(file + begin, file, kHead);
+    std::memcpy(file + picture.pixels_end, "\0\0\0\0IEND\xAE\x42\x60\x82", 12);
+    length = picture.pixels_end + 12 - begin;
+    return begin;
 }
 
 // Whether DALI decodes a file as Pillow does.

@@ -450,6 +450,8 @@ def pngs() -> dict[str, bytes]:
         "iCCP with a bad tag": chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(bytes(PROFILE))),
         "iCCP of another method": chunk(b"iCCP", b"p\0\7profile"),
         "empty iCCP": chunk(b"iCCP"),
+        "large iCCP": chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(2 << 20))),
+        "iCCP": chunk(b"iCCP", b"p\0\0" + zlib.compress(PROFILE[:128] + bytes(4))),
         "sBIT": chunk(b"sBIT", b"\5\6\5"),
         "sPLT": chunk(b"sPLT", b"p\0\x08" + bytes(12)),
         "bad sPLT": chunk(b"sPLT", b"p"),

@@ -142,7 +142,8 @@ jpeg: plain; grey; progressive; 444; 422; 420; 420 turned 6; 444 turned 3; resta
 jpeg: worst; comment; profile; dpi; no JFIF; trailing data; XMP; MPF; Photoshop; Adobe 1; JFIF and Adobe 1; extended
 jpeg: sampling (1, 2); EXIF none; component ids 0 1 2; size 1 x 1; grey Adobe 1; optimised; bytes before the end
 png: 0 of 1; 0 of 8; 0 of 16; 2 of 8; 4 of 8; 6 of 8; 6 of 8, interlaced; before: gAMA; before: sRGB, gAMA, cHRM
-png: before: pHYs; before: tEXt; before: iTXt; before: tIME; after: tEXt; many IDATs"""
+png: before: pHYs; before: tEXt; before: iTXt; before: tIME; after: tEXt; many IDATs; before: iCCP with a bad tag
+png: before: bad cHRM; before: sBIT"""
 UNSOUND = """
 jpeg: cmyk; cmyk with black; cmyk without Adobe; YCCK; rgb; component ids RGB; Adobe 0; Adobe 2; JFIF 2; FF 00 segment
 jpeg: fill bytes; bytes between segments; RST in the header; unknown marker; Ss = Se = 0; no end; two EXIFs; 12 bits
@@ -151,8 +152,9 @@ jpeg: EXIF value outside; EXIF value outside first; EXIF long; EXIF twice; EXIF 
 jpeg: progressive, 5 scans; progressive, without scan 8; progressive, scan 1 twice; short Photoshop; short profile
 jpeg: height unknown; markers, no restart interval
 png: 2 of 16; 4 of 16; 6 of 16; 3 of 4; palette of few; before: acTL; before: fcTL; animated; animated, hidden default
-png: before: iCCP with a bad tag; before: zTXt; before: bad checksum; after: bad checksum; after: fcTL; trailing data
-png: before: tEXt exif; before: bad tIME; before: eXIf; after: eXIf; before: critical; before: bad cHRM; no end"""
+png: before: iCCP badly compressed; before: zTXt; before: bad checksum; after: bad checksum; after: fcTL; trailing data
+png: before: tEXt exif; before: eXIf; after: eXIf; before: critical; before: short gAMA; before: private; no end
+png: before: large iCCP; before: iCCP of another method; before: empty iCCP"""
 
 
 @pytest.mark.parametrize(("text", "expected"), [(SOUND, True), (UNSOUND, False)], ids=["sound", "unsound"])
@@ -204,6 +206,37 @@ def test_grey_of_16_bits(tmp_path: Path) -> None:
     rows = b"".join(b"\0" + row.tobytes() for row in values)
     content = odd.MAGIC + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND")
     check(tmp_path, content, by_dali=True)
+
+
+def test_of_a_png_dali_gets_the_pixels_alone(tmp_path: Path) -> None:
+    """libpng prints about the rest."""
+    kinds = odd.pngs()
+    names = ["before: iCCP with a bad tag", "before: sRGB, gAMA, cHRM", "before: iTXt", "after: tEXt", "many IDATs"]
+    for i, name in enumerate(names):
+        (tmp_path / str(i)).write_bytes(kinds[name])
+    batch = read([os.fsencode(tmp_path / str(i)) for i in range(len(names))], np.zeros((len(names), 4), dtype=np.int32))
+    assert batch.sound.all()
+    for name, image in zip(names, batch.images, strict=True):
+        assert image is not None
+        parts = odd.chunks(image.tobytes())
+        assert parts == [part for part in odd.chunks(kinds[name]) if part[0] in (b"IHDR", b"IDAT", b"IEND")]
+        check(tmp_path, kinds[name], by_dali=True)
+
+
+@pytest.mark.parametrize("level", [0, 1, 9])
+@pytest.mark.parametrize("strategy", [zlib.Z_DEFAULT_STRATEGY, zlib.Z_HUFFMAN_ONLY, zlib.Z_RLE, zlib.Z_FIXED])
+def test_how_long_a_profile_is_when_inflated(tmp_path: Path, level: int, strategy: int) -> None:
+    """Pillow refuses one of more than a MiB."""
+    draw = np.random.default_rng(level)
+    contents = [b"", b"a", draw.bytes(3000), bytes(3000), draw.integers(0, 3, 9000, dtype=np.uint8).tobytes()]
+    contents += [bytes(1 << 20), bytes((1 << 20) + 1), (draw.bytes(500) * 2200)[: 1 << 20], draw.bytes(500) * 2200]
+    for i, content in enumerate(contents):
+        deflate = zlib.compressobj(level, strategy=strategy)
+        stream = deflate.compress(content) + deflate.flush()
+        (tmp_path / str(i)).write_bytes(png(2, 8, before=chunk(b"iCCP", b"p\0\0" + stream)))
+    places = [os.fsencode(tmp_path / str(i)) for i in range(len(contents))]
+    sound = read(places, np.zeros((len(places), 4), dtype=np.int32)).sound
+    assert sound.tolist() == [len(content) <= 1 << 20 for content in contents]
 
 
 def test_cmyk_without_adobe(tmp_path: Path) -> None:
