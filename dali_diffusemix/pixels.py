@@ -5,6 +5,7 @@ Every conversion is on purpose: Pillow's own would clip 16-bit greys to white an
 
 import functools
 import io
+import logging
 import os
 import threading
 import warnings
@@ -25,6 +26,9 @@ __all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 """Pillow's names of the formats that are read; PPM is all of PNM."""
+
+# Where nobody handles Pillow's log, Python prints its errors about odd files: in every epoch.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
 """A file's content (as bytes or a (n,) array of them), its path, or the open file."""

@@ -286,8 +286,11 @@ inline bool is_sound_jpeg(const uint8_t *file, int64_t length, Picture &picture,
         } else if (marker == kDri) {
             if (bytes != 2) return false;
             header.interval = two_bytes(content);
-        } else if (!frame && ((marker >= kApp0 && marker <= kApp15) || marker == kCom)) {
+        } else if ((marker >= kApp0 && marker <= kApp15) || marker == kCom) {
+            const bool turned = about.exif;
             if (!about.take(marker, content, bytes)) return false;
+            // Behind the frame, some programs put XMP. What says colours or orientation is not looked for there by all.
+            if (frame && (marker == kApp0 || marker == kApp14 || about.exif != turned)) return false;
         } else if (!frame && marker >= 0xC0 && marker <= 0xC2) {
             frame = true;
             progressive = marker == 0xC2;

@@ -314,6 +314,12 @@ def jpegs() -> dict[str, bytes]:
         "EXIF too short": with_segment(plain, 0xE1, b"Exif\0"),
         "EXIF of noise": with_segment(plain, 0xE1, b"Exif\0\0" + bytes(range(200))),
         "XMP": with_segment(plain, 0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta tiff:Orientation='6'/>"),
+        "XMP behind the frame": _behind_frame(plain, 0xE1, b"http://ns.adobe.com/xap/1.0/\0<x:xmpmeta/>"),
+        "comment behind the frame": _behind_frame(plain, 0xFE, b"a comment"),
+        "profile behind the frame": _behind_frame(plain, 0xE2, b"ICC_PROFILE\0\1\1profile"),
+        "EXIF behind the frame": _behind_frame(plain, 0xE1, exif([(0x112, 3, 1, 6)])),
+        "Adobe behind the frame": _behind_frame(without(plain, 0xE0), 0xEE, b"Adobe\0\x64\0\0\0\0\0"),
+        "JFIF behind the frame": _behind_frame(without(_ids(plain, b"RGB"), 0xE0), 0xE0, b"JFIF\0\1\1" + bytes(7)),
         "short Photoshop": with_segment(plain, 0xED, b"Photoshop 3.0\x008BIM\4\4"),
         "Photoshop": with_segment(plain, 0xED, b"Photoshop 3.0\x008BIM\4\4\0\0\0\0\0\4abcd8BIM\3\xed\0\0\0\0\0\4abcd"),
         "short profile": with_segment(plain, 0xE2, b"ICC_PROFILE\0\1"),
@@ -376,6 +382,11 @@ def jpegs() -> dict[str, bytes]:
         )
         files[f"progressive, without scan {first}"] = progressive[: scans[first - 1]] + progressive[scans[first] :]
     return files
+
+
+def _behind_frame(content: bytes, marker: int, body: bytes) -> bytes:
+    at = content.index(b"\xff\xc0") + 19
+    return content[:at] + write_segments([(marker, body)]) + content[at:]
 
 
 def _ids(content: bytes, ids: bytes) -> bytes:

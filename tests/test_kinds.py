@@ -140,6 +140,7 @@ def test_the_jpegs_made_here_are_pictures(sampling: tuple[int, int]) -> None:
 SOUND = """
 jpeg: plain; grey; progressive; 444; 422; 420; 420 turned 6; 444 turned 3; restart blocks 420; restart rows 444; best
 jpeg: worst; comment; profile; dpi; no JFIF; trailing data; XMP; MPF; Photoshop; Adobe 1; JFIF and Adobe 1; extended
+jpeg: XMP behind the frame; comment behind the frame
 jpeg: sampling (1, 2); EXIF none; component ids 0 1 2; size 1 x 1; grey Adobe 1; optimised; bytes before the end
 png: 0 of 1; 0 of 8; 0 of 16; 2 of 8; 4 of 8; 6 of 8; 6 of 8, interlaced; before: gAMA; before: sRGB, gAMA, cHRM
 png: before: pHYs; before: tEXt; before: iTXt; before: tIME; after: tEXt; many IDATs; before: iCCP with a bad tag
@@ -150,7 +151,7 @@ jpeg: fill bytes; bytes between segments; RST in the header; unknown marker; Ss 
 jpeg: arithmetic; lossless; no codes; no quantisation; not interleaved; restart interval, no markers; second frame
 jpeg: EXIF value outside; EXIF value outside first; EXIF long; EXIF twice; EXIF resolution in place; EXIF 0; EXIF 9
 jpeg: progressive, 5 scans; progressive, without scan 8; progressive, scan 1 twice; short Photoshop; short profile
-jpeg: height unknown; markers, no restart interval
+jpeg: EXIF behind the frame; Adobe behind the frame; JFIF behind the frame; height unknown; markers, no restart interval
 png: 2 of 16; 4 of 16; 6 of 16; 3 of 4; palette of few; before: acTL; before: fcTL; animated; animated, hidden default
 png: before: iCCP badly compressed; before: zTXt; before: bad checksum; after: bad checksum; after: fcTL; trailing data
 png: before: tEXt exif; before: eXIf; after: eXIf; before: critical; before: short gAMA; before: private; no end
