@@ -30,6 +30,7 @@ struct Picture {
     int orientation = 1;  // EXIF's, 1 to 8
     bool subsampled = false;
     int64_t pixels = 0, pixels_end = 0;  // a PNG's chunks of pixels
+    int64_t palette = 0, palette_bytes = 0;  // and its chunk of colours, if they are taken from one
 };
 
 inline bool begins(const uint8_t *content, int64_t length, const char *with, int64_t bytes) {
@@ -382,8 +383,8 @@ inline bool is_profile(const uint8_t *content, int64_t bytes) {
     return true;
 }
 
-// Whether a file is a PNG that DALI decodes as Pillow does: of 8 bits or grey, without palette, transparent colours,
-// frames or compressed texts.
+// Whether a file is a PNG that DALI decodes as Pillow does: of 8 bits, grey or a palette, without frames or compressed
+// texts.
 inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) {
     if (length < 57 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return false;
     const int64_t width = four_bytes(file + 16), height = four_bytes(file + 20);
@@ -391,10 +392,11 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
     const int depth = file[24], colours = file[25];
     const bool grey = colours == 0 && (depth == 1 || depth == 2 || depth == 4 || depth == 8 || depth == 16);
     const bool full = (colours == 2 || colours == 4 || colours == 6) && depth == 8;
-    if (!(grey || full) || file[26] || file[27] || file[28] > 1) return false;
+    const bool palette = colours == 3 && (depth == 1 || depth == 2 || depth == 4 || depth == 8);
+    if (!(grey || full || palette) || file[26] || file[27] || file[28] > 1) return false;
     picture.header.width = static_cast<int>(width);
     picture.header.height = static_cast<int>(height);
-    bool seen[7] = {}, data = false, after = false;
+    bool seen[9] = {}, data = false, after = false;
     int64_t texts = 0;
     for (int64_t at = 8; length - at >= 12;) {
         const int64_t bytes = four_bytes(file + at);
@@ -415,7 +417,7 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
                           content[1] & 32)) {
                 return false;
             }
-            if (after) return false;
+            if (after || (palette && !seen[7])) return false;
             if (!data) picture.pixels = at;
             picture.pixels_end = at + 12 + bytes;
             data = true;
@@ -427,6 +429,17 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
                 if (!is_text(content, bytes, kind[0] == 'i') || (texts += bytes) > kMaxText) return false;
             } else if (is("iCCP")) {
                 if (!once(0, is_profile(content, bytes))) return false;
+            } else if (is("PLTE")) {
+                const bool good = bytes > 0 && bytes % 3 == 0 && bytes <= (palette ? 3 << depth : 768);
+                if (!(colours & 2) || seen[8] || !once(7, good)) return false;
+                if (palette) {
+                    picture.palette = at;
+                    picture.palette_bytes = 12 + bytes;
+                }
+            } else if (is("tRNS")) {
+                const bool good = palette ? bytes > 0 && 3 * bytes <= picture.palette_bytes - 12
+                                          : bytes == (colours == 0 ? 2 : 6) && !(colours & 4);
+                if (!once(8, good)) return false;
             } else if (is("gAMA")) {
                 if (!once(1, bytes == 4)) return false;
             } else if (is("cHRM")) {
@@ -436,7 +449,7 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
             } else if (is("pHYs")) {
                 if (!once(4, bytes == 9)) return false;
             } else if (is("bKGD")) {
-                if (!once(5, bytes == (colours & 2 ? 6 : 2))) return false;
+                if (!once(5, bytes == (palette ? 1 : colours & 2 ? 6 : 2))) return false;
             } else if (is("tIME")) {
                 if (seen[6] || bytes != 7) return false;
                 seen[6] = true;
@@ -452,11 +465,12 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
     return false;
 }
 
-// Takes out of a sound PNG what is not its pixels, in place, for libpng finds fault with some of it and says so. Returns
-// where the file now begins; `length` is what is left of it.
+// Takes out of a sound PNG what is not its pixels (or their palette), in place: libpng finds fault with some of it and
+// says so, and nobody wants transparency. Returns where the file now begins; `length` is what is left of it.
 inline int64_t strip_png(uint8_t *file, int64_t &length, const Picture &picture) {
     constexpr int64_t kHead = 8 + 25;
-    const int64_t begin = picture.pixels - kHead;
+    const int64_t palette = picture.pixels - picture.palette_bytes, begin = palette - kHead;
+    std::memmove(file + palette, file + picture.palette, picture.palette_bytes);
     std::memmove(file + begin, file, kHead);
     std::memcpy(file + picture.pixels_end, "\0\0\0\0IEND\xAE\x42\x60\x82", 12);
     length = picture.pixels_end + 12 - begin;

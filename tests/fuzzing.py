@@ -51,7 +51,8 @@ _ODD_BYTES: Final = (
 _ORDINARY: Final = re.compile(
     r"jpeg, (plain|grey|progressive|progressive grey|(progressive |restart \w+ )?4\d\d|size|optimised|best|worst"
     r"|profile|Photoshop|MPF|XMP|comment|extended|sampling \(1, 2\)|trailing|4\d\d turned \d|EXIF none|zeros before)"
-    r"|png, ([0246] of 8|0 of|before: (sRGB|gAMA|tEXt|iTXt|pHYs|tIME|bKGD)|after: t|all filters|many|small)"
+    r"|png, ([0246] of 8|0 of|before: (sRGB|gAMA|tEXt|iTXt|pHYs|tIME|bKGD)|after: t|all filters|many|small"
+    r"|3 of|palette)"
 )
 
 Draw = np.random.Generator

@@ -144,7 +144,8 @@ jpeg: XMP behind the frame; comment behind the frame
 jpeg: sampling (1, 2); EXIF none; component ids 0 1 2; size 1 x 1; grey Adobe 1; optimised; bytes before the end
 png: 0 of 1; 0 of 8; 0 of 16; 2 of 8; 4 of 8; 6 of 8; 6 of 8, interlaced; before: gAMA; before: sRGB, gAMA, cHRM
 png: before: pHYs; before: tEXt; before: iTXt; before: tIME; after: tEXt; many IDATs; before: iCCP with a bad tag
-png: before: bad cHRM; before: sBIT"""
+png: before: bad cHRM; before: sBIT; 3 of 1; 3 of 2; 3 of 4, interlaced; palette of few; palette, indices outside
+png: palette with tRNS; grey with tRNS; bilevel with tRNS; before: PLTE; before: tRNS"""
 UNSOUND = """
 jpeg: cmyk; cmyk with black; cmyk without Adobe; YCCK; rgb; component ids RGB; Adobe 0; Adobe 2; JFIF 2; FF 00 segment
 jpeg: fill bytes; bytes between segments; RST in the header; unknown marker; Ss = Se = 0; no end; two EXIFs; 12 bits
@@ -152,7 +153,8 @@ jpeg: arithmetic; lossless; no codes; no quantisation; not interleaved; restart 
 jpeg: EXIF value outside; EXIF value outside first; EXIF long; EXIF twice; EXIF resolution in place; EXIF 0; EXIF 9
 jpeg: progressive, 5 scans; progressive, without scan 8; progressive, scan 1 twice; short Photoshop; short profile
 jpeg: EXIF behind the frame; Adobe behind the frame; JFIF behind the frame; height unknown; markers, no restart interval
-png: 2 of 16; 4 of 16; 6 of 16; 3 of 4; palette of few; before: acTL; before: fcTL; animated; animated, hidden default
+png: 2 of 16; 4 of 16; 6 of 16; palette missing; grey with PLTE; alpha with tRNS; before: short tRNS
+png: before: acTL; before: fcTL; animated; animated, hidden default
 png: before: iCCP badly compressed; before: zTXt; before: bad checksum; after: bad checksum; after: fcTL; trailing data
 png: before: tEXt exif; before: eXIf; after: eXIf; before: critical; before: short gAMA; before: private; no end
 png: before: large iCCP; before: iCCP of another method; before: empty iCCP"""
@@ -213,6 +215,7 @@ def test_of_a_png_dali_gets_the_pixels_alone(tmp_path: Path) -> None:
     """libpng prints about the rest."""
     kinds = odd.pngs()
     names = ["before: iCCP with a bad tag", "before: sRGB, gAMA, cHRM", "before: iTXt", "after: tEXt", "many IDATs"]
+    names += ["palette with tRNS", "palette behind a text", "before: PLTE", "before: tRNS"]
     for i, name in enumerate(names):
         (tmp_path / str(i)).write_bytes(kinds[name])
     batch = read([os.fsencode(tmp_path / str(i)) for i in range(len(names))], np.zeros((len(names), 4), dtype=np.int32))
@@ -220,7 +223,8 @@ def test_of_a_png_dali_gets_the_pixels_alone(tmp_path: Path) -> None:
     for name, image in zip(names, batch.images, strict=True):
         assert image is not None
         parts = odd.chunks(image.tobytes())
-        assert parts == [part for part in odd.chunks(kinds[name]) if part[0] in (b"IHDR", b"IDAT", b"IEND")]
+        kept = (b"IHDR", b"IDAT", b"IEND", *((b"PLTE",) if "palette" in name else ()))
+        assert parts == [part for part in odd.chunks(kinds[name]) if part[0] in kept]
         check(tmp_path, kinds[name], by_dali=True)
 
 
