@@ -189,6 +189,12 @@ def tile_jpeg(content: bytes, width: int) -> bytes | None:
         room = -length
 
 
+def quiet() -> None:
+    """Keep the decoding libraries of DALI and Pillow that are loaded by now from printing what they find in files."""
+    if (loaded := library()) is not None:
+        loaded.dali_diffusemix_quiet()
+
+
 def trim() -> None:
     """Give freed memory back to the system, where the C library keeps it: decoders' allocations leave much of it."""
     with contextlib.suppress(AttributeError):  # not glibc

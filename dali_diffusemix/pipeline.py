@@ -38,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError
+from dali_diffusemix.native import quiet
 from dali_diffusemix.pixels import decode_listed
 from dali_diffusemix.reading import IN_STORE, Extent, Place, name_of, read
 
@@ -565,6 +566,7 @@ class _Pipeline:
 
         self.pipeline = pieces()
         self.pipeline.build()
+        quiet()
         self._scheduled = 0
         _pipelines.add(self)
 

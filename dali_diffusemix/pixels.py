@@ -3,7 +3,9 @@
 Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
 """
 
+import functools
 import io
+import logging
 import os
 import threading
 import warnings
@@ -24,6 +26,9 @@ __all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
 
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
 """Pillow's names of the formats that are read; PPM is all of PNM."""
+
+# Where nobody handles Pillow's log, Python prints its errors about odd files: in every epoch.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
 """A file's content (as bytes or a (n,) array of them), its path, or the open file."""
@@ -147,6 +152,8 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
         width, height = image.size
         if height * width > MAX_PIXELS:
             raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+        if image.format == "TIFF":
+            _quiet_libraries()
         # Loaded first: that turns a TIFF upright, and finds the EXIF of a PNG that lies behind the pixels.
         image.load()
         turn = _UPRIGHT.get(orientation(image))
@@ -160,6 +167,9 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
         pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
         pixels.flags.writeable = False
         return pixels
+
+
+_quiet_libraries = functools.cache(native.quiet)
 
 
 def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:

@@ -2,7 +2,8 @@
 
 One call of the library reads a batch off the GIL. Nothing is mapped: a mapping kills the process when its file
 shrinks, and waits for storage page by page, in the decoder's threads. JPEGs with restart markers, as `pixels.encode`
-writes them, are cut down to the tiles that a window touches: the decoder then has nothing to skip.
+writes them, are cut down to the tiles that a window touches: the decoder then has nothing to skip. `Batch.sound` says
+what DALI may be given: kernels/screen.h knows what DALI decodes as Pillow does.
 """
 
 import os
@@ -61,7 +62,7 @@ class Batch:
 
     images: list[NDArray[np.uint8] | None]  # None: none was asked for, or it could not be read
     windows: NDArray[np.int32]  # (n, 4) the windows asked for, in these images
-    sound: NDArray[np.bool_]  # (n,) a JPEG or PNG, its header in order, about which decoders cannot disagree
+    sound: NDArray[np.bool_]  # (n,) a JPEG or PNG, of a PNG no more than its pixels, that DALI decodes as Pillow does
     errors: dict[int, DecodeError]  # what could not be read
     memory: NDArray[np.uint8]  # that the images lie in
 

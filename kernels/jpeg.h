@@ -7,7 +7,7 @@
 namespace jpeg {
 
 constexpr int kDht = 0xC4, kJpg = 0xC8, kDac = 0xCC, kRst = 0xD0, kSoi = 0xD8, kEoi = 0xD9, kSos = 0xDA, kDri = 0xDD,
-              kApp0 = 0xE0, kExif = 0xE1, kApp14 = 0xEE, kApp15 = 0xEF;
+              kApp0 = 0xE0, kApp14 = 0xEE, kApp15 = 0xEF;
 
 inline int two_bytes(const uint8_t *at) { return at[0] << 8 | at[1]; }
 inline int up(int a, int b) { return (a + b - 1) / b; }
@@ -23,35 +23,11 @@ struct Header {
     int64_t scan = 0;                   // offset of the first byte after the header; 0: there is no scan
     int mcu_height = 0, mcu_width = 0;  // pixels
     int interval = 0;                   // MCUs between two restart markers; 0: there are none
-    int orientation = 1;                // EXIF's, 1 to 8; 0: it has EXIF that is not as one would expect
-    // A header that every decoder understands: 8 bits, 1, 3 or 4 components, Huffman codes, all of it there.
-    bool sound = false;
     // One pass over all components of a picture of 8 bits, in Huffman codes: MCUs follow each other row by row.
     bool sequential = false;
     int components = 0;
     Component component[3] = {};
 };
-
-// The orientation that an EXIF block says: 1 where it says none, 0 where it cannot be told without doubt.
-inline int exif_orientation(const uint8_t *tiff, int64_t length) {
-    if (length < 8 || (std::memcmp(tiff, "II*\0", 4) && std::memcmp(tiff, "MM\0*", 4))) return 0;
-    const bool little = tiff[0] == 'I';
-    const auto two = [&](const uint8_t *at) -> int64_t { return little ? at[1] << 8 | at[0] : at[0] << 8 | at[1]; };
-    const auto four = [&](const uint8_t *at) -> int64_t {
-        return little ? two(at + 2) << 16 | two(at) : two(at) << 16 | two(at + 2);
-    };
-    const int64_t start = four(tiff + 4);
-    if (start < 8 || start + 2 > length) return 0;
-    const int64_t count = two(tiff + start);
-    if (start + 2 + 12 * count > length) return 0;
-    for (int64_t i = 0; i < count; ++i) {
-        const uint8_t *entry = tiff + start + 2 + 12 * i;
-        if (two(entry) != 0x0112) continue;
-        const int64_t value = two(entry + 8);
-        return two(entry + 2) == 3 && four(entry + 4) == 1 && value >= 1 && value <= 8 ? static_cast<int>(value) : 0;
-    }
-    return 1;
-}
 
 // Reads a header, as far as it goes. Calls `segment(marker, begin, end)` for each of its segments, with offsets from
 // the marker's first byte to behind its content.
@@ -61,7 +37,7 @@ Header read_header(const uint8_t *file, int64_t length, Segment segment) {
     const uint8_t *at = file, *const end = file + length;
     if (length < 4 || at[0] != 0xFF || at[1] != kSoi) return header;
     at += 2;
-    bool frame = false, plain = false, exif = false;
+    bool plain = false;
     while (end - at >= 4 && at[0] == 0xFF) {
         const int marker = at[1];
         if (marker == 0xFF) {  // a fill byte
@@ -78,9 +54,8 @@ Header read_header(const uint8_t *file, int64_t length, Segment segment) {
             header.height = two_bytes(content + 1);
             header.width = two_bytes(content + 3);
             const int count = content[5];
-            frame = marker <= 0xC2 && content[0] == 8 && (count == 1 || count == 3 || count == 4) &&
-                    bytes >= 6 + 3 * count && header.height && header.width;
-            plain = frame && marker <= 0xC1 && count != 4;
+            plain = marker <= 0xC1 && content[0] == 8 && (count == 1 || count == 3) && bytes >= 6 + 3 * count &&
+                    header.height && header.width;
             int high = 1, wide = 1;
             header.components = plain ? count : 0;
             for (int c = 0; c < header.components; ++c) {
@@ -96,19 +71,11 @@ Header read_header(const uint8_t *file, int64_t length, Segment segment) {
             }
             header.mcu_height = 8 * high;
             header.mcu_width = 8 * wide;
-        } else if (marker == kExif) {
-            if (bytes >= 6 && !std::memcmp(content, "Exif\0\0", 6)) {
-                header.orientation = exif ? 0 : exif_orientation(content + 6, bytes - 6);
-                exif = true;
-            } else if (bytes < 6) {
-                return header;
-            }
         } else if (marker == kDri) {
             if (bytes < 2) return header;
             header.interval = two_bytes(content);
         } else if (marker == kSos) {
             header.scan = content + bytes - file;
-            header.sound = frame && header.orientation;
             header.sequential = plain && bytes >= 4 + 2 * header.components && content[0] == header.components;
             for (int c = 0; header.sequential && c < header.components; ++c) {
                 Component &component = header.component[c];
@@ -121,10 +88,6 @@ Header read_header(const uint8_t *file, int64_t length, Segment segment) {
         at = content + bytes;
     }
     return header;
-}
-
-inline Header read_header(const uint8_t *file, int64_t length) {
-    return read_header(file, length, [](int, int64_t, int64_t) {});
 }
 
 }  // namespace jpeg

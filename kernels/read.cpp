@@ -1,4 +1,5 @@
-// Reads the encoded images of a batch into one block of memory, and cuts out of each JPEG what its sample shows.
+// Reads the encoded images of a batch into one block of memory, and cuts out of each JPEG what its sample shows (of each
+// PNG, its pixels).
 //
 // Cutting decodes nothing. A restart marker sets the decoder's predictions to zero, so what lies between two of them is
 // a piece that can be moved: where they divide every row of a picture's minimum coded units (MCUs) evenly, they divide
@@ -31,54 +32,16 @@
 #include <thread>
 #include <vector>
 
-#include "jpeg.h"
+#include "screen.h"
 
 namespace {
 
 using namespace jpeg;
 
-// Reads a PNG's height and width, if it is one, and whether every decoder understands its header.
-void read_png_header(const uint8_t *file, int64_t length, Header &header) {
-    if (length < 33 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return;
-    const auto four_bytes = [](const uint8_t *at) { return static_cast<int64_t>(two_bytes(at)) << 16 | two_bytes(at + 2); };
-    if (four_bytes(file + 16) > 0x7FFFFFFF || four_bytes(file + 20) > 0x7FFFFFFF) return;
-    header.width = static_cast<int>(four_bytes(file + 16));
-    header.height = static_cast<int>(four_bytes(file + 20));
-    const int depth = file[24], colours = file[25];
-    const bool palette = colours == 3, grey = colours == 0, full = colours == 2 || colours == 4 || colours == 6;
-    const bool small = depth == 1 || depth == 2 || depth == 4;
-    if (!(depth == 8 || (depth == 16 && !palette) || (small && !full)) || !(palette || grey || full)) return;
-    // All of its pieces, for parsers go through them, and none that turns it.
-    for (int64_t at = 8; length - at >= 12; at += 12 + four_bytes(file + at)) {
-        if (!std::memcmp(file + at + 4, "IEND", 4)) {
-            header.sound = header.width && header.height;
-            return;
-        }
-        if (!std::memcmp(file + at + 4, "eXIf", 4) || length - at - 12 < four_bytes(file + at)) return;
-    }
-}
-
-// Whether the codes of a sequential JPEG go on to its end and are free of markers that do not belong there. Decoders
-// disagree about what to do with such markers; and a file that was cut short would end DALI's pipeline.
-bool is_clean(const uint8_t *file, int64_t length, const Header &header) {
-    const uint8_t *at = file + header.scan, *const end = file + length;
-    while ((at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at))) && end - at >= 2) {
-        if (at[1] == kEoi) return true;
-        if (at[1] == 0xFF) {
-            at += 1;
-        } else if (at[1] == 0x00 || (header.interval && (at[1] & 0xF8) == kRst)) {
-            at += 2;
-        } else {
-            return false;
-        }
-    }
-    return false;
-}
-
-// Cuts what the window touches out of a file, in place, and moves the window along. Returns the bytes that are left:
-// `length` if the file cannot be cut or nothing would be gained.
-int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window, std::vector<int64_t> &starts) {
-    const uint8_t *const end = file + length;
+// Cuts what the window touches out of a sound file, in place, and moves the window along. Returns the bytes that are
+// left: `length` if the file cannot be cut or nothing would be gained. Piece i of its codes is [starts[i], starts[i + 1] -
+// 2), and a marker follows.
+int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window, const std::vector<int64_t> &starts) {
     const int columns = up(header.width, header.mcu_width);
     const bool whole_rows = header.interval % columns == 0;
     if (!whole_rows && columns % header.interval) return length;
@@ -89,27 +52,12 @@ int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window
     if (window[0] < 0 || window[1] < 0 || window[2] > header.height || window[3] > header.width) return length;
     const int chroma_height = header.mcu_height / 8, chroma_width = header.mcu_width / 8;
     const int top = std::max(window[0] - chroma_height, 0) / tile_height;
-    const int left = std::max(window[1] - chroma_width, 0) / tile_width;
+    int left = std::max(window[1] - chroma_width, 0) / tile_width;
     const int bottom = std::min(up(window[2] + chroma_height, tile_height), down);
     const int right = std::min(up(window[3] + chroma_width, tile_width), across);
+    // Of two chroma samples a row, decoders do not interpolate.
+    if (left && std::min(right * tile_width, header.width) - left * tile_width <= 2 * chroma_width) --left;
     if (top == 0 && left == 0 && bottom == down && right == across) return length;
-
-    // Piece i is [starts[i], starts[i + 1] - 2), and a marker follows.
-    const size_t last = static_cast<size_t>(down) * across, needed = static_cast<size_t>(bottom) * across;
-    starts.assign(1, header.scan);
-    for (const uint8_t *at = file + header.scan; starts.size() <= needed;) {
-        at = static_cast<const uint8_t *>(std::memchr(at, 0xFF, end - at));
-        if (!at || end - at < 2) return length;
-        if (at[1] == 0x00) {  // not a marker
-            at += 2;
-        } else if (at[1] == 0xFF) {  // a fill byte
-            at += 1;
-        } else {
-            if (at[1] != (starts.size() == last ? kEoi : kRst + (starts.size() - 1) % 8)) return length;
-            at += 2;
-            starts.push_back(at - file);
-        }
-    }
 
     const int y = top * tile_height, x = left * tile_width;
     const int height = (bottom == down ? header.height : bottom * tile_height) - y;
@@ -178,21 +126,24 @@ struct Batch {
             return;
         }
         lengths[i] = bytes;
-        Header header = read_header(to, bytes);
-        if (!header.height) read_png_header(to, bytes, header);
-        if (!header.sound) return;
+        screen::Picture picture;
+        if (!screen::is_sound(to, bytes, picture, starts)) return;
+        const Header &header = picture.header;
         const int32_t *size = sizes + 2 * i;
-        const bool swapped = header.orientation > 4;
+        const bool swapped = picture.orientation > 4;
         if (size[0] && !(size[swapped] == header.height && size[!swapped] == header.width)) {
             errors[i] = kOtherSize;
             return;
         }
         int32_t *window = windows + 4 * i;
-        if (header.sequential && header.interval && header.orientation == 1 && window[2] > window[0] &&
-            window[3] > window[1]) {
+        const bool seen = window[2] > window[0] && window[3] > window[1];
+        // DALI does not interpolate the chroma of a single column.
+        if (seen && picture.subsampled && window[3] - window[1] == 1) return;
+        if (seen && header.sequential && header.interval && picture.orientation == 1) {
             lengths[i] = cut(to, bytes, header, window, starts);
         }
-        sound[i] = lengths[i] < bytes || !header.sequential || is_clean(to, bytes, header);
+        if (picture.pixels) places[i] += screen::strip_png(to, lengths[i], picture);
+        sound[i] = true;
     }
 
     void read(int64_t i, std::vector<int64_t> &starts) {

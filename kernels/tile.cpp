@@ -156,7 +156,7 @@ bool tile(const uint8_t *file, int64_t length, int width, std::vector<uint8_t> &
         const bool about = (marker > kApp0 && marker <= kApp15 && marker != kApp14) || marker == 0xFE;
         if (marker != kSos && marker != kDri && !about) out.insert(out.end(), file + begin, file + end);
     });
-    if (!good || !header.sequential || header.orientation != 1) return false;
+    if (!good || !header.sequential) return false;
     const int columns = up(header.width, header.mcu_width), rows = up(header.height, header.mcu_height);
     int interval = std::max(1, width / header.mcu_width);
     while (columns % interval) --interval;
