@@ -28,7 +28,7 @@ from dali_diffusemix.remote import MirrorError, is_url
 from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
-_Pair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
+ImagePair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
 
 # The shared cells: the epoch, samples served in it by the main process and by each worker, and a bit for each original,
 # whether it was found in it that it cannot be decoded.
@@ -127,7 +127,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         self._cells = torch.zeros(_FAILED + -(-len(self.catalog) // 64), dtype=torch.int64)
         self._warned_of = -1
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
-        self._substitution: Substitution[_Pair] | None = None
+        self._substitution: Substitution[ImagePair] | None = None
         self._targets: list[int] | None = None
 
     @property
@@ -191,7 +191,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
-        images, failures = self._decode_all(plan)
+        images, failures = self.decode_all(plan)
         if self._substitution is not None:  # it may know better of what could be made
             self._substitution.correct(plan.epoch, np.delete(plan.index, list(failures)))
         if failures:
@@ -211,16 +211,16 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
 
     def _substituted(
-        self, plan: BatchPlan, images: list[_Pair], failures: Mapping[int, Failure]
-    ) -> tuple[BatchPlan, list[_Pair]]:
+        self, plan: BatchPlan, images: list[ImagePair], failures: Mapping[int, Failure]
+    ) -> tuple[BatchPlan, list[ImagePair]]:
         """The same with what takes the place of samples that cannot be made."""
         if self._substitution is None:
             self._substitution = Substitution(
                 self.planner, self.name_of, self.on_error, size_of=_bytes_of, told=self._is_known_to_fail
             )
 
-        def decode(rows: BatchPlan) -> tuple[_Pair, Mapping[int, Failure]]:
-            pairs, failed = self._decode_all(rows)
+        def decode(rows: BatchPlan) -> tuple[ImagePair, Mapping[int, Failure]]:
+            pairs, failed = self.decode_all(rows)
             return pairs[0], failed
 
         found = self._substitution(plan, failures, decode, self.quarantine)
@@ -228,13 +228,17 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             images[place] = pair
         return plan.with_rows({place: row for place, (row, _) in found.items()}), images
 
-    def _decode_all(self, plan: BatchPlan) -> tuple[list[_Pair], dict[int, Failure]]:
-        """The originals and edits of a plan; by place what failed, the original if both did."""
+    def decode_all(self, plan: BatchPlan) -> tuple[list[ImagePair], dict[int, Failure]]:
+        """The original and the edit of each row of a plan, (height, width, 3) uint8, None where there is none.
+
+        Returns:
+            These pairs, and by place what failed, the original if both did.
+        """
         pairs, failures = [], {}
         for place, (original, edit, mixed) in enumerate(
             zip(plan.original.tolist(), plan.edit.tolist(), plan.mixed.tolist(), strict=True)
         ):
-            pair: _Pair = (None, None)
+            pair: ImagePair = (None, None)
             kind: Kind = "original"
             try:
                 pair = self.decode_original(original), None
@@ -360,7 +364,7 @@ def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.
         raise DecodeError(f"{name}: {error}") from error
 
 
-def _bytes_of(pair: _Pair) -> int:
+def _bytes_of(pair: ImagePair) -> int:
     return sum(0 if image is None else image.nbytes for image in pair)
 
 

@@ -46,6 +46,7 @@ from dali_diffusemix.store.layout import (
 
 # Each open or mapped shard holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
 _OPEN_SHARDS = 200
+_LEFT_OUT = -1  # the shard of an original that was not packed
 
 
 class EditStore:
@@ -338,21 +339,31 @@ class OriginalStore:
     def in_order_of(self, catalog: Catalog) -> "OriginalStore":
         """These originals with the rows and labels of another catalog, which pairs by path.
 
+        What was left out when the store was packed, since it could not be decoded, keeps its row of that catalog and
+        cannot be decoded here either. So this store gives the samples of the folder that it was packed from.
+
         Raises:
-            StoreError: The catalog lists an original that is not in here.
+            StoreError: The catalog lists an original that is not in here, and was not left out; or all were.
         """
         ours = self.catalog
         if same_rows(ours, catalog):
             return self
         rows = rows_of(ours, catalog)
-        if missing := np.flatnonzero(rows < 0).tolist():
+        left_out = {one.path for one in ours.rejected}
+        absent = np.flatnonzero(rows < 0)
+        missing = [row for row in absent.tolist() if catalog.path(row) not in left_out]
+        if missing or len(absent) == len(catalog):
+            missing = missing or absent.tolist()
             raise StoreError(
                 f"{str(self.path)!r}: the packed store lacks {len(missing)} of the {len(catalog)} originals asked for "
                 f"(for one {catalog.path(missing[0])!r}); give the store that was packed from the same folder, or "
-                "make the edits from this one. What could not be decoded was not packed: its catalog's `rejected`."
+                "make the edits from this one."
             )
-        own_order = replace(catalog, sizes=ours.sizes[rows], _origin=None)
-        ordered = OriginalStore(self.path, self.settings, own_order, self.index[rows], self._tars)
+        sizes, index = ours.sizes[rows], self.index[rows]
+        sizes[absent] = catalog.sizes[absent]
+        index["shard"][absent] = _LEFT_OUT
+        own_order = replace(catalog, sizes=sizes, _origin=None)
+        ordered = OriginalStore(self.path, self.settings, own_order, index, self._tars)
         ordered._order = catalog
         return ordered
 
@@ -367,22 +378,38 @@ class OriginalStore:
         return f"<OriginalStore {self._tars.where!r}: {len(self)} originals>"
 
     def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """Where the files of these originals, (n,), are; of a shard that has gone or was changed the error.
+        """Where the files of these originals, (n,), are; of a shard that has gone or was changed, and of an original
+        that was left out when the store was packed, the error.
 
         Of a store at a URL it waits for their shards, and has the rest fetched in the background.
 
         Raises:
             MirrorError: The URL does not answer or refuses, or the disk is full.
         """
-        return self._tars.extents(self.index[originals])
+        rows = self.index[originals]
+        there = rows["shard"] != _LEFT_OUT
+        found = iter(self._tars.extents(rows[there]))
+        return [
+            next(found) if is_there else self._not_packed(original)
+            for original, is_there in zip(originals.tolist(), there.tolist(), strict=True)
+        ]
 
     def encoded(self, original: int) -> NDArray[np.uint8]:
         """An original's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
 
         Raises:
             StoreError: The shard has gone or was changed since the store was opened.
+            DecodeError: The original was left out when the store was packed.
         """
+        if self.index["shard"][original] == _LEFT_OUT:
+            raise self._not_packed(original)
         return self._tars.encoded(self.index[original])
+
+    def _not_packed(self, original: int) -> DecodeError:
+        return DecodeError(
+            f"{self._tars.where}: {self.catalog.path(original)!r} was left out when this store was packed, for it "
+            "could not be decoded; mend it and pack the folder into a new store, or go on without it"
+        )
 
 
 def _reopen_originals(path: str | Path, order: Catalog | None) -> OriginalStore:
