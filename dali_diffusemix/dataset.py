@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from dali_diffusemix.catalog import Catalog, index
+from dali_diffusemix.catalog import Catalog, index, warn_of_deleted
 from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
@@ -95,12 +95,15 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
+        chosen = catalog is not None
         if self.store is not None:
             if catalog is not None:
                 self.store = self.store.in_order_of(catalog)
             catalog = self.store.catalog
             if packed is None:
                 _check_same_originals(self.root, self.store)
+                if not chosen:
+                    warn_of_deleted(self.store.catalog, Path(self.root))
         if packed is not None:
             packed = packed if catalog is None else packed.in_order_of(catalog)
             catalog = packed.catalog

@@ -103,6 +103,7 @@ class StoreWriter:
                         settings=settings, prompts=(), segments=(), denied={}, fingerprint=catalog.fingerprint
                     )
                 writer.catalog = open_catalog(path)
+                writer._header.check(path, len(writer.catalog))
             yield writer
 
     def _grow(self, catalog: Catalog) -> None:
@@ -260,6 +261,7 @@ class OriginalStoreWriter:
                 with writing(path):
                     header.write(path)
             writer._header = OriginalHeader.read(path)
+            writer._header.check(path, len(listed))
             _check_settings(path, writer._header.settings, settings)
             yield writer
 
