@@ -46,7 +46,7 @@ from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.pipeline import dali
 from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, TrainCrop
 from dali_diffusemix.reading import Place, read
-from dali_diffusemix.store import VERDICTS, EditStore, OriginalStore, ShardWriter, StoreWriter
+from dali_diffusemix.store import DENIED, EditStore, OriginalStore, ShardWriter, StoreWriter
 
 __all__ = [
     "BenchResult",
@@ -136,7 +136,7 @@ def extract(store: OriginalStore, rows: Sequence[int], folder: Path) -> Path:
         file = folder / store.catalog.path(row)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{file.name}.tmp")
+            unfinished = file.with_name(f".{row}.tmp")  # the name itself may be as long as names can be
             unfinished.write_bytes(store.encoded(row).tobytes())
             unfinished.replace(file)
     return folder
@@ -164,7 +164,7 @@ def _copy_edit(store: EditStore, original: int, edits: ShardWriter, row: int) ->
     """Copy the first edit of an original; where it has none, say so."""
     first = int(store.starts[original])
     if first == store.starts[original + 1]:
-        edits.add(row, 0, 0, seed=0, jpeg=None, verdict=VERDICTS[-1])
+        edits.add(row, 0, 0, seed=0, jpeg=None, verdict=DENIED)
         return
     height, width = store.sizes(np.array([first]))[0].tolist()
     edits.add(row, 0, 0, seed=0, jpeg=store.encoded(first).tobytes(), height=height, width=width)

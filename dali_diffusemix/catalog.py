@@ -881,7 +881,7 @@ def _measure(file: BinaryIO) -> tuple[int, int]:
     start = file.read(_START_BYTES)
     if not start:
         raise _Unusable("It is empty (0 bytes); copy it again or remove it.")
-    name = _format(start)
+    name = format_of(start)
     if name is None:
         raise _Unusable(_no_image(start))
     if name == "JPEG" and (why := _unsupported_frame(file)):
@@ -922,7 +922,7 @@ def _damaged_header(name: str, error: Exception) -> str:
     return f"Its {name} header cannot be read ({type(error).__name__}: {error}); the file is damaged."
 
 
-def _format(start: bytes) -> str | None:
+def format_of(start: bytes) -> str | None:
     """Pillow's name for the format of a file that begins so. The ending of its name plays no part."""
     if start.startswith(b"\xff\xd8\xff"):
         return "JPEG"

@@ -26,8 +26,11 @@ from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
 """What decides a store's images besides the original, prompt and variant of each."""
 
-VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied")
-"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made."""
+VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied", "not made yet")
+"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made, and what
+is not made yet is left to the next run."""
+
+DENIED, NOT_YET = VERDICTS[-2:]
 
 SHARD_ROW = np.dtype(
     [
@@ -438,17 +441,24 @@ class Record:
     edits: int
     originals: int
     sizes: Sizes
+    not_yet: int = 0  # edits that these shards lack, for the run was stopped that made them
 
     @classmethod
     def read(cls, store: Path) -> "Record":
         file = store / "index.json"
         stored = read_json(file, INDEX, "remove it and run `dali-diffusemix generate` again")
         with understood(file, "remove it and run `dali-diffusemix generate` again"):
-            return cls(edits=int(stored["edits"]), originals=int(stored["originals"]), sizes=sizes_of(stored["shards"]))
+            return cls(
+                edits=int(stored["edits"]),
+                originals=int(stored["originals"]),
+                sizes=sizes_of(stored["shards"]),
+                not_yet=int(stored.get("not_yet", 0)),
+            )
 
     def write(self, store: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         shards = [[number, *sizes] for number, sizes in self.sizes.items()]
         content = {"edits": self.edits, "originals": self.originals, "files": files, "shards": shards}
+        content |= {"not_yet": self.not_yet} if self.not_yet else {}
         write_json(store / "index.json", INDEX, content)
 
 

@@ -25,6 +25,7 @@ from dali_diffusemix.store.layout import (
     FILES,
     INDEX,
     INDEX_ROW,
+    NOT_YET,
     ORIGINAL_INDEX_ROW,
     ORIGINALS,
     SHARD_ROW,
@@ -116,10 +117,11 @@ class EditStore:
         tables, derived = _open_tables(path, header, len(catalog), done, mirror)
         _check_sizes(EDITS, path, tables.sizes, listing, mirror)
         missing = header.shard_count - len(done)
-        if missing or not derived:
-            what = (
-                f"{missing} of its {header.shard_count} shards are missing" if missing else "its index is not finished"
-            )
+        if missing or not derived or tables.not_yet:
+            what = "its index is not finished"
+            if missing or tables.not_yet:
+                what = f"{missing} of its {header.shard_count} shards are missing"
+                what += f", and {tables.not_yet} edits of the others" if tables.not_yet else ""
             warnings.warn(
                 f"{str(path)!r}: {what}; the {len(tables.index)} edits that are there are used. Run the "
                 "`dali-diffusemix generate` that makes it again to finish it.",
@@ -508,6 +510,7 @@ class _Tables:
     index: NDArray[np.void]  # (edits,) INDEX_ROW
     starts: NDArray[np.int64]  # (originals + 1,)
     sizes: Sizes
+    not_yet: int = 0  # edits that these shards lack
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -548,7 +551,7 @@ def _open_tables(
         if starts[0] != 0 or starts[-1] != record.edits or (starts[1:] < starts[:-1]).any():
             found = f"{starts[0]} to {starts[-1]}" if (starts[1:] >= starts[:-1]).all() else "some that go down"
             raise EDITS.damaged(path / "starts.npy", f"must run up from 0 to {record.edits}, found {found}")
-        return _Tables(index=index, starts=starts, sizes=record.sizes), True
+        return _Tables(index=index, starts=starts, sizes=record.sizes, not_yet=record.not_yet), True
     if mirror is not None:
         mirror.copy_tables([EDITS.shard(number) for number in shards])
     records = {number: ShardRecord.read(EDITS, path, number) for number in shards}
@@ -564,7 +567,12 @@ def derive(path: Path, records: Mapping[int, "ShardRecord"], originals: int) -> 
     starts = np.searchsorted(index["original"], np.arange(originals + 1)).astype(np.int64)
     for table in (index, starts):
         table.flags.writeable = False
-    return _Tables(index=index, starts=starts, sizes={number: record.sizes for number, record in records.items()})
+    return _Tables(
+        index=index,
+        starts=starts,
+        sizes={number: record.sizes for number, record in records.items()},
+        not_yet=sum(record.verdicts[NOT_YET] for record in records.values()),
+    )
 
 
 def tally(path: Path, records: Mapping[int, "ShardRecord"], catalog: Catalog, prompts: int) -> NDArray[np.int64]:
