@@ -41,7 +41,7 @@ class Verification:
     """What was found."""
 
     shards: int  # that were looked at
-    missing: int  # that are not finished
+    missing: int  # that are not finished, those among them that a run left in part
     images: int  # that could be decoded
     bytes: int
     problems: tuple[Problem, ...]
