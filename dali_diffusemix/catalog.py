@@ -302,10 +302,11 @@ class Catalog:
         file = folder / _JSON
         try:
             stored = json.loads(text)
+            if not isinstance(stored, dict):
+                raise TypeError(f"must be an object, found {type(stored).__name__}")
             magic, version = stored["magic"], stored["version"]
         except (ValueError, TypeError, LookupError, RecursionError) as error:
-            why = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
-            raise _damaged(file, f"must be a JSON object with 'magic' and 'version' ({why})") from error
+            raise _damaged(file, f"must be a JSON object with 'magic' and 'version' ({why_damaged(error)})") from error
         if magic != _MAGIC:
             raise _damaged(file, f"'magic' must be {_MAGIC!r}, found {magic!r}")
         if version != _VERSION:
@@ -323,7 +324,7 @@ class Catalog:
             }
             origin = _Origin(folder, hashlib.sha256(text).hexdigest(), str(stored["fingerprint"]))
         except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
-            raise _damaged(file, f"a field is missing or of the wrong kind ({error!r})") from error
+            raise _damaged(file, f"a field is missing or of the wrong kind ({why_damaged(error)})") from error
         for name in names.values():
             if not _ARRAY_FILE.fullmatch(name):  # so that it cannot lead to another folder
                 raise _damaged(file, f"array files must be named NAME-HASH.npy, found {name!r}")
@@ -884,7 +885,7 @@ def _measure(file: BinaryIO) -> tuple[int, int]:
     name = format_of(start)
     if name is None:
         raise _Unusable(_no_image(start))
-    if name == "JPEG" and (why := _unsupported_frame(file)):
+    if name == "JPEG" and (why := _unsupported_frame(start, file)):
         raise _Unusable(why)
     try:
         with Image.open(file, formats=[name]) as image:
@@ -990,9 +991,12 @@ _RARE_FRAMES = {
 }
 
 
-def _unsupported_frame(file: BinaryIO) -> str | None:
-    """What no decoder here reads of a JPEG, as a sentence; None where that is not why."""
-    frame = _frame(file)
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def _unsupported_frame(start: bytes, file: BinaryIO) -> str | None:
+    """What no decoder here reads of a JPEG that begins so, as a sentence; None where that is not why."""
+    frame = _frame(start, file)
     if frame is None:
         return None
     kind, bits = frame
@@ -1003,24 +1007,30 @@ def _unsupported_frame(file: BinaryIO) -> str | None:
     return None
 
 
-def _frame(file: BinaryIO) -> tuple[int, int] | None:
+def _frame(start: bytes, file: BinaryIO) -> tuple[int, int] | None:
     """A JPEG's frame marker, without its FF, and the bits of a value; None where there is none."""
-    file.seek(2)
-    while len(head := file.read(2)) == 2 and head[0] == 0xFF:
-        kind = head[1]
-        if kind == 0xFF:  # a fill byte
-            file.seek(-1, os.SEEK_CUR)
-            continue
-        if kind == 0x01 or 0xD0 <= kind <= 0xD7:  # without a segment
-            continue
-        size = int.from_bytes(file.read(2), "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
-            bits = file.read(1)
-            return (kind, bits[0]) if bits else None
-        if kind == 0xDA or size < 2:
+    here, base, place = start, 0, 2  # a stretch of the file, where it begins, and where a marker is
+    while True:
+        at = place - base
+        if at + 5 > len(here):
+            file.seek(place)
+            here, base, at = file.read(64), place, 0
+            if len(here) < 5:
+                return None
+        if here[at] != 0xFF:
             return None
-        file.seek(size - 2, os.SEEK_CUR)
-    return None
+        kind = here[at + 1]
+        if kind in _FRAMES:
+            return kind, here[at + 4]
+        if kind == 0xFF:  # a fill byte
+            place += 1
+        elif kind == 0x01 or 0xD0 <= kind <= 0xD7:  # without a segment
+            place += 2
+        else:
+            size = here[at + 2] << 8 | here[at + 3]
+            if kind == 0xDA or size < 2:
+                return None
+            place += 2 + size
 
 
 def _exif_follows(file: BinaryIO, place: int) -> bool:
@@ -1042,6 +1052,17 @@ def _exif_follows(file: BinaryIO, place: int) -> bool:
 
 def _damaged(file: Path, what: str) -> CatalogError:
     return CatalogError(f"{str(file)!r}: {what}; list the folder anew with `dali-diffusemix index ROOT --refresh`.")
+
+
+def why_damaged(error: Exception) -> str:
+    """What is wrong with a JSON file that could not be understood."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is no JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return f"a value is of the wrong kind: {error}"
 
 
 def _is_catalog(folder: Path) -> bool:

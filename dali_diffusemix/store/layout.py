@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix import __version__, quality
+from dali_diffusemix.catalog import why_damaged
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
@@ -562,6 +563,8 @@ def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None)
         raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
     with understood(file, remedy):
         stored: dict[str, Any] = json.loads(data)
+        if not isinstance(stored, dict):
+            raise TypeError(f"must be an object, found {type(stored).__name__}")
         found, version = stored["magic"], stored["version"]
     if found != magic:
         raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {elsewhere or remedy}.")
@@ -579,8 +582,7 @@ def understood(file: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        why = "it is nested too deeply" if isinstance(error, RecursionError) else repr(error)
-        raise StoreError(f"{str(file)!r}: is damaged ({why}); {remedy}.") from error
+        raise StoreError(f"{str(file)!r}: is damaged ({why_damaged(error)}); {remedy}.") from error
 
 
 def load(kind: Kind, file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
