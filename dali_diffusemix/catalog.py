@@ -726,22 +726,22 @@ def _warn_if_stale(catalog: Catalog, root: Path) -> None:
 def warn_of_deleted(catalog: Catalog, root: Path) -> None:
     """One StaleCatalogWarning if originals of an edit store's catalog are gone from their folder.
 
-    Looked into are the class folders that changed since they were listed; of a catalog that does not know, all folders,
-    if it is not large.
+    Looked into are the class folders that changed since they were listed; of a catalog that does not know, all folders.
+    Where that is very much, as after a copy of a large dataset, nothing is.
     """
     before = catalog.folder_mtimes
-    if not before and len(catalog) > _MOST_LOOKED_FOR:
-        return
-    now = _folder_mtimes(root, before)
-    changed = {name for name, mtime in before.items() if now[name] != mtime}
-    if before and not changed:
+    rows = np.arange(len(catalog))
+    if before:
+        now = _folder_mtimes(root, before)
+        changed = [label for label, name in enumerate(catalog.classes) if now.get(name) != before.get(name)]
+        rows = np.flatnonzero(np.isin(catalog.labels, changed))
+    if len(rows) > _MOST_LOOKED_FOR:
         return
     there: dict[str, set[str]] = {}
     gone: list[str] = []
-    for path in catalog.paths:
+    for row in rows.tolist():
+        path = catalog.path(row)
         folder, _, name = path.rpartition("/")
-        if before and path.partition("/")[0] not in changed:
-            continue
         if folder not in there:
             try:
                 there[folder] = set(os.listdir(root / folder))  # noqa: PTH208 - names alone, at speed

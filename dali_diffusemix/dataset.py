@@ -260,8 +260,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         """Tell the other processes whether an original could be decoded, if they do not know."""
         word, bit = divmod(original, 64)
         cells = self._cells.numpy()[_FAILED:].view(np.uint64)
-        if bool(cells[word] >> np.uint64(bit) & np.uint64(1)) != failed:
-            cells[word] ^= np.uint64(1) << np.uint64(bit)  # one that is lost to another process costs a decode
+        mask = np.uint64(1) << np.uint64(bit)
+        if bool(cells[word] & mask) != failed:  # one that is lost to another process costs a decode
+            cells[word] = cells[word] | mask if failed else cells[word] & ~mask
 
     def _is_known_to_fail(self, index: int) -> bool:
         """Whether some process found that a sample's original cannot be decoded."""
