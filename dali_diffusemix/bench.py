@@ -22,6 +22,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
@@ -38,13 +39,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.dataset import DiffuseMixDataset
-from dali_diffusemix.errors import ConfigError, DataError, DiffuseMixError
+from dali_diffusemix.errors import ConfigError, DataError, DecodeError, DiffuseMixError, StoreError
 from dali_diffusemix.loader import DiffuseMixLoader
 from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD, edit_weight
 from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.pipeline import dali
 from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, TrainCrop
-from dali_diffusemix.store import VERDICTS, EditStore, OriginalStore, ShardWriter, StoreWriter
+from dali_diffusemix.reading import Place, read
+from dali_diffusemix.store import DENIED, EditStore, OriginalStore, ShardWriter, StoreWriter
 
 __all__ = [
     "BenchResult",
@@ -75,6 +77,7 @@ _PACKAGES: Final = (
 _PAYS: Final = 1.05  # the least gain that is advice
 _PACKED: Final = 256  # originals that are packed to try it
 _LEAST_BATCHES: Final = 32  # in an epoch of a sample
+_READ: Final = 64  # originals that are looked at together
 _SAMPLE_SECONDS: Final = 0.05  # between two looks at memory
 _COLUMNS: Final = 80  # of the text
 _QUEUE: Final = 2  # of batches; DALI's own, and longer ones are no faster
@@ -135,7 +138,7 @@ def extract(store: OriginalStore, rows: Sequence[int], folder: Path) -> Path:
         file = folder / store.catalog.path(row)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{file.name}.tmp")
+            unfinished = file.with_name(f".{row}.tmp")  # the name itself may be as long as names can be
             unfinished.write_bytes(store.encoded(row).tobytes())
             unfinished.replace(file)
     return folder
@@ -163,7 +166,7 @@ def _copy_edit(store: EditStore, original: int, edits: ShardWriter, row: int) ->
     """Copy the first edit of an original; where it has none, say so."""
     first = int(store.starts[original])
     if first == store.starts[original + 1]:
-        edits.add(row, 0, 0, seed=0, jpeg=None, verdict=VERDICTS[-1])
+        edits.add(row, 0, 0, seed=0, jpeg=None, verdict=DENIED)
         return
     height, width = store.sizes(np.array([first]))[0].tolist()
     edits.add(row, 0, 0, seed=0, jpeg=store.encoded(first).tobytes(), height=height, width=width)
@@ -317,7 +320,8 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
         """The sample of a row of a plan, whose original is given."""
         sample = self.cropped(original, plan.box[row])
         if plan.edit[row] >= 0:
-            sample = self._mixed(plan, row, sample)
+            with contextlib.suppress(OSError, ValueError, SyntaxError, StoreError):  # a damaged edit: unmixed
+                sample = self._mixed(plan, row, sample)
         if plan.flip[row]:
             sample = sample[:, ::-1]
         channels_first = np.ascontiguousarray(((sample - self._mean) / self._deviation).transpose(2, 0, 1))
@@ -755,6 +759,8 @@ class BenchResult:
             f"{settings['rounds']} rounds",
             _COLUMNS,
         )
+        if settings.get("undecodable"):
+            yield f"{settings['undecodable']} left out: they cannot be decoded"
         yield ""
         yield f"{'':14}{'images/s':>9}{'lowest':>9}{'highest':>9}{'CPU ms/image':>14}{'MiB':>7}{'relative':>10}"
         first = next(iter(self.results), "")
@@ -854,6 +860,7 @@ def bench(
             seed=seed,
         )
         rows = _rows(len(dataset), max(images, _LEAST_BATCHES * batch_size), seed)
+        rows, undecodable = _decodable(dataset, rows)
         if len(rows) < len(dataset):
             material = _sampled(material, dataset, rows, Path(scratch) / "sample", epoch=len(dataset))
         if dataset.original_store is not None:
@@ -888,6 +895,7 @@ def bench(
         "root": str(root),
         "originals": len(dataset),
         "images": len(rows),
+        "undecodable": undecodable,
         "batch_size": batch_size,
         "num_workers": num_workers,
         "device": device,
@@ -906,6 +914,38 @@ def _rows(count: int, most: int, seed: int) -> NDArray[np.int64]:
     if count <= most:
         return np.arange(count)
     return np.sort(np.random.default_rng(seed).choice(count, most, replace=False))
+
+
+def _decodable(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], int]:
+    """Of some originals those that can be decoded, for all contenders alike, and how many cannot.
+
+    Whatever is in order by its structure is not decoded here.
+    """
+    suspect: list[int] = []
+    for start in range(0, len(rows), _READ):
+        some = rows[start : start + _READ]
+        packed = dataset.original_store
+        places: Sequence[Place] = (
+            [os.fsencode(dataset.path_of(row)) for row in some.tolist()] if packed is None else packed.extents(some)
+        )
+        found = read(places, np.zeros((len(some), 4), dtype=np.int32), dataset.catalog.sizes[some])
+        suspect += some[~found.sound].tolist()
+
+    def fails(row: int) -> bool:
+        try:
+            dataset.decode_original(row)
+        except DecodeError:
+            return True
+        return False
+
+    with ThreadPoolExecutor(_cores()) as pool:
+        failed = [row for row, failing in zip(suspect, pool.map(fails, suspect), strict=True) if failing]
+    if len(failed) == len(rows):
+        raise DataError(
+            f"root must have images that can be decoded, found none among {len(rows)} of {str(dataset.root)!r}, such "
+            f"as {dataset.path_of(failed[0])!r}; restore them, or give another folder."
+        )
+    return np.setdiff1d(rows, failed), len(failed)
 
 
 def _sampled(

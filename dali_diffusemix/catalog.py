@@ -32,7 +32,7 @@ from typing import Any, BinaryIO, overload
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from dali_diffusemix.errors import CatalogError, ConfigError
 
@@ -74,6 +74,7 @@ _WORKERS = 8
 _FILES_PER_TASK = 128
 # Beyond all metadata of 98 % of photographs (ImageNet), and little enough to fetch over a network.
 _HEADER_BYTES = 16384
+_START_BYTES = 4096  # that tell what a file is
 
 
 class StaleCatalogWarning(UserWarning):
@@ -301,9 +302,11 @@ class Catalog:
         file = folder / _JSON
         try:
             stored = json.loads(text)
+            if not isinstance(stored, dict):
+                raise TypeError(f"must be an object, found {type(stored).__name__}")
             magic, version = stored["magic"], stored["version"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise _damaged(file, f"must be a JSON object with 'magic' and 'version' ({error!r})") from error
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise _damaged(file, f"must be a JSON object with 'magic' and 'version' ({why_damaged(error)})") from error
         if magic != _MAGIC:
             raise _damaged(file, f"'magic' must be {_MAGIC!r}, found {magic!r}")
         if version != _VERSION:
@@ -320,8 +323,8 @@ class Catalog:
                 "folder_mtimes": {str(name): int(mtime) for name, mtime in stored["folder_mtimes"].items()},
             }
             origin = _Origin(folder, hashlib.sha256(text).hexdigest(), str(stored["fingerprint"]))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _damaged(file, f"a field is missing or of the wrong kind ({error!r})") from error
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+            raise _damaged(file, f"a field is missing or of the wrong kind ({why_damaged(error)})") from error
         for name in names.values():
             if not _ARRAY_FILE.fullmatch(name):  # so that it cannot lead to another folder
                 raise _damaged(file, f"array files must be named NAME-HASH.npy, found {name!r}")
@@ -331,6 +334,17 @@ class Catalog:
         if offsets[0] != 0 or offsets[-1] != total:
             found = f"{offsets[0]} and {offsets[-1]}"
             raise _damaged(folder / names["path_offsets"], f"must run from 0 to {total}, found {found}")
+        # Some milliseconds for a million rows. Whoever trusts them later fails far from here.
+        labels, sizes, classes = arrays["labels"], arrays["sizes"], len(fields["classes"])
+        if (offsets[1:] < offsets[:-1]).any():
+            raise _damaged(folder / names["path_offsets"], "must not go down, but does")
+        if count and not 0 <= labels.min() <= labels.max() < classes:
+            found = f"{labels.min()} to {labels.max()}"
+            raise _damaged(
+                folder / names["labels"], f"must lie in 0 to {classes - 1}, places in classes, found {found}"
+            )
+        if count and sizes.min() < 1:
+            raise _damaged(folder / names["sizes"], f"must be 1 or more, found {sizes.min()}")
         return cls(**fields, **arrays, _origin=origin)
 
     def __reduce__(self) -> tuple[Callable[..., "Catalog"], tuple[Any, ...]]:
@@ -380,8 +394,8 @@ def index(
     written, a warning is logged and the catalog lives in memory only. `workers` threads read headers; `progress` is
     called with the files done and the files there are.
 
-    Raises CatalogError: no such folder, no class folders, a class without usable image, a damaged catalog, or a given
-    location that cannot be written. ConfigError: a location inside the root.
+    Raises CatalogError: no such folder, no class folders, folders that are splits (train, val), a class without usable
+    image, a damaged catalog, or a given location that cannot be written. ConfigError: a location inside the root.
     """
     folder = _existing_root(root)
     where = default_location(folder) if location is None else Path(location)
@@ -394,6 +408,7 @@ def index(
     if _is_catalog(where):
         if not refresh:
             catalog = Catalog.open(where)
+            _check_no_splits(folder, catalog.classes, catalog.paths)
             _warn_if_stale(catalog, folder)
             return catalog
         try:
@@ -428,7 +443,7 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
     Classes are the sorted sub-folders of the root; within one, folders are sorted by path and the files of each by
     name. Links are followed, but not in circles. Hidden files and folders (a leading dot) are passed over.
 
-    Raises CatalogError if there is no such folder, or no folder in it.
+    Raises CatalogError if there is no such folder, or no folder in it, or its folders are splits with classes in them.
     """
     folder = _existing_root(root)
     rejected: list[Rejected] = []
@@ -456,6 +471,7 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
         found = _list_class(folder, name, identity, rejected)
         paths += found
         labels += [label] * len(found)
+    _check_no_splits(folder, classes, paths)
     return Listing(classes=tuple(classes), paths=paths, labels=labels, rejected=rejected, folder_mtimes=folder_mtimes)
 
 
@@ -649,6 +665,32 @@ def _list_class(root: Path, name: str, root_identity: tuple[int, int], rejected:
     return [f"{folder}/{file}" for folder, files in found for file in files]
 
 
+_SPLIT = re.compile(
+    r"(?P<train>train|training)|val|valid|validation|test|testing|dev|eval|evaluation|holdout|extra", re.IGNORECASE
+)
+_SPLIT_OF = re.compile(r"[-_ .]?(?:set|split|data|images|\d+)$", re.IGNORECASE)
+
+
+def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise CatalogError where class folders are splits of a dataset, each with the class folders in it."""
+    splits = {name: match for name in classes if (match := _SPLIT.fullmatch(_SPLIT_OF.sub("", name)))}
+    if len(splits) < 2 or not any(match["train"] for match in splits.values()):
+        return
+    inside: dict[str, set[str]] = {name: set() for name in splits}
+    for path in paths:
+        name, _, rest = path.partition("/")
+        if name in inside and "/" in rest:
+            inside[name].add(rest.partition("/")[0])
+    train = next(name for name, match in splits.items() if match["train"])
+    shared = any(inside[train] & inside[name] for name in splits if name != train)
+    if shared or (inside[train] and len(splits) == len(classes)):
+        raise CatalogError(
+            f"{str(root)!r}: its folders {_names(sorted(splits))} must be classes, but they look like splits of a "
+            f"dataset: {train!r} holds folders of its own ({_names(sorted(inside[train]))}). Which is meant? Give one "
+            f"of them, as {str(root / train)!r}. If they are classes, list them with Catalog.from_arrays."
+        )
+
+
 def _folder_mtimes(root: Path, classes: Iterable[str]) -> dict[str, int]:
     """When each class folder last changed, in nanoseconds; 0 where that cannot be told."""
     mtimes = {}
@@ -679,6 +721,49 @@ def _warn_if_stale(catalog: Catalog, root: Path) -> None:
             StaleCatalogWarning,
             stacklevel=3,
         )
+
+
+def warn_of_deleted(catalog: Catalog, root: Path) -> None:
+    """One StaleCatalogWarning if originals of an edit store's catalog are gone from their folder.
+
+    Looked into are the class folders that changed since they were listed; of a catalog that does not know, all folders.
+    Where that is very much, as after a copy of a large dataset, nothing is.
+    """
+    before = catalog.folder_mtimes
+    rows = np.arange(len(catalog))
+    if before:
+        now = _folder_mtimes(root, before)
+        changed = [label for label, name in enumerate(catalog.classes) if now.get(name) != before.get(name)]
+        rows = np.flatnonzero(np.isin(catalog.labels, changed))
+    if len(rows) > _MOST_LOOKED_FOR:
+        return
+    there: dict[str, set[str]] = {}
+    gone: list[str] = []
+    for row in rows.tolist():
+        path = catalog.path(row)
+        folder, _, name = path.rpartition("/")
+        if folder not in there:
+            try:
+                there[folder] = set(os.listdir(root / folder))  # noqa: PTH208 - names alone, at speed
+            except FileNotFoundError:
+                there[folder] = set()
+            except OSError:
+                return  # the images may still be read by name
+        if name not in there[folder]:
+            gone.append(path)
+    if gone:
+        where = shlex.quote(str(root))
+        warnings.warn(
+            f"{str(root)!r}: {len(gone)} of the {len(catalog)} originals that the edits are of are gone (for one "
+            f"{gone[0]!r}); they stay samples, and others are shown in their place. To train without them, run "
+            f"`dali-diffusemix index {where} --refresh` and give the dataset catalog=dali_diffusemix.catalog."
+            "index(root).",
+            StaleCatalogWarning,
+            stacklevel=3,
+        )
+
+
+_MOST_LOOKED_FOR = 200_000  # originals
 
 
 def _read_folder(
@@ -794,12 +879,14 @@ def _read_size(path: str) -> tuple[int, int] | str:
 
 def _measure(file: BinaryIO) -> tuple[int, int]:
     """As `_read_size`, of an open file. Raises _Unusable, and OSError of the file itself."""
-    start = file.read(12)
+    start = file.read(_START_BYTES)
     if not start:
         raise _Unusable("It is empty (0 bytes); copy it again or remove it.")
-    name = _format(start)
+    name = format_of(start)
     if name is None:
-        raise _Unusable(f"unsupported: it begins with {start!r}; supported are {SUPPORTED}; convert it.")
+        raise _Unusable(_no_image(start))
+    if name == "JPEG" and (why := _unsupported_frame(start, file)):
+        raise _Unusable(why)
     try:
         with Image.open(file, formats=[name]) as image:
             if name != "WEBP" and not image.tile:
@@ -820,12 +907,23 @@ def _measure(file: BinaryIO) -> tuple[int, int]:
         raise _Unusable(f"It has more pixels than the limit of {MAX_PIXELS} ({error}); make it smaller.") from error
     except UnidentifiedImageError as error:
         raise _Unusable(f"Its {name} header cannot be read; the file is damaged or cut short.") from error
+    except ValueError as error:
+        # Pillow's protection against text that is a decompression bomb; the picture may be as good as any.
+        if name == "PNG" and "MAX_TEXT" in str(error):
+            raise _Unusable(
+                "unsupported: the text stored in this PNG (a workflow or a prompt, for instance) is larger than "
+                f"Pillow's limit of {PngImagePlugin.MAX_TEXT_CHUNK} bytes; save it without the text."
+            ) from error
+        raise _Unusable(_damaged_header(name, error)) from error
     except Exception as error:  # Pillow raises many kinds, and none may end the listing of a million files
-        detail = f"{type(error).__name__}: {error}"
-        raise _Unusable(f"Its {name} header cannot be read ({detail}); the file is damaged.") from error
+        raise _Unusable(_damaged_header(name, error)) from error
 
 
-def _format(start: bytes) -> str | None:
+def _damaged_header(name: str, error: Exception) -> str:
+    return f"Its {name} header cannot be read ({type(error).__name__}: {error}); the file is damaged."
+
+
+def format_of(start: bytes) -> str | None:
     """Pillow's name for the format of a file that begins so. The ending of its name plays no part."""
     if start.startswith(b"\xff\xd8\xff"):
         return "JPEG"
@@ -837,9 +935,102 @@ def _format(start: bytes) -> str | None:
         return "TIFF"
     if start[:1] == b"P" and start[1:2] in b"123456" and start[2:3] in b" \t\n\v\f\r#":
         return "PPM"
-    if start.startswith(b"RIFF") and start[8:] == b"WEBP":
+    if start.startswith(b"RIFF") and start[8:12] == b"WEBP":
         return "WEBP"
     return None
+
+
+# What is met in the place of images, by its beginning.
+_OTHERS = (
+    (rb"GIF8", "a GIF"),
+    (rb"....ftyp(?:avif|avis)", "an AVIF image"),
+    (rb"....ftyp(?:hei|hev|mif|msf)", "a HEIF image"),
+    (rb"....ftyp|\x1aE\xdf\xa3|RIFF....AVI ", "a video"),
+    (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL image"),
+    (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (rb"8BPS", "a Photoshop file"),
+    (rb"\0\0\x01\0", "an icon"),
+    (rb"%PDF", "a PDF"),
+    (rb"PK\x03\x04|\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!", "an archive"),
+    (rb"\x93NUMPY", "a NumPy array"),
+    (rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?(?:<!--.*?-->\s*)*(?:<!DOCTYPE svg[^>]*>\s*)?<svg\b", "an SVG drawing"),
+)
+_KINDS = tuple((re.compile(pattern, re.DOTALL | re.IGNORECASE), what) for pattern, what in _OTHERS)
+_PAGE = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*(?:<!--.*?-->\s*)*<(?:!doctype\s+html|html|head|body)\b", re.DOTALL | re.IGNORECASE
+)
+_ANSWER = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<Error\b|\{)", re.IGNORECASE)
+
+
+def _no_image(start: bytes) -> str:
+    """Why a file that begins so is none of the formats that are read."""
+    if start.startswith(b"version https://git-lfs.github.com/"):
+        return "It is a Git LFS pointer, not the image itself; run `git lfs pull` in its repository."
+    if b"/annex/objects/" in start:
+        return "It is a git-annex pointer, not the image itself; run `git annex get` in its repository."
+    if _PAGE.match(start):
+        return "It is an HTML page, as a failed download leaves one; download the image itself again."
+    for pattern, what in _KINDS:
+        if pattern.match(start):
+            return f"unsupported: it is {what}; supported are {SUPPORTED}; convert it."
+    if _ANSWER.match(start):
+        return "It is text (XML or JSON), as a failed download leaves it; download the image itself again."
+    return f"unsupported: it begins with {start[:12]!r}; supported are {SUPPORTED}; convert it."
+
+
+# Frames of a JPEG that decoders do not read: lossless, differential, hierarchical.
+_RARE_FRAMES = {
+    0xC3: "lossless",
+    0xC5: "hierarchical",
+    0xC6: "hierarchical",
+    0xC7: "lossless",
+    0xCB: "lossless",
+    0xCD: "hierarchical",
+    0xCE: "hierarchical",
+    0xCF: "lossless",
+}
+
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+def _unsupported_frame(start: bytes, file: BinaryIO) -> str | None:
+    """What no decoder here reads of a JPEG that begins so, as a sentence; None where that is not why."""
+    frame = _frame(start, file)
+    if frame is None:
+        return None
+    kind, bits = frame
+    if kind in _RARE_FRAMES:
+        return f"unsupported: it is a {_RARE_FRAMES[kind]} JPEG; save it as an ordinary one, or as PNG."
+    if bits != 8:
+        return f"unsupported: it is a JPEG of {bits} bits, 8 are supported; convert it."
+    return None
+
+
+def _frame(start: bytes, file: BinaryIO) -> tuple[int, int] | None:
+    """A JPEG's frame marker, without its FF, and the bits of a value; None where there is none."""
+    here, base, place = start, 0, 2  # a stretch of the file, where it begins, and where a marker is
+    while True:
+        at = place - base
+        if at + 5 > len(here):
+            file.seek(place)
+            here, base, at = file.read(64), place, 0
+            if len(here) < 5:
+                return None
+        if here[at] != 0xFF:
+            return None
+        kind = here[at + 1]
+        if kind in _FRAMES:
+            return kind, here[at + 4]
+        if kind == 0xFF:  # a fill byte
+            place += 1
+        elif kind == 0x01 or 0xD0 <= kind <= 0xD7:  # without a segment
+            place += 2
+        else:
+            size = here[at + 2] << 8 | here[at + 3]
+            if kind == 0xDA or size < 2:
+                return None
+            place += 2 + size
 
 
 def _exif_follows(file: BinaryIO, place: int) -> bool:
@@ -861,6 +1052,17 @@ def _exif_follows(file: BinaryIO, place: int) -> bool:
 
 def _damaged(file: Path, what: str) -> CatalogError:
     return CatalogError(f"{str(file)!r}: {what}; list the folder anew with `dali-diffusemix index ROOT --refresh`.")
+
+
+def why_damaged(error: Exception) -> str:
+    """What is wrong with a JSON file that could not be understood."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"it is no JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    return f"a value is of the wrong kind: {error}"
 
 
 def _is_catalog(folder: Path) -> bool:
@@ -886,7 +1088,7 @@ def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> npt
     """Map one array, read-only; its length is free where `shape` is None. Raises CatalogError."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a header is a Python literal, which fails in many ways
         # NumPy advises to unpickle what it does not know.
         why = "it is no array" if "allow_pickle" in str(error) else error
         raise _damaged(file, f"the array is missing or cut short ({why})") from error
@@ -900,7 +1102,7 @@ def _files_named(folder: Path) -> set[str]:
     """The array files of the catalog that is there, if there is one that can be read."""
     try:
         return set(map(str, json.loads((folder / _JSON).read_bytes())["arrays"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return set()
 
 

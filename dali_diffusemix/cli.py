@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import secrets
 import sys
 import time
 import warnings
@@ -248,10 +249,10 @@ class _Group(click.Group):
                 return super().invoke(ctx)
         except DiffuseMixError as error:
             raise _Failure(error) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
             goes_on = ctx.invoked_subcommand in ("generate", "pack")
             again = "run the same command again to go on." if goes_on else "nothing is kept of it."
-            _notice("Interrupted", again, "yellow")
+            _notice("Interrupted", f"{error}; {again}" if str(error) else again, "yellow")
             ctx.exit(_INTERRUPTED)
 
 
@@ -529,10 +530,9 @@ _DIFFUSION: Final = ("revision", "scheduler", "steps", "guidance", "image_guidan
 @click.option(
     "--originals-per-shard",
     hidden=True,
-    default=512,
-    show_default=True,
+    type=int,
     metavar="N",
-    help="Work lost if killed, at most.",
+    help="Work lost if killed, at most.  [default: 512; by a model 64]",
 )
 @click.option("--revision", hidden=True, metavar="NAME", help="Of the model on the hub.")
 @click.option(
@@ -1124,7 +1124,7 @@ def _list(display: _Display, lines: Iterable[str], most: int | None = None) -> N
 
 def _write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises ConfigError."""
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    unfinished = file.with_name(f".{secrets.token_hex(8)}.tmp")  # the name may be as long as names can be
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:

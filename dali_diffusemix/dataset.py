@@ -3,9 +3,10 @@
 Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
 """
 
+import operator
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, overload
 
@@ -14,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset, get_worker_info
 
-from dali_diffusemix.catalog import Catalog, index
+from dali_diffusemix.catalog import Catalog, index, warn_of_deleted
 from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat, mix, piece_table
@@ -27,14 +28,20 @@ from dali_diffusemix.remote import MirrorError, is_url
 from dali_diffusemix.store import EditStore, OriginalStore
 
 _Path = str | os.PathLike[str]
-_Pair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
+ImagePair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
 
-_EPOCH: Final = 0  # the shared cells: the epoch, then samples served in it by the main process and by each worker
+# The shared cells: the epoch, samples served in it by the main process and by each worker, and a bit for each original,
+# whether it was found in it that it cannot be decoded.
+_EPOCH: Final = 0
 _SLOTS: Final = 257
+_FAILED: Final = 1 + _SLOTS
 
 
 class RepeatedEpochWarning(UserWarning):
-    """A DataLoader went through the dataset twice without `set_epoch`: the second time gives the same samples."""
+    """A DataLoader went through the dataset twice without `set_epoch`: the second time gives the same samples.
+
+    Not of a dataset whose epochs are all the same, as for validation.
+    """
 
 
 class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
@@ -88,12 +95,15 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
+        chosen = catalog is not None
         if self.store is not None:
             if catalog is not None:
                 self.store = self.store.in_order_of(catalog)
             catalog = self.store.catalog
             if packed is None:
                 _check_same_originals(self.root, self.store)
+                if not chosen:
+                    warn_of_deleted(self.store.catalog, Path(self.root))
         if packed is not None:
             packed = packed if catalog is None else packed.in_order_of(catalog)
             catalog = packed.catalog
@@ -115,10 +125,13 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         check_on_error(on_error)
         self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
+        self._varies = mix is not None or _draws(crop, self.catalog.sizes[:1])
         # In shared memory, so that persistent workers see a new epoch.
-        self._cells = torch.zeros(1 + _SLOTS, dtype=torch.int64)
+        self._cells = torch.zeros(_FAILED + -(-len(self.catalog) // 64), dtype=torch.int64)
         self._warned_of = -1
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
+        self._substitution: Substitution[ImagePair] | None = None
+        self._targets: list[int] | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -143,8 +156,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     @property
     def targets(self) -> list[int]:
         """Label of every original."""
-        targets: list[int] = self.catalog.labels.tolist()
-        return targets
+        # Made once, for loops over it ask for it each time.
+        if self._targets is None:
+            self._targets = self.catalog.labels.tolist()
+        return self._targets
 
     @property
     def epoch(self) -> int:
@@ -161,24 +176,17 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return len(self.planner)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        count = len(self)
-        if not -count <= index < count:
-            raise IndexError(f"index {index} is out of range for a dataset of {count} samples")
-        return self._samples_of(np.array([index % count]))[0]
+        return self._samples_of(from_the_end([index], len(self)))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
         """Samples of a batch of indices. DataLoader calls this rather than `dataset[i]` for each."""
-        self._count(len(indices))
-        return self._samples_of(np.asarray(indices, dtype=np.int64) % len(self))
+        checked = from_the_end(indices, len(self))
+        self._count(len(checked))
+        return self._samples_of(checked)
 
     def path_of(self, original: int) -> str:
         """Path of an original, by its row in the catalog; of a packed store the name of none of its files."""
         return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
-
-    @property
-    def substitution(self) -> Substitution:
-        """Finds what takes the place of a sample that cannot be made."""
-        return Substitution(self.planner, self._name_of, self.on_error)
 
     def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
         """(n,) int64 labels of a plan's rows."""
@@ -186,16 +194,11 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
-        images, substituted = [], {}
-        for place in range(len(plan)):
-            row = plan.row(place)
-            pair, failure = self._decode(row)
-            if failure is not None:
-                row, pair = self.substitution(row, failure, self._decode, self.quarantine)
-                substituted[place] = row
-            images.append(pair)
-        if substituted:
-            plan = plan.with_rows(substituted)
+        images, failures = self.decode_all(plan)
+        if self._substitution is not None:  # it may know better of what could be made
+            self._substitution.correct(plan.epoch, np.delete(plan.index, list(failures)))
+        if failures:
+            plan, images = self._substituted(plan, images, failures)
         originals, edits = zip(*images, strict=True)
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
@@ -210,19 +213,68 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         samples = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
         return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
 
-    def _decode(self, row: BatchPlan) -> tuple[_Pair, Failure | None]:
-        """The original and the edit of a plan of one row; what failed, the original if both did."""
-        try:
-            original = self.decode_original(int(row.original[0]))
-        except DecodeError as error:
-            return (None, None), Failure("original", error)
-        try:
-            edit = decode_edit(self.store, int(row.edit[0])) if self.store is not None and row.mixed[0] else None
-            return (original, edit), None
-        except DecodeError as error:
-            return (original, None), Failure("edit", error)
+    def _substituted(
+        self, plan: BatchPlan, images: list[ImagePair], failures: Mapping[int, Failure]
+    ) -> tuple[BatchPlan, list[ImagePair]]:
+        """The same with what takes the place of samples that cannot be made."""
+        if self._substitution is None:
+            self._substitution = Substitution(
+                self.planner, self.name_of, self.on_error, size_of=_bytes_of, told=self._is_known_to_fail
+            )
 
-    def _name_of(self, row: BatchPlan, kind: Kind) -> str:
+        def decode(rows: BatchPlan) -> tuple[ImagePair, Mapping[int, Failure]]:
+            pairs, failed = self.decode_all(rows)
+            return pairs[0], failed
+
+        found = self._substitution(plan, failures, decode, self.quarantine)
+        for place, (_, pair) in found.items():
+            images[place] = pair
+        return plan.with_rows({place: row for place, (row, _) in found.items()}), images
+
+    def decode_all(self, plan: BatchPlan) -> tuple[list[ImagePair], dict[int, Failure]]:
+        """The original and the edit of each row of a plan, (height, width, 3) uint8, None where there is none.
+
+        Returns:
+            These pairs, and by place what failed, the original if both did.
+        """
+        pairs, failures = [], {}
+        for place, (original, edit, mixed) in enumerate(
+            zip(plan.original.tolist(), plan.edit.tolist(), plan.mixed.tolist(), strict=True)
+        ):
+            pair: ImagePair = (None, None)
+            kind: Kind = "original"
+            try:
+                pair = self.decode_original(original), None
+                self._note_original(original, failed=False)
+                kind = "edit"
+                if self.store is not None and mixed:
+                    pair = pair[0], decode_edit(self.store, edit)
+            except DecodeError as error:
+                if kind == "original":
+                    self._note_original(original, failed=True)
+                failures[place] = Failure(kind, error)
+            pairs.append(pair)
+        return pairs, failures
+
+    def _note_original(self, original: int, *, failed: bool) -> None:
+        """Tell the other processes whether an original could be decoded, if they do not know."""
+        word, bit = divmod(original, 64)
+        cells = self._cells.numpy()[_FAILED:].view(np.uint64)
+        mask = np.uint64(1) << np.uint64(bit)
+        if bool(cells[word] & mask) != failed:  # one that is lost to another process costs a decode
+            cells[word] = cells[word] | mask if failed else cells[word] & ~mask
+
+    def _is_known_to_fail(self, index: int) -> bool:
+        """Whether some process found that a sample's original cannot be decoded."""
+        count = len(self.catalog)
+        original = index
+        if index >= count:
+            assert self.store is not None
+            original = int(self.store.originals_of(np.array([index - count]))[0])
+        word, bit = divmod(original, 64)
+        return bool(int(self._cells[_FAILED + word]) >> bit & 1)
+
+    def name_of(self, row: BatchPlan, kind: Kind) -> str:
         """What the quarantine calls the original or the edit of a plan of one row."""
         path = self.path_of(int(row.original[0]))
         if kind == "original" or self.store is None:
@@ -252,7 +304,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         # Each process writes its own cell, so nothing is lost between them.
         self._cells[slot] += samples
         epoch = self.epoch
-        if int(self._cells[1:].sum()) > len(self) and self._warned_of != epoch:
+        if self._varies and int(self._cells[1:_FAILED].sum()) > len(self) and self._warned_of != epoch:
             self._warned_of = epoch
             warnings.warn(
                 f"epoch {epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
@@ -260,6 +312,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
                 RepeatedEpochWarning,
                 stacklevel=2,
             )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_substitution": None, "_targets": None}
 
     def __repr__(self) -> str:
         return (
@@ -277,6 +332,28 @@ def _check_kinds(crop: object, mix: object) -> None:
         raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
 
 
+def from_the_end(indices: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Indices as a list of `count` takes them, (n,): negative ones count from its end. Raises IndexError."""
+    found = np.fromiter(map(operator.index, indices), np.int64, len(indices))
+    wrong = (found < -count) | (found >= count)
+    if wrong.any():
+        raise IndexError(f"index {found[wrong][0]} is out of range for a dataset of {count} samples")
+    return np.where(found < 0, found + count, found)
+
+
+def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
+    """Whether a crop draws anything for images of these sizes, (n, 2): else all epochs are the same."""
+    drawn = False
+
+    def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        nonlocal drawn
+        drawn = True
+        return np.zeros((len(rows), 4), dtype=np.uint32)
+
+    crop.boxes(np.asarray(sizes, dtype=np.int32), words)
+    return drawn
+
+
 def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
     """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError where its source does not answer."""
     return _decode_stored(store, edit, store.sizes(np.array([edit]))[0], f"{store.path}: edit {edit}")
@@ -289,6 +366,10 @@ def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.
         raise  # nothing is wrong with the image
     except (DecodeError, StoreError) as error:
         raise DecodeError(f"{name}: {error}") from error
+
+
+def _bytes_of(pair: ImagePair) -> int:
+    return sum(0 if image is None else image.nbytes for image in pair)
 
 
 def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:

@@ -3,8 +3,14 @@
 out/ants/0013035.jpg                     the original, as it is
          0013035.jpg.autumn.0.jpg        its edit under a prompt; the variant
          0013035.jpg.autumn.0.mixed.jpg  with `mixed`: original, edit and fractal, in the edit's place
+
+ImageFolder lists by ending, and file systems take names of 255 bytes: an original whose ending says nothing to it gets
+that of its kind (scan.jfif.jpg), and a name that is too long is cut, with a hash of its whole path in place of the
+rest.
 """
 
+import functools
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.catalog import format_of
+from dali_diffusemix.dataset import DiffuseMixDataset, decode_edit
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import encode
 from dali_diffusemix.plan import EvalCrop, MixSpec
@@ -22,6 +29,9 @@ from dali_diffusemix.plan import EvalCrop, MixSpec
 __all__ = ["Exported", "export"]
 
 _BATCH = 64  # images written at once
+# What torchvision's ImageFolder lists, and what a file of each format is called otherwise.
+_LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +94,17 @@ def export(
     def write(place: int) -> bool:
         try:
             if place < count:
-                _write_original(dataset, place, out)
+                _write_original(dataset, place, names)
             else:
                 edit = place - count
                 row = edits.index[edit]
-                name = f"{dataset.catalog.path(int(row['original']))}.{edits.slug_of(edit)}.{row['variant']}"
-                data = (
-                    encode(_bytes_of(dataset, place), quality) if mixed else np.asarray(edits.encoded(edit)).tobytes()
-                )
-                _write(out / (f"{name}.mixed.jpg" if mixed else f"{name}.jpg"), data)
+                suffix = f".{edits.slug_of(edit)}.{row['variant']}{'.mixed' if mixed else ''}.jpg"
+                if mixed:
+                    data = encode(_bytes_of(dataset, place), quality)
+                else:
+                    decode_edit(edits, edit)
+                    data = np.asarray(edits.encoded(edit)).tobytes()
+                _write(names.of(int(row["original"]), suffix), data)
         except DecodeError:
             return False
         return True
@@ -100,6 +112,7 @@ def export(
     done = np.zeros(total, bool)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        names = _Names(dataset, out)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for start in range(0, total, _BATCH):
                 places = range(start, min(total, start + _BATCH))
@@ -116,11 +129,69 @@ def export(
     )
 
 
-def _write_original(dataset: DiffuseMixDataset, original: int, out: Path) -> None:
-    target = out / dataset.catalog.path(original)
+class _Names:
+    """Names of files that ImageFolder lists, all different, in the folders of their classes.
+
+    Each is a function of the catalog alone, so that threads may ask in any order.
+    """
+
+    def __init__(self, dataset: DiffuseMixDataset, out: Path) -> None:
+        self._catalog = dataset.catalog
+        self._out = out
+        self._most = os.pathconf(out, "PC_NAME_MAX")  # bytes
+
+    def of(self, original: int, suffix: str, *, needed: bool = True) -> Path:
+        """Where a file that belongs to an original is written, which is named after it.
+
+        Args:
+            original: A row of the catalog.
+            suffix: What its name ends in.
+            needed: Whether the suffix is added; an original keeps its name where ImageFolder lists that.
+        """
+        path = self._catalog.path(original)
+        name = self._catalog.classes[int(self._catalog.labels[original])]
+        # A layout may have all images in one folder. A class is one folder, whatever its name is.
+        folder = name.replace("/", "%2F")
+        path = path if path.startswith(f"{folder}/") and folder == name else f"{folder}/{path}"
+        added = suffix if needed or not path.lower().endswith(_LISTED) else ""
+        parent, _, last = f"{path}{added}".rpartition("/")
+        taken = added and os.fsencode(self._catalog.path(original) + added) in self._taken
+        if taken or len(os.fsencode(last)) > self._most:
+            mark = f"~{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+            ending = added or Path(last).suffix
+            stem = last.removesuffix(ending)
+            last = _cut(stem, self._most - len(os.fsencode(mark + ending))) + mark + ending
+        return self._out / parent / last
+
+    @functools.cached_property
+    def _taken(self) -> frozenset[bytes]:
+        """The paths of all originals."""
+        return frozenset(map(os.fsencode, self._catalog.paths))
+
+
+def _cut(name: str, most: int) -> str:
+    """The beginning of a name, so many bytes of it at most, and no part of a character."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= most:
+        return name
+    end = most
+    while end > max(0, most - 4) and encoded[end] & 0xC0 == 0x80:
+        end -= 1
+    return os.fsdecode(encoded[:end])
+
+
+def _write_original(dataset: DiffuseMixDataset, original: int, names: _Names) -> None:
     dataset.decode_original(original)  # what cannot be decoded would end somebody's training
-    if dataset.original_store is not None:
-        _write(target, dataset.original_store.encoded(original).tobytes())
+    packed = dataset.original_store
+    if packed is not None:
+        data = packed.encoded(original).tobytes()
+        start = data[:12]
+    else:
+        with Path(dataset.path_of(original)).open("rb") as file:
+            start = file.read(12)
+    target = names.of(original, _ENDINGS[format_of(start) or "JPEG"], needed=False)
+    if packed is not None:
+        _write(target, data)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(dataset.path_of(original), target)

@@ -17,6 +17,7 @@ import io
 import logging
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -646,7 +647,7 @@ def _new_bank(
         exists = path.exists()
     if exists and not overwrite:
         raise StoreError(f"fractal bank {path}: must not exist yet. Name another file, or say --overwrite")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")  # the name may be as long as names can be
     count = 0
 
     def add(image: NDArray[np.uint8]) -> None:

@@ -5,6 +5,9 @@
 Each original is read once. A shard is made whole by one job; jobs know nothing of each other, so any engine may run
 them, in any order, on any number of processes. While the editor works on some originals, the next are read, and the
 edits of those before are judged and encoded.
+
+The first Ctrl-C stops a run gently: what the editor is at is judged, the open shards are closed with what they hold,
+and the next run goes on from there. A file in the store tells the workers, wherever they are.
 """
 
 import hashlib
@@ -12,17 +15,21 @@ import json
 import logging
 import math
 import os
+import secrets
+import signal
+import threading
 import time
 import tomllib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import FrameType
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +45,22 @@ from dali_diffusemix.engines.local import LocalEngine, default_devices
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.pixels import RESTARTS, decode, encode
 from dali_diffusemix.remote import is_url
-from dali_diffusemix.store import VERDICTS, WHOLE, OriginalStore, Part, Shard, ShardWriter, StoreWriter
+from dali_diffusemix.store import (
+    DENIED,
+    NOT_YET,
+    VERDICTS,
+    WHOLE,
+    BegunShard,
+    OriginalStore,
+    Part,
+    Shard,
+    ShardWriter,
+    StoreWriter,
+)
 
 __all__ = [
     "GenerateConfig",
+    "Interrupted",
     "PromptFile",
     "Summary",
     "edit_seed",
@@ -52,7 +71,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_ACCEPTED, _UNREADABLE, _DENIED = VERDICTS[0], VERDICTS[1], VERDICTS[-1]
+_ACCEPTED, _UNREADABLE = VERDICTS[:2]
+# Of a shard, unless it is said: what a model makes in some minutes, and what restyling makes in about one.
+_ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +95,7 @@ class GenerateConfig:
     thresholds: quality.Thresholds = field(default_factory=quality.Thresholds)
     quality: int = 90  # of the JPEG
     batch_size: int = 16  # edits that the editor makes at once
-    originals_per_shard: int = 512
+    originals_per_shard: int | None = None  # 64 where an edit takes long, as by a model; else 512
 
     _LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
         "size": (1, 4096),
@@ -93,7 +114,7 @@ class GenerateConfig:
         object.__setattr__(self, "denied", denied)
         for name, (least, most) in self._LIMITS.items():
             value = getattr(self, name)
-            if name == "edit_size" and value is None:
+            if name in ("edit_size", "originals_per_shard") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
@@ -117,6 +138,13 @@ class GenerateConfig:
         """The editor, however it was named."""
         assert not isinstance(self.editor, str)
         return self.editor
+
+    @property
+    def shard_length(self) -> int:
+        """Originals in a shard."""
+        if self.originals_per_shard is not None:
+            return self.originals_per_shard
+        return _ORIGINALS_BY_MODEL if self.editor_config.accelerated else _ORIGINALS
 
     @property
     def _side(self) -> int:
@@ -213,6 +241,20 @@ class Summary:
         return self.made / self.seconds
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended `generate`. Its text says what is kept."""
+
+    def __init__(self, kept: int, again: int) -> None:
+        super().__init__(kept, again)
+        self.kept = kept
+        """Edits that this run made and that the next one need not make."""
+        self.again = again
+        """Edits that it made, or had begun, and that the next one makes again."""
+
+    def __str__(self) -> str:
+        return f"kept {self.kept} edits, to be made again {self.again}"
+
+
 def generate(
     root: str | os.PathLike[str],
     store: str | os.PathLike[str],
@@ -228,6 +270,9 @@ def generate(
 
     An unfinished run, however it ended, is gone on with by calling this again. More originals, prompts or variants add
     to a store. An original that cannot be read gets a verdict, and the run goes on.
+
+    The first Ctrl-C (SIGINT, where nobody else handles it) lets the editor end what it is at and closes the open
+    shards with what they hold; the second stops at once, and what open shards hold is lost.
 
     Args:
         root: The folder of originals, or a packed store.
@@ -245,6 +290,7 @@ def generate(
         CatalogError: The originals cannot be listed.
         StoreError: The store is of other originals or settings, another run writes to this part of it, or the disk is
             full: then finished shards stay, and the same call goes on from there.
+        Interrupted: Ctrl-C was pressed (a KeyboardInterrupt).
     """
     begin = time.perf_counter()
     for name, given in (("root", root), ("store", store)):
@@ -265,30 +311,45 @@ def generate(
         devices = default_devices(config.editor_config.accelerated)
         engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
-        writer.order(config.prompts, config.variants, config.originals_per_shard, config.denied)
-        shards, finished = writer.shards(), writer.done()
-        verdicts = {shard.number: finished[shard.number] for shard in shards if shard.number in finished}
-        before = sum(count.total() for count in verdicts.values())
-        total, made = sum(map(len, shards)), 0
+        writer.order(config.prompts, config.variants, config.shard_length, config.denied)
+        shards, finished, begun = writer.shards(), writer.done(), writer.begun()
+        missing = [shard for shard in shards if shard.number not in finished]
+        # Edits of each shard: that were there before, that are made, and that are in a shard that is closed.
+        there = {shard.number: (finished | begun).get(shard.number, Counter()).total() for shard in shards}
+        reached, closed = dict(there), dict(there)
+        total, before, made = sum(map(len, shards)), sum(there.values()), 0
         if progress is not None:
             progress(before, total)
-        missing = [shard for shard in shards if shard.number not in verdicts]
-        start = partial(_Worker, root, store, replace(config, prompts=writer.prompts, denied=writer.denied))
         rejected: dict[int, Counter[str]] = {}
-        try:
-            for report in engine.run(start, missing):
-                made += report.verdicts.total() - verdicts.get(report.shard, Counter()).total()
-                verdicts[report.shard] = report.verdicts
-                rejected[report.shard] = report.rejected
-                if rejects is not None:
-                    rejects(sum(rejected.values(), Counter[str]()))
-                if progress is not None:
-                    progress(before + made, total)
-        finally:
-            if made:
-                _note_run(store, root, config, engine, part, made, time.perf_counter() - begin)
+        with _Stopping(store, engine) as stopping:
+            asked = replace(config, prompts=writer.prompts, denied=writer.denied)
+            start = partial(_Worker, root, store, asked, stopping.file)
+            reports = engine.run(start, missing)
+            try:
+                for report in reports:
+                    reached[report.shard] = max(reached[report.shard], report.verdicts.total())
+                    if report.closed:
+                        closed[report.shard] = report.verdicts.total()
+                        continue
+                    made = sum(reached.values()) - before
+                    rejected[report.shard] = report.rejected
+                    if rejects is not None:
+                        rejects(sum(rejected.values(), Counter[str]()))
+                    if progress is not None:
+                        progress(before + made, total)
+            except KeyboardInterrupt as error:
+                kept = max(0, sum(closed.values()) - before)
+                raise Interrupted(kept, max(0, made - kept)) from error
+            finally:
+                if isinstance(reports, Generator):
+                    reports.close()  # now, though the error's frames may hold it
+                if made:
+                    _note_run(store, root, config, engine, part, made, time.perf_counter() - begin)
         tally = writer.finish()
         done = writer.done()
+        if stopping.asked:
+            kept = max(0, sum(closed.values()) - before)
+            raise Interrupted(kept, max(0, made - kept))
     return Summary(
         verdicts=_verdicts_of(tally.sum((0, 1)), every=True),
         by_prompt={prompt: _verdicts_of(tally[:, place].sum(0)) for place, prompt in enumerate(writer.prompts)},
@@ -297,6 +358,44 @@ def generate(
         seconds=time.perf_counter() - begin,
         missing=writer.shard_count - len(done),
     )
+
+
+class _Stopping:
+    """What Ctrl-C does while edits are made: the first time a file appears that workers look for."""
+
+    def __init__(self, store: Path, engine: Engine) -> None:
+        self.file = store / f".stop.{secrets.token_hex(8)}.tmp"
+        self.asked = False
+        self._engine = engine
+        self._ours = False
+
+    def __enter__(self) -> Self:
+        # Whoever has a handler of their own, or ignores the signal, goes on having it their way.
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        try:
+            self.file.touch()
+        except OSError as error:
+            raise KeyboardInterrupt from error
+        stop = getattr(self._engine, "stop", None)  # engines of users need not have it
+        if stop is not None:
+            stop()
+        _log.warning("Stopping: what the editor is at is finished and kept. Ctrl-C again stops at once.")
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.file.unlink(missing_ok=True)
 
 
 def _verdicts_of(counts: NDArray[np.int64], *, every: bool = False) -> dict[str, int]:
@@ -362,8 +461,9 @@ class _Progress:
     """How far a shard has come."""
 
     shard: int
-    verdicts: Counter[str]  # of its edits so far
+    verdicts: Counter[str]  # of its edits so far, those of a run before included
     rejected: Counter[str]  # prompt to edits that quality rejected
+    closed: bool = False  # its files are in their places, with these edits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -401,11 +501,14 @@ class _Batch:
 class _Worker:
     """Makes shards, one at a time; an editor is made once for all of them."""
 
-    def __init__(self, root: Path, store: Path, config: GenerateConfig, device: str) -> None:
-        """`config.prompts` are the store's, which may be more than were asked for today."""
+    def __init__(self, root: Path, store: Path, config: GenerateConfig, stop: Path, device: str) -> None:
+        """`config.prompts` are the store's, which may be more than were asked for today; `stop` appears at the end."""
         self._root = root
         self._store = store
         self._config = config
+        self._stop = stop
+        if self._is_stopped():
+            return  # a model may take minutes to load
         self._editor: Editor = config.editor_config.load(config.prompts, device=device, batch_size=config.batch_size)
         self._catalog = Catalog.open(store / "catalog")
         packed = OriginalStore.find(root)
@@ -423,26 +526,49 @@ class _Worker:
         ]
 
     def __call__(self, shard: Shard) -> Iterator[_Progress]:
-        """Make one shard; yield after each batch how far it has come."""
+        """Make one shard, or as much of it as there is time for; yield after each batch how far it has come."""
+        if self._is_stopped():
+            return
         verdicts: Counter[str] = Counter()
         rejected: Counter[str] = Counter()
+        begun = BegunShard.find(self._store, shard)
         with ShardWriter(self._store, self._catalog, shard) as writer, ThreadPoolExecutor(self._threads) as pool:
-            for batch in self._batches(shard, pool):
+            if begun is not None:
+                verdicts += begun.copy(writer)
+            for batch in self._batches(shard, 0 if begun is None else begun.originals, pool):
                 for edit in batch.edits:
                     verdict = self._add(writer, edit)
                     verdicts[verdict] += 1
                     if verdict in quality.VERDICTS:
                         rejected[self._config.prompts[edit.prompt]] += 1
                 yield _Progress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
+            self._leave(writer, shard, verdicts.total())
+        yield _Progress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy(), closed=True)
 
-    def _batches(self, shard: Shard, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
-        """The shard's originals with their edits ready: the editor is a batch ahead of what is yielded."""
+    def _is_stopped(self) -> bool:
+        return self._stop.exists()
+
+    def _leave(self, writer: ShardWriter, shard: Shard, done: int) -> None:
+        """Note what the next run has to make, after so many edits."""
+        for original in shard.rows[done // (len(shard.prompts) * len(shard.variants)) :]:
+            for prompt in shard.prompts:
+                for variant in shard.variants:
+                    seed = self._seed(original, prompt, variant, 0)
+                    writer.add(original, prompt, variant, seed=seed, jpeg=None, verdict=NOT_YET)
+
+    def _batches(self, shard: Shard, first: int, pool: ThreadPoolExecutor) -> Iterator[_Batch]:
+        """The shard's originals, from one on, with their edits ready: the editor is a batch ahead of what is yielded.
+
+        It ends early where the run is stopped, but not before the first.
+        """
         # So many originals that the editor's batches are full, whatever the number of prompts.
         size = self._config.batch_size
-        groups = [shard.rows[start : start + size] for start in range(0, len(shard.rows), size)]
+        groups = [shard.rows[start : start + size] for start in range(first, len(shard.rows), size)]
         reading = pool.map(self._read, groups[0])
         before: _Batch | None = None
         for place, rows in enumerate(groups):
+            if place and self._is_stopped():
+                break
             images = list(reading)
             if place + 1 < len(groups):
                 reading = pool.map(self._read, groups[place + 1])
@@ -515,7 +641,7 @@ class _Worker:
     def _add(self, writer: ShardWriter, edit: _Edit) -> str:
         place = (edit.original, edit.prompt, edit.variant)
         if edit.made is None:
-            verdict = _UNREADABLE if edit.image is None else _DENIED
+            verdict = _UNREADABLE if edit.image is None else DENIED
             writer.add(*place, seed=edit.seed, jpeg=None, verdict=verdict)
             return verdict
         made = edit.made

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch.utils.data import BatchSampler, RandomSampler
 
 from dali_diffusemix import decoding, gpu, native
-from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.dataset import DiffuseMixDataset, from_the_end
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import DtypeName, TensorFormat, mix, mix_on_device, piece_table
 from dali_diffusemix.philox import check_seed, draw
 from dali_diffusemix.pipeline import Decoded, GpuDecoding, PieceDecoder, Sources
 from dali_diffusemix.plan import BatchPlan, Schedule, visible_parts
-from dali_diffusemix.quarantine import Failure, Quarantine
+from dali_diffusemix.quarantine import Failure, Quarantine, Substitution
 from dali_diffusemix.reading import Place
 from dali_diffusemix.samplers import BatchOrder, OwnBatches, OwnOrder, UsersOrder
 from dali_diffusemix.upload import PieceUpload
@@ -133,6 +133,7 @@ class DiffuseMixLoader:
         MissingDependencyError: what the device needs is not installed; from `iter()`, a GPU is missing; from `next()`,
             DALI is.
         DecodeError: from `next()`: an image cannot be read or decoded, and the dataset has on_error="raise".
+        IndexError: from `next()`: a sampler gives an index that the dataset does not have.
     """
 
     quarantine: Quarantine
@@ -213,6 +214,7 @@ class DiffuseMixLoader:
         self.return_index = return_index
         self.visible_parts = visible_parts
         self.quarantine = Quarantine()
+        self._substitution: Substitution[_Pieces] | None = None
         if shuffle and generator is not None:
             if rank is not None:
                 raise ConfigError("generator decides the order of one process: leave out rank and world_size, or it")
@@ -265,6 +267,7 @@ class DiffuseMixLoader:
         self._newest = _Progress(start.epoch, start.places, self._users.begin() if self._users else None)
         self._newest.decoded_on = "cpu" if self._decoding is None else "gpu"
         self._measured = self._newest
+        self._substitution = None  # what it knows of files may have changed
         return _Iterator(self, self._newest)
 
     @property
@@ -392,6 +395,7 @@ class DiffuseMixLoader:
         """Give the decoders' threads and memory back. The loader can be used again; iterators in progress go on."""
         self._retained.wait()
         self._memory = _Memory()
+        self._substitution = None
         while self._idle:
             self._idle.pop().close()
         self._bank = self._upload = None
@@ -414,6 +418,7 @@ class DiffuseMixLoader:
             "_memory": _Memory(),
             "_newest": None,
             "_measured": None,
+            "_substitution": None,
         }
         return {**self.__dict__, **fresh}
 
@@ -451,7 +456,8 @@ class DiffuseMixLoader:
     def _orders(self, epoch: int, places: int) -> Iterator[BatchOrder]:
         """What to deliver from a place of an epoch on."""
         if self._users is not None:
-            yield from self._users.orders(places)
+            for order in self._users.orders(places):
+                yield order._replace(indices=from_the_end(order.indices, len(self.dataset)))
             return
         schedule = self._schedule
         size = schedule.global_batch_size
@@ -519,13 +525,17 @@ class DiffuseMixLoader:
         if not failures:
             return plan, pieces
 
-        def decode(row: BatchPlan) -> tuple[_Pieces, Failure | None]:
-            alone = decoder.decode_now(self._sources(row))
-            return _Pieces.of(row, alone), _failures(alone).get(0)
+        def decode(rows: BatchPlan) -> tuple[_Pieces, Mapping[int, Failure]]:
+            alone = decoder.decode_now(self._sources(rows))
+            return _Pieces.of(rows, alone), _failures(alone)
 
+        if self._substitution is None:
+            dataset = self.dataset
+            self._substitution = Substitution(
+                dataset.planner, dataset.name_of, dataset.on_error, size_of=lambda pieces: pieces.nbytes
+            )
         rows = {}
-        for place in sorted(failures):
-            row, found = self.dataset.substitution(plan.row(place), failures[place], decode, self.quarantine)
+        for place, (row, found) in self._substitution(plan, failures, decode, self.quarantine).items():
             rows[place] = row
             pieces.table[:, place], pieces.on_host[:, place] = found.table[:, 0], found.on_host[:, 0]
             pieces.owners.extend(found.owners)
@@ -772,6 +782,11 @@ class _Pieces:
     def of(cls, plan: BatchPlan, decoded: tuple[Decoded, Decoded]) -> Self:
         tables = [piece_table(d.data, d.shapes, plan.box, places=d.places, image_sizes=d.image_sizes) for d in decoded]
         return cls(np.stack(tables), np.stack([d.on_host for d in decoded]), [d.owner for d in decoded])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pieces' pixels."""
+        return int(3 * (self.table["height"].astype(np.int64) * self.table["width"]).sum())
 
 
 def _failures(decoded: tuple[Decoded, Decoded]) -> dict[int, Failure]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.pixels import decode
-from dali_diffusemix.store import VERDICTS, ShardFiles, UnfinishedStoreWarning, index_is_current, shard_files
+from dali_diffusemix.store import NOT_YET, VERDICTS, ShardFiles, UnfinishedStoreWarning, index_is_current, shard_files
 
 __all__ = ["Problem", "Verification", "verify"]
 
@@ -41,7 +41,7 @@ class Verification:
     """What was found."""
 
     shards: int  # that were looked at
-    missing: int  # that are not finished
+    missing: int  # that are not finished, those among them that a run left in part
     images: int  # that could be decoded
     bytes: int
     problems: tuple[Problem, ...]
@@ -83,7 +83,11 @@ def verify(
                 progress(done + 1, len(shards))
     problems += _check_whole(path)
     return Verification(
-        shards=len(shards), missing=count - len(shards), images=images, bytes=size, problems=tuple(problems)
+        shards=len(shards),
+        missing=count - len(shards) + sum(bool(shard.verdicts.get(NOT_YET)) for shard in shards),
+        images=images,
+        bytes=size,
+        problems=tuple(problems),
     )
 
 
@@ -129,6 +133,9 @@ def _check(decoding: bool, shard: ShardFiles) -> _Found:
                     images += 1
                 if len(problems) >= _MOST:
                     return _Found(problems, images)
+    if len(rows) and rows["verdict"].max() >= len(VERDICTS):
+        problems.append(_problem(shard, "npy", f"has verdict {rows['verdict'].max()}, of {len(VERDICTS)}"))
+        return _Found(problems, images)
     verdicts = {VERDICTS[place]: int((rows["verdict"] == place).sum()) for place in np.unique(rows["verdict"]).tolist()}
     if verdicts != {name: count for name, count in shard.verdicts.items() if count}:
         problems.append(_problem(shard, "npy", f"has verdicts {verdicts}, its .json says {dict(shard.verdicts)}"))

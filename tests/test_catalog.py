@@ -289,8 +289,8 @@ def test_every_other_file_is_rejected_with_a_reason(root: Path) -> None:
     files = {
         "ants/empty.jpg": (b"", "empty"),
         "ants/text.jpg": (b"Not found", "supported are JPEG, PNG, BMP, TIFF, PNM and WebP; convert it"),
-        "ants/page.jpg": (b"<html></html>", "unsupported"),
-        "ants/moving.gif": (encode("GIF"), "b'GIF8"),
+        "ants/page.jpg": (b"<html></html>", "It is an HTML page"),
+        "ants/moving.gif": (encode("GIF"), "unsupported: it is a GIF; supported are"),
         "ants/sound.webp": (b"RIFF\0\0\0\0WAVEfmt ", "unsupported"),
         "ants/short.jpg": (encode()[:60], "JPEG header cannot be read"),
         "ants/no-scan.jpg": (encode()[: encode().index(b"\xff\xda")], "cut short"),
@@ -828,3 +828,99 @@ def test_the_fingerprint_never_changes() -> None:
     catalog = Catalog.from_arrays(["b/1.jpg", "a/2.jpg"], [1, 0], ["a", "b"], [[1, 1], [1, 1]])
     # printf 'a/2.jpg\0a\0b/1.jpg\0b' | sha256sum
     assert catalog.fingerprint == "c3b91e63cf29709401d6e1862cb567a6ca8c6a1b0638132164eddd0cf4798060"
+
+
+# What files are that are left out -------------------------------------------------------------------------------------
+
+
+def test_what_is_no_image_is_named(root: Path) -> None:
+    """Each as what it is, with what to do; nothing of it is called damaged."""
+    from PIL.PngImagePlugin import PngInfo
+
+    baseline = encode()
+    frame = baseline.index(b"\xff\xc0")
+
+    def framed(kind: int, bits: int) -> bytes:
+        return (
+            baseline[: frame + 1]
+            + bytes([kind])
+            + baseline[frame + 2 : frame + 4]
+            + bytes([bits])
+            + baseline[frame + 5 :]
+        )
+
+    exif = b"\xff\xe1\xff\xff" + bytes(65533)  # the largest block before the frame
+    text = PngInfo()
+    text.add_text("workflow", "x" * 2_000_000, zip=True)
+    comfy = io.BytesIO()
+    Image.new("RGB", (8, 6)).save(comfy, "PNG", pnginfo=text)
+    files = {
+        "twelve.jpg": (framed(0xC1, 12), "unsupported: it is a JPEG of 12 bits, 8 are supported; convert it."),
+        "far.jpg": (baseline[:2] + exif + framed(0xC1, 12)[2:], "unsupported: it is a JPEG of 12 bits"),
+        "lossless.jpg": (framed(0xC3, 8), "unsupported: it is a lossless JPEG"),
+        "lossless16.jpg": (framed(0xC3, 16), "unsupported: it is a lossless JPEG"),
+        "far lossless.jpg": (baseline[:2] + exif + framed(0xC3, 8)[2:], "unsupported: it is a lossless JPEG"),
+        "tree.jpg": (framed(0xC5, 8), "unsupported: it is a hierarchical JPEG"),
+        "comfy.png": (comfy.getvalue(), "unsupported: the text stored in this PNG"),
+        "lfs.jpg": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "run `git lfs pull`"),
+        "annex.jpg": (b"/annex/objects/SHA256E-s3--0.jpg\n", "run `git annex get`"),
+        "page.jpg": (b"<!DOCTYPE html><html>404", "It is an HTML page"),
+        "page2.jpg": (b"\xef\xbb\xbf\r\n <!-- x --> <HTML lang=de>", "It is an HTML page"),
+        "answer.jpg": (b'<?xml version="1.0"?>\n<Error><Code>AccessDenied', "It is text (XML or JSON)"),
+        "answer2.jpg": (b' {"error": 404}', "It is text (XML or JSON)"),
+        "drawing.svg": (b'<?xml version="1.0"?><svg xmlns="x">', "unsupported: it is an SVG drawing"),
+        "a.gif": (b"GIF89a" + bytes(20), "unsupported: it is a GIF"),
+        "a.avif": (b"\0\0\0\x20ftypavif" + bytes(20), "unsupported: it is an AVIF image"),
+        "a.heic": (b"\0\0\0\x20ftypheic" + bytes(20), "unsupported: it is a HEIF image"),
+        "a.mp4": (b"\0\0\0\x20ftypisom" + bytes(20), "unsupported: it is a video"),
+        "a.jp2": (b"\0\0\0\x0cjP  \r\n\x87\n", "unsupported: it is a JPEG 2000 image"),
+        "a.zip": (b"PK\x03\x04" + bytes(20), "unsupported: it is an archive"),
+        "a.pdf": (b"%PDF-1.7", "unsupported: it is a PDF"),
+        "a.npy": (b"\x93NUMPY\x01\0", "unsupported: it is a NumPy array"),
+    }
+    for name, (data, _) in files.items():
+        put(root / "ants" / name, data)
+    found = reasons(index(root))
+    for name, (_, words) in files.items():
+        reason = found[f"ants/{name}"]
+        assert words in reason and "damaged" not in reason and reason.endswith("."), (name, reason)
+
+
+def test_odd_jpegs_that_can_be_read_are_taken(root: Path) -> None:
+    """Fill bytes before markers, a long EXIF block, progressive: the search for the frame refuses none."""
+    baseline = encode()
+    put(root / "ants" / "fill.jpg", baseline[:2] + b"\xff\xff" + baseline[2:])
+    put(root / "ants" / "far.jpg", baseline[:2] + b"\xff\xe1\xff\xff" + bytes(65533) + baseline[2:])
+    put(root / "ants" / "comment.jpg", baseline[:2] + b"\xff\xfe\x00\x06\xff\xc3\xff\xc5" + baseline[2:])
+    assert not reasons(index(root))
+
+
+@pytest.mark.parametrize(
+    "splits", [("train", "val"), ("Training", "Test_set"), ("train2017", "val2017"), ("train", "valid", "test")]
+)
+def test_splits_are_not_taken_for_classes(tmp_path: Path, splits: tuple[str, ...]) -> None:
+    for split in splits:
+        for name in ("ants", "bees"):
+            put(tmp_path / "data" / split / name / "1.jpg", encode())
+    for listed in (index, list_images):
+        with pytest.raises(CatalogError, match=rf"look like splits of a dataset.*Which is meant\? .*data/{splits[0]}'"):
+            listed(tmp_path / "data")  # type: ignore[operator]
+    assert index(tmp_path / "data" / splits[0]).classes == ("ants", "bees")
+    # Beside others too, and where the list was kept from before.
+    put(tmp_path / "data" / "annotations" / "x" / "1.jpg", encode())
+    with pytest.raises(CatalogError, match="Which is meant"):
+        index(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "bus"), ("val", "test"), ("train", "plane", "valley"), ("training shoe", "test tube")]
+)
+def test_classes_that_are_called_so_are_classes(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """A train is a vehicle."""
+    for name in names:
+        put(tmp_path / name / "front" / "1.jpg", encode())
+        put(tmp_path / name / "2.jpg", encode())
+    assert index(tmp_path).classes == tuple(sorted(names))
+    put(tmp_path / "flat" / "train" / "1.jpg", encode())
+    put(tmp_path / "flat" / "test" / "1.jpg", encode())
+    assert index(tmp_path / "flat").classes == ("test", "train")  # photographs and no classes in them: who knows

@@ -85,6 +85,26 @@ def test_indices_behave_as_a_lists(photos: Path) -> None:
         with pytest.raises(IndexError, match="out of range for a dataset of 33"):
             dataset[index]
     assert sum(1 for _ in dataset) == 33  # the old protocol ends by IndexError
+    with pytest.raises(TypeError):
+        dataset[1.5]  # type: ignore[index]
+
+
+def test_indices_of_a_batch_behave_as_a_lists(photos: Path) -> None:
+    """As ImageFolder's under DataLoader, and as in the loader."""
+    dataset = DiffuseMixDataset(photos, crop=EvalCrop(32))
+    last, first = dataset.__getitems__([-1, torch.tensor(-33)])  # type: ignore[list-item]
+    assert torch.equal(last[0], dataset[32][0]) and torch.equal(first[0], dataset[0][0])
+    for index in (33, 305, -34):
+        with pytest.raises(IndexError, match=f"index {index} is out of range for a dataset of 33"):
+            dataset.__getitems__([0, index])
+        with pytest.raises(IndexError, match=f"index {index} is out of range"):
+            list(DataLoader(dataset, sampler=[0, index], batch_size=2))
+
+
+def test_targets_are_made_once(photos: Path) -> None:
+    dataset = DiffuseMixDataset(photos, crop=EvalCrop(32))
+    assert dataset.targets is dataset.targets
+    assert pickle.loads(pickle.dumps(dataset)).targets == dataset.targets
 
 
 def test_workers_and_batches_change_nothing(photos: Path, edits: Path, bank: FractalBank) -> None:
@@ -113,9 +133,9 @@ def test_persistent_workers_see_a_new_epoch(photos: Path, edits: Path, bank: Fra
 EPOCHS_IN_WORKERS = """
 import sys
 from torch.utils.data import DataLoader
-from dali_diffusemix import DiffuseMixDataset, EvalCrop
+from dali_diffusemix import DiffuseMixDataset, TrainCrop
 
-dataset = DiffuseMixDataset(sys.argv[1], crop=EvalCrop(16))
+dataset = DiffuseMixDataset(sys.argv[1], crop=TrainCrop(16))
 loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=sys.argv[2] == "True")
 for epoch in (0, 1, 1):
     if epoch != dataset.epoch:
@@ -135,7 +155,7 @@ def test_an_epoch_never_repeats_silently_in_workers(photos: Path, persistent: bo
 
 
 def test_a_repeated_epoch_warns_in_a_real_loop(photos: Path) -> None:
-    dataset = DiffuseMixDataset(photos, crop=EvalCrop(16))
+    dataset = DiffuseMixDataset(photos, crop=TrainCrop(16))
     loader = DataLoader(dataset, batch_size=11)
     for _ in loader:
         pass
@@ -146,6 +166,17 @@ def test_a_repeated_epoch_warns_in_a_real_loop(photos: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in loader:
+            pass
+
+
+def test_a_validation_set_may_repeat(photos: Path, edits: Path, bank: FractalBank) -> None:
+    """All its epochs are the same, and nothing is lost by that."""
+    loader = DataLoader(DiffuseMixDataset(photos, crop=EvalCrop(16)), batch_size=11)
+    first, second = (torch.cat([images for images, _ in loader]) for _ in range(2))
+    assert torch.equal(first, second)
+    varied = DataLoader(mixed(photos, edits, bank, crop=EvalCrop(16)), batch_size=11)
+    with pytest.warns(RepeatedEpochWarning):
+        for _ in [*varied, *varied]:
             pass
 
 

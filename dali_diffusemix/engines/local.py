@@ -59,6 +59,7 @@ class LocalEngine:
         """
         self.devices = tuple(devices)
         self.attempts = attempts
+        self._stopped = False
         if not self.devices or attempts < 1:
             raise ConfigError(f"devices must be one or more, attempts 1 or more; found {self.devices}, {attempts}.")
 
@@ -68,17 +69,24 @@ class LocalEngine:
         Raises:
             WorkerError: A worker process died over one job as often as is tried.
         """
+        self._stopped = False
         if not jobs:
             return  # nothing is worth loading a model for
         if len(self.devices) == 1:
             work = start(self.devices[0])
             for job in jobs:
+                if self._stopped:
+                    return
                 yield from work(job)
             return
         devices = self.devices[: len(jobs)]
         with contextlib.ExitStack() as stack:
             workers = [stack.enter_context(_Worker(start, device, len(devices))) for device in devices]
             yield from self._supervise(workers, deque((job, 1) for job in jobs))
+
+    def stop(self) -> None:
+        """Leave the jobs that are not begun; those under way go on, and `run` ends with them."""
+        self._stopped = True
 
     def _supervise(self, workers: Sequence["_Worker"], waiting: deque[tuple[Any, int]]) -> Iterator[Any]:
         """Hand out jobs, gather reports, replace workers that die."""
@@ -101,6 +109,8 @@ class LocalEngine:
                 elif kind == "error":
                     raise content
                 else:
+                    if self._stopped:
+                        waiting.clear()
                     worker.take(waiting)
 
     def _replace(self, worker: "_Worker", waiting: deque[tuple[Any, int]]) -> None:

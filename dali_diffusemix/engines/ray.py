@@ -54,6 +54,7 @@ class RayEngine:
         self.num_gpus = num_gpus
         self.num_cpus = num_cpus
         self.attempts = attempts
+        self._stopped = False
 
     def run(self, start: Callable[[str], Callable[[Job], Iterable[Report]]], jobs: Sequence[Job]) -> Iterator[Report]:
         """Yield the reports of all jobs as they come; see `Engine.run`.
@@ -64,6 +65,7 @@ class RayEngine:
             WorkerError: The cluster has no node that could run a worker, or workers died over one job as often as is
                 tried.
         """
+        self._stopped = False
         if not jobs:
             return
         ray = _ray()
@@ -86,6 +88,15 @@ class RayEngine:
             if ours:
                 ray.shutdown()
 
+    def stop(self) -> None:
+        """Leave the jobs that are not begun; those under way go on, and `run` ends with them."""
+        self._stopped = True
+
+    @property
+    def stopped(self) -> bool:
+        """Whether no more jobs are to be begun."""
+        return self._stopped
+
 
 class _Actor:
     """Does jobs one after another in a process of the cluster."""
@@ -105,6 +116,7 @@ class _Run:
 
     def __init__(self, ray: Any, engine: RayEngine, start: Callable[[str], Any], jobs: Sequence[Any]) -> None:
         self._ray = ray
+        self._engine = engine
         self._attempts = engine.attempts
         resources = ray.cluster_resources()
         gpus = (1.0 if resources.get("GPU") else 0.0) if engine.num_gpus is None else engine.num_gpus
@@ -145,7 +157,7 @@ class _Run:
 
     def _begin(self, actor: Any) -> None:
         """Give an actor the next job; let go of it if there is none."""
-        if self._waiting:
+        if self._waiting and not self._engine.stopped:
             job, attempt = self._waiting.popleft()
             self._at[actor.do.options(num_returns="streaming").remote(job)] = actor, job, attempt
         else:

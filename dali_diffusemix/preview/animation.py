@@ -40,7 +40,7 @@ def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) 
 
     Raises:
         ConfigError: The sample is not in the dataset, or there are none or too many epochs.
-        DecodeError: The original or an edit cannot be decoded.
+        DecodeError: The original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     check_epochs(epochs)
     frames = []

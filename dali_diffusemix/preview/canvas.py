@@ -239,9 +239,10 @@ class Frame:
         height, width = (max(1, int(side)) for side in np.rint(size * scale))
         corner = (np.array(cell) - (last - first) * scale) / 2 - first * scale
         top, left = (int(place) for place in np.rint(corner))
-        crop_top, crop_left = np.rint(corner + box[:2] * scale)
-        crop_bottom, crop_right = np.rint(corner + (box[:2] + box[2:]) * scale)
-        crop = (int(crop_left), int(crop_top), int(crop_right), int(crop_bottom))
+        crop_top, crop_left = (int(place) for place in np.rint(corner + box[:2] * scale))
+        crop_bottom, crop_right = (int(place) for place in np.rint(corner + (box[:2] + box[2:]) * scale))
+        # Of a picture that is one pixel wide here, the crop is so too.
+        crop = (crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1))
         return cls(cell=cell, left=left, top=top, height=height, width=width, crop=crop)
 
     @property

@@ -9,10 +9,11 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.dataset import DiffuseMixDataset, decode_edit
+from dali_diffusemix.dataset import DiffuseMixDataset, ImagePair
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mixing import TensorFormat, edit_weight, encode, mixed_image
 from dali_diffusemix.plan import MASKS, BatchPlan, MixSpec, Planner, Schedule, visible_parts
+from dali_diffusemix.quarantine import Failure, Substitution
 
 MOST_ROWS: Final = 64
 _MOST_EPOCHS: Final = 100
@@ -172,7 +173,7 @@ def decoded_shares(
 class Sample:
     """A row of the plan with its images. What is not there is None."""
 
-    plan: BatchPlan
+    plan: BatchPlan  # of this sample, or of the one that takes its place
     row: int
     class_name: str
     prompt: str | None
@@ -181,16 +182,33 @@ class Sample:
     fractal: NDArray[np.uint8] | None
 
     @classmethod
-    def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan, row: int) -> "Sample":
-        original, edit, fractal = int(plan.original[row]), int(plan.edit[row]), int(plan.fractal[row])
+    def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan, row: int, planner: Planner | None = None) -> "Sample":
+        """The sample of a row; where that cannot be made, the one that takes its place in training.
+
+        Args:
+            dataset: Whose images they are; what fails goes into its quarantine.
+            plan: Rows, of any mix.
+            row: Which.
+            planner: Whose rows they are; the dataset's unless given.
+
+        Raises:
+            DecodeError: It cannot be made, and the dataset has on_error="raise".
+        """
+        plan = plan.row(row)
+        (images, *_), failures = dataset.decode_all(plan)
+        if failures:
+            plan, images = _substitute(dataset, plan, failures, planner or dataset.planner)
+        edit, fractal = int(plan.edit[0]), int(plan.fractal[0])
         store, bank = dataset.store if edit >= 0 else None, dataset.bank
+        original, edited = images
+        assert original is not None
         return cls(
             plan=plan,
-            row=row,
-            class_name=dataset.classes[int(dataset.catalog.labels[original])],
+            row=0,
+            class_name=dataset.classes[int(dataset.catalog.labels[plan.original[0]])],
             prompt=None if store is None else store.prompt_of(edit),
-            original=dataset.decode_original(original),
-            edit=None if store is None else decode_edit(store, edit),
+            original=original,
+            edit=edited,
             fractal=None if bank is None or fractal < 0 else bank.images[fractal],
         )
 
@@ -243,6 +261,21 @@ class Sample:
         if self.edit is not None:
             lines.insert(0, f"mask {MASKS[int(plan.mask[row])]}  ·  λ = {plan.fractal_weight[row]:.2f}")
         return lines
+
+
+def _substitute(
+    dataset: DiffuseMixDataset, plan: BatchPlan, failures: Mapping[int, Failure], planner: Planner
+) -> tuple[BatchPlan, ImagePair]:
+    """What takes the place of a sample: its row and its images."""
+
+    def decode(rows: BatchPlan) -> tuple[ImagePair, Mapping[int, Failure]]:
+        pairs, failed = dataset.decode_all(rows)
+        return pairs[0], failed
+
+    substitution: Substitution[ImagePair] = Substitution(
+        planner, dataset.name_of, dataset.on_error, size_of=lambda images: 0
+    )
+    return substitution(plan, failures, decode, dataset.quarantine)[0]
 
 
 def _rounded(image: NDArray[np.float32]) -> NDArray[np.uint8]:

@@ -54,7 +54,7 @@ def contact_sheet(
 
     Raises:
         ConfigError: A sample is not in the dataset, or there are none or too many of them.
-        DecodeError: An original or an edit cannot be decoded.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
     layout = Layout.of(
@@ -85,7 +85,7 @@ def epochs_sheet(
 
     Raises:
         ConfigError: A sample is not in the dataset, or there are none or too many of them or of the epochs.
-        DecodeError: An original or an edit cannot be decoded.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     check_epochs(epochs)
     chosen = _chosen(dataset, epochs[0], indices, rows)
@@ -139,7 +139,7 @@ def presets_sheet(
     Raises:
         ConfigError: Samples of one row are of different originals, a sample is not in its mix's epoch, there are none
             or too many of them, or nothing to mix with.
-        DecodeError: An original or an edit cannot be decoded.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     indices = matching_indices(dataset, mixes, epoch=epoch, rows=rows) if indices is None else indices
     if not mixes or set(indices) != set(mixes):
@@ -170,10 +170,10 @@ def presets_sheet(
         if row:
             sheet.divide(row)
         for column, (name, plan) in zip(groups, plans.items(), strict=True):
-            sample = Sample.of(dataset, plan, row)
+            sample = Sample.of(dataset, plan, row, planners[name])
             if column == 1:
                 sheet.cell(row, 0, _whole(sample, layout), _named(sample))
-            place = f"index {plan.index[row]} of {len(planners[name])}"
+            place = f"index {sample.plan.index[0]} of {len(planners[name])}"
             sheet.cell(row, column, *_masked(sample, layout))
             under = [*_drawn(sample)[:1], (place, 13, MUTED)]
             sheet.cell(row, column + 1, zoomed(sample.augmented(), layout.zoom), under)
@@ -197,7 +197,7 @@ def parts_sheet(
 
     Raises:
         ConfigError: A sample is not in the dataset, or there are none or too many of them.
-        DecodeError: An original or an edit cannot be decoded.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
     layout = Layout.of(plan.output_size, rows=len(plan), columns=3, groups=(2,), captions=_CAPTIONS, notes=2)
@@ -205,10 +205,11 @@ def parts_sheet(
     sheet.title("Visible parts", "all that is decoded")
     for column, (name, symbols) in enumerate((*COLUMNS[:2], COLUMNS[-1])):
         sheet.head(column, name, symbols)
-    for row, decoded in enumerate(Decoded.of(dataset, plan)):
+    for row in range(len(plan)):
         if row:
             sheet.divide(row)
-        _draw_parts(sheet, row, Sample.of(dataset, plan, row), decoded)
+        sample = Sample.of(dataset, plan, row)
+        _draw_parts(sheet, row, sample, *Decoded.of(dataset, sample.plan))
     return sheet.image
 
 

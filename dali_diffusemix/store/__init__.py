@@ -27,7 +27,9 @@ A store may be read where it lies behind a URL; `remote` then makes a copy of it
 """
 
 from dali_diffusemix.store.layout import (
+    DENIED,
     INDEX_ROW,
+    NOT_YET,
     ORIGINAL_INDEX_ROW,
     ORIGINAL_SHARD_ROW,
     SHARD_ROW,
@@ -38,15 +40,18 @@ from dali_diffusemix.store.layout import (
     UnfinishedStoreWarning,
 )
 from dali_diffusemix.store.reading import EditStore, OriginalStore, ShardFiles, index_is_current, shard_files
-from dali_diffusemix.store.writing import OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
+from dali_diffusemix.store.writing import BegunShard, OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
 
 __all__ = [
+    "DENIED",
     "INDEX_ROW",
+    "NOT_YET",
     "ORIGINAL_INDEX_ROW",
     "ORIGINAL_SHARD_ROW",
     "SHARD_ROW",
     "VERDICTS",
     "WHOLE",
+    "BegunShard",
     "EditStore",
     "OriginalShardWriter",
     "OriginalStore",

@@ -21,13 +21,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix import __version__, quality
+from dali_diffusemix.catalog import why_damaged
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
 """What decides a store's images besides the original, prompt and variant of each."""
 
-VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied")
-"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made."""
+VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied", "not made yet")
+"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made, and what
+is not made yet is left to the next run."""
+
+DENIED, NOT_YET = VERDICTS[-2:]
 
 SHARD_ROW = np.dtype(
     [
@@ -333,10 +337,28 @@ class Header:
                 fingerprint=str(stored["fingerprint"]),
                 growing=None if stored.get("growing") is None else str(stored["growing"]),
             )
+            number = 0
             for segment in header.segments:
-                if segment.originals_per_shard < 1 or not set(segment.prompts) <= set(range(len(header.prompts))):
+                rows, variants, places = segment.rows, segment.variants, range(len(header.prompts))
+                if not (
+                    0 <= rows.start <= rows.stop < 2**62
+                    and 0 <= variants.start < variants.stop <= MOST
+                    and 1 <= segment.originals_per_shard < 2**62
+                    and segment.first_shard == number
+                    and all(place in places for place in segment.prompts)
+                ):
                     raise ValueError(f"segment {segment}")
+                number += segment.shard_count
         return header
+
+    def check(self, store: Path, originals: int) -> None:
+        """Raise StoreError unless its work is on so many originals."""
+        most = max((segment.rows.stop for segment in self.segments), default=0)
+        if most > originals:
+            raise StoreError(
+                f"{str(store / 'store.json')!r}: 'segments' must be of the {originals} originals in the store's "
+                f"catalog, found {most}; bring back a copy of it, or make a new store."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,9 +393,17 @@ class OriginalHeader:
                 originals=int(stored["originals"]),
                 originals_per_shard=int(stored["originals_per_shard"]),
             )
-            if header.originals_per_shard < 1:
-                raise ValueError(f"originals_per_shard {header.originals_per_shard}")
+            if not (1 <= header.originals_per_shard < 2**62 and 0 <= header.originals < 2**62):
+                raise ValueError(f"originals_per_shard {header.originals_per_shard}, originals {header.originals}")
         return header
+
+    def check(self, store: Path, originals: int) -> None:
+        """Raise StoreError unless so many originals are listed."""
+        if self.originals != originals:
+            raise StoreError(
+                f"{str(store / 'store.json')!r}: 'originals' must be {originals}, as many as the store lists, found "
+                f"{self.originals}; bring back a copy of it, or make a new store."
+            )
 
 
 @contextmanager
@@ -396,6 +426,15 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
 # What is derived ------------------------------------------------------------------------------------------------------
 
 
+def sizes_of(shards: Sequence[Sequence[Any]]) -> Sizes:
+    """The sizes in index.json, a number and then the bytes of each of FILES. Raises ValueError."""
+    sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in shards}
+    for number, of_shard in sizes.items():
+        if not 0 <= number < 2**31 or len(of_shard) != len(FILES) or min(of_shard) < 0:
+            raise ValueError(f"shard {number} has sizes {of_shard}")
+    return sizes
+
+
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """The content of index.json: of what index.npy and starts.npy were derived."""
@@ -403,18 +442,24 @@ class Record:
     edits: int
     originals: int
     sizes: Sizes
+    not_yet: int = 0  # edits that these shards lack, for the run was stopped that made them
 
     @classmethod
     def read(cls, store: Path) -> "Record":
         file = store / "index.json"
         stored = read_json(file, INDEX, "remove it and run `dali-diffusemix generate` again")
         with understood(file, "remove it and run `dali-diffusemix generate` again"):
-            sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in stored["shards"]}
-            return cls(edits=int(stored["edits"]), originals=int(stored["originals"]), sizes=sizes)
+            return cls(
+                edits=int(stored["edits"]),
+                originals=int(stored["originals"]),
+                sizes=sizes_of(stored["shards"]),
+                not_yet=int(stored.get("not_yet", 0)),
+            )
 
     def write(self, store: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
         shards = [[number, *sizes] for number, sizes in self.sizes.items()]
         content = {"edits": self.edits, "originals": self.originals, "files": files, "shards": shards}
+        content |= {"not_yet": self.not_yet} if self.not_yet else {}
         write_json(store / "index.json", INDEX, content)
 
 
@@ -437,12 +482,15 @@ class ShardRecord:
             raise StoreError(f"{str(file)!r}: has gone; run `{kind.command}` again.") from error
         with understood(file, remedy):
             files = stored["files"]
-            return cls(
+            record = cls(
                 sizes=tuple(int(files[ending]["bytes"]) for ending in FILES),
                 hashes={str(ending): str(file["sha256"]) for ending, file in files.items()},
                 rejected=int(files["rejected"]["bytes"]) if "rejected" in files else None,
                 verdicts=Counter({str(name): int(count) for name, count in stored["verdicts"].items()}),
             )
+            if not all(0 <= count < 2**31 for count in record.verdicts.values()):
+                raise ValueError(f"verdicts {dict(record.verdicts)}")
+            return record
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -515,6 +563,8 @@ def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None)
         raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}).") from error
     with understood(file, remedy):
         stored: dict[str, Any] = json.loads(data)
+        if not isinstance(stored, dict):
+            raise TypeError(f"must be an object, found {type(stored).__name__}")
         found, version = stored["magic"], stored["version"]
     if found != magic:
         raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {elsewhere or remedy}.")
@@ -531,15 +581,15 @@ def understood(file: Path, remedy: str) -> Iterator[None]:
     """Turn what goes wrong with a JSON file's content into a StoreError."""
     try:
         yield
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise StoreError(f"{str(file)!r}: is damaged ({error!r}); {remedy}.") from error
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        raise StoreError(f"{str(file)!r}: is damaged ({why_damaged(error)}); {remedy}.") from error
 
 
 def load(kind: Kind, file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
     """An array of `count` rows. Raises StoreError."""
     try:
         array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a header is a Python literal, which fails in many ways
         # NumPy advises to unpickle what it does not know.
         why = "it is no array" if "allow_pickle" in str(error) else error
         raise kind.damaged(file, f"is missing or cut short ({why})") from error

@@ -25,6 +25,7 @@ from dali_diffusemix.store.layout import (
     FILES,
     INDEX,
     INDEX_ROW,
+    NOT_YET,
     ORIGINAL_INDEX_ROW,
     ORIGINALS,
     SHARD_ROW,
@@ -40,12 +41,14 @@ from dali_diffusemix.store.layout import (
     load,
     read_json,
     rejected_tar,
+    sizes_of,
     stored_header,
     understood,
 )
 
 # Each open or mapped shard holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
 _OPEN_SHARDS = 200
+_LEFT_OUT = -1  # the shard of an original that was not packed
 
 
 class EditStore:
@@ -104,6 +107,7 @@ class EditStore:
                 f"catalog has {catalog.fingerprint[:16]}; bring back the catalog that the store was made with."
             )
         listing = list_shards(path) if mirror is None else _list_mirrored(EDITS, mirror)
+        header.check(path, len(catalog))
         done = [number for number in range(header.shard_count) if EDITS.file(number, "json") in listing]
         if not done:
             raise StoreError(
@@ -113,10 +117,11 @@ class EditStore:
         tables, derived = _open_tables(path, header, len(catalog), done, mirror)
         _check_sizes(EDITS, path, tables.sizes, listing, mirror)
         missing = header.shard_count - len(done)
-        if missing or not derived:
-            what = (
-                f"{missing} of its {header.shard_count} shards are missing" if missing else "its index is not finished"
-            )
+        if missing or not derived or tables.not_yet:
+            what = "its index is not finished"
+            if missing or tables.not_yet:
+                what = f"{missing} of its {header.shard_count} shards are missing"
+                what += f", and {tables.not_yet} edits of the others" if tables.not_yet else ""
             warnings.warn(
                 f"{str(path)!r}: {what}; the {len(tables.index)} edits that are there are used. Run the "
                 "`dali-diffusemix generate` that makes it again to finish it.",
@@ -144,9 +149,9 @@ class EditStore:
         return np.asarray(self.index["original"][edits], dtype=np.int64)
 
     def sizes(self, edits: NDArray[np.int64]) -> NDArray[np.int32]:
-        """(n, 2) height and width in pixels of these edits, (n,)."""
+        """(n, 2) height and width in pixels of these edits, (n,); 1 at least, whatever a damaged index says."""
         rows = self.index[edits]
-        return np.stack([rows["height"], rows["width"]], axis=-1)
+        return np.asarray(np.maximum(np.stack([rows["height"], rows["width"]], axis=-1), 1), dtype=np.int32)
 
     def prompt_of(self, edit: int) -> str:
         """The prompt that an edit was made under, without the template."""
@@ -190,7 +195,10 @@ class EditStore:
         if self.mirror is not None:
             self.mirror.copy_tables([EDITS.shard(shard)])
         record = ShardRecord.read(EDITS, self.path, shard)
-        return load(EDITS, self.path / "shards" / EDITS.file(shard, "npy"), SHARD_ROW, record.verdicts.total())
+        file = self.path / "shards" / EDITS.file(shard, "npy")
+        rows = load(EDITS, file, SHARD_ROW, record.verdicts.total())
+        check_shard_rows(file, rows, len((self._whole or self).catalog), len(self.prompts))
+        return rows
 
     def encoded_row(self, shard: int, row: np.void) -> bytes | None:
         """The JPEG file of a row of `shard_rows`, accepted or not; None if there is none.
@@ -306,7 +314,7 @@ class OriginalStore:
             ) from error
         with understood(file, remedy):
             fingerprint = str(stored["fingerprint"])
-            sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in stored["shards"]}
+            sizes = sizes_of(stored["shards"])
         catalog = open_catalog(path)
         if catalog.fingerprint != fingerprint:
             raise StoreError(
@@ -338,21 +346,31 @@ class OriginalStore:
     def in_order_of(self, catalog: Catalog) -> "OriginalStore":
         """These originals with the rows and labels of another catalog, which pairs by path.
 
+        What was left out when the store was packed, since it could not be decoded, keeps its row of that catalog and
+        cannot be decoded here either. So this store gives the samples of the folder that it was packed from.
+
         Raises:
-            StoreError: The catalog lists an original that is not in here.
+            StoreError: The catalog lists an original that is not in here, and was not left out; or all were.
         """
         ours = self.catalog
         if same_rows(ours, catalog):
             return self
         rows = rows_of(ours, catalog)
-        if missing := np.flatnonzero(rows < 0).tolist():
+        left_out = {one.path for one in ours.rejected}
+        absent = np.flatnonzero(rows < 0)
+        missing = [row for row in absent.tolist() if catalog.path(row) not in left_out]
+        if missing or len(absent) == len(catalog):
+            missing = missing or absent.tolist()
             raise StoreError(
                 f"{str(self.path)!r}: the packed store lacks {len(missing)} of the {len(catalog)} originals asked for "
                 f"(for one {catalog.path(missing[0])!r}); give the store that was packed from the same folder, or "
-                "make the edits from this one. What could not be decoded was not packed: its catalog's `rejected`."
+                "make the edits from this one."
             )
-        own_order = replace(catalog, sizes=ours.sizes[rows], _origin=None)
-        ordered = OriginalStore(self.path, self.settings, own_order, self.index[rows], self._tars)
+        sizes, index = ours.sizes[rows], self.index[rows]
+        sizes[absent] = catalog.sizes[absent]
+        index["shard"][absent] = _LEFT_OUT
+        own_order = replace(catalog, sizes=sizes, _origin=None)
+        ordered = OriginalStore(self.path, self.settings, own_order, index, self._tars)
         ordered._order = catalog
         return ordered
 
@@ -367,22 +385,38 @@ class OriginalStore:
         return f"<OriginalStore {self._tars.where!r}: {len(self)} originals>"
 
     def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """Where the files of these originals, (n,), are; of a shard that has gone or was changed the error.
+        """Where the files of these originals, (n,), are; of a shard that has gone or was changed, and of an original
+        that was left out when the store was packed, the error.
 
         Of a store at a URL it waits for their shards, and has the rest fetched in the background.
 
         Raises:
             MirrorError: The URL does not answer or refuses, or the disk is full.
         """
-        return self._tars.extents(self.index[originals])
+        rows = self.index[originals]
+        there = rows["shard"] != _LEFT_OUT
+        found = iter(self._tars.extents(rows[there]))
+        return [
+            next(found) if is_there else self._not_packed(original)
+            for original, is_there in zip(originals.tolist(), there.tolist(), strict=True)
+        ]
 
     def encoded(self, original: int) -> NDArray[np.uint8]:
         """An original's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
 
         Raises:
             StoreError: The shard has gone or was changed since the store was opened.
+            DecodeError: The original was left out when the store was packed.
         """
+        if self.index["shard"][original] == _LEFT_OUT:
+            raise self._not_packed(original)
         return self._tars.encoded(self.index[original])
+
+    def _not_packed(self, original: int) -> DecodeError:
+        return DecodeError(
+            f"{self._tars.where}: {self.catalog.path(original)!r} was left out when this store was packed, for it "
+            "could not be decoded; mend it and pack the folder into a new store, or go on without it"
+        )
 
 
 def _reopen_originals(path: str | Path, order: Catalog | None) -> OriginalStore:
@@ -422,6 +456,7 @@ def shard_files(path: Path) -> tuple[list[ShardFiles], int]:
     """The finished shards of a store of either kind, by number, and how many there will be. Raises StoreError."""
     kind = _kind_of(path)
     header = OriginalHeader.read(path) if kind is ORIGINALS else Header.read(path)
+    header.check(path, len(open_catalog(path, kind.listing)))
     listing, shards = list_shards(path), []
     for number in range(header.shard_count):
         if kind.file(number, "json") not in listing:
@@ -475,6 +510,7 @@ class _Tables:
     index: NDArray[np.void]  # (edits,) INDEX_ROW
     starts: NDArray[np.int64]  # (originals + 1,)
     sizes: Sizes
+    not_yet: int = 0  # edits that these shards lack
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -512,10 +548,10 @@ def _open_tables(
     if record is not None and list(record.sizes) == list(shards) and record.originals == originals:
         index = load(EDITS, path / "index.npy", INDEX_ROW, record.edits, mapped=True)
         starts = load(EDITS, path / "starts.npy", np.dtype("<i8"), originals + 1, mapped=True)
-        if starts[0] != 0 or starts[-1] != record.edits:
-            found = f"{starts[0]} to {starts[-1]}"
-            raise EDITS.damaged(path / "starts.npy", f"must run from 0 to {record.edits}, found {found}")
-        return _Tables(index=index, starts=starts, sizes=record.sizes), True
+        if starts[0] != 0 or starts[-1] != record.edits or (starts[1:] < starts[:-1]).any():
+            found = f"{starts[0]} to {starts[-1]}" if (starts[1:] >= starts[:-1]).all() else "some that go down"
+            raise EDITS.damaged(path / "starts.npy", f"must run up from 0 to {record.edits}, found {found}")
+        return _Tables(index=index, starts=starts, sizes=record.sizes, not_yet=record.not_yet), True
     if mirror is not None:
         mirror.copy_tables([EDITS.shard(number) for number in shards])
     records = {number: ShardRecord.read(EDITS, path, number) for number in shards}
@@ -531,7 +567,12 @@ def derive(path: Path, records: Mapping[int, "ShardRecord"], originals: int) -> 
     starts = np.searchsorted(index["original"], np.arange(originals + 1)).astype(np.int64)
     for table in (index, starts):
         table.flags.writeable = False
-    return _Tables(index=index, starts=starts, sizes={number: record.sizes for number, record in records.items()})
+    return _Tables(
+        index=index,
+        starts=starts,
+        sizes={number: record.sizes for number, record in records.items()},
+        not_yet=sum(record.verdicts[NOT_YET] for record in records.values()),
+    )
 
 
 def tally(path: Path, records: Mapping[int, "ShardRecord"], catalog: Catalog, prompts: int) -> NDArray[np.int64]:
@@ -541,9 +582,19 @@ def tally(path: Path, records: Mapping[int, "ShardRecord"], catalog: Catalog, pr
     for number, record in records.items():
         file = path / "shards" / EDITS.file(number, "npy")
         rows = load(EDITS, file, SHARD_ROW, record.verdicts.total())
+        check_shard_rows(file, rows, len(catalog), prompts)
         places = (catalog.labels[rows["original"]], rows["prompt"], rows["verdict"])
         counts += np.bincount(np.ravel_multi_index(places, shape), minlength=len(counts))
     return counts.reshape(shape)
+
+
+def check_shard_rows(file: Path, rows: NDArray[np.void], originals: int, prompts: int) -> None:
+    """Raise StoreError unless a shard's rows name originals, prompts and verdicts that there are."""
+    for name, count in (("original", originals), ("prompt", prompts), ("verdict", len(VERDICTS))):
+        column = rows[name]
+        wrong = (column < 0) | (column >= count)
+        if wrong.any():
+            raise EDITS.damaged(file, f"{name} must lie in 0 to {count - 1}, found {column[wrong][0]}")
 
 
 def grown_catalog(store: Path, ours: Catalog, given: Catalog) -> Catalog:
@@ -591,10 +642,13 @@ def gather(kind: Kind, path: Path, records: Mapping[int, "ShardRecord"], origina
         rows = load(kind, file, kind.shard_row, sum(record.verdicts.values()))
         rows = rows[rows["verdict"] == 0]
         part = index[filled : filled + len(rows)]
-        if len(part) != len(rows) or (
+        if len(rows) != record.verdicts[VERDICTS[0]] or (
             len(rows) and not 0 <= rows["original"].min() <= rows["original"].max() < originals
         ):
             raise kind.damaged(file, "does not agree with its .json and the store's catalog")
+        for name, least in (("height", 1), ("width", 1), ("length", 1), ("offset", 0)):
+            if len(rows) and rows[name].min() < least:
+                raise kind.damaged(file, f"{name} must be {least} or more, found {rows[name].min()}")
         for name in kind.index_row.names or ():
             part[name] = number if name == "shard" else rows[name]
         filled += len(rows)
@@ -625,6 +679,7 @@ class _Tars:
         self.where = str(store) if mirror is None else mirror.url
         self.mirror = mirror
         self._kind = kind
+        self._sizes = sizes
         self._open = lru_cache(_OPEN_SHARDS)(partial(_open_tar, kind, store / "shards", sizes))
         self._map = lru_cache(_OPEN_SHARDS)(partial(_map_tar, kind, store / "shards", sizes))
         if mirror is not None:
@@ -635,12 +690,14 @@ class _Tars:
         tar: Callable[[int], OpenFile] = self._open
         if self.mirror is not None:
             tar = self._fetched
-            self.mirror.prefetch([self._kind.shard(number) for number in np.unique(rows["shard"]).tolist()])
+            known = [number for number in np.unique(rows["shard"]).tolist() if number in self._sizes]
+            self.mirror.prefetch([self._kind.shard(number) for number in known])
         extents: list[Extent | DecodeError] = []
         for number, offset, length in zip(
             rows["shard"].tolist(), rows["offset"].tolist(), rows["length"].tolist(), strict=True
         ):
             try:
+                self._check(number, offset, length)
                 extents.append(Extent(tar(number), offset, length))
             except MirrorError:
                 raise  # no fault of the shard's: there is nothing to put in its place
@@ -651,10 +708,19 @@ class _Tars:
     def encoded(self, row: np.void) -> NDArray[np.uint8]:
         """The file of a row of the index, (bytes,) uint8, read-only."""
         number, offset, length = int(row["shard"]), int(row["offset"]), int(row["length"])
+        self._check(number, offset, length)
         if self.mirror is None:
             return self._map(number)[offset : offset + length]
         # Not mapped, so that the mirror can let go of the tar.
         return np.frombuffer(os.pread(self._fetched(number).descriptor, length, offset), np.uint8)
+
+    def _check(self, number: int, offset: int, length: int) -> None:
+        """Raise StoreError where a row of a damaged index names what is in no shard."""
+        if number not in self._sizes or not (offset >= 0 and 0 < length <= self._sizes[number][0] - offset):
+            raise StoreError(
+                f"{self.where}/index.npy: is damaged: a row has shard {number}, offset {offset}, length {length}; run "
+                f"`{self._kind.command}` again, which makes it anew."
+            )
 
     def _fetched(self, number: int) -> OpenFile:
         assert self.mirror is not None
@@ -758,7 +824,7 @@ def _list_mirrored(kind: Kind, mirror: Mirror) -> dict[str, int]:
     with understood(mirror.folder / "index.json", "upload the store again"):
         return {
             kind.file(int(number), ending): int(size)
-            for number, *sizes in stored["shards"]
+            for number, sizes in sizes_of(stored["shards"]).items()
             for ending, size in (*zip(FILES, sizes, strict=True), ("json", 0))
         }
 

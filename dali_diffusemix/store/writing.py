@@ -21,12 +21,14 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.catalog import Catalog, Rejected
 from dali_diffusemix.errors import StoreError
+from dali_diffusemix.reading import OpenFile
 from dali_diffusemix.remote import is_url
 from dali_diffusemix.store.layout import (
     EDITS,
     FILES,
     INDEX,
     MOST,
+    NOT_YET,
     ORIGINALS,
     REJECTED,
     SHARD,
@@ -41,6 +43,7 @@ from dali_diffusemix.store.layout import (
     Shard,
     ShardRecord,
     file_size,
+    load,
     rejected_tar,
     replacing,
     stored_header,
@@ -103,6 +106,7 @@ class StoreWriter:
                         settings=settings, prompts=(), segments=(), denied={}, fingerprint=catalog.fingerprint
                     )
                 writer.catalog = open_catalog(path)
+                writer._header.check(path, len(writer.catalog))
             yield writer
 
     def _grow(self, catalog: Catalog) -> None:
@@ -189,6 +193,17 @@ class StoreWriter:
 
     def done(self) -> dict[int, Counter[str]]:
         """Finished shards, and how many of their edits had which verdict. One whose files have other sizes is not."""
+        return {number: verdicts for number, verdicts in self._closed().items() if not verdicts[NOT_YET]}
+
+    def begun(self) -> dict[int, Counter[str]]:
+        """Shards that a run made in part before it was stopped, with the verdicts that are there already."""
+        return {
+            number: Counter({name: count for name, count in verdicts.items() if name != NOT_YET})
+            for number, verdicts in self._closed().items()
+            if verdicts[NOT_YET]
+        }
+
+    def _closed(self) -> dict[int, Counter[str]]:
         finished = _finished_shards(EDITS, self.path, self._header.shard_count)
         return {number: record.verdicts for number, record in finished.items()}
 
@@ -211,7 +226,10 @@ class StoreWriter:
                 name: write_table(self.path / name, table)
                 for name, table in zip(EDITS.tables, (tables.index, tables.starts), strict=True)
             }
-            Record(edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes).write(self.path, files)
+            record = Record(
+                edits=len(tables.index), originals=len(self.catalog), sizes=tables.sizes, not_yet=tables.not_yet
+            )
+            record.write(self.path, files)
         return tally(self.path, records, self.catalog, len(self._header.prompts))
 
 
@@ -260,6 +278,7 @@ class OriginalStoreWriter:
                 with writing(path):
                     header.write(path)
             writer._header = OriginalHeader.read(path)
+            writer._header.check(path, len(listed))
             _check_settings(path, writer._header.settings, settings)
             yield writer
 
@@ -547,6 +566,70 @@ class ShardWriter(_ShardFiles):
             "prompts": {place: self._header.prompts[place] for place in shard.prompts},
             "variants": [shard.variants.start, shard.variants.stop],
         }
+
+
+class BegunShard:
+    """What a run that was stopped made of a shard: the edits of its first originals, to be copied into the new one."""
+
+    def __init__(self, rows: NDArray[np.void], tars: tuple[OpenFile, OpenFile | None]) -> None:
+        """Use `BegunShard.find`."""
+        self._rows = rows
+        self._tars = tars
+        self.originals = len(np.unique(rows["original"]))
+        """How many originals are done."""
+
+    @classmethod
+    def find(cls, store: Path, shard: Shard) -> "BegunShard | None":
+        """Whether there is one, whole and of this work; what is damaged is no use and is made anew."""
+        try:
+            record = ShardRecord.read(EDITS, store, shard.number)
+            if not record.verdicts[NOT_YET] or record.verdicts.total() != len(shard):
+                return None
+            folder = store / "shards"
+            rows = load(EDITS, folder / EDITS.file(shard.number, "npy"), EDITS.shard_row, len(shard))
+            tar = OpenFile(folder / EDITS.file(shard.number, "tar"))
+            rejected = None if record.rejected is None else OpenFile(rejected_tar(store, shard.number))
+            for ending, file in (("tar", tar), ("rejected", rejected)):
+                if file is not None and _sha256(file) != record.hashes[ending]:
+                    return None
+        except (StoreError, OSError, KeyError):
+            return None
+        made = rows[rows["verdict"] != VERDICTS.index(NOT_YET)]
+        each = len(shard.prompts) * len(shard.variants)
+        wanted = [
+            (original, prompt, variant)
+            for original in shard.rows[: len(made) // each]
+            for prompt in shard.prompts
+            for variant in shard.variants
+        ]
+        if list(zip(*(made[name].tolist() for name in ("original", "prompt", "variant")), strict=True)) != wanted:
+            return None
+        return cls(made, (tar, rejected))
+
+    def copy(self, writer: ShardWriter) -> Counter[str]:
+        """Add all of it to a writer; gives the verdicts."""
+        verdicts: Counter[str] = Counter()
+        for row in self._rows:
+            verdict = VERDICTS[row["verdict"]]
+            tar = self._tars[0 if verdict == VERDICTS[0] else 1]
+            length = int(row["length"])
+            writer.add(
+                *(int(row[name]) for name in ("original", "prompt", "variant")),
+                seed=int(row["seed"]),
+                jpeg=os.pread(tar.descriptor, length, int(row["offset"])) if length and tar is not None else None,
+                height=int(row["height"]),
+                width=int(row["width"]),
+                verdict=verdict,
+                score=float(row["score"]),
+            )
+            verdicts[verdict] += 1
+        return verdicts
+
+
+def _sha256(file: OpenFile) -> str:
+    with open(os.dup(file.descriptor), "rb") as stream:  # noqa: PTH123 - a descriptor
+        stream.seek(0)
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class OriginalShardWriter(_ShardFiles):
