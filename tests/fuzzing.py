@@ -291,7 +291,7 @@ def _decode_batch(folder: Path, contents: list[bytes], decoder: object, draw: Dr
         edit_sizes=sizes,
     )
     sound = read(places, whole, sizes).sound
-    decoder.submit(sources)  # type: ignore[attr-defined]
+    decoder.submit(lambda: sources)  # type: ignore[attr-defined]
     verdicts = ["" for _ in range(count)]
     for name, decoded, seen in zip(("whole", "window"), decoder.fetch(), (whole, windows), strict=True):  # type: ignore[attr-defined]
         for i, (top, left, bottom, right) in enumerate(seen.tolist()):

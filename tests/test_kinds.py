@@ -74,7 +74,7 @@ def decoded(tmp_path: Path, content: bytes, windows: Windows) -> tuple[list[NDAr
     sizes = np.tile(size, (count, 1))
     decoder = PieceDecoder(count, threads=2)
     decoder.submit(
-        Sources(
+        lambda: Sources(
             originals=places,
             edits=[None] * count,
             original_windows=windows,
