@@ -47,7 +47,7 @@ WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "cpu": None,
     "gpu": GpuDecoding(),
     "gpu, regions": GpuDecoding(regions=True),
-    "gpu, edits on the cpu": GpuDecoding(regions=True, hardware_load=0.9, edits_on_cpu=True),
+    "gpu, edits on the cpu": GpuDecoding(hardware_load=0.9, edits_on_cpu=True),
 }
 """What "auto" tries; None is the CPU."""
 
@@ -191,7 +191,7 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
 
     def fetch() -> tuple[NDArray[np.void], object]:
         decoder.submit(lambda: sources)
-        decoded = decoder.fetch(torch.cuda.current_stream(device).cuda_stream if way else None)
+        decoded = decoder.fetch(upload.stream)
         for one in decoded:
             for error in one.errors.values():
                 raise error

@@ -562,14 +562,17 @@ class DiffuseMixLoader:
     def _mix_on_device(self, plan: BatchPlan, pieces: "_Pieces") -> torch.Tensor:
         shape = (len(plan), 3, *plan.output_size)
         images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
-        self._upload = self._upload or PieceUpload(self.device, self._threads)
-        table, copied = self._upload(pieces.table.ravel(), pieces.on_host.ravel())
+        table, copied = self._uploader()(pieces.table.ravel(), pieces.on_host.ravel())
         originals, edits = table.reshape(2, -1)
         mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
         del copied  # until now: its memory goes to nothing that could run before the mix
         if self._decoding is not None:
             self._retained.add(tuple(pieces.owners), self.device)
         return images
+
+    def _uploader(self) -> PieceUpload:
+        self._upload = self._upload or PieceUpload(self.device, self._threads)
+        return self._upload
 
     def _device_bank(self) -> gpu.DeviceBank | None:
         bank = self.dataset.bank
@@ -718,8 +721,7 @@ class _Iterator(Iterator[Batch]):
             labels = torch.from_numpy(loader.dataset.labels_of(plan))
         else:
             with torch.cuda.device(loader.device):
-                stream = None if decoder.device is None else torch.cuda.current_stream(loader.device).cuda_stream
-                decoded = decoder.fetch(stream)
+                decoded = decoder.fetch(loader._uploader().stream)
                 progress.idle += time.perf_counter() - begin
                 images, plan = self._mixed(planned.plan, decoded)
                 labels = torch.from_numpy(loader.dataset.labels_of(plan)).pin_memory()

@@ -269,8 +269,8 @@ class PieceDecoder:
         """Return the oldest batch's originals and edits.
 
         Args:
-            stream: The CUDA stream that will read the pieces: it is made to wait for them, not the caller. The CPU
-                decoder waits here.
+            stream: A CUDA stream, not the default one: it is made to wait for what a GPU decodes, not the caller. What
+                the CPU decodes is waited for here. DALI's later work waits for what is on that stream by then.
         """
         with self._call():
             self._advance()
@@ -591,9 +591,8 @@ class _Pipeline:
         Raises:
             RuntimeError: DALI cannot decode one of them, or has mistaken the batch for another.
         """
-        # CUDA's own number of the default stream is 0, which DALI takes for none; 1 names it too.
         share = self.pipeline.share_outputs
-        outputs, numbers = share() if stream is None else share(cuda_stream=stream or 1)
+        outputs, numbers = share() if stream is None else share(cuda_stream=stream)
         # Outputs outlive this: DALI's default executor only learns that the next may be made.
         self.pipeline.release_outputs()
         found = np.asarray(numbers.as_tensor())

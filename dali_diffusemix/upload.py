@@ -3,6 +3,9 @@
     pieces, wherever they are ──> one block of page-locked memory ──> one block on the GPU
            copied by threads, off the GIL            on a stream of its own, beside training
 
+What a GPU decodes becomes ready on the same stream. It has no other work: DALI orders what it does next behind the
+stream that its outputs were handed to, and would wait for training if that were training's.
+
 torch's allocators own both blocks: page-locked memory is used again once the copy from it is done, the GPU's once the
 work that read it is. Blocks are as large as the largest batch so far, so that they fit each other.
 """
@@ -35,8 +38,13 @@ class PieceUpload:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._size = 0
 
+    @property
+    def stream(self) -> int | None:
+        """The number of the CUDA stream on which pieces become ready; None for the CPU."""
+        return None if self._stream is None else int(self._stream.cuda_stream)
+
     def __call__(self, pieces: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
-        """Copy pieces, so that work on torch's current stream may read them. Waits for nothing.
+        """Let work on torch's current stream read pieces, copying those that are not there. Waits for nothing.
 
         Args:
             pieces: (n,) of `mixing.PIECE`.
@@ -48,6 +56,7 @@ class PieceUpload:
         """
         rows = np.flatnonzero(on_host & (pieces["data"] != 0))
         if not len(rows):
+            self._hand_over()
             return pieces, None
         lengths = pieces["height"][rows].astype(np.int64) * pieces["width"][rows] * 3
         ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
@@ -64,11 +73,15 @@ class PieceUpload:
     def _copied(self, staging: torch.Tensor, length: int) -> torch.Tensor:
         if self._stream is None:
             return staging.clone()
-        current = torch.cuda.current_stream(self._device)
         with torch.cuda.stream(self._stream):
             block = torch.empty(len(staging), dtype=torch.uint8, device=self._device)
             block[:length].copy_(staging[:length], non_blocking=True)
-        current.wait_stream(self._stream)
+        self._hand_over()
         # Its memory is free for other copies once what the current stream does with it is done.
-        block.record_stream(current)
+        block.record_stream(torch.cuda.current_stream(self._device))
         return block
+
+    def _hand_over(self) -> None:
+        """Have the current stream wait for what is ready by now."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

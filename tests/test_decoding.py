@@ -146,7 +146,7 @@ def _choose(folder: str, answers: "multiprocessing.Queue[str]") -> None:
 
 
 def test_of_several_ranks_one_tries(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")
     answers = context.Queue()
     ranks = [context.Process(target=_choose, args=(str(tmp_path), answers)) for _ in range(3)]
     for rank in ranks:

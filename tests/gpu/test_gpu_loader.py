@@ -217,6 +217,20 @@ def test_nothing_waits_for_the_device_in_the_steady_state(
     assert bool(total.isfinite())
 
 
+def test_decoding_goes_on_beside_training(photos: Path, edits: Path, bank: FractalBank, way: str) -> None:
+    """`next()` returns while the device is busy with what training gave it, step after step."""
+    loader = on_gpu(mixed(photos, edits, bank), 4, way)
+    list(loader)  # compiles, allocates
+    batches = iter(loader)
+    next(batches)
+    torch.cuda.synchronize()
+    for _ in range(6):
+        torch.cuda._sleep(600_000_000)  # about 0.3 s of the device's time
+        next(batches)
+        assert not torch.cuda.current_stream().query(), "next() came back only when the device was done"
+        torch.cuda.synchronize()
+
+
 def test_batches_under_a_side_stream_are_whole(photos: Path, edits: Path, bank: FractalBank, way: str) -> None:
     loader = on_gpu(mixed(photos, edits, bank), 8, way)
     expected = [images.cpu() for images, _ in loader]
@@ -259,10 +273,10 @@ def test_memory_stays_flat_and_is_given_back(photos: Path, edits: Path, bank: Fr
     dataset = mixed(photos, edits, bank)
     used = []
     with on_gpu(dataset, 8, way, shuffle=True) as loader:
-        for epoch in range(60):
-            for _ in loader:  # 5 batches each: 300 in all
+        for epoch in range(200):
+            for _ in loader:  # 5 batches each: 1000 in all; DALI's pools grow in the first hundreds
                 pass
-            if epoch in (19, 59):
+            if epoch in (99, 199):
                 torch.cuda.synchronize()
                 gc.collect()
                 free, total = torch.cuda.mem_get_info()

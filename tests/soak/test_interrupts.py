@@ -65,4 +65,5 @@ def interrupted_often(case: Case, signals: int, seed: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     print(*interrupted_often(make_case(Path(sys.argv[1]), sys.argv[2]), *map(int, sys.argv[3:])))  # noqa: T201
