@@ -660,8 +660,8 @@ def _new_bank(
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Written, not mapped: a full disk is then an error and not a killed process.
+            stack.callback(unfinished.unlink, missing_ok=True)  # first: an interrupt may come as soon as it is there
             file = stack.enter_context(unfinished.open("wb"))
-            stack.callback(unfinished.unlink, missing_ok=True)
             file.write(_header(0, size))
         yield add
         with _writing(path):
