@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix import native
+from dali_diffusemix.catalog import read_size
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.philox import philox4x32, uniform
 from dali_diffusemix.pixels import decode
@@ -623,8 +624,10 @@ def bank_from_folder(
             try:
                 image = Image.fromarray(decode(file))
             except DecodeError as error:
-                unreadable.append((file, str(error)))
-                _log.warning("left out of the fractal bank: %s", error)
+                why = read_size(str(file))  # what the file is, where it is no image, or of no kind that is read
+                reason = f"{str(file)!r}: {why}" if isinstance(why, str) else str(error)
+                unreadable.append((file, reason))
+                _log.warning("left out of the fractal bank: %s", reason)
             else:
                 add(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
             if progress is not None:
