@@ -842,7 +842,7 @@ def _read_sizes(
     rejected: list[Rejected] = []
 
     def read(start: int) -> list[tuple[int, int] | str]:
-        return [_read_size(f"{root}/{path}") for path in paths[start : start + _FILES_PER_TASK]]
+        return [read_size(f"{root}/{path}") for path in paths[start : start + _FILES_PER_TASK]]
 
     Image.init()  # here, so that the threads need not import Pillow's formats
     # Threads: processes could be forked only while there are no threads, and spawned only below `if __name__ == ...`.
@@ -866,7 +866,7 @@ def _read_sizes(
     return sizes, rejected
 
 
-def _read_size(path: str) -> tuple[int, int] | str:
+def read_size(path: str) -> tuple[int, int] | str:
     """Height and width as seen after the EXIF orientation, from the header alone; else the reason why not."""
     try:
         with Path(path).open("rb", buffering=_HEADER_BYTES) as file:
@@ -878,7 +878,7 @@ def _read_size(path: str) -> tuple[int, int] | str:
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:
-    """As `_read_size`, of an open file. Raises _Unusable, and OSError of the file itself."""
+    """As `read_size`, of an open file. Raises _Unusable, and OSError of the file itself."""
     start = file.read(_START_BYTES)
     if not start:
         raise _Unusable("It is empty (0 bytes); copy it again or remove it.")

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix import native
+from dali_diffusemix.catalog import read_size
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.philox import philox4x32, uniform
 from dali_diffusemix.pixels import decode
@@ -623,8 +624,10 @@ def bank_from_folder(
             try:
                 image = Image.fromarray(decode(file))
             except DecodeError as error:
-                unreadable.append((file, str(error)))
-                _log.warning("left out of the fractal bank: %s", error)
+                why = read_size(str(file))  # what the file is, where it is no image, or of no kind that is read
+                reason = f"{str(file)!r}: {why}" if isinstance(why, str) else str(error)
+                unreadable.append((file, reason))
+                _log.warning("left out of the fractal bank: %s", reason)
             else:
                 add(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
             if progress is not None:
@@ -660,8 +663,8 @@ def _new_bank(
         with _writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Written, not mapped: a full disk is then an error and not a killed process.
+            stack.callback(unfinished.unlink, missing_ok=True)  # first: an interrupt may come as soon as it is there
             file = stack.enter_context(unfinished.open("wb"))
-            stack.callback(unfinished.unlink, missing_ok=True)
             file.write(_header(0, size))
         yield add
         with _writing(path):

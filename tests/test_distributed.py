@@ -251,6 +251,7 @@ DAMAGE: Final[dict[int, Callable[[Path], object]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore::dali_diffusemix.StaleCatalogWarning")
 @pytest.mark.parametrize("visible_parts", [True, False])
 def test_every_rank_puts_the_same_in_place_of_damaged_images(
     photos: Path, tmp_path: Path, edits: Path, bank: FractalBank, alone: dict[str, list[Batches]], visible_parts: bool

@@ -33,6 +33,7 @@ from dali_diffusemix import (
     EvalCrop,
     FractalBank,
     MixSpec,
+    QuarantineWarning,
     StoreError,
     TrainCrop,
     cli,
@@ -317,9 +318,11 @@ def test_what_cannot_be_decoded_is_left_out_and_reported(
     before = content(tmp_path / "packed")
     again = pack(damaged, tmp_path / "packed", config)
     assert again.made == 0 and again.left_out == summary.left_out and content(tmp_path / "packed") == before
-    # Edits of the whole folder name originals that are not in here.
-    with pytest.raises(StoreError, match=r"lacks 3 of the 8 originals asked for \(for one 'a/1.jpg'\)"):
-        DiffuseMixDataset(tmp_path / "packed", crop=EvalCrop(32), catalog=index(damaged))
+    # A catalog, or edits, of the whole folder name originals that are not in here: they are damaged here as there.
+    dataset = DiffuseMixDataset(tmp_path / "packed", crop=EvalCrop(32), catalog=index(damaged))
+    with pytest.warns(QuarantineWarning, match=r"a/1\.jpg"):
+        assert torch.equal(dataset[1][0], dataset[2][0])
+    assert len(dataset) == 8 and dataset.catalog.sizes[:, 0].tolist() == [50 + i for i in range(8)]
 
 
 def test_nothing_that_can_be_decoded_is_an_error(damaged: Path, tmp_path: Path) -> None:
