@@ -14,14 +14,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 RECORD = "2026-11-23-2cores"
+H100 = "2026-11-26-h100"
 GENERATION = "2026-11-24-2cores"
 
 
-def results(name: str, of: str = RECORD) -> dict[str, Any]:
+def results(name: str, of: str = RECORD) -> Any:
+    """By contender, or row by row."""
     record: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{of}-{name}.json").read_text())
     assert {"processor", "cores", "versions", "commit"} <= set(record["machine"])
-    assert not record["machine"]["changed"]
-    return dict(record["results"])
+    assert not record["machine"].get("changed")
+    return record["results"]
 
 
 def cells(title: str, section: str) -> list[str]:
@@ -164,6 +166,56 @@ def test_generation() -> None:
         made = rate(found, name)
         assert f"| {title} | {made:.1f} | {made / rate({'': baseline}, ''):.2f}x |" in text
     assert rate(found, "generate") >= 2 * rate(found, "released")
+
+
+def test_the_gpu_page() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    loader, ways = results("loader", H100), results("loader-ways", H100)
+    best = rate(loader, "plain_dali_whole")
+    rows = {
+        "plain DALI, whole images on the GPU (its fastest form)": "plain_dali_whole",
+        "plain DALI, the crop's region on the GPU": "plain_dali",
+        "plain DALI, region on the CPU, the rest on the GPU": "plain_dali_cpu",
+        "**DiffuseMix, whole images on the GPU**": "diffusemix_gpu",
+        "DiffuseMix, regions on the GPU": "diffusemix_gpu_regions",
+        "DiffuseMix, packed store, on the GPU": "diffusemix_packed_gpu",
+        "DiffuseMix, on the CPU": "diffusemix_cpu",
+        "DiffuseMix, packed store, on the CPU": "diffusemix_packed_cpu",
+        "this loader without mixing, on the GPU": "plain_gpu",
+        "Pillow and DataLoader, mixed, 16 workers": "pillow_mixed",
+    }
+    for title, name in rows.items():
+        made, cpu = rate(loader, name), loader[name]["cpu_seconds_per_image"] * 1e3
+        assert f"| {title} | {made:.0f} | {made / best:.2f}x | {cpu:.2f} ms |" in text
+    assert best == max(rate(loader, name) for name in loader)
+    assert f"{rate(loader, 'diffusemix_cpu') / rate(loader, 'plain_dali_cpu'):.2f}x of plain DALI's images" in text
+    whole, packed, pillow = (rate(loader, name) for name in ("diffusemix_gpu", "diffusemix_packed_gpu", "pillow_mixed"))
+    assert f"{whole / best:.2f}x, packed {packed / best:.2f}x |" in text
+    assert f"{whole / pillow:.1f}x, packed {packed / pillow:.1f}x |" in text
+    (kernel,) = (
+        row
+        for row in results("kernel", H100)
+        if (row["shape"], row["dtype"], row["layout"]) == ("direct", "float32", "nchw")
+    )
+    batch = 256 / whole * 1e3
+    assert f"takes {kernel['milliseconds']:.2f} ms of a batch's {batch:.1f} ms" in text.replace("\n", " ")
+    assert f"| 2 % | {100 * kernel['milliseconds'] / batch:.1f} % |" in text
+    waits = results("wait", H100)
+    assert f"`next()` took {waits['gpu']['next']:.1f} ms" in text
+    assert f"the same loop took {waits['cpu']['step']:.1f} ms a step" in text
+    for name in ("overhead", "overhead-2"):
+        found = results(name, H100)["224"]
+        assert f"{100 * found['all_mixed']['A_O']['median']:+.0f} %" in text
+        assert f"{-100 * found['plain_dali']['A_O']['median']:.0f} %" in text
+    made = results("generate", H100)
+    for name in ("generate", "generate, 5 steps"):
+        assert f"{made[name]['over_released']:.1f}x" in text
+    for name in ("diffusemix_shared_90", "diffusemix_gpu", "diffusemix_packed_shared_90", "diffusemix_packed_gpu"):
+        assert f"{rate(ways, name):,.0f}" in text
+    for name in ("diffusemix_gpu_fancy", "diffusemix_regions_fancy"):
+        assert f"{rate(ways, name):,.0f}" in text
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"{whole:,.0f} mixed images/s, **{whole / best:.2f}x of" in readme
 
 
 def test_the_calibration() -> None:
