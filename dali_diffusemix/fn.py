@@ -141,8 +141,6 @@ def mix(
 ) -> DataNode:
     """Mix originals and edits: A = (1-λ) (M ⊙ Î + (1-M) ⊙ I) + λ F of every sample, as `mixing` defines it.
 
-    The GPU branch has not run on a GPU yet; tests run its parts on the CPU.
-
     Args:
         original: (height, width, 3) uint8 RGB images, whole, of any sizes.
         edit: The same, of their own sizes. Where a sample is not mixed its edit is not looked at: give any image.
