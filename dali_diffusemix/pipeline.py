@@ -232,7 +232,7 @@ class PieceDecoder:
         self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
         self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
         self._reading: deque[Future[_Batch]] = deque()
-        self._decoding: deque[_Batch] = deque()
+        self._decoding: deque[_Batch | BaseException] = deque()  # an exception where a batch could not be begun
         self._memory: list[NDArray[np.uint8]] = []  # to read into
         self._fetched: _Batch | None = None
         self._process = os.getpid()
@@ -275,6 +275,8 @@ class PieceDecoder:
         with self._call():
             self._advance()
             batch = self._decoding.popleft()
+            if isinstance(batch, BaseException):
+                raise batch
             try:
                 pieces, owner = self._decoded(batch, stream)
             except RuntimeError as error:
@@ -284,7 +286,7 @@ class PieceDecoder:
                 old = [part.pipeline for part in batch.parts]
                 self._build_main()
                 for behind in self._decoding:
-                    if any(part.pipeline in old for part in behind.parts):
+                    if isinstance(behind, _Batch) and any(part.pipeline in old for part in behind.parts):
                         self._schedule(behind)
             else:
                 decoded = self._gather(batch, pieces, owner)
@@ -317,6 +319,8 @@ class PieceDecoder:
             self._reading.clear()
             while self._decoding:
                 batch = self._decoding.popleft()
+                if isinstance(batch, BaseException):
+                    continue
                 try:
                     for part in batch.parts:
                         part.pipeline.outputs(part.number)
@@ -340,7 +344,11 @@ class PieceDecoder:
         while self._reading and len(self._decoding) < self._ahead:
             if self._decoding and not self._reading[0].done():
                 break
-            batch = self._reading.popleft().result()
+            reading = self._reading.popleft()
+            if (error := reading.exception()) is not None:
+                self._decoding.append(error)
+                continue
+            batch = reading.result()
             self._seconds[0] += batch.seconds
             self._decode_aside(batch)
             self._schedule(batch)

@@ -4,11 +4,13 @@ import contextlib
 import importlib
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from material import encoded, photograph
 
@@ -27,20 +29,28 @@ class Thrown(BaseException):
     """What no handler expects, as KeyboardInterrupt."""
 
 
-class Thrower:
-    """Counts the lines of `MODULES` on all threads, and throws at one of them."""
+Line = tuple[str, int]
+"""(file, number)."""
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.lines = at, 0
+
+class Thrower:
+    """Counts how often each line of `MODULES` runs, on all threads, and throws when one does for the n-th time."""
+
+    def __init__(self, at: tuple[Line, int] | None) -> None:
+        self.lines: Counter[Line] = Counter()
+        self.thrown = False
+        self._at = at
         self._files = {importlib.import_module(name).__file__ for name in MODULES}
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Any:
         if event == "call":
             return self if frame.f_code.co_filename in self._files else None
         if event == "line":
-            self.lines += 1
-            if self.lines == self.at:
-                raise Thrown(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
+            line = frame.f_code.co_filename, frame.f_lineno
+            self.lines[line] += 1
+            if self._at == (line, self.lines[line]):
+                self._at, self.thrown = None, True
+                raise Thrown(f"{Path(line[0]).name}:{line[1]}")
         return self
 
     def __enter__(self) -> "Thrower":
@@ -49,7 +59,7 @@ class Thrower:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.at = None  # threads that were started meanwhile are still traced
+        self._at = None  # threads that were started meanwhile are still traced
         sys.settrace(None)
         threading.settrace(None)  # type: ignore[arg-type]
 
@@ -79,15 +89,21 @@ class Case:
                     assert label == loader.dataset.targets[index]
             assert len(found) == len(set(found)) == len(loader) * 4
 
-    def throw(self, at: int | None) -> int:
-        """Throw at a line of an epoch, then check two more; returns how many lines the epoch had."""
+    def throw(self, at: tuple[Line, int] | None) -> Thrower:
+        """Throw in an epoch, then check two more."""
         loader = self.make()
         with Thrower(at) as thrower, contextlib.suppress(Thrown):
             for _ in loader:
                 pass
         with loader:
             self.check(loader, 2)
-        return thrower.lines
+        return thrower
+
+    def places(self, draw: np.random.Generator) -> list[tuple[Line, int]]:
+        """Every line that an epoch runs: its first time, and some later one."""
+        lines = sorted(self.throw(None).lines.items())
+        later = [(line, int(draw.integers(2, times + 1))) for line, times in lines if times > 1]
+        return [*((line, 1) for line, _ in lines), *later]
 
 
 def make_case(folder: Path, pieces: str) -> Case:

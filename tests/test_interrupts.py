@@ -1,12 +1,17 @@
 """An exception anywhere under `next()`, a Ctrl-C for one: every batch that comes afterwards is right.
 
 It is thrown at single lines of the loader, the decoder, reading and DALI's own Python, on all threads, by a trace
-function; `make soak` takes every line, and 500 signals at random moments.
+function; `make soak` takes every line twice, and 500 signals at random moments.
 """
+
+from pathlib import Path
 
 import numpy as np
 import pytest
 from interrupting import Case, Thrown, make_case
+
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+from dali_diffusemix.pipeline import PieceDecoder, Sources
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -20,10 +25,29 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_after_an_exception_at_any_line_every_batch_is_right(case: Case) -> None:
-    """Every 61st line, from another on each time."""
-    first = int(np.random.default_rng().integers(61))
-    for at in range(1 + first, case.throw(None), 61):
+    """At every 30th line, from another on each time."""
+    draw = np.random.default_rng()
+    for at in case.places(draw)[int(draw.integers(30)) :: 30]:
         case.throw(at)
+
+
+def test_an_error_comes_in_its_turn(photos: Path) -> None:
+    """What cannot be begun while later batches are asked for takes none of those before with it."""
+    dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
+    loader = DiffuseMixLoader(dataset, 4, device="cpu")
+    sources = loader._sources(dataset.planner.batch(0, np.arange(4)))
+
+    def gone() -> Sources:
+        raise OSError("the storage does not answer")
+
+    decoder = PieceDecoder(4, threads=1)
+    for make in (lambda: sources, gone, lambda: sources):
+        decoder.submit(make)
+    originals, _ = decoder.fetch()
+    assert originals.data.all() and not originals.errors
+    with pytest.raises(OSError, match="does not answer"):
+        decoder.fetch()
+    decoder.close()
 
 
 def test_what_was_thrown_passes_through(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
