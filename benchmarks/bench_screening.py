@@ -1,8 +1,8 @@
 """What it costs to look through a file before DALI is given it, in microseconds.
 
-Method: `--files` copies of a photograph of each kind are read by `reading.read` from the page cache, in turn with as many
-copies whose first two bytes are zero: the same bytes are read, and nothing is found to look through. The figure is the
-difference of the medians over `--rounds`, for one file.
+Method: `--files` copies of a photograph of each kind are read by `reading.read` from the page cache, in turn with as
+many copies whose first two bytes are zero: the same bytes are read, and nothing is found to look through. The figure is
+the difference of the medians over `--rounds`, for one file.
 """
 
 import argparse
