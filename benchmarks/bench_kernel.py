@@ -4,10 +4,10 @@ Method: 256 samples of 224 x 224 from 500 x 375 originals and 256 x 256 edits of
 every sample mixed, `TrainCrop`. The bytes counted are the fewest that must move: what is seen of each source once, each
 fractal that a sample of the batch has once, the output once.
 
-On a GPU, for every shape of the kernel (`gpu.SHAPES`), type and layout: the output is filled with a pattern, mixed, and
-a few samples are compared with the specification; a kernel that is wrong or fails gets no time. Then `--launches`
-launches between two CUDA events, behind work that keeps the device busy until all are queued, over `--sets` batches in
-turn, whose tables are on the device; the time of one is the median over such runs, `--repeat` launches in all.
+On a GPU, for every type and layout: the output is filled with a pattern, mixed, and a few samples are compared with the
+specification; a kernel that is wrong or fails gets no time. Then `--launches` launches between two CUDA events, behind
+work that keeps the device busy until all are queued, over `--sets` batches in turn, whose tables are on the device; the
+time of one is the median over such runs, `--repeat` launches in all.
 `with_upload` is the same with the tables copied to the device before each launch, as the loader does it, and nothing
 queued ahead. A copy on the device, counted as bytes read plus bytes written, is timed beside it as the ceiling. The
 record is written after every row. After `--seconds` no row begins.
@@ -200,20 +200,18 @@ def on_gpu(options: argparse.Namespace, record: Record) -> None:
 
     ceiling = copy_rate(device)
     record.set("copy_gigabytes_per_second", round(ceiling / 1e9, 1))
-    for shape in options.shapes:  # a kernel that breaks the CUDA context leaves the times of the shapes before it
-        for format in formats():
-            row = {"shape": shape, "dtype": format.dtype, "layout": layout_of(format)}
-            if record.seconds > options.seconds:
-                record.add(**row, skipped=f"{options.seconds} seconds are over")
-                continue
-            try:
-                record.add(**row, **time_shape(shape, format, batches, tables, device_bank, expected, options, ceiling))
-            except Exception as error:  # the next row is measured all the same
-                record.add(**row, wrong=f"{type(error).__name__}: {error}"[:2000])
+    for format in formats():
+        row = {"dtype": format.dtype, "layout": layout_of(format)}
+        if record.seconds > options.seconds:
+            record.add(**row, skipped=f"{options.seconds} seconds are over")
+            continue
+        try:
+            record.add(**row, **time_kernel(format, batches, tables, device_bank, expected, options, ceiling))
+        except Exception as error:  # the next row is measured all the same
+            record.add(**row, wrong=f"{type(error).__name__}: {error}"[:2000])
 
 
-def time_shape(
-    shape: str,
+def time_kernel(
     format: TensorFormat,
     batches: list[Batch],
     tables: list[gpu.DeviceTables],
@@ -231,7 +229,7 @@ def time_shape(
 
     def launch(table: gpu.DeviceTables) -> None:
         name = f"mix_{format.dtype}_{layout_of(format)}"
-        gpu.launch(table, bank, out, output_size=OUTPUT, name=name, scale=scale, offset=offset, shape=shape)
+        gpu.launch(table, bank, out, output_size=OUTPUT, name=name, scale=scale, offset=offset)
 
     def upload_and_launch(turn: int) -> None:
         batch = batches[turn % len(batches)]
@@ -274,7 +272,6 @@ def on_cpu(options: argparse.Namespace, record: Record) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shapes", default=",".join(gpu.SHAPES), help="of the GPU's kernel, with commas between")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--launches", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=140)
@@ -283,7 +280,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    options.shapes = options.shapes.split(",")
     record = Record(options.out, device=options.device, batch_size=options.batch_size)
     if options.device == "cpu":
         on_cpu(options, record)

@@ -9,7 +9,6 @@ import importlib.util
 import re
 import weakref
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Final
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import MissingDependencyError
 
-_TILE: Final = 32  # output pixels of a block, both ways: kernels/mix_tile.cuh
+_TILE: Final = 32  # output pixels of a block, both ways: kTile in kernels/mix.cu
+_THREADS: Final = 256  # of a block: kThreads there
 _INSTALL: Final = "pip install 'dali-diffusemix[cuda12]' (or [cuda13]) with a PyTorch built for CUDA"
 
 
@@ -63,42 +63,21 @@ def _refuse(missing: list[str]) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One way to write the mix kernel. All shapes have the same kernels, arguments and grid."""
-
-    file: str
-    """The .cu file in kernels/."""
-    threads: int
-    """Threads of a block."""
-    defines: tuple[str, ...] = ()
-    """Options of the compiler."""
-
-
-SHAPES: Final[Mapping[str, Shape]] = {
-    "direct": Shape("mix.cu", 256),
-    "staged": Shape("mix_staged.cu", 128),
-    "staged4": Shape("mix_staged.cu", 128, ("-DMIX_AHEAD=4", "-DMIX_BLOCKS=4")),
-}
-SHAPE: Final = "direct"
-"""The shape that is launched. Tests and benchmarks/bench_kernel.py launch the others too."""
-
-
-def source(shape: str = SHAPE) -> str:
-    """The CUDA source of a shape, its headers put in: CuPy's cache of compiled kernels goes by this text alone."""
+def source() -> str:
+    """The CUDA source, its header put in: CuPy's cache of compiled kernels goes by this text alone."""
     folder = resources.files("dali_diffusemix.kernels")
 
     def text(name: str) -> str:
         content = (folder / name).read_text(encoding="utf-8").replace("#pragma once", "")
         return re.sub(r'#include "(\w+\.cuh)"', lambda include: text(include[1]), content)
 
-    return text(SHAPES[shape].file)
+    return text("mix.cu")
 
 
-def options(shape: str, name: str | None = None) -> tuple[str, ...]:
-    """What NVRTC is given besides the architecture, to compile the kernel `name` alone: all eight take seconds."""
-    # The headers lie in the text, where what a shape does not use would be warned about.
-    common = ("--std=c++17", "--diag-suppress=177", *SHAPES[shape].defines)
+def options(name: str | None = None) -> tuple[str, ...]:
+    """NVRTC's options besides the architecture, to compile the kernel `name` alone; None: all eight."""
+    # 177 would warn about functions of the header that only the CPU's kernel calls: they lie in the same text.
+    common = ("--std=c++17", "--diag-suppress=177")
     if name is None:
         return common
     dtype, layout = name.removeprefix("mix_").split("_", 1)
@@ -107,11 +86,11 @@ def options(shape: str, name: str | None = None) -> tuple[str, ...]:
 
 
 @functools.cache
-def _kernel(device: int, shape: str, name: str) -> Any:
+def _kernel(device: int, name: str) -> Any:
     import cupy
 
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(shape), options=options(shape, name)).get_function(name)
+        return cupy.RawModule(code=source(), options=options(name)).get_function(name)
 
 
 class _TorchStream:
@@ -199,12 +178,10 @@ def launch(
     name: str,
     scale: NDArray[np.float32],
     offset: NDArray[np.float32],
-    shape: str | None = None,
 ) -> None:
-    """`mix` with tables that are on the device already; `shape` is one of `SHAPES`, None: `SHAPE`."""
+    """`mix` with tables that are on the device already."""
     import cupy
 
-    shape = SHAPE if shape is None else shape
     device = out.device
     height, width = output_size
     pixels = None if bank is None else bank.images
@@ -222,7 +199,7 @@ def launch(
     grid = (-(-width // _TILE), -(-height // _TILE), tables.count)
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), _stream(stream, device.index):
-        _kernel(device.index, shape, name)(grid, (SHAPES[shape].threads, 1, 1), arguments)
+        _kernel(device.index, name)(grid, (_THREADS, 1, 1), arguments)
 
 
 def upload(

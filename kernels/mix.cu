@@ -16,9 +16,9 @@
 //
 // A block makes a tile of 32 x 32 output pixels of one sample, in two phases with one barrier between them:
 //
-//     measure   a thread for each (source, axis, row or column of the tile), 192 of the 256: where the filter begins,
-//               how long it is, its offset, what its weights sum to, and M; into 3.3 KiB of shared memory.
-//     paint     a thread for each four neighbouring pixels of a row:
+//     measure   one thread for each (source, axis, row or column of the tile), 192 of the 256: where the filter begins,
+//               its length, its offset, the sum of its weights, and M. 3.3 KiB of shared memory hold the results.
+//     paint     one thread for four neighbouring pixels of a row:
 //
 //               source, three columns at a time                   output
 //               ┌──┬──┬──┬──┬──┬──┬──┬──┬──┐
@@ -26,33 +26,173 @@
 //               │  │  │  │  │  │  │  │  │  │ ...               ┌──┬──┬──┬──┐
 //               │  │  │  │  │  │  │  │  │  │ last              │p0│p1│p2│p3│ one vector store for each plane
 //               └──┴──┴──┴──┴──┴──┴──┴──┴──┘                   └──┴──┴──┴──┘
-//               down the rows first: 9 sums (3 columns x RGB); these then go into each of the four pixels
+//               down the rows first: 9 sums (3 columns x RGB); each sum is then added to the four pixels
 //
-// Why this shape. Neighbouring outputs share taps: going down first, each source byte is read, converted and
-// multiplied once for all four pixels, where taps in two dimensions would do it for each. Three columns are nine bytes,
-// which lie in three aligned words at any alignment: three loads for nine bytes. Weights come from one multiply-add,
-// never from a table, so no ratio is too large for registers or shared memory.
+// Neighbouring pixels share taps. Going down first, a thread reads, converts and multiplies each source byte once for
+// its four pixels. Three columns are nine bytes, which lie in three aligned words at any alignment. A weight is one
+// multiply-add, not a table entry, so any ratio fits into registers and shared memory.
 //
-// What must move, for 256 samples of 224 x 224, all mixed at a hard seam, the crops 400 x 350 pixels of their images:
-//     read     256 * 400 * 350 * 3          107.5 MB  what is seen of originals and edits together, halos left out
-//              64 * 256 * 256 * 3            12.6 MB  a bank of 64 fractals, once
-//     written  256 * 224 * 224 * 3 values    38.5 million: 154.1 MB float32, 77.1 MB in 16 bits, 38.5 MB uint8
-//     together 274.2, 197.2 or 158.6 MB; piece and row tables are 0.05 MB
-//
-// What must be done for them is counted, not measured, in docs/kernel.md: some 500 instructions for a pixel of the
-// output, and 11 word loads, where one by one its 16 taps would be 49 byte loads.
-//
-// mix_staged.cu is the other shape, to be measured against this one.
-#include "mix_tile.cuh"
+// docs/kernel.md has the times on an H100, the bytes and instructions, and what was tried and deleted.
+#include "mix_pixel.cuh"
 
 namespace {
 
-constexpr int kRun = 4;       // neighbouring output pixels for each thread
-constexpr int kThreads = kTile * kTile / kRun, kBlocks = 4;  // four blocks for each multiprocessor: 64 registers
-constexpr int kColumns = 3;   // source columns summed at a time
-constexpr int kBytes = kColumns * 3, kWords = 3;  // 9 bytes lie in 3 aligned words wherever they begin
+using namespace mix;
 
-typedef Measures Tile;
+constexpr int kTile = 32;    // output pixels, on both axes
+constexpr int kRun = 4;      // neighbouring output pixels for each thread
+constexpr int kThreads = kTile * kTile / kRun, kBlocks = 4;  // four blocks for each multiprocessor: 64 registers
+constexpr int kColumns = 3;  // source columns summed at a time
+constexpr int kBytes = kColumns * 3, kWords = 3;  // 9 bytes lie in 3 aligned words wherever they begin
+constexpr int kOriginal = 0, kEdit = 1, kFractal = 2, kSources = 3;
+constexpr int kY = 0, kX = 1, kAxes = 2;
+
+struct Batch {
+    const Piece* __restrict__ originals;
+    const Piece* __restrict__ edits;
+    const Row* __restrict__ rows;
+    const uint8_t* __restrict__ bank;
+    int bank_height, bank_width;
+    void* __restrict__ out;
+    int height, width;
+    float scale[3], offset[3];
+};
+
+// The filter of one output row or column over one source: tap k reads line first + k of the piece with weight
+// triangle(offset + k * step) * norm.
+struct alignas(16) Filter {
+    int first, count;  // count is 0 also where the source is not seen: it is not read there
+    float offset;
+    float norm;  // 0 where the centre lies outside the image, and only there
+};
+
+// One source of the sample.
+struct View {
+    const uint8_t* data;
+    uint32_t size;      // bytes
+    int pitch;          // bytes of a row
+    float step[kAxes];  // how far the triangle goes for each source pixel
+};
+
+// What `measure` finds.
+struct Tile {
+    Filter filters[kSources][kAxes][kTile];  // by place in the tile: after the flip
+    float cover[kTile];                      // M, across the seam
+    View views[kSources];
+};
+
+MIX_FN float triangle(float distance) { return fmaxf(1.0f - fabsf(distance), 0.0f); }
+
+// The filter of output pixel i. The piece holds lines [place, place + size) of the image; taps elsewhere are left out,
+// so that a piece smaller than it should be is wrong but never read past.
+MIX_FN Filter filter_of(const Axis& axis, int i, bool mirrored, int place, int size, float step) {
+    int begin;
+    int count = taps_of(axis, i, &begin);
+    if (count == 0) return {0, 0, 0.0f, 0.0f};
+    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
+    // A mirrored source's first tap is the last, seen from the other side; the triangle is symmetric.
+    const double ahead = mirrored ? centre - (begin + count - 0.5) : begin + 0.5 - centre;
+    float offset = static_cast<float>(ahead) * step, total = 0;
+#pragma unroll 1
+    for (int k = 0; k < count; ++k) total += triangle(offset + static_cast<float>(k) * step);
+    if (mirrored) begin = axis.source - begin - count;
+    const int skipped = begin < place ? place - begin : 0;
+    const int end = begin + count < place + size ? begin + count : place + size;
+    begin += skipped;
+    offset += static_cast<float>(skipped) * step;
+    return {begin - place, end > begin ? end - begin : 0, offset, 1.0f / total};
+}
+
+// Everything about the tile that more than one pixel needs; `task` is 0 to kSources * kAxes * kTile - 1.
+MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
+    const int source = task / (kAxes * kTile), axis = task / kTile % kAxes, j = task % kTile;
+    const int sample = blockIdx.z;
+    const Row& row = batch.rows[sample];
+    if (source == kEdit ? row.mask < 0 : source == kFractal && row.fractal < 0) return;
+
+    View& view = tile.views[source];
+    double start = row.span[axis], extent = row.span[axis + 2];
+    int image, place = 0, size;
+    if (source == kFractal) {
+        size = image = axis == kX ? batch.bank_width : batch.bank_height;
+        start *= size, extent *= size;
+        if (j == 0 && axis == kY) {
+            view.pitch = batch.bank_width * 3;
+            view.size = static_cast<uint32_t>(batch.bank_height) * view.pitch;
+            view.data = batch.bank + static_cast<size_t>(row.fractal) * view.size;
+        }
+    } else {
+        const Piece& piece = source == kOriginal ? batch.originals[sample] : batch.edits[sample];
+        image = axis == kX ? piece.image_width : piece.image_height;
+        place = axis == kX ? piece.left : piece.top;
+        size = axis == kX ? piece.width : piece.height;
+        start = piece.box[axis], extent = piece.box[axis + 2];
+        if (j == 0 && axis == kY) {
+            view.pitch = piece.width * 3;
+            view.size = static_cast<uint32_t>(piece.height) * view.pitch;
+            view.data = piece.data;
+        }
+    }
+
+    Filter filter = {0, 0, 0.0f, 0.0f};
+    const int output = axis == kX ? batch.width : batch.height;
+    const int position = static_cast<int>(axis == kX ? blockIdx.x : blockIdx.y) * kTile + j;
+    const Axis line = make_axis(start, extent, output, image);
+    const float step = 1.0f / static_cast<float>(line.widened);
+    if (j == 0) view.step[axis] = step;
+    if (position < output) {
+        const int i = axis == kX && row.flip ? output - 1 - position : position;
+        bool seen = true;
+        if (source != kFractal && row.mask >= 0 && mask_is_horizontal(row.mask) == (axis == kX)) {
+            const float m = edit_weight(row.mask, row.seam_width, row.span[axis], row.span[axis + 2], i, output);
+            if (source == kEdit) tile.cover[j] = m;
+            seen = m != (source == kEdit ? 0.0f : 1.0f);
+        }
+        if (seen)
+            filter = filter_of(line, i, source == kFractal && row.fractal_flip[axis], place, size, step);
+        else
+            filter.norm = is_inside(line, i) ? 1.0f : 0.0f;
+    }
+    tile.filters[source][axis][j] = filter;
+}
+
+// Byte i of a word as a float: in the mantissa of 2^23, whose last bit is worth 1.
+MIX_FN float byte_of(uint32_t word, int i) {
+    return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440u | i)) - 8388608.0f;
+}
+
+// The elements of the tensor.
+struct Float32 {
+    typedef float Value;
+    static MIX_FN Value cast(float value) { return value; }
+};
+struct Float16 {
+    typedef uint16_t Value;
+    static MIX_FN Value cast(float value) { return to_float16(value); }
+};
+struct Bfloat16 {
+    typedef uint16_t Value;
+    static MIX_FN Value cast(float value) { return to_bfloat16(value); }
+};
+struct Uint8 {
+    typedef uint8_t Value;
+    static MIX_FN Value cast(float value) { return to_uint8(value); }
+};
+
+// Writes the first `count` of four values: as one vector where all are wanted and the address allows.
+template <typename T>
+MIX_FN void store(T* to, const T (&values)[4], int count) {
+    struct alignas(4 * sizeof(T)) Vector {
+        T values[4];
+    };
+    if (count >= 4 && reinterpret_cast<size_t>(to) % sizeof(Vector) == 0) {
+        *reinterpret_cast<Vector*>(to) = {{values[0], values[1], values[2], values[3]}};
+        return;
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+        if (j < count) to[j] = values[j];
+}
 
 // sums += the column sums of `count` rows from `at` on. With `kWhole` every aligned word that holds a wanted byte lies
 // in the piece; without, the `wanted` bytes are read singly, and the others are 0.
@@ -63,9 +203,16 @@ MIX_FN void add_rows(const uint8_t* at, int pitch, int wanted, int count, float 
     for (int k = 0; k < count; ++k, at += pitch) {
         uint32_t words[kWords] = {0, 0, 0};
         if (kWhole) {
+            // The aligned words that hold the bytes, shifted.
+            const size_t address = reinterpret_cast<size_t>(at);
+            const uint32_t* const aligned = reinterpret_cast<const uint32_t*>(address & ~static_cast<size_t>(3));
+            const uint32_t shift = static_cast<uint32_t>(address & 3) * 8;
             uint32_t loads[kWords];
-            load_words(at, loads);
-            align_words(at, loads, words);
+#pragma unroll
+            for (int j = 0; j < kWords; ++j) loads[j] = __ldg(aligned + j);
+#pragma unroll
+            for (int j = 0; j < kWords; ++j)
+                words[j] = __funnelshift_r(loads[j], j + 1 < kWords ? loads[j + 1] : 0, shift);
         } else {
 #pragma unroll
             for (int j = 0; j < kBytes; ++j)
@@ -123,6 +270,7 @@ MIX_FN void add_source(const View& view, const Filter& row, const Filter* column
         }
     }
 }
+
 // Normalises, casts and writes the run, of which `count` pixels lie in the image.
 template <typename Element, bool kChannelsLast>
 MIX_FN void write(const Batch& batch, int y, int x, int count, const float (&value)[kRun * 3]) {
@@ -194,4 +342,27 @@ MIX_FN void run(const Batch& batch, Tile& tile) {
 }
 
 }  // namespace
-MIX_KERNELS
+
+#define MIX_KERNEL(name, Element, channels_last)                                                                \
+    extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)                                             \
+    name(const Piece* originals, const Piece* edits, const Row* rows, const uint8_t* bank, int bank_height,     \
+         int bank_width, void* out, int out_height, int out_width, float scale_red, float scale_green,          \
+         float scale_blue, float offset_red, float offset_green, float offset_blue) {                           \
+        __shared__ Tile tile;                                                                                   \
+        const Batch batch = {originals, edits, rows, bank, bank_height, bank_width, out, out_height, out_width, \
+                             {scale_red, scale_green, scale_blue}, {offset_red, offset_green, offset_blue}};    \
+        run<Element, channels_last>(batch, tile);                                                               \
+    }
+
+#ifdef MIX_NAME  // one kernel alone compiles faster
+MIX_KERNEL(MIX_NAME, MIX_ELEMENT, MIX_CHANNELS_LAST)
+#else
+MIX_KERNEL(mix_float32_nchw, Float32, false)
+MIX_KERNEL(mix_float32_channels_last, Float32, true)
+MIX_KERNEL(mix_float16_nchw, Float16, false)
+MIX_KERNEL(mix_float16_channels_last, Float16, true)
+MIX_KERNEL(mix_bfloat16_nchw, Bfloat16, false)
+MIX_KERNEL(mix_bfloat16_channels_last, Bfloat16, true)
+MIX_KERNEL(mix_uint8_nchw, Uint8, false)
+MIX_KERNEL(mix_uint8_channels_last, Uint8, true)
+#endif

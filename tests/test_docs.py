@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,78 @@ def test_the_overhead_table() -> None:
             cells.append(f"{percent(overhead['median'])} % ({percent(low)} to {percent(high)})")
             assert name != "diffusemix" or overhead["median"] <= 0.03
         assert f"| {title} | {' | '.join(cells)} |\n" in text
+
+
+def test_the_kernels_page() -> None:
+    text = (ROOT / "docs" / "kernel.md").read_text(encoding="utf-8")
+    prose = " ".join(text.split())
+    folder, runs, copies = ROOT / "benchmarks" / "results", [], []
+    for name in ("kernel", "kernel-2"):
+        record = json.loads((folder / f"2026-11-26-h100-{name}.json").read_text())
+        assert record["batch_size"] == 256
+        copies.append(record["copy_gigabytes_per_second"])
+        runs.append({(row["shape"], f"{row['dtype']}_{row['layout']}"): row for row in record["results"]})
+    assert f"reaches {copies[0]:,.0f} GB/s" in prose
+    kernels = [name for shape, name in runs[0] if shape == "direct"]
+    assert len(kernels) == 8
+
+    def of(shape: str, value: str = "milliseconds") -> dict[str, list[float]]:
+        """By kernel, the two runs' values."""
+        return {name: [run[shape, name][value] for run in runs] for name in kernels}
+
+    def span(values: list[float], digits: int) -> str:
+        return f"{min(values):.{digits}f} to {max(values):.{digits}f}"
+
+    def every(values: dict[str, list[float]]) -> list[float]:
+        return [value for both in values.values() for value in both]
+
+    direct, staged, upload = of("direct"), of("staged"), of("direct", "with_upload_milliseconds")
+    for name in kernels:
+        row = runs[0]["direct", name]
+        milliseconds = [", ".join(f"{one:.3f}" for one in two[name]) for two in (direct, upload, staged)]
+        rates = ", ".join(f"{rate:.0f}" for rate in of("direct", "gigabytes_per_second")[name])
+        cells = [*milliseconds[:2], row["megabytes"], rates, f"{row['share_of_copy']:.2f}", milliseconds[2]]
+        assert f"| `{name}` | {' | '.join(map(str, cells))} |\n" in text
+    assert f"The times are {span(every(direct), 3)} ms for all types" in prose
+    times = (span(every(two), 3) for two in (direct, staged))
+    assert "**Measured: {} ms, and {} ms for staged.**".format(*times) in prose
+    floors = [one / copies[0] for one in (runs[0]["direct", name]["megabytes"] for name in kernels)]
+    assert f"at the copy's rate they take {span(floors, 2)} ms" in prose
+    ratios = [runs[0]["direct", name]["milliseconds"] / floor for name, floor in zip(kernels, floors, strict=True)]
+    assert f"need by a factor of {span(ratios, 0)}" in prose
+    most, least = (runs[0]["direct", name]["megabytes"] for name in ("float32_nchw", "uint8_nchw"))
+    assert f"float32 moves {most / least:.1f} times the bytes of uint8" in prose
+    bank, written = 64 * 256 * 256 * 3 / 1e6, 256 * 224 * 224 * 3 / 1e6
+    assert f"read {runs[0]['direct', 'uint8_nchw']['megabytes'] - written - bank:.0f} MB of originals" in prose
+
+    phrases = []
+    for layout in ("nchw", "channels_last"):
+        pairs = [
+            pair for name in kernels if name.endswith(layout) for pair in zip(direct[name], staged[name], strict=True)
+        ]
+        phrases.append(span([100 * (1 - ours / plain) for plain, ours in pairs], 1))
+        phrases.append(span([1e3 * (plain - ours) for plain, ours in pairs], 0))
+    assert "{} % faster than direct in NCHW ({} µs) and {} % in channels-last ({} µs)".format(*phrases) in prose
+    slower = [100 * (runs[0]["staged4", name]["milliseconds"] / direct[name][0] - 1) for name in kernels]
+    assert f"was {span(slower, 0)} % slower than direct" in prose
+    with tarfile.open(folder / "2026-11-26-h100.tar.gz") as archive:
+        member = archive.extractfile("second/kernel-staged,direct.json")
+        assert member is not None
+        other = json.load(member)["results"]
+    assert [row["shape"] for row in other] == ["staged"] * 8 + ["direct"] * 8
+    for row in other:
+        same = runs[1][row["shape"], f"{row['dtype']}_{row['layout']}"]["milliseconds"]
+        assert abs(row["milliseconds"] / same - 1) <= 0.003
+    longer = [half / other for half, other in zip(direct["float16_nchw"], direct["bfloat16_nchw"], strict=True)]
+    assert {f"{100 * (one - 1):.0f}" for one in longer} == {"5"}
+    assert "`float16_nchw` takes 5 % longer than `bfloat16_nchw`" in prose
+    loader = json.loads((folder / "2026-11-26-h100-loader.json").read_text())["results"]
+    batches = [256e3 / rate(loader, name) for name in ("diffusemix_gpu", "diffusemix_packed_gpu")]
+    assert "takes the loader {:.1f} ms from files and {:.1f} ms from a packed store".format(*batches) in prose
+    # The second run's: the first has an outlier, which the page names.
+    assert f"({upload['bfloat16_channels_last'][0]:.3f} ms) is an outlier" in prose
+    assert max(two[1] for two in upload.values()) < 0.02 * min(batches)
+    assert max(direct[name][k] - staged[name][k] for name in kernels for k in (0, 1)) < 0.001 * min(batches)
 
 
 def test_imagenet_at_scale() -> None:

@@ -1,6 +1,6 @@
-// One shape of the mix on the GPU as a library of the CPU's: -DMIX_SHAPE="mix.cu".
+// The mix on the GPU as a library of the CPU's.
 #include "cuda_shim.h"
 
-#include MIX_SHAPE
+#include "mix.cu"
 
 CUDA_SHIM_LIBRARY(decltype(mix_float32_nchw))

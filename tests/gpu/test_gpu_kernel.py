@@ -1,4 +1,4 @@
-"""The mix kernel on a GPU, in all its shapes, against the specification."""
+"""The mix kernel on a GPU, against the specification."""
 
 import gc
 from functools import cache
@@ -24,11 +24,6 @@ from dali_diffusemix.mixing import (
 from dali_diffusemix.plan import MASKS
 
 DEVICE = torch.device("cuda", 0)
-
-
-@pytest.fixture(autouse=True, params=gpu.SHAPES)
-def shape(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "SHAPE", request.param)
 
 
 def on_device(images: list[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> tuple[NDArray[np.void], object]:
