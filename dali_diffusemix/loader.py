@@ -648,7 +648,7 @@ class _Iterator(Iterator[Batch]):
     """One epoch. Nothing is read before the first `next`. Several threads may share it; each batch goes to one."""
 
     def __init__(self, loader: DiffuseMixLoader, progress: _Progress) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a thread that lost it to an exception may go on
         self._loader = loader
         self._progress = progress
         self._orders: Iterator[BatchOrder] | None = None

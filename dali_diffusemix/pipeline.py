@@ -145,16 +145,16 @@ class _Gate:
     def reopen(self) -> None:
         """In a forked process, which has none of the threads that may hold locks."""
         self._ending = self._closed = False
-        self._locks: weakref.WeakSet[threading.Lock] = weakref.WeakSet()
+        self._locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def lock(self) -> threading.Lock:
-        """A lock for `through`."""
-        lock = threading.Lock()
+    def lock(self) -> Any:
+        """A lock for `through`; one of threads, so that a thread which lost it to an exception may go on."""
+        lock = threading.RLock()
         self._locks.add(lock)
         return lock
 
     @contextmanager
-    def through(self, lock: threading.Lock) -> Iterator[None]:
+    def through(self, lock: Any) -> Iterator[None]:
         """Around calls of DALI, one thread at a time for each lock."""
         self._register()
         if self._ending and threading.current_thread().daemon:
@@ -247,12 +247,12 @@ class PieceDecoder:
     @contextmanager
     def _call(self) -> Iterator[None]:
         """Around all that changes the queues: intact again only if it comes to its end."""
+        if not self.intact:
+            raise RuntimeError("an exception has passed through this decoder, which can only be closed")
+        self.intact = False
         with _gate.through(self._lock):
-            if not self.intact:
-                raise RuntimeError("an exception has passed through this decoder, which can only be closed")
-            self.intact = False
             yield
-            self.intact = True
+        self.intact = True
 
     def submit(self, sources: Callable[[], Sources]) -> None:
         """Start to read and decode a batch; returns at once.
