@@ -18,6 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,9 @@ import dali_diffusemix.pipeline as pipeline
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.loader import sources_of
 from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.samplers import BatchOrder
 
 
 def main() -> None:
@@ -60,17 +63,19 @@ def main() -> None:
         parts, whole = loader(True), loader(False)
         real = module.mix
 
+        def sources(order: BatchOrder) -> pipeline.Sources:
+            return sources_of(dataset, dataset.planner.batch(parts._next.epoch, order.indices), seen_only=True)
+
         def plan_only() -> None:
             for order in parts.next_orders():
-                parts._sources(dataset.planner.batch(parts._next.epoch, order.indices))
+                sources(order)
             parts.set_epoch(parts._next.epoch + 1)
 
         memory: list[NDArray[np.uint8] | None] = [None]
 
         def no_decode() -> None:
             for order in parts.next_orders():
-                sources = parts._sources(dataset.planner.batch(parts._next.epoch, order.indices))
-                memory[0] = pipeline._read(sources, memory[0]).memory
+                memory[0] = pipeline._read(partial(sources, order), memory[0]).memory
             parts.set_epoch(parts._next.epoch + 1)
 
         def epoch(which: DiffuseMixLoader, *, mixed: bool = True) -> None:

@@ -481,41 +481,6 @@ class DiffuseMixLoader:
     def _threads(self) -> int:
         return max(1, self.num_workers)
 
-    def _sources(self, plan: BatchPlan) -> Sources:
-        dataset, store = self.dataset, self.dataset.store
-        original_sizes = np.asarray(dataset.catalog.sizes[plan.original])
-        edit_sizes = np.zeros_like(original_sizes)
-        if store is not None and plan.mixed.any():
-            edit_sizes[plan.mixed] = store.sizes(plan.edit[plan.mixed])
-        if self.visible_parts:
-            windows = visible_parts(plan, original_sizes, edit_sizes)
-        else:
-            whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
-            windows = whole[0], whole[1]
-        return Sources(
-            originals=self._originals(plan.original),
-            edits=self._edits(plan.edit),
-            original_windows=windows[0],
-            edit_windows=windows[1],
-            original_sizes=original_sizes,
-            edit_sizes=edit_sizes,
-        )
-
-    def _originals(self, rows: NDArray[np.int64]) -> Sequence[Place | None]:
-        packed, catalog = self.dataset.original_store, self.dataset.catalog
-        if packed is not None:
-            return packed.extents(rows)
-        root = os.fsencode(self.dataset.root)
-        return [root + b"/" + catalog.encoded_path(row) for row in rows.tolist()]
-
-    def _edits(self, rows: NDArray[np.int64]) -> Sequence[Place | None]:
-        places: list[Place | None] = [None] * len(rows)
-        if self.dataset.store is not None:
-            mixed = np.flatnonzero(rows >= 0)
-            for row, place in zip(mixed.tolist(), self.dataset.store.extents(rows[mixed]), strict=True):
-                places[row] = place
-        return places
-
     def _complete(
         self, plan: BatchPlan, decoder: PieceDecoder, decoded: tuple[Decoded, Decoded]
     ) -> tuple[BatchPlan, "_Pieces"]:
@@ -526,7 +491,7 @@ class DiffuseMixLoader:
             return plan, pieces
 
         def decode(rows: BatchPlan) -> tuple[_Pieces, Mapping[int, Failure]]:
-            alone = decoder.decode_now(self._sources(rows))
+            alone = decoder.decode_now(sources_of(self.dataset, rows, seen_only=self.visible_parts))
             return _Pieces.of(rows, alone), _failures(alone)
 
         if self._substitution is None:
@@ -632,16 +597,59 @@ class _Progress:
 
 
 class _Planned:
-    """A batch's plan and sources, made when they are first asked for: by the decoder, in its own thread."""
+    """A batch's plan and sources, made when they are first asked for: by the decoder, in its own thread.
+
+    It does not hold the loader, which would then live as long as the thread is at it.
+    """
 
     plan: BatchPlan
 
-    def __init__(self, loader: DiffuseMixLoader, epoch: int, order: BatchOrder) -> None:
-        self._loader, self._epoch, self.order = loader, epoch, order
+    def __init__(self, dataset: DiffuseMixDataset, epoch: int, order: BatchOrder, *, seen_only: bool) -> None:
+        self.order = order
+        self._dataset, self._epoch, self._seen_only = dataset, epoch, seen_only
 
     def __call__(self) -> Sources:
-        self.plan = self._loader.dataset.planner.batch(self._epoch, self.order.indices)
-        return self._loader._sources(self.plan)
+        self.plan = self._dataset.planner.batch(self._epoch, self.order.indices)
+        return sources_of(self._dataset, self.plan, seen_only=self._seen_only)
+
+
+def sources_of(dataset: DiffuseMixDataset, plan: BatchPlan, *, seen_only: bool) -> Sources:
+    """Where the images of a batch are, and what of them is to be decoded: what is seen, or all."""
+    store = dataset.store
+    original_sizes = np.asarray(dataset.catalog.sizes[plan.original])
+    edit_sizes = np.zeros_like(original_sizes)
+    if store is not None and plan.mixed.any():
+        edit_sizes[plan.mixed] = store.sizes(plan.edit[plan.mixed])
+    if seen_only:
+        windows = visible_parts(plan, original_sizes, edit_sizes)
+    else:
+        whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
+        windows = whole[0], whole[1]
+    return Sources(
+        originals=_originals(dataset, plan.original),
+        edits=_edits(dataset, plan.edit),
+        original_windows=windows[0],
+        edit_windows=windows[1],
+        original_sizes=original_sizes,
+        edit_sizes=edit_sizes,
+    )
+
+
+def _originals(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> Sequence[Place | None]:
+    packed, catalog = dataset.original_store, dataset.catalog
+    if packed is not None:
+        return packed.extents(rows)
+    root = os.fsencode(dataset.root)
+    return [root + b"/" + catalog.encoded_path(row) for row in rows.tolist()]
+
+
+def _edits(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> Sequence[Place | None]:
+    places: list[Place | None] = [None] * len(rows)
+    if dataset.store is not None:
+        mixed = np.flatnonzero(rows >= 0)
+        for row, place in zip(mixed.tolist(), dataset.store.extents(rows[mixed]), strict=True):
+            places[row] = place
+    return places
 
 
 class _Iterator(Iterator[Batch]):
@@ -704,7 +712,7 @@ class _Iterator(Iterator[Batch]):
             if progress.decoder is None:
                 progress.decoder = loader._take_decoder(loader.batch_size or len(order.indices))
                 progress.before = progress.decoder.seconds()
-            planned = _Planned(loader, progress.epoch, order)
+            planned = _Planned(loader.dataset, progress.epoch, order, seen_only=loader.visible_parts)
             progress.decoder.submit(planned)
             self._under_way.append(planned)
 

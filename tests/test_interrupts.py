@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from interrupting import Case, Thrown, make_case
 
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+from dali_diffusemix import DiffuseMixDataset, EvalCrop
+from dali_diffusemix.loader import sources_of
 from dali_diffusemix.pipeline import PieceDecoder, Sources
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
@@ -34,8 +35,7 @@ def test_after_an_exception_at_any_line_every_batch_is_right(case: Case) -> None
 def test_an_error_comes_in_its_turn(photos: Path) -> None:
     """What cannot be begun while later batches are asked for takes none of those before with it."""
     dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
-    loader = DiffuseMixLoader(dataset, 4, device="cpu")
-    sources = loader._sources(dataset.planner.batch(0, np.arange(4)))
+    sources = sources_of(dataset, dataset.planner.batch(0, np.arange(4)), seen_only=True)
 
     def gone() -> Sources:
         raise OSError("the storage does not answer")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, FractalBank, MixSpec, RandomCrop, TrainCrop
-from dali_diffusemix.loader import _Pieces
+from dali_diffusemix.loader import _Pieces, sources_of
 from dali_diffusemix.mixing import TensorFormat, mix, piece_table
 from dali_diffusemix.plan import Crop
 from dali_diffusemix.upload import PieceUpload
@@ -87,7 +87,7 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
     decoder = loader._take_decoder(9)
     for step, (images, _) in enumerate(loader):
         plan = loader.plan(0, step)
-        decoder.submit(lambda plan=plan: loader._sources(plan))
+        decoder.submit(lambda plan=plan: sources_of(dataset, plan, seen_only=visible_parts))
         pieces = _Pieces.of(plan, decoder.fetch())
         moved, block = upload(pieces.table.ravel(), pieces.on_host.ravel())
         assert pieces.on_host[pieces.table["data"] != 0].all()
