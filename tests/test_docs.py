@@ -219,6 +219,12 @@ def test_the_gpu_page() -> None:
     assert f"{whole:,.0f} mixed images/s, **{whole / best:.2f}x of" in readme
 
 
+def test_the_cost_of_screening() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    found = sorted(row["microseconds"] for row in results("screening", "2026-11-26-2cores").values())
+    assert f"The cost is {found[0]:.1f} to {found[-1]:.1f} µs for a photograph" in text
+
+
 def test_the_calibration() -> None:
     text = (ROOT / "docs" / "generation.md").read_text(encoding="utf-8").replace("\n", " ")
     found = results("quality", GENERATION)
