@@ -83,7 +83,9 @@ class Choice:
 def check(decode: Decode, device: torch.device) -> None:
     """Raise ConfigError unless it can be said of a loader on this device."""
     if not isinstance(decode, GpuDecoding) and decode not in ("auto", "cpu", "gpu"):
-        raise ConfigError(f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}")
+        raise ConfigError(
+            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'"
+        )
     if device.type == "cpu" and decode not in ("auto", "cpu"):
         raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out")
 

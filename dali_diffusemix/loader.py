@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, NamedTuple, Self
@@ -184,8 +184,14 @@ class DiffuseMixLoader:
             ("num_workers", num_workers, 0),
             ("prefetch_factor", prefetch_factor, 1),
         ):
+            if value is not None and (not isinstance(value, int | np.integer) or value >= 2**31):
+                raise ConfigError(f"{name} must be a whole number, at least {least}, found {value!r}")
             if value is None or value < least:
                 raise ConfigError(f"{name} must be at least {least}, found {value}")
+        if batch_transform is not None and not callable(batch_transform):
+            raise ConfigError(
+                f"batch_transform must be a function of (images, labels, generator), found {batch_transform!r}"
+            )
         if (rank is None) != (world_size is None):
             raise ConfigError(f"rank and world_size go together, found rank={rank} and world_size={world_size}")
         if sampler is not None and shuffle:
@@ -375,7 +381,10 @@ class DiffuseMixLoader:
         if ("sampler" in state) != (self._users is not None):
             there, here = ("a", "none") if "sampler" in state else ("no", "one")
             raise ConfigError(f"the state was taken with {there} sampler, this loader has {here}")
-        epoch, places = int(state["epoch"]), int(state["places"])
+        try:
+            epoch, places = int(state["epoch"]), int(state["places"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"state must hold whole numbers as epoch and places, found {dict(state)!r}") from error
         check_seed(self.dataset.seed, epoch)
         if self._users is None:
             size = self._schedule.global_batch_size
@@ -466,9 +475,10 @@ class DiffuseMixLoader:
             yield BatchOrder(step, (step + 1) * size, indices)
 
     def _take_decoder(self, batch_size: int) -> PieceDecoder:
-        self._idle = [decoder for decoder in self._idle if not decoder.inherited]
-        if self._idle:
-            return self._idle.pop()
+        with suppress(IndexError):  # of several threads each takes its own
+            while (decoder := self._idle.pop()).inherited:
+                pass
+            return decoder
         return PieceDecoder(
             batch_size,
             threads=self._threads,
@@ -551,7 +561,7 @@ class DiffuseMixLoader:
         seed = int(words[0] << np.uint64(32) | words[1])
         with _seeded(seed, self.device):
             changed = self.batch_transform(images, labels, torch.Generator(self.device).manual_seed(seed))
-        if not (isinstance(changed, Sequence) and len(changed) == 2):
+        if isinstance(changed, str) or not (isinstance(changed, Sequence) and len(changed) == 2):
             raise ConfigError(f"batch_transform must give (images, labels), found {type(changed).__name__}")
         return tuple(changed)
 
@@ -664,6 +674,9 @@ class _Iterator(Iterator[Batch]):
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def __reduce__(self) -> Any:
+        raise TypeError("an iterator of a loader cannot be copied or pickled; save loader.state_dict() instead")
 
     def __next__(self) -> Batch:
         decoder = self._progress.decoder
@@ -817,7 +830,11 @@ def _check_others(others: Mapping[str, object]) -> None:
 
 
 def _check_device(device: str | torch.device) -> None:
-    if torch.device(device).type not in ("cuda", "cpu"):
+    try:
+        known = torch.device(device).type in ("cuda", "cpu")
+    except (RuntimeError, TypeError):  # torch knows none of that name, or it is no name
+        known = False
+    if not known:
         raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(device)!r}")
     if torch.device(device).type == "cuda":
         gpu.check_installed()
@@ -857,7 +874,9 @@ class _Memory:
     def take(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
         """An array of this shape and type, its content undefined."""
         size = math.prod(shape) * dtype.itemsize
-        block = self._idle.pop() if self._idle else None
+        block = None
+        with suppress(IndexError):  # another thread took the last one
+            block = self._idle.pop()
         if block is None or block.nbytes < size:
             block = np.empty(size, dtype=np.uint8)
         array: NDArray[np.generic] = block[:size].view(dtype).reshape(shape)

@@ -24,6 +24,7 @@ import atexit
 import ctypes
 import logging
 import os
+import sys
 import threading
 import time
 import weakref
@@ -66,8 +67,13 @@ class GpuDecoding:
     fancy_upsampling: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.hardware_load <= 1:
-            raise ConfigError(f"hardware_load must be from 0 to 1, found {self.hardware_load}")
+        for name in ("regions", "edits_on_cpu", "fancy_upsampling"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}; give one of them")
+        if not isinstance(self.hardware_load, int | float) or not 0 <= self.hardware_load <= 1:
+            raise ConfigError(
+                f"hardware_load must be a number from 0 to 1, found {self.hardware_load!r}; leave it out for 0.65"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +117,7 @@ class _Piece(NamedTuple):
 def dali() -> tuple[Any, Any, Any]:
     """DALI's (fn, pipeline_def, types). Raises MissingDependencyError where it is not installed."""
     try:
+        _import_dali()
         from nvidia.dali import fn, pipeline_def, types
     except ImportError as error:
         raise MissingDependencyError(
@@ -119,6 +126,20 @@ def dali() -> tuple[Any, Any, Any]:
             "[cuda13] with one. The dataset alone works with torch.utils.data.DataLoader and needs no DALI."
         ) from error
     return fn, pipeline_def, types
+
+
+def _import_dali() -> None:
+    """Import DALI to the end: a Ctrl-C in its midst, which goes to the main thread, would leave a half for good."""
+    if "nvidia.dali.pipeline" in sys.modules or threading.current_thread() is not threading.main_thread():
+        return
+    thread = threading.Thread(target=_import_here, name="dali-diffusemix-import", daemon=True)
+    thread.start()
+    thread.join()
+
+
+def _import_here() -> None:
+    with suppress(ImportError):  # who imports it next says why
+        import nvidia.dali.fn  # noqa: F401
 
 
 # DALI's threads do not live on in a forked process, and whoever shuts a pipeline down or destroys it there waits for

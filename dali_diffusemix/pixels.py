@@ -3,16 +3,17 @@
 Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
 """
 
+import errno
 import functools
 import io
 import logging
 import os
+import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import BinaryIO, Final, TypeAlias
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,9 @@ ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | Bi
 
 RESTARTS: Final = "tiles of at most 64 pixels"
 """How `encode` sets restart markers, for the settings that a store records."""
+
+MOST_BYTES: Final = 1 << 30
+"""Of a file; what is larger is no image, but takes the memory that reading it takes."""
 
 _UNIT, _TILE = 16, 64  # a JPEG's unit with subsampled colours; the most that a tile is wide: pixels
 
@@ -121,7 +125,8 @@ def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
     try:
         with _quiet_pillow():
             if isinstance(source, str | os.PathLike):
-                with Path(source).open("rb") as file:
+                # Opening a pipe would wait for somebody to write to it.
+                with open(source, "rb", opener=_open_at_once) as file:
                     return _pixels(file)
             if isinstance(source, np.ndarray):
                 return _pixels(io.BytesIO(source.tobytes()))
@@ -145,6 +150,18 @@ def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
             f"{_prefix(source)}cannot be decoded ({type(error).__name__}: {error}); "
             f"{remedy or 'copy it again or remove it'}."
         ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+        os.close(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        what = "it has more than a GiB" if stat.S_ISREG(found.st_mode) else "it is not a file"
+        raise DecodeError(f"cannot be read ({what}); restore it, or list the folder anew.")
+    return descriptor
 
 
 def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
@@ -196,29 +213,33 @@ def _prefix(source: ImageSource) -> str:
 
 # Warnings of Pillow's ------------------------------------------------------------------------------------------------
 
-_lock = threading.Lock()
-_inside = 0
-_filters: "warnings.catch_warnings[None] | None" = None
+_quiet = threading.local()  # depth: how often this thread is in `_quiet_pillow`
+
+
+class _PillowHere:
+    """In place of a filter's pattern of a module: Pillow's, in threads that are to be quiet."""
+
+    def match(self, module: str) -> bool:
+        return getattr(_quiet, "depth", 0) > 0 and module.startswith("PIL.")
+
+
+_FILTER: Final = ("ignore", None, Warning, _PillowHere(), 0)
 
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
     """Silence what Pillow warns of (odd EXIF, many pixels): either harmless or a DecodeError here.
 
-    The filters belong to the process: of several threads the first to come sets them, the last to leave restores them.
+    Filters belong to the process, and putting them back in a thread would undo what others have set meanwhile. So there
+    is one that stays and only looks at what its own thread does; whoever resets filters resets it too, until here.
     """
-    global _inside, _filters
-    with _lock:
-        if not _inside:
-            _filters = warnings.catch_warnings()
-            _filters.__enter__()
-            warnings.filterwarnings("ignore", module=r"PIL\.")
-        _inside += 1
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    if filters[:1] != [_FILTER]:
+        with suppress(ValueError):
+            filters.remove(_FILTER)
+        filters.insert(0, _FILTER)
+    _quiet.depth = getattr(_quiet, "depth", 0) + 1
     try:
         yield
     finally:
-        with _lock:
-            _inside -= 1
-            if not _inside and _filters is not None:
-                _filters.__exit__(None, None, None)
-                _filters = None
+        _quiet.depth -= 1

@@ -8,6 +8,7 @@ What failed is remembered for the rest of an epoch: a run of n damaged files the
 its samples. That saves time and changes no sample, for a sample that failed fails again.
 """
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -110,6 +111,7 @@ class _Facts(Generic[_Pieces]):
         self.edits = bytearray(samples)  # whether it can be made unmixed alone
         self._made: dict[int, tuple[BatchPlan, _Pieces, int]] = {}  # with the bytes of the pieces; last used last
         self._size = 0  # bytes of all of them
+        self._lock = threading.Lock()  # iterators in several threads
 
     def of(self, kind: Kind) -> bytearray:
         return self.originals if kind == "original" else self.edits
@@ -124,16 +126,20 @@ class _Facts(Generic[_Pieces]):
 
     def made(self, index: int) -> tuple[BatchPlan, _Pieces] | None:
         """A substitute that is kept."""
-        if index not in self._made:
-            return None
-        self._made[index] = row, pieces, _ = self._made.pop(index)
-        return row, pieces
+        with self._lock:
+            kept = self._made.pop(index, None)
+            if kept is None:
+                return None
+            self._made[index] = kept
+        return kept[:2]
 
     def keep(self, row: BatchPlan, pieces: _Pieces, size: int) -> None:
-        self._made[int(row.index[0])] = row, pieces, size
-        self._size += size
-        while len(self._made) > 1 and self._size > _KEPT:
-            self._size -= self._made.pop(next(iter(self._made)))[2]
+        with self._lock:
+            before = self._made.pop(int(row.index[0]), None)  # another thread's
+            self._made[int(row.index[0])] = row, pieces, size
+            self._size += size - (0 if before is None else before[2])
+            while len(self._made) > 1 and self._size > _KEPT:
+                self._size -= self._made.pop(next(iter(self._made)))[2]
 
 
 _UNKNOWN: Final = b"\0"

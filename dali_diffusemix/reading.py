@@ -26,6 +26,7 @@ _REASONS: Final = {
     -2: "it is empty",
     -3: "it is not a file",
     -4: "it has not the size that it was listed with",
+    -5: "it has more than a GiB",
 }
 
 

@@ -1,5 +1,6 @@
 """The order in which a loader goes through its samples: its own as a sampler, and a user's sampler as its order."""
 
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -34,7 +35,7 @@ class UsersOrder:
         for step, batch in enumerate(self._epoch()):
             delivered += len(batch)
             if delivered > places:
-                yield BatchOrder(step, delivered, np.asarray(batch, dtype=np.int64))
+                yield BatchOrder(step, delivered, np.fromiter(map(operator.index, batch), np.int64))
 
     def _epoch(self) -> Iterator[Sequence[int]]:
         restored, self._restored = self._restored, False

@@ -81,7 +81,9 @@ int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window
     return to - file;
 }
 
-constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3, kOtherSize = -4;  // beside the system's error numbers
+constexpr int64_t kMostBytes = int64_t{1} << 30;  // of a file: `pixels.MOST_BYTES`
+
+constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3, kOtherSize = -4, kTooLarge = -5;  // beside the system's error numbers
 
 // What a batch is read from and to.
 struct Batch {
@@ -158,6 +160,8 @@ struct Batch {
             errors[i] = S_ISDIR(found.st_mode) ? EISDIR : kNotAFile;
         } else if (!found.st_size) {
             errors[i] = kEmpty;
+        } else if (found.st_size > kMostBytes) {
+            errors[i] = kTooLarge;
         } else {
             read_open(i, file, 0, found.st_size, true, starts);
         }

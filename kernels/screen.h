@@ -366,7 +366,13 @@ inline int64_t four_bytes(const uint8_t *at) { return static_cast<int64_t>(two_b
 // Whether a text's name is one that says nothing to Pillow: of "exif" it takes the orientation.
 inline bool is_text(const uint8_t *content, int64_t bytes, bool international) {
     const auto *zero = static_cast<const uint8_t *>(std::memchr(content, 0, bytes));
-    if (!zero || zero == content || zero - content > 79 || begins(content, bytes, "exif\0", 5)) return false;
+    if (!zero || zero == content || zero - content > 79) return false;
+    // What Pillow keeps of texts stands beside what it keeps of the picture itself, under names of its own.
+    for (const char *name : {"exif", "interlace", "bbox", "transparency", "gamma", "dpi", "icc_profile", "srgb", "aspect",
+                             "chromaticity", "loop", "duration", "default_image"}) {
+        if (zero - content == static_cast<int64_t>(std::strlen(name)) && !std::memcmp(content, name, zero - content))
+            return false;
+    }
     if (!international) return true;
     const int64_t left = content + bytes - zero;
     return left >= 5 && zero[1] == 0 && zero[2] == 0;  // not compressed

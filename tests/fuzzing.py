@@ -314,7 +314,10 @@ def _guessed(content: bytes) -> tuple[int, int]:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as image:
             width, height = image.size
-            turned = image.getexif().get(0x112, 1) in (5, 6, 7, 8)
+            try:
+                turned = image.getexif().get(0x112, 1) in (5, 6, 7, 8)
+            except Exception:  # of a PNG it decodes the pixels, which may be damaged
+                turned = False
     except Exception:
         return 43, 61
     size = (width, height) if turned else (height, width)

@@ -35,8 +35,12 @@ def test_what_cannot_be_asked_for(photos: Path) -> None:
     for decode in ("gpu", GpuDecoding()):
         with pytest.raises(ConfigError, match=r"decode must be 'auto' or 'cpu' for device='cpu'.*leave it out"):
             DiffuseMixLoader(dataset, device="cpu", decode=decode)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"hardware_load must be from 0 to 1, found 1\.5"):
+    with pytest.raises(ConfigError, match=r"hardware_load must be a number from 0 to 1, found 1\.5; leave it out"):
         GpuDecoding(hardware_load=1.5)
+    with pytest.raises(ConfigError, match="hardware_load must be a number from 0 to 1, found 'x'"):
+        GpuDecoding(hardware_load="x")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="regions must be True or False, found 'yes'"):
+        GpuDecoding(regions="yes")  # type: ignore[arg-type]
 
 
 def test_a_loader_on_the_cpu_says_so(photos: Path) -> None:

@@ -17,7 +17,7 @@ from fuzzing import pixels_at
 from material import encoded, photograph
 from numpy.typing import NDArray
 from odd import chunk, exif, png, with_segment
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch.utils.data import DataLoader
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, QuarantineWarning, TrainCrop
@@ -330,3 +330,24 @@ def test_it_lives_and_prints_nothing(tmp_path: Path) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (ended.returncode, ended.stderr) == (0, ""), ended.stdout
     assert len(ended.stdout.splitlines()) == len(folders)
+
+
+@pytest.mark.parametrize(
+    "keyword", ["Title", "exif", "interlace", "bbox", "transparency", "gamma", "dpi", "icc_profile"]
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P"])
+def test_texts_under_names_of_pillows(tmp_path: Path, keyword: str, mode: str) -> None:
+    """Pillow keeps texts where it keeps what it knows of the picture: both ways show the same, or both refuse."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text(keyword, "1")
+    picture = Image.fromarray(photograph(3, 11, 13)).convert(mode)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    for name, texts in (("0.png", None), ("1.png", info)):
+        (tmp_path / "train" / "a" / name).write_bytes(encoded(picture, "PNG", pnginfo=texts))
+    dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(8, resize=8), normalize=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = DiffuseMixLoader(dataset, 2, device="cpu")
+        (images, _), (expected, _) = next(iter(loader)), next(iter(DataLoader(dataset, batch_size=2)))
+    assert torch.equal(images, expected)
+    assert set(loader.quarantine) == set(dataset.quarantine)

@@ -3,17 +3,20 @@
 import io
 import os
 import threading
+import time
 import warnings
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from material import encoded, photograph
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.pixels import FORMATS, decode, decode_listed
+from dali_diffusemix.pixels import FORMATS, _PillowHere, decode, decode_listed
+from dali_diffusemix.reading import read
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)
@@ -118,17 +121,6 @@ def test_nothing_of_pillows_own_warnings_leaks() -> None:
     assert not seen
 
 
-def test_the_filters_of_the_process_are_as_before_even_with_threads() -> None:
-    data = file_of(Image.fromarray(PICTURE).resize((200, 200)), "JPEG")
-    before = list(warnings.filters)
-    threads = [threading.Thread(target=lambda: [decode(data) for _ in range(30)]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert list(warnings.filters) == before
-
-
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP"])
 def test_cut_short_files_are_errors_not_grey_areas(form: str, tmp_path: Path) -> None:
     noise = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
@@ -184,3 +176,57 @@ def test_real_photographs_are_as_pillow_sees_them() -> None:
     for path in sorted(SHARED.glob("imagenet_sample/*/*"))[::16]:
         with Image.open(path) as image:
             np.testing.assert_array_equal(decode(path), np.asarray(ImageOps.exif_transpose(image).convert("RGB")))
+
+
+def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jpg")
+    with pytest.raises(DecodeError, match=r"a\.jpg.*cannot be read \(it is not a file\); restore it"):
+        decode(tmp_path / "a.jpg")
+    with pytest.raises(DecodeError, match="cannot be read"):
+        decode(tmp_path)
+
+
+def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.jpg"
+    file.write_bytes(encoded(photograph(1, 20, 30)))
+    os.truncate(file, 1 << 40)  # a hole
+    with pytest.raises(DecodeError, match="it has more than a GiB"):
+        decode(file)
+    found = read([os.fsencode(file)], np.zeros((1, 4), dtype=np.int32))
+    assert "it has more than a GiB" in str(found.errors[0]) and found.memory.nbytes < 1 << 20
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_are() -> None:
+    """What a training loop sets for a while is gone afterwards, whatever decodes meanwhile; and Pillow stays quiet."""
+    palette = Image.fromarray(photograph(1, 40, 50)).quantize(16)
+    content = encoded(palette, "PNG", transparency=bytes(range(16)))  # of which Pillow warns
+    stop = threading.Event()
+    wrong: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            while not stop.is_set():
+                decode(content)
+        except BaseException as error:
+            wrong.append(error)
+
+    def without_ours() -> list[object]:
+        return [one for one in warnings.filters if not isinstance(one[3], _PillowHere)]
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    before = without_ours()
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        for action in ("error", "ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter(action)  # type: ignore[arg-type]
+                time.sleep(0.001)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert without_ours() == before
+    # A filter that was set between two looks may be in front for one warning; what it makes of the file is an error.
+    assert all(isinstance(error, DecodeError) for error in wrong)
+    with pytest.warns(UserWarning, match="it is still heard"):  # in this thread, and of others than Pillow
+        warnings.warn("it is still heard", UserWarning, stacklevel=1)

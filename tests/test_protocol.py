@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -590,3 +591,98 @@ def test_several_threads_share_an_iterator(dataset: DiffuseMixDataset) -> None:
         thread.join()
     assert sorted(i for i, _ in found) == sorted(expected)
     assert all(torch.equal(image, expected[i]) for i, image in found)
+
+
+def test_an_iterator_is_not_copied(dataset: DiffuseMixDataset) -> None:
+    """A copy that goes would end the epoch of the first."""
+    batches = iter(loader_of(dataset))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match=r"cannot be copied or pickled; save loader\.state_dict\(\) instead"):
+            copied(batches)
+    assert len(list(batches)) == len(loader_of(dataset))
+
+
+def test_iterators_in_several_threads_never_share_a_decoder(dataset: DiffuseMixDataset) -> None:
+    loader, interval = loader_of(dataset), sys.getswitchinterval()
+    wrong: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(12):
+                for _ in zip(range(2), loader, strict=False):
+                    pass
+        except BaseException as error:
+            wrong.append(error)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_sampler_gives_whole_numbers(dataset: DiffuseMixDataset) -> None:
+    """As DataLoader wants them: 1.7 is no index."""
+    for wrong in (1.7, "3", torch.tensor(2.9)):
+        with pytest.raises(TypeError):
+            next(iter(DiffuseMixLoader(dataset, device="cpu", sampler=[wrong])))  # type: ignore[list-item]
+    batch = next(iter(DiffuseMixLoader(dataset, device="cpu", sampler=[torch.tensor(2)], return_index=True)))  # type: ignore[list-item]
+    assert batch[2].tolist() == [2]
+
+
+def test_a_ctrl_c_while_dali_is_imported_does_no_harm(photos: Path) -> None:
+    script = """
+import os, signal, sys, threading, time
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+signal.signal(signal.SIGINT, signal.default_int_handler)
+loader = DiffuseMixLoader(DiffuseMixDataset(sys.argv[1], crop=EvalCrop(24)), 4, device="cpu")
+def interrupt():
+    while "nvidia.dali" not in sys.modules:
+        time.sleep(0.001)
+    os.kill(os.getpid(), signal.SIGINT)
+threading.Thread(target=interrupt, daemon=True).start()
+try:
+    for _ in loader:
+        pass
+except KeyboardInterrupt:
+    print("interrupted")
+print(len(list(loader)))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(photos)], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["interrupted", "9"], "")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 2.5}, "batch_size must be a whole number, at least 1, found 2.5"),
+        ({"batch_size": "8"}, "batch_size must be a whole number, at least 1, found '8'"),
+        ({"batch_size": 10**12}, "batch_size must be a whole number"),
+        ({"num_workers": 1.5}, "num_workers must be a whole number, at least 0, found 1.5"),
+        ({"prefetch_factor": "2"}, "prefetch_factor must be a whole number, at least 1, found '2'"),
+        ({"device": "cuda:-1"}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'cuda:-1'"),
+        ({"device": "gpu"}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'gpu'"),
+        ({"device": None}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'None'"),
+        ({"batch_transform": 3}, "batch_transform must be a function of"),
+    ],
+)
+def test_arguments_of_the_wrong_kind_are_named(
+    dataset: DiffuseMixDataset, options: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        DiffuseMixLoader(dataset, **{"device": "cpu", **options})  # type: ignore[arg-type]
+
+
+def test_states_and_epochs_of_the_wrong_kind_are_named(dataset: DiffuseMixDataset) -> None:
+    loader = loader_of(dataset)
+    for epoch in (1.5, "3", None):
+        with pytest.raises(ConfigError, match="epoch must be a whole number"):
+            loader.set_epoch(epoch)  # type: ignore[arg-type]
+    for broken in ({"places": None}, {"epoch": "x"}):
+        with pytest.raises(ConfigError, match="state must hold whole numbers as epoch and places"):
+            loader.load_state_dict({**loader.state_dict(), **broken})
