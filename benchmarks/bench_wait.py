@@ -41,7 +41,7 @@ def waits(material: Material, decode: Decode, steps: int, busy: float) -> dict[s
     begin = time.perf_counter()
     batches = iter(measured)
     next(batches)
-    torch.cuda.synchronize()
+    synchronize(material)
     build = time.perf_counter() - begin
     cycles = int(busy * 1.98e6)  # of the clock that the GPU has under load
     inside, own, idle, mix, whole = [], [], [], [], []
@@ -54,15 +54,23 @@ def waits(material: Material, decode: Decode, steps: int, busy: float) -> dict[s
         after = measured.stats()
         idle.append(after.idle - before.idle)
         mix.append(after.mix - before.mix)
-        torch.cuda._sleep(cycles)
+        if images.is_cuda:
+            torch.cuda._sleep(cycles)
+        else:
+            time.sleep(busy / 1e3)
         images.sum()
         if step % 10 == 9:
-            torch.cuda.synchronize()
+            synchronize(material)
         whole.append(time.perf_counter() - start)
     measured.close()
     rows = {"next": inside, "idle": idle, "mix": mix, "thread": own}
     found = {name: round(statistics.median(row[10:]) * 1e3, 3) for name, row in rows.items()}
     return {**found, "step": round(statistics.mean(whole[10:]) * 1e3, 3), "build": round(build * 1e3, 1)}
+
+
+def synchronize(material: Material) -> None:
+    if material.device != "cpu":
+        torch.cuda.synchronize()
 
 
 def memory(material: Material, decode: Decode, epochs: int) -> dict[int, float]:
@@ -106,10 +114,11 @@ def main() -> None:
     for way in options.ways.split(","):
         results[way] = {**waits(material, WAYS[way], options.steps, options.busy)}
         print(way, results[way], flush=True)
-    for way in options.ways.split(",") if options.epochs else ():
-        results[way]["memory"] = memory(material, WAYS[way], options.epochs)
-        print(way, results[way]["memory"], flush=True)
-        settings = {"batch_size": options.batch_size, "busy": options.busy, "threads": options.threads}
+    settings = {"batch_size": options.batch_size, "busy": options.busy, "threads": options.threads}
+    for way in options.ways.split(","):
+        if options.epochs:
+            results[way]["memory"] = memory(material, WAYS[way], options.epochs)
+            print(way, results[way]["memory"], flush=True)
         write(options.out, {"benchmark": "bench_wait", "settings": settings, "results": results}, quiet=True)
 
 

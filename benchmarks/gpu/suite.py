@@ -300,7 +300,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
     def kernel_benchmark() -> Step:
         more = () if cuda else ("--repeat", "3", "--sets", "1", "--threads", threads)
         command = script("bench_kernel.py", "--device", options.device, *more, "--out", str(out / "kernel.json"))
-        return Step(name="kernel-bench", group="a", command=command, limit=50, expected=28)
+        return Step(name="kernel-bench", group="a", command=command, limit=40, expected=8)
 
     def decoding() -> Step:
         seconds = "1.5" if cuda else "0.4"
@@ -327,6 +327,15 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
             *("--only", only, "--cache", cache, "--out", str(out / "loader.json")),
         )
         return Step(name="loader-bench", group="d", command=command, limit=110, expected=90)
+
+    def waits() -> Step:
+        some = ("--ways", "cpu,gpu,regions", "--steps", "40") if cuda else ("--ways", "cpu", "--steps", "12")
+        size = () if cuda else ("--batch-size", "16", "--busy", "5")
+        command = script(
+            *("bench_wait.py", photographs, "--device", options.device, "--threads", threads, *some, *size),
+            *("--cache", cache, "--out", str(out / "wait.json")),
+        )
+        return Step(name="wait", group="e", command=command, limit=70, expected=35)
 
     def overhead() -> Step:
         found = choice(out)
@@ -375,7 +384,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
     return [
         lambda: Step(name="host", group="a", command=host, limit=40, expected=12),
-        lambda: tests("kernel-tests", 10, 75, 35, f"{gpu}/test_gpu_kernel.py", group="a"),
+        lambda: tests("kernel-tests", 10, 75, 25, f"{gpu}/test_gpu_kernel.py", group="a"),
         kernel_benchmark,
         decoding,
         lambda: tests(
@@ -393,6 +402,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
             "alone-tests", 1, 100, 40, f"{gpu}/test_gpu_loader.py", "-k", f"not regions and ({alone})", group="c"
         ),
         loader_benchmark,
+        waits,
         overhead,
         generation,
         regions,
@@ -401,7 +411,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
 NAMES = (
     *("host", "kernel-tests", "kernel-bench", "decode-probe", "loader-tests", "alone-tests"),
-    *("loader-bench", "overhead", "generate", "region-tests"),
+    *("loader-bench", "wait", "overhead", "generate", "region-tests"),
 )
 
 
