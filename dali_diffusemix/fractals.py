@@ -18,9 +18,10 @@ import logging
 import math
 import os
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Self
 
@@ -33,6 +34,7 @@ from dali_diffusemix.catalog import read_size
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.philox import philox4x32, uniform
 from dali_diffusemix.pixels import decode
+from dali_diffusemix.workers import Workers
 
 _log = logging.getLogger(__name__)
 
@@ -579,15 +581,16 @@ def render_bank(
     """
     _check(count=count, size=size, seed=seed, threads=threads)
     with _new_bank(path, size, overwrite) as add:
-        pool = ThreadPoolExecutor(threads or _cores())
+        workers = Workers(threads or _cores(), "dali-diffusemix-fractals")
+        one = partial(render, size=size, seed=seed, threads=1)
         try:
-            fractals = pool.map(lambda index: render(index, size=size, seed=seed, threads=1), range(count))
-            for done, fractal in enumerate(fractals, start=1):
-                add(fractal)
+            rendered = deque(workers.submit(one, index) for index in range(count))
+            for done in range(1, count + 1):
+                add(rendered.popleft().get())
                 if progress is not None:
                     progress(done, count)
         finally:
-            pool.shutdown(cancel_futures=True)
+            workers.close()
     return FractalBank.open(path)
 
 

@@ -30,7 +30,6 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -42,6 +41,7 @@ from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyEr
 from dali_diffusemix.native import quiet
 from dali_diffusemix.pixels import decode_listed
 from dali_diffusemix.reading import IN_STORE, Extent, Place, name_of, read
+from dali_diffusemix.workers import Result, Workers
 
 _log = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class _Gate:
 
     def reopen(self) -> None:
         """In a forked process, which has none of the threads that may hold locks."""
-        self._ending = self._closed = False
+        self._closed = False
         self._locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def lock(self) -> Any:
@@ -177,35 +177,19 @@ class _Gate:
     @contextmanager
     def through(self, lock: Any) -> Iterator[None]:
         """Around calls of DALI, one thread at a time for each lock."""
-        self._register()
-        if self._ending and threading.current_thread().daemon:
-            threading.Event().wait()  # for ever, as Python does with daemons that outlive it
+        if not self._registered:
+            dali()  # what is registered after it is called before it
+            atexit.register(self._close)
+            self._registered = True
         if self._closed:
+            if threading.current_thread().daemon:
+                threading.Event().wait()  # for ever, as Python does with daemons that outlive it
             raise RuntimeError("the interpreter ends, and DALI with it: close loaders before")
         with lock:
             yield
 
-    def _register(self) -> None:
-        if self._registered:
-            return
-        dali()  # what is registered after it is called before it
-        try:
-            # Before Python's thread pools end, which `concurrent.futures` has registered here likewise.
-            threading._register_atexit(self._end)  # type: ignore[attr-defined]
-        except RuntimeError:  # it is at its end already
-            self._ending = True
-        atexit.register(self._close)
-        self._registered = True
-
-    def _end(self) -> None:
-        """The main thread is at its end: daemons stop at their next call, and those inside come out."""
-        self._ending = True
-        for lock in list(self._locks):
-            if lock.acquire(timeout=10):
-                lock.release()
-
     def _close(self) -> None:
-        """No other threads are left but daemons."""
+        """No threads are left but daemons: those inside come out, and go no further."""
         self._closed = True
         for lock in list(self._locks):
             lock.acquire(timeout=10)  # never to be released
@@ -250,9 +234,9 @@ class PieceDecoder:
         self._alone: dict[bool, _Pipeline] = {}  # for one image
         with _gate.through(self._lock):
             self._build_main()
-        self._reader = ThreadPoolExecutor(1, "dali-diffusemix-read")
-        self._pillow = ThreadPoolExecutor(threads, "dali-diffusemix-pillow")
-        self._reading: deque[Future[_Batch]] = deque()
+        self._reader = Workers(1, "dali-diffusemix-read")
+        self._pillow = Workers(threads, "dali-diffusemix-pillow")
+        self._reading: deque[Result[_Batch]] = deque()
         self._decoding: deque[_Batch | BaseException] = deque()  # an exception where a batch could not be begun
         self._memory: list[NDArray[np.uint8]] = []  # to read into
         self._fetched: _Batch | None = None
@@ -335,8 +319,7 @@ class PieceDecoder:
     def drain(self) -> None:
         """Throw away what was submitted and not fetched."""
         with self._call():
-            for future in self._reading:
-                future.cancel()
+            self._reader.drop()
             self._reading.clear()
             while self._decoding:
                 batch = self._decoding.popleft()
@@ -353,8 +336,8 @@ class PieceDecoder:
     def close(self) -> None:
         """Give threads and memory back."""
         self.intact = False
-        self._reader.shutdown(cancel_futures=True)
-        self._pillow.shutdown(cancel_futures=True)
+        self._reader.close()
+        self._pillow.close()
         self._reading.clear()
         self._decoding.clear()
         self._memory.clear()
@@ -366,10 +349,10 @@ class PieceDecoder:
             if self._decoding and not self._reading[0].done():
                 break
             reading = self._reading.popleft()
-            if (error := reading.exception()) is not None:
+            if (error := reading.error()) is not None:
                 self._decoding.append(error)
                 continue
-            batch = reading.result()
+            batch = reading.get()
             self._seconds[0] += batch.seconds
             self._decode_aside(batch)
             self._schedule(batch)
@@ -451,7 +434,7 @@ class PieceDecoder:
         owners = [owner]
         shapes, places = batch.windows[:, 2:] - batch.windows[:, :2], batch.windows[:, :2].copy()
         errors = dict(batch.errors)
-        results |= {row: future.result() for row, future in batch.aside.items()}
+        results |= {row: result.get() for row, result in batch.aside.items()}
         for row, result in results.items():
             if isinstance(result, DecodeError):
                 errors[row] = result
@@ -496,7 +479,7 @@ class _Batch:
     memory: NDArray[np.uint8]  # that the images lie in
     seconds: float  # that reading took
     fed: NDArray[np.int64] = field(init=False)  # the rows that DALI is given
-    aside: dict[int, "Future[_Piece | DecodeError]"] = field(default_factory=dict)  # by row: those it is not
+    aside: dict[int, Result[_Piece | DecodeError]] = field(default_factory=dict)  # by row: those it is not
     parts: "list[_Part]" = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -369,7 +369,7 @@ ONLINE = (
     (
         (3.22, 4.86, 2.6),
         "reading, pipeline",
-        ("reading", "pipeline", "decoding", "remote"),
+        ("reading", "pipeline", "decoding", "remote", "workers"),
         "bytes cut to what is seen;\nDALI decodes",
     ),
     (

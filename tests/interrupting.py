@@ -20,7 +20,7 @@ from dali_diffusemix.generate import GenerateConfig, generate
 
 MODULES = (
     *("dali_diffusemix.loader", "dali_diffusemix.pipeline", "dali_diffusemix.reading", "dali_diffusemix.mixing"),
-    *("dali_diffusemix.native", "nvidia.dali.pipeline"),
+    *("dali_diffusemix.native", "dali_diffusemix.workers", "nvidia.dali.pipeline"),
 )
 EPOCHS = 5
 

@@ -19,6 +19,7 @@ LEVELS: dict[int, tuple[str, ...]] = {
     1: (
         "philox",
         "native",
+        "workers",
         "quality",
         "catalog",
         "layouts",
