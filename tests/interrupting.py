@@ -44,7 +44,9 @@ class Thrower:
 
     def __call__(self, frame: FrameType, event: str, _: object) -> Any:
         if event == "call":
-            return self if frame.f_code.co_filename in self._files else None
+            # What a task raises, in whatever thread, is its result; the loop that takes tasks gets no signals.
+            ours = frame.f_code.co_filename in self._files and frame.f_code.co_name != "_work"
+            return self if ours else None
         if event == "line":
             line = frame.f_code.co_filename, frame.f_lineno
             self.lines[line] += 1
