@@ -112,7 +112,8 @@ def choose(device: int, threads: int) -> Choice:
             name = torch.cuda.get_device_name(device)
             _log.warning("Trying how to decode for %s; this is done once on a machine, and takes a minute.", name)
             known = _tried(device, threads)
-            _remember(facts, known)
+            if known.images_per_second:  # else something is wrong with the machine, and may be mended
+                _remember(facts, known)
     return known
 
 

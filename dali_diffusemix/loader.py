@@ -245,7 +245,8 @@ class DiffuseMixLoader:
         self._measured: _Progress | None = None
         # Decoders that no iterator uses: building one takes longer than a batch.
         self._idle: list[PieceDecoder] = []
-        self._decoding: GpuDecoding | None = None  # None: on the CPU
+        self._decoding: GpuDecoding | None = None  # None: on the CPU; what `decode` comes to
+        self._resolved = False  # that is known: from the first `iter` on
         self._upload: PieceUpload | None = None  # of a GPU's pieces that the CPU decodes
         self._bank: gpu.DeviceBank | None = None
         self._retained = gpu.Retained()
@@ -267,7 +268,9 @@ class DiffuseMixLoader:
             gpu.check_available()
             if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
-            self._decoding = decoding.resolve(self.decode, self.device, self._threads)
+            if not self._resolved:
+                self._decoding = decoding.resolve(self.decode, self.device, self._threads)
+                self._resolved = True
         start = self._next
         self._next = _Position(start.epoch + 1, 0)
         self._newest = _Progress(start.epoch, start.places, self._users.begin() if self._users else None)
@@ -421,6 +424,7 @@ class DiffuseMixLoader:
         fresh: dict[str, object] = {
             "_idle": [],
             "_decoding": None,
+            "_resolved": False,
             "_upload": None,
             "_bank": None,
             "_retained": gpu.Retained(),

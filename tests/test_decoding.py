@@ -153,6 +153,15 @@ def test_of_several_ranks_one_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [entry["machine"] for entry in json.loads(decoding._file().read_text()).values()] == [{"gpu": "A"}]
 
 
+def test_a_machine_on_which_nothing_works_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    nothing = Choice(way="cpu", images_per_second={}, errors={"cpu": "no memory"})
+    monkeypatch.setattr(decoding, "_facts", lambda *_: {"gpu": "A"})
+    monkeypatch.setattr(decoding, "_tried", lambda *_: tried.append(1) or nothing)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A")
+    assert decoding.choose(0, 1) == decoding.choose(0, 1) == nothing and tried == [1, 1]
+
+
 def test_a_folder_that_cannot_be_written_costs_the_memory_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
