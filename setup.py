@@ -2,7 +2,7 @@
 
 Everything else about the package stands in pyproject.toml. The library is plain C behind ctypes: it does not
 touch Python's C interface, so one binary serves every Python. Where it cannot be built the installation goes
-on and the NumPy definition does the work (`dali_diffusemix.native` says so once).
+on and the NumPy definition does the work (`dali_diffusemix.base.native` says so once).
 """
 
 from pathlib import Path

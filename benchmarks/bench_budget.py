@@ -25,14 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 from record import write
 
-import dali_diffusemix.loader as module
-import dali_diffusemix.pipeline as pipeline
+import dali_diffusemix.loading.decoder as pipeline
+import dali_diffusemix.loading.loader as module
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.loader import sources_of
-from dali_diffusemix.pack import PackConfig, pack
-from dali_diffusemix.samplers import BatchOrder
+from dali_diffusemix.loading.loader import sources_of
+from dali_diffusemix.loading.samplers import BatchOrder
+from dali_diffusemix.store.pack import PackConfig, pack
 
 
 def main() -> None:

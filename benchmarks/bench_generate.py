@@ -36,10 +36,10 @@ from record import write
 from tiny_model import build_full_size, build_instruct_pix2pix
 
 from dali_diffusemix.catalog import index
-from dali_diffusemix.editors import PROMPTS, TEMPLATE
-from dali_diffusemix.editors.diffusers import DiffusersConfig
-from dali_diffusemix.engines.local import LocalEngine, default_devices
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate.editors import PROMPTS, TEMPLATE
+from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
 
 
 class Released:

@@ -29,18 +29,11 @@ import torch
 from numpy.typing import NDArray
 from record import machine
 
-from dali_diffusemix import gpu
-from dali_diffusemix.mixing import (
-    DTYPES,
-    IMAGENET,
-    TensorFormat,
-    edit_weight,
-    encode,
-    mix,
-    mixed_image,
-    piece_table,
-    row_table,
-)
+from dali_diffusemix.base import gpu
+from dali_diffusemix.mix import IMAGENET, TensorFormat
+from dali_diffusemix.mix.call import mix, piece_table, row_table
+from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
+from dali_diffusemix.mix.tensor import DTYPES
 from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, TrainCrop
 
 OUTPUT, ORIGINAL, EDIT, BANK = (224, 224), (375, 500), (256, 256), (64, 256, 256, 3)

@@ -61,15 +61,15 @@ from dali_diffusemix.bench import (
     pillow,
     plain_dali,
 )
-from dali_diffusemix.dataset import DiffuseMixDataset
-from dali_diffusemix.decoding import Decode
 from dali_diffusemix.errors import DataError, MissingDependencyError
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
-from dali_diffusemix.pack import PackConfig, pack
-from dali_diffusemix.pipeline import GpuDecoding
+from dali_diffusemix.loading.auto import Decode
+from dali_diffusemix.loading.dali import GpuDecoding
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 from dali_diffusemix.store import OriginalStore
+from dali_diffusemix.store.pack import PackConfig, pack
 
 IMAGES_PER_SHARD = 64  # of WebDataset's
 EPOCH = 1 << 14  # images of an epoch at least, where turns are not epochs

@@ -39,7 +39,7 @@ from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainC
 from dali_diffusemix.bench import Material, plain_dali_batches
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mixing import IMAGENET
+from dali_diffusemix.mix import IMAGENET
 
 sys.path.insert(0, str(ROOT / "examples"))
 from batch_transforms import batch_transform

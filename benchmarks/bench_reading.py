@@ -25,7 +25,7 @@ from record import write
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.store.pack import PackConfig, pack
 
 
 def forget(folder: Path) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 from PIL import Image
 from record import write
 
-from dali_diffusemix.pixels import encode
-from dali_diffusemix.reading import read
+from dali_diffusemix.images.codec import encode
+from dali_diffusemix.images.reading import read
 
 
 def kinds(photograph: Image.Image) -> dict[str, bytes]:

@@ -14,8 +14,8 @@ from record import write
 
 from dali_diffusemix.catalog import index
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.store import EditStore
+from dali_diffusemix.store.pack import PackConfig, pack
 
 
 def main() -> None:

@@ -23,7 +23,8 @@ from record import write
 
 from dali_diffusemix.catalog import index
 from dali_diffusemix.fractals import render_bank
-from dali_diffusemix.generate import GenerateConfig, edit_seed
+from dali_diffusemix.generate import GenerateConfig
+from dali_diffusemix.generate.worker import edit_seed
 from dali_diffusemix.store import ShardWriter, StoreWriter
 
 START = """

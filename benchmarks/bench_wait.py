@@ -19,7 +19,7 @@ from record import write
 
 from dali_diffusemix import DiffuseMixLoader
 from dali_diffusemix.bench import Material
-from dali_diffusemix.decoding import Decode
+from dali_diffusemix.loading.auto import Decode
 
 
 def waits(material: Material, decode: Decode, steps: int, busy: float) -> dict[str, float]:

@@ -25,10 +25,10 @@ from PIL import Image, ImageFilter
 from record import write
 
 from dali_diffusemix.catalog import index
-from dali_diffusemix.editors import PROMPTS, EditTask
-from dali_diffusemix.editors.procedural import ProceduralEditor
-from dali_diffusemix.pixels import decode
-from dali_diffusemix.quality import Thresholds, judge
+from dali_diffusemix.generate.editors import PROMPTS, EditTask
+from dali_diffusemix.generate.editors.procedural import ProceduralEditor
+from dali_diffusemix.generate.quality import Thresholds, judge
+from dali_diffusemix.images.codec import decode
 
 Picture = NDArray[np.uint8]
 

@@ -13,8 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dali_diffusemix.catalog import Catalog, StaleCatalogWarning
-    from dali_diffusemix.dataset import DiffuseMixDataset, RepeatedEpochWarning
+    from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning
     from dali_diffusemix.errors import (
         CatalogError,
         ConfigError,
@@ -24,11 +23,13 @@ if TYPE_CHECKING:
         MissingDependencyError,
         StoreError,
     )
-    from dali_diffusemix.fractals import FractalBank
-    from dali_diffusemix.loader import DiffuseMixLoader, LoaderStats
-    from dali_diffusemix.pipeline import GpuDecoding
-    from dali_diffusemix.plan import EvalCrop, MixSpec, RandomCrop, TrainCrop
-    from dali_diffusemix.quarantine import Quarantined, QuarantineWarning
+    from dali_diffusemix.fractals.bank import FractalBank
+    from dali_diffusemix.loading.dali import GpuDecoding
+    from dali_diffusemix.loading.dataset import DiffuseMixDataset, RepeatedEpochWarning
+    from dali_diffusemix.loading.loader import DiffuseMixLoader, LoaderStats
+    from dali_diffusemix.loading.quarantine import Quarantined, QuarantineWarning
+    from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
+    from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
 
 __version__ = "0.1.0"
@@ -60,18 +61,18 @@ __all__ = [
 
 _HOME = {
     "Catalog": "catalog",
-    "DiffuseMixDataset": "dataset",
-    "DiffuseMixLoader": "loader",
+    "DiffuseMixDataset": "loading.dataset",
+    "DiffuseMixLoader": "loading.loader",
     "EditStore": "store",
     "EvalCrop": "plan",
     "FractalBank": "fractals",
-    "GpuDecoding": "pipeline",
-    "LoaderStats": "loader",
+    "GpuDecoding": "loading.dali",
+    "LoaderStats": "loading.loader",
     "MixSpec": "plan",
-    "QuarantineWarning": "quarantine",
-    "Quarantined": "quarantine",
+    "QuarantineWarning": "loading.quarantine",
+    "Quarantined": "loading.quarantine",
     "RandomCrop": "plan",
-    "RepeatedEpochWarning": "dataset",
+    "RepeatedEpochWarning": "loading.dataset",
     "StaleCatalogWarning": "catalog",
     "TrainCrop": "plan",
 }

@@ -22,15 +22,19 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from dali_diffusemix.catalog import Catalog, index
-from dali_diffusemix.dataset import DiffuseMixDataset
+from dali_diffusemix.catalog.listing import index
+from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
-from dali_diffusemix.fractals import FractalBank, render_bank
-from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.loader import DiffuseMixLoader
-from dali_diffusemix.mixing import IMAGENET_STD
-from dali_diffusemix.plan import MixSpec, Schedule, TrainCrop
-from dali_diffusemix.preview import contact_sheet
+from dali_diffusemix.fractals.bank import FractalBank, render_bank
+from dali_diffusemix.generate.config import GenerateConfig
+from dali_diffusemix.generate.run import generate
+from dali_diffusemix.inspect.preview import contact_sheet
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.loader import DiffuseMixLoader
+from dali_diffusemix.mix.tensor import IMAGENET_STD
+from dali_diffusemix.plan.crops import TrainCrop
+from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.spec import MixSpec
 
 __all__ = ["PHOTOGRAPHS", "DemoResult", "Display", "run_demo"]
 

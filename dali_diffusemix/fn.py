@@ -25,12 +25,15 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.dlpack import from_dlpack
 
-from dali_diffusemix import gpu, mixing
+from dali_diffusemix.base import gpu
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.fractals import FractalBank
-from dali_diffusemix.mixing import IMAGENET, Normalize, TensorFormat
-from dali_diffusemix.pipeline import dali
-from dali_diffusemix.plan import MASKS, BatchPlan, Crop, MixSpec, Planner
+from dali_diffusemix.fractals.bank import FractalBank
+from dali_diffusemix.loading.dali import dali
+from dali_diffusemix.mix import call
+from dali_diffusemix.mix.tensor import IMAGENET, DtypeName, Normalize, TensorFormat
+from dali_diffusemix.plan.batch import BatchPlan, Planner
+from dali_diffusemix.plan.crops import Crop
+from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 DataNode: TypeAlias = Any
 """nvidia.dali.data_node.DataNode: importing this module does not import DALI."""
@@ -161,7 +164,7 @@ def mix(
         MissingDependencyError: DALI is not installed, or for "gpu" CuPy.
     """
     fn, _, types = dali()
-    names: dict[Any, mixing.DtypeName] = {types.FLOAT: "float32", types.FLOAT16: "float16", types.UINT8: "uint8"}
+    names: dict[Any, DtypeName] = {types.FLOAT: "float32", types.FLOAT16: "float16", types.UINT8: "uint8"}
     dtype = types.FLOAT if dtype is None else dtype
     if dtype not in names:
         raise ConfigError(f"dtype must be types.FLOAT, types.FLOAT16 or types.UINT8 of nvidia.dali, found {dtype}")
@@ -382,7 +385,7 @@ class _Mix:
         for where, batch, seen, others in self._parts(rows, originals, edits, lambda image: image.ctypes.data):
             out = np.empty(self._format.shape(len(where), self._size), dtype=self._format.storage)
             bank = None if self._bank is None else self._bank.images
-            mixing.mix(batch, seen, others, bank, out=out, format=self._format, threads=self._threads)
+            call.mix(batch, seen, others, bank, out=out, format=self._format, threads=self._threads)
             for i, sample in zip(where, out, strict=True):
                 samples[i] = sample
         return samples
@@ -422,7 +425,7 @@ class _Mix:
                 device=device,
                 memory_format=memory_format,
             )
-            mixing.mix_on_device(batch, seen, others, self._device_bank, out=out, format=self._format)
+            call.mix_on_device(batch, seen, others, self._device_bank, out=out, format=self._format)
             for i, sample in zip(where, out, strict=True):
                 samples[i] = sample.permute(1, 2, 0) if self._format.channels_last else sample
         return samples
@@ -503,4 +506,4 @@ def _pieces(
                 f"the batch; {_IMAGE_REMEDY}"
             )
         data[i], shapes[i] = address(image), shape[:2]
-    return mixing.piece_table(data, shapes, boxes)
+    return call.piece_table(data, shapes, boxes)

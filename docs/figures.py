@@ -20,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from dali_diffusemix import Catalog, DiffuseMixDataset, MixSpec, TrainCrop
-from dali_diffusemix.mixing import edit_weight, mixed_image
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.mix.pixel import edit_weight, mixed_image
 from dali_diffusemix.plan import MASKS, BatchPlan, Schedule, visible_parts
 
 INK, MUTED, RULE, PAPER = "#1b1f24", "#6a7078", "#d8d8d2", "#ffffff"

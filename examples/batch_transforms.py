@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
-from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 NAMES = ("randaugment", "cutmix", "mixup")
 Transform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.editors import EditTask
+from dali_diffusemix.generate.editors import EditTask
 
 
 @dataclass(frozen=True)
 class CopyConfig:
-    """See `dali_diffusemix.editors.EditorConfig`."""
+    """See `dali_diffusemix.generate.editors.EditorConfig`."""
 
     accelerated = False
     multiple = 1

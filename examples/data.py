@@ -10,14 +10,13 @@ from copies import CopyConfig
 from recipe import Recipe
 
 from dali_diffusemix import Catalog, DiffuseMixDataset
-from dali_diffusemix.catalog import index
+from dali_diffusemix.catalog import Split, index, read_layout
 from dali_diffusemix.errors import ConfigError, StoreError
-from dali_diffusemix.export import export
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.layouts import Split, read_layout
-from dali_diffusemix.mixing import IMAGENET
-from dali_diffusemix.quality import Thresholds
+from dali_diffusemix.generate.quality import Thresholds
+from dali_diffusemix.inspect.export import export
+from dali_diffusemix.mix import IMAGENET
 
 
 @dataclass(frozen=True)

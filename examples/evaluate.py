@@ -28,7 +28,7 @@ from world import World
 
 from dali_diffusemix import DiffuseMixLoader
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
-from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 
 @dataclass(frozen=True)

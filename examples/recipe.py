@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from dali_diffusemix import EvalCrop, MixSpec, RandomCrop, TrainCrop
-from dali_diffusemix.editors import PROMPTS
+from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.layouts import LAYOUTS
+from dali_diffusemix.generate.editors import PROMPTS
 
 
 def rule(holds: bool, name: str, must: str, found: object) -> None:

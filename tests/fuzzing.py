@@ -264,9 +264,9 @@ def _window(draw: Draw, height: int, width: int) -> tuple[int, int, int, int]:
 def _decode_batch(folder: Path, contents: list[bytes], decoder: object, draw: Draw) -> list[tuple[str, bool]]:
     """(verdict, whether DALI was given it) of each file: "shown", "refused" or what is unequal."""
     from dali_diffusemix.errors import DecodeError
-    from dali_diffusemix.pipeline import Sources
-    from dali_diffusemix.pixels import decode
-    from dali_diffusemix.reading import read
+    from dali_diffusemix.images.codec import decode
+    from dali_diffusemix.images.reading import read
+    from dali_diffusemix.loading.decoder import Sources
 
     count = len(contents)
     expected: list[NDArray[np.uint8] | None] = []
@@ -330,7 +330,7 @@ def pixels_at(address: int, shape: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def main() -> None:
-    from dali_diffusemix.pipeline import PieceDecoder
+    from dali_diffusemix.loading.decoder import PieceDecoder
 
     parser = argparse.ArgumentParser()
     for name in ("seed", "first", "count"):

@@ -19,8 +19,9 @@ from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 
 MODULES = (
-    *("dali_diffusemix.loader", "dali_diffusemix.pipeline", "dali_diffusemix.reading", "dali_diffusemix.mixing"),
-    *("dali_diffusemix.native", "dali_diffusemix.workers", "nvidia.dali.pipeline"),
+    *("dali_diffusemix.loading.loader", "dali_diffusemix.loading.decoder", "dali_diffusemix.loading.dali"),
+    *("dali_diffusemix.images.reading", "dali_diffusemix.mix.call", "dali_diffusemix.base.native"),
+    *("dali_diffusemix.base.workers", "nvidia.dali.pipeline"),
 )
 EPOCHS = 5
 

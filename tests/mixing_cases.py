@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.mixing import TensorFormat, encode, mixed_image, piece_table
+from dali_diffusemix.mix import TensorFormat
+from dali_diffusemix.mix.call import piece_table
+from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.plan import BatchPlan
 
 NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)

@@ -21,24 +21,23 @@ SNAPSHOT = Path(__file__).with_name("public_api.txt")
 # What docs/ and examples/ name beside `dali_diffusemix.__all__`. None: all of a module that has no underscore.
 SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "bench": ("BenchResult", "Measurement", "Trial", "bench", "machine"),
-    "catalog": ("index",),
-    "editors": None,
-    "engines": None,
+    "catalog": ("LAYOUTS", "Split", "index", "read_layout"),
     "errors": None,
-    "export": ("Exported", "export"),
     "fn": None,
     "fractals": ("bank_from_folder", "render_bank"),
     "generate": ("GenerateConfig", "PromptFile", "Summary", "generate"),
+    "generate.editors": None,
+    "generate.engines": None,
+    "generate.quality": ("Thresholds",),
+    "images.codec": ("decode",),
+    "inspect.export": ("Exported", "export"),
+    "inspect.verify": ("Problem", "Verification", "discard", "verify"),
     "integrations.accelerate": None,
     "integrations.timm": None,
-    "layouts": None,
-    "mixing": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
-    "pack": ("PackConfig", "PackSummary", "pack"),
-    "pixels": ("decode",),
+    "mix": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
     "plan": ("PLAN_VERSION", "Schedule"),
-    "quality": ("Thresholds",),
     "store": ("OriginalStore",),
-    "verify": ("Problem", "Verification", "discard", "verify"),
+    "store.pack": ("PackConfig", "PackSummary", "pack"),
 }
 # Of methods with two underscores those that a user's code calls.
 _CALLED = {"__init__", "__len__", "__iter__", "__next__", "__getitem__", "__getitems__", "__call__"}

@@ -1,4 +1,4 @@
-"""The house: imports go down the levels only, each vendor has one room, and the package imports quickly."""
+"""The house: rooms that import in one direction, one module for each vendor, and a package that imports quickly."""
 
 import ast
 import re
@@ -13,96 +13,153 @@ import dali_diffusemix
 
 PACKAGE = Path(dali_diffusemix.__file__).parent
 
-# DESIGN's table. A module may import modules of lower levels, and those of its own level that stand before it.
-LEVELS: dict[int, tuple[str, ...]] = {
-    0: ("errors",),
-    1: (
-        "philox",
-        "native",
-        "workers",
-        "quality",
-        "catalog",
-        "layouts",
-        "pixels",
-        "reading",
-        "remote",
-        "gpu",
-        "editors",
-        "engines",
-    ),
-    2: ("plan", "store", "fractals"),
-    3: ("mixing", "generate", "pack", "verify", "pipeline", "upload", "decoding"),
-    4: ("quarantine", "dataset"),
-    5: ("samplers", "loader", "fn", "preview", "report", "export", "bench"),
-    6: ("integrations", "doctor", "demo", "cli"),
+_LOWEST = {"errors", "base"}
+_OFFLINE = _LOWEST | {"images", "catalog", "store"}
+_ALL = _OFFLINE | {"plan", "mix", "fractals", "loading", "generate"}
+# Which rooms a room may import, besides itself. What is not said is forbidden. A dot names one module of a room.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "base": {"errors"},
+    "images": _LOWEST,
+    "plan": _LOWEST,
+    "mix": _LOWEST | {"plan"},
+    "catalog": _LOWEST | {"images"},
+    "store": _LOWEST | {"images", "catalog"},
+    "fractals": _LOWEST | {"images"},
+    "loading": _OFFLINE | {"plan", "mix", "fractals"},
+    "generate": _OFFLINE,
+    "fn": _LOWEST | {"plan", "mix", "fractals", "loading.dali"},
+    "inspect": _ALL,
+    "bench": _ALL,
+    "doctor": _ALL,
+    "integrations": _LOWEST | {"plan", "loading"},
+    "demo": _ALL | {"inspect"},
+    "cli": _ALL | {"inspect", "bench", "doctor", "demo"},
 }
-RANK = {name: (level, place) for level, names in LEVELS.items() for place, name in enumerate(names)}
 
-# Where each vendor may be imported.
-ROOMS = {
-    "nvidia": {"pipeline"},
-    "cupy": {"gpu"},
-    "diffusers": {"editors"},
-    "transformers": {"editors"},
-    "huggingface_hub": {"editors"},
-    "ray": {"engines"},
-    "fsspec": {"remote"},
+# The module, or the room, where each vendor may be imported.
+VENDORS: dict[str, set[str]] = {
+    "nvidia": {"loading.dali"},
+    "cupy": {"base.gpu"},
+    "diffusers": {"generate.editors.diffusers"},
+    "transformers": {"generate.editors.diffusers"},
+    "huggingface_hub": {"generate.editors.diffusers"},
+    "ray": {"generate.engines.ray"},
+    "fsspec": {"store.mirror"},
     "s3fs": set(),
-    "accelerate": {"integrations"},
+    "accelerate": {"integrations.accelerate"},
     "lightning": set(),
     "timm": set(),
     "torch": {
-        "dataset",
-        "samplers",
-        "loader",
-        "fn",
-        "mixing",
-        "gpu",
-        "upload",
-        "decoding",
-        "preview",
-        "bench",
-        "integrations",
-        "doctor",
-        "cli",
-        "demo",
-        "editors",
-        "engines",
+        *("base.gpu", "mix.call", "loading", "fn", "inspect.preview", "bench", "integrations", "doctor", "cli", "demo"),
+        *("generate.editors.diffusers", "generate.engines"),
     },
 }
 
 
 def modules() -> Iterator[tuple[str, Path]]:
+    """Every module by its name without the package's, but for the package itself."""
     for path in sorted(PACKAGE.rglob("*.py")):
-        name = path.relative_to(PACKAGE).with_suffix("").parts[0]
-        if name != "__init__":
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and parts[0] != "kernels":
             yield name, path
 
 
-def imports(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text())):
+MODULES = dict(modules())
+
+
+def imports(source: str, *, for_types: bool = True) -> Iterator[str]:
+    """The modules that a source imports anywhere; without `for_types` only what it imports when it runs."""
+    tree = ast.parse(source)
+    skipped = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in skipped:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
+            assert node.level == 0, "relative imports hide the room"
             assert node.module is not None
-            if node.module == "dali_diffusemix":
-                yield from (f"dali_diffusemix.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                is_module = whole.removeprefix("dali_diffusemix.") in MODULES
+                yield whole if is_module or node.module == "dali_diffusemix" else node.module
 
 
-@pytest.mark.parametrize(("name", "path"), [pytest.param(n, p, id=str(p.relative_to(PACKAGE))) for n, p in modules()])
-def test_imports_go_down_only(name: str, path: Path) -> None:
-    assert name in RANK, f"{name} has no room in DESIGN's table"
-    for target in imports(path):
-        vendor, *rest = target.split(".")
-        if vendor in ROOMS:
-            assert name in ROOMS[vendor], f"{name} imports {vendor}, whose rooms are {sorted(ROOMS[vendor])}"
-        if vendor == "dali_diffusemix" and rest and rest[0] != name:
-            if rest[0] in ("__version__", "kernels"):
-                continue
-            assert RANK[rest[0]] < RANK[name], f"{name} {RANK[name]} imports {rest[0]} {RANK[rest[0]]}"
+def within(name: str, allowed: set[str]) -> bool:
+    """Whether a module is one of these, or in one of these rooms."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in allowed for length in range(1, len(parts) + 1))
+
+
+def violations(name: str, source: str) -> Iterator[str]:
+    """What a module imports and may not."""
+    room = name.split(".")[0]
+    for target in imports(source):
+        vendor, _, rest = target.partition(".")
+        if vendor in VENDORS and not within(name, VENDORS[vendor]):
+            yield f"{name} imports {vendor}, which only {sorted(VENDORS[vendor])} may"
+        if vendor != "dali_diffusemix" or rest.split(".")[0] in ("", "__version__", "kernels", room):
+            continue
+        if not within(rest, MAY_IMPORT[room]):
+            yield f"{name} imports {rest}, but {room} may import {sorted(MAY_IMPORT[room])} only"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_room_imports_what_it_may(name: str) -> None:
+    assert name.split(".")[0] in MAY_IMPORT, f"{name} has no room"
+    assert list(violations(name, MODULES[name].read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "found"),
+    [
+        ("generate.run", "from dali_diffusemix.loading.loader import DiffuseMixLoader", "imports loading.loader"),
+        ("generate.run", "def f():\n    from dali_diffusemix import loading", "imports loading"),
+        ("plan.batch", "from dali_diffusemix.mix import pixel", "imports mix.pixel"),
+        (
+            "fn",
+            "from dali_diffusemix.loading.dali import dali\nimport dali_diffusemix.loading.loader",
+            "loading.loader",
+        ),
+        ("loading.decoder", "from nvidia.dali import fn", "imports nvidia"),
+    ],
+)
+def test_a_forbidden_import_is_found(name: str, source: str, found: str) -> None:
+    (violation,) = violations(name, source)
+    assert found in violation
+    assert not list(violations(name, "from dali_diffusemix.errors import ConfigError\nimport numpy"))
+
+
+def test_there_are_no_cycles() -> None:
+    """Neither between rooms nor between modules; an `__init__` that hands on names stands for its room."""
+    graph = {}
+    for name, path in MODULES.items():
+        found = {target.removeprefix("dali_diffusemix.") for target in imports(path.read_text(), for_types=False)}
+        graph[name] = {target for target in found if target in MODULES} - {name}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("room", sorted({name.split(".")[0] for name in MODULES}))
+def test_a_room_begins_with_its_promise(room: str) -> None:
+    first = (ast.get_docstring(ast.parse(MODULES[room].read_text(encoding="utf-8"))) or "").split("\n")[0]
+    assert len(first) > 30 and first.endswith((".", ":"))
 
 
 def test_the_public_names_are_sorted_and_exist() -> None:
@@ -129,21 +186,26 @@ def test_import_is_light() -> None:
 
 
 def test_the_documents_show_this_house() -> None:
-    """The table of levels and the picture in docs/architecture.md."""
+    """The table of rooms and the picture in docs/architecture.md."""
     docs = PACKAGE.parent / "docs"
     if not docs.is_dir():
         pytest.skip("docs/ is not beside the package")
     text = (docs / "architecture.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (\d) \| (`.*?`) \|", text, re.MULTILINE)
-    shown = {int(level): tuple(name.rstrip("/") for name in re.findall(r"`(.*?)`", names)) for level, names in rows}
-    assert shown == LEVELS
+    section = text[text.index("## Rooms") :].split("\n## ")[1]
+    rows = re.findall(r"^\| `([\w.]+)/?` \|.*\| (.*?) \|$", section, re.MULTILINE)
+    shown = {room: set(re.findall(r"`([\w.]+)`", allowed)) for room, allowed in rows}
+    everything = {"anything above": _ALL, "everything": _ALL | {"inspect", "bench", "doctor", "demo"}}
+    for room, allowed in rows:
+        for words, rooms in everything.items():
+            if words in allowed:
+                shown[room] |= rooms
+        shown[room] |= _LOWEST - ({"base"} if room == "base" else set()) if room != "errors" else set()
+    assert shown == {room: allowed for room, allowed in MAY_IMPORT.items()}
     drawn = {
-        name
+        name.split(".")[0].rstrip("/")
         for node in ast.parse((docs / "figures.py").read_text(encoding="utf-8")).body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("OFFLINE", "ONLINE")
         for _, _, names, _ in ast.literal_eval(node.value)
         for name in names
     }
-    known = {name for names in LEVELS.values() for name in names}
-    beside_the_flow = {"errors", "fn", "preview", "bench", "doctor", "integrations", "demo", "cli"}
-    assert drawn == known - beside_the_flow
+    assert drawn == MAY_IMPORT.keys() - {"errors", "fn", "inspect", "bench", "doctor", "integrations", "demo", "cli"}

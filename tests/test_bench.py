@@ -25,8 +25,8 @@ from dali_diffusemix.bench import (
 )
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, StoreError
 from dali_diffusemix.fractals import FractalBank
-from dali_diffusemix.pack import PackConfig, pack
 from dali_diffusemix.store import OriginalStore
+from dali_diffusemix.store.pack import PackConfig, pack
 
 CONTENDERS = ["diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"]
 SMALL: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "size": 24, "rounds": 2, "seconds": 0.02}

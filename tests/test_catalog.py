@@ -21,17 +21,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from dali_diffusemix import catalog as module
 from dali_diffusemix.catalog import (
-    MAX_PIXELS,
     Catalog,
     Rejected,
     StaleCatalogWarning,
     default_location,
     index,
     list_images,
+    table,
 )
 from dali_diffusemix.errors import CatalogError, ConfigError
+from dali_diffusemix.images.formats import MAX_PIXELS
 
 SHARED = Path(__file__).parents[2] / "shared"
 ENDINGS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "WEBP": "webp"}
@@ -455,7 +455,7 @@ def test_files_once_listed_keep_row_label_and_size(root: Path) -> None:
 
 def test_an_unchanged_folder_opens_in_silence_and_is_not_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = index(root)
-    monkeypatch.setattr(module, "_read_sizes", None)
+    monkeypatch.setattr(table, "read_sizes", None)
     opened = index(root)
     assert rows(opened) == rows(made)
     assert (opened.rejected, opened.classes, opened.fingerprint) == (made.rejected, made.classes, made.fingerprint)
@@ -630,8 +630,8 @@ def test_a_reader_that_is_overtaken_reads_the_new_catalog(tmp_path: Path, monkey
     some().save(tmp_path)
     texts = [(tmp_path / "catalog.json").read_bytes()]
     some(seed=1).save(tmp_path)
-    read = module._read_json
-    monkeypatch.setattr(module, "_read_json", lambda folder: texts.pop() if texts else read(folder))
+    read = table._read_json
+    monkeypatch.setattr(table, "_read_json", lambda folder: texts.pop() if texts else read(folder))
     assert rows(Catalog.open(tmp_path)) == rows(some(seed=1))
 
 

@@ -24,8 +24,8 @@ from PIL import Image
 import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
-from dali_diffusemix.editors import PROMPTS
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.generate.editors import PROMPTS
 from dali_diffusemix.store import EditStore
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -383,9 +383,9 @@ def test_notes_are_shown_and_unexpected_errors_keep_their_traceback(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("dali_diffusemix.catalog.index", fail)
+    monkeypatch.setattr("dali_diffusemix.catalog.listing.index", fail)
     assert run("index", root, code=1).stderr == f"Error: {error}\nsample 3 of epoch 1: a/b.jpg\n"
-    monkeypatch.setattr("dali_diffusemix.catalog.default_location", lambda _: 1 / 0)
+    monkeypatch.setattr("dali_diffusemix.catalog.table.default_location", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run("index", root)
 
@@ -494,7 +494,7 @@ def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.Monk
         warnings.warn_explicit("old \udcff", UserWarning, "catalog.py", 1, "dali_diffusemix.catalog")
         raise ConfigError("enough")
 
-    monkeypatch.setattr("dali_diffusemix.catalog.index", note)
+    monkeypatch.setattr("dali_diffusemix.catalog.listing.index", note)
     before = warnings.showwarning, list(logging.getLogger("dali_diffusemix").handlers)
     result = run("index", root, code=1)
     assert result.stderr == "Warning: disk a is slow\nWarning: old \\xff\nError: enough\n"

@@ -17,18 +17,11 @@ from hypothesis import strategies as st
 from mixing_cases import NOTHING, compare, pixels, plan_of, random_case
 from numpy.typing import NDArray
 
-from dali_diffusemix import gpu
-from dali_diffusemix.mixing import (
-    DTYPES,
-    IMAGENET,
-    ROW,
-    DtypeName,
-    TensorFormat,
-    encode,
-    mix,
-    mixed_image,
-    piece_table,
-)
+from dali_diffusemix.base import gpu
+from dali_diffusemix.mix import IMAGENET, TensorFormat
+from dali_diffusemix.mix.call import ROW, mix, piece_table
+from dali_diffusemix.mix.pixel import encode, mixed_image
+from dali_diffusemix.mix.tensor import DTYPES, DtypeName
 from dali_diffusemix.plan import MASKS, BatchPlan
 
 ROOT = Path(__file__).parents[1]

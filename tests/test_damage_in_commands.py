@@ -27,11 +27,11 @@ from dali_diffusemix import (
 from dali_diffusemix.bench import BenchResult, _decodable, bench
 from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.errors import DataError
-from dali_diffusemix.export import export
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import PackConfig, pack
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.inspect.export import export
 from dali_diffusemix.store import OriginalStore
+from dali_diffusemix.store.pack import PackConfig, pack
 
 # As torchvision.datasets.folder.IMG_EXTENSIONS.
 LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -30,9 +30,10 @@ from dali_diffusemix import (
     StoreError,
     TrainCrop,
 )
-from dali_diffusemix.mixing import IMAGENET, encode, mixed_image
-from dali_diffusemix.mixing import TensorFormat as Format
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.mix import IMAGENET
+from dali_diffusemix.mix import TensorFormat as Format
+from dali_diffusemix.mix.pixel import encode, mixed_image
 
 
 def mixed(photos: Path, edits: Path, bank: FractalBank, **options: object) -> DiffuseMixDataset:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dali_diffusemix import ConfigError, DataError, DiffuseMixDataset, DiffuseMixLoader, EvalCrop, GpuDecoding, decoding
-from dali_diffusemix.decoding import Choice
+from dali_diffusemix import ConfigError, DataError, DiffuseMixDataset, DiffuseMixLoader, EvalCrop, GpuDecoding
+from dali_diffusemix.loading import auto
+from dali_diffusemix.loading.auto import Choice
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -20,12 +21,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_asked_for_is_done_and_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "choose", lambda *_: pytest.fail("nothing is to be tried"))
+    monkeypatch.setattr(auto, "choose", lambda *_: pytest.fail("nothing is to be tried"))
     regions = GpuDecoding(regions=True, hardware_load=0)
-    assert decoding.resolve("cpu", GPU, 1) is None
-    assert decoding.resolve("gpu", GPU, 1) == GpuDecoding()
-    assert decoding.resolve(regions, GPU, 1) is regions
-    assert decoding.resolve("auto", CPU, 1) is None
+    assert auto.resolve("cpu", GPU, 1) is None
+    assert auto.resolve("gpu", GPU, 1) == GpuDecoding()
+    assert auto.resolve(regions, GPU, 1) is regions
+    assert auto.resolve("auto", CPU, 1) is None
 
 
 def test_what_cannot_be_asked_for(photos: Path) -> None:
@@ -61,25 +62,25 @@ def test_a_loader_on_the_cpu_says_so(photos: Path) -> None:
     ],
 )
 def test_a_crash_is_an_answer(child: str, error: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_CHILD", child)
-    monkeypatch.setattr(decoding, "_SECONDS", 0.5 if "sleep" in child else 60.0)
-    assert decoding._trial("gpu", 0, 1) == {"error": error}
+    monkeypatch.setattr(auto, "_CHILD", child)
+    monkeypatch.setattr(auto, "_SECONDS", 0.5 if "sleep" in child else 60.0)
+    assert auto._trial("gpu", 0, 1) == {"error": error}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_a_trial_says_why() -> None:
     """The real thing, up to the point where a driver is needed."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
-    assert "error" in decoding._trial("gpu", 0, 1)
+    assert "error" in auto._trial("gpu", 0, 1)
 
 
 def test_a_trial_measures_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the GPU: photographs, decoder, one copy, Pillow's pixels."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
-    assert decoding.rate(None, CPU, 2, 0.01) > 0
-    monkeypatch.setattr(decoding, "_pixels_of", lambda piece, _: _black(piece))
+    assert auto.rate(None, CPU, 2, 0.01) > 0
+    monkeypatch.setattr(auto, "_pixels_of", lambda piece, _: _black(piece))
     with pytest.raises(DataError, match=r"the pixels must be Pillow's.*they are from 0 to 0"):
-        decoding.rate(None, CPU, 2, 0.01)
+        auto.rate(None, CPU, 2, 0.01)
 
 
 def _black(piece):  # type: ignore[no-untyped-def]
@@ -102,14 +103,14 @@ def _black(piece):  # type: ignore[no-untyped-def]
 def test_the_gpu_is_chosen_where_it_is_clearly_faster(
     answers: dict[str, float | None], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert answers.keys() == decoding.WAYS.keys()
+    assert answers.keys() == auto.WAYS.keys()
 
     def trial(name: str, *_: object) -> dict[str, object]:
         rate = answers[name]
         return {"error": "it crashed"} if rate is None else {"images_per_second": rate}
 
-    monkeypatch.setattr(decoding, "_trial", trial)
-    choice = decoding._tried(0, 1)
+    monkeypatch.setattr(auto, "_trial", trial)
+    choice = auto._tried(0, 1)
     assert choice.way == way
     assert str(choice).startswith(f"decode={way}: ")
     for name, rate in answers.items():
@@ -121,18 +122,18 @@ CHOICE = Choice(way="gpu", images_per_second={"cpu": 1.0, "gpu": 2.0}, errors={"
 
 def test_it_is_remembered_for_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     here, elsewhere = {"gpu": "A", "driver": "1"}, {"gpu": "A", "driver": "2"}
-    assert decoding.remembered(here) is None
-    decoding._file().parent.mkdir()
-    decoding._remember(here, CHOICE)
-    assert decoding.remembered(here) == CHOICE and decoding.remembered(elsewhere) is None
-    decoding._remember(elsewhere, CHOICE)
-    assert decoding.remembered(here) == CHOICE
-    file = decoding._file()
+    assert auto.remembered(here) is None
+    auto._file().parent.mkdir()
+    auto._remember(here, CHOICE)
+    assert auto.remembered(here) == CHOICE and auto.remembered(elsewhere) is None
+    auto._remember(elsewhere, CHOICE)
+    assert auto.remembered(here) == CHOICE
+    file = auto._file()
     for damaged in ("", "[]", '{"x": 1}', file.read_text().replace("images_per_second", "speed")):
         file.write_text(damaged)
-        assert decoding.remembered(here) is None
-    decoding._remember(here, CHOICE)  # over the damage
-    assert decoding.remembered(here) == CHOICE
+        assert auto.remembered(here) is None
+    auto._remember(here, CHOICE)  # over the damage
+    assert auto.remembered(here) == CHOICE
 
 
 def test_of_several_ranks_one_tries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,22 +145,22 @@ def test_of_several_ranks_one_tries(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.2)
         return CHOICE
 
-    monkeypatch.setattr(decoding, "_facts", lambda *_: {"gpu": "A"})
-    monkeypatch.setattr(decoding, "_tried", try_once)
+    monkeypatch.setattr(auto, "_facts", lambda *_: {"gpu": "A"})
+    monkeypatch.setattr(auto, "_tried", try_once)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A")
     with ThreadPoolExecutor(3) as ranks:
-        assert [choice.way for choice in ranks.map(decoding.choose, [0] * 3, [1] * 3)] == ["gpu"] * 3
+        assert [choice.way for choice in ranks.map(auto.choose, [0] * 3, [1] * 3)] == ["gpu"] * 3
     assert tried == [1]
-    assert [entry["machine"] for entry in json.loads(decoding._file().read_text()).values()] == [{"gpu": "A"}]
+    assert [entry["machine"] for entry in json.loads(auto._file().read_text()).values()] == [{"gpu": "A"}]
 
 
 def test_a_machine_on_which_nothing_works_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
     nothing = Choice(way="cpu", images_per_second={}, errors={"cpu": "no memory"})
-    monkeypatch.setattr(decoding, "_facts", lambda *_: {"gpu": "A"})
-    monkeypatch.setattr(decoding, "_tried", lambda *_: tried.append(1) or nothing)
+    monkeypatch.setattr(auto, "_facts", lambda *_: {"gpu": "A"})
+    monkeypatch.setattr(auto, "_tried", lambda *_: tried.append(1) or nothing)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A")
-    assert decoding.choose(0, 1) == decoding.choose(0, 1) == nothing and tried == [1, 1]
+    assert auto.choose(0, 1) == auto.choose(0, 1) == nothing and tried == [1, 1]
 
 
 def test_a_folder_that_cannot_be_written_costs_the_memory_alone(
@@ -167,7 +168,7 @@ def test_a_folder_that_cannot_be_written_costs_the_memory_alone(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "file" / "cache"))
-    monkeypatch.setattr(decoding, "_facts", lambda *_: {"gpu": "A"})
-    monkeypatch.setattr(decoding, "_tried", lambda *_: CHOICE)
+    monkeypatch.setattr(auto, "_facts", lambda *_: {"gpu": "A"})
+    monkeypatch.setattr(auto, "_tried", lambda *_: CHOICE)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "A")
-    assert decoding.choose(0, 1) == CHOICE
+    assert auto.choose(0, 1) == CHOICE

@@ -25,10 +25,10 @@ import pytest
 from material import encoded, photograph
 
 from dali_diffusemix import Catalog, EditStore, QuarantineWarning, cli
-from dali_diffusemix.editors.diffusers import DiffusersConfig
 from dali_diffusemix.errors import CatalogError, DiffuseMixError, StoreError
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.quality import Thresholds
+from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.store import INDEX_ROW, ORIGINAL_INDEX_ROW, ORIGINAL_SHARD_ROW, SHARD_ROW, VERDICTS, OriginalStore
 
 ROOT = Path(__file__).parents[1]
@@ -395,7 +395,7 @@ def test_rejected_edits_lie_apart(tmp_path: Path) -> None:
     shard = json.loads((tmp_path / "edits" / "shards" / "edits-000000.json").read_text())
     assert set(shard["files"]) == {"tar", "idx", "npy", "rejected"}
     (row,) = np.load(tmp_path / "edits" / "shards" / "edits-000000.npy")
-    assert VERDICTS[row["verdict"]] == "too like the original" and 2 <= row["verdict"] <= 7
+    assert VERDICTS[row["verdict"]] == "unchanged" and 2 <= row["verdict"] <= 7
     data = (tmp_path / "edits" / "rejected" / "edits-000000.tar").read_bytes()
     jpeg = data[row["offset"] : row["offset"] + row["length"]]
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:

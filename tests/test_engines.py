@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from engine_jobs import Start, Task
 
-from dali_diffusemix.engines import Engine
-from dali_diffusemix.engines.local import LocalEngine, default_devices
-from dali_diffusemix.engines.ray import RayEngine, _knock
 from dali_diffusemix.errors import ConfigError, StoreError, WorkerError
+from dali_diffusemix.generate.engines import Engine
+from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
+from dali_diffusemix.generate.engines.ray import RayEngine, _knock
 
 HERE = Path(__file__).parent
 # Ray's own, of sockets and of processes that it lets go of.

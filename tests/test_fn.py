@@ -26,10 +26,10 @@ from dali_diffusemix import (
     MixSpec,
     RandomCrop,
     TrainCrop,
-    gpu,
-    mixing,
 )
 from dali_diffusemix import fn as dmx
+from dali_diffusemix.base import gpu
+from dali_diffusemix.mix import IMAGENET, TensorFormat, call
 from dali_diffusemix.plan import Crop, Planner
 
 Node = Any
@@ -141,7 +141,7 @@ def loaded(dataset: DiffuseMixDataset, epoch: int = 0, **options: Any) -> list[N
 def test_it_gives_the_loaders_samples(
     photos: Path, edits: Path, bank: FractalBank, mix: MixSpec, layout: str, dtype: Any, torch_dtype: torch.dtype
 ) -> None:
-    normalize = None if dtype == types.UINT8 else mixing.IMAGENET
+    normalize = None if dtype == types.UINT8 else IMAGENET
     dataset = make(photos, edits, bank, mix=mix, normalize=normalize, seed=3)
     results = run(dataset, epochs=(2, 7), layout=layout, dtype=dtype)
     expected = [*loaded(dataset, 2, dtype=torch_dtype), *loaded(dataset, 7, dtype=torch_dtype)]
@@ -449,9 +449,9 @@ def test_the_gpus_tensors_are_mixed_as_the_cpus_arrays(
 
     def mix_on_cpu(plan: Any, originals: Any, edits: Any, bank: Any, *, out: torch.Tensor, format: Any) -> None:
         view = out.permute(0, 2, 3, 1) if format.channels_last else out
-        mixing.mix(plan, originals, edits, bank and bank.images.numpy(), out=view.numpy(), format=format)
+        call.mix(plan, originals, edits, bank and bank.images.numpy(), out=view.numpy(), format=format)
 
-    monkeypatch.setattr(mixing, "mix_on_device", mix_on_cpu)
+    monkeypatch.setattr(call, "mix_on_device", mix_on_cpu)
     generator = np.random.default_rng(0)
     originals = [generator.integers(0, 256, (30 + i, 50, 3), dtype=np.uint8) for i in range(6)]
     edits = [generator.integers(0, 256, (40, 30 + i, 3), dtype=np.uint8) for i in range(6)]
@@ -459,7 +459,7 @@ def test_the_gpus_tensors_are_mixed_as_the_cpus_arrays(
     values = dmx.Plan(**given)._asdict()
     del values["edit"], values["seam_width"]
     fields = dmx._Fields(dmx._ROW, {**values, "seam_width": SimpleNamespace()})
-    format = mixing.TensorFormat(channels_last=layout == "HWC")
+    format = TensorFormat(channels_last=layout == "HWC")
     work = dmx._Mix(fields=fields, bank=dataset.bank, size=SIZE, format=format, threads=1)
     rest = [[np.frombuffer(b"HWC", dtype=np.uint8)] * 6] * 2 + [[np.array(width) for width in (0, 0.1, 0.1, 1, 0, 0.1)]]
     packed = [torch.from_numpy(row) for row in work.pack(*rest)]

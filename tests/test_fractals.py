@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix import fractals, native
+from dali_diffusemix.base import native
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import FractalBank, bank_from_folder, render, render_bank
+from dali_diffusemix.fractals import bank as bank_room
+from dali_diffusemix.fractals import flame as flame_room
 
 PHOTOS = Path(__file__).parents[2] / "shared" / "data"
 
@@ -23,18 +25,18 @@ needs_library = pytest.mark.skipif(native.library() is None, reason="the C++ lib
 
 
 def play(
-    flame: fractals._Flame, *, threads: int = 1, numpy: bool = False
+    flame: flame_room._Flame, *, threads: int = 1, numpy: bool = False
 ) -> tuple[NDArray[np.float32], NDArray[np.uint32]]:
     """Return where the points are after 12 steps, and the 62 x 62 histogram of steps 4 to 11."""
-    points = fractals._start(flame)
+    points = flame_room._start(flame)
     frame = np.array([-1, -1, 30, 30], np.float32)
     histogram = np.zeros((64, 64, 4), np.uint32)
     with np.errstate(all="ignore"):
         for first, steps, target in ((0, 4, None), (4, 8, histogram)):
             if numpy:
-                fractals._play_numpy(flame, points, first, steps, frame, target)
+                flame_room._play_numpy(flame, points, first, steps, frame, target)
             else:
-                fractals._play(flame, points, first, steps, frame, target, threads)
+                flame_room._play(flame, points, first, steps, frame, target, threads)
     return points, histogram
 
 
@@ -47,7 +49,7 @@ def play(
 def test_the_library_plays_as_numpy_does_bit_for_bit_on_any_number_of_threads(
     seed: int, index: int, threads: int
 ) -> None:
-    flame = fractals._draw_flame(seed, index, 0)
+    flame = flame_room._draw_flame(seed, index, 0)
     points, histogram = play(flame, threads=threads)
     expected_points, expected_histogram = play(flame, numpy=True)
     np.testing.assert_array_equal(points, expected_points)
@@ -55,12 +57,12 @@ def test_the_library_plays_as_numpy_does_bit_for_bit_on_any_number_of_threads(
 
 
 @needs_library
-@pytest.mark.parametrize("variation", range(len(fractals._VARIATIONS)), ids=fractals._VARIATIONS)
+@pytest.mark.parametrize("variation", range(len(flame_room._VARIATIONS)), ids=flame_room._VARIATIONS)
 def test_every_variation_is_the_same_in_both(variation: int) -> None:
-    flame = fractals._draw_flame(1, variation, 0)
+    flame = flame_room._draw_flame(1, variation, 0)
     maps = flame.maps.copy()
-    maps[:, fractals._WEIGHTS :] = 0
-    maps[:, fractals._WEIGHTS + variation] = 1
+    maps[:, flame_room._WEIGHTS :] = 0
+    maps[:, flame_room._WEIGHTS + variation] = 1
     flame = dataclasses.replace(flame, maps=maps)
     points, histogram = play(flame)
     expected_points, expected_histogram = play(flame, numpy=True)
@@ -69,25 +71,25 @@ def test_every_variation_is_the_same_in_both(variation: int) -> None:
 
 
 def test_every_sample_is_counted_once() -> None:
-    _, histogram = play(fractals._draw_flame(0, 0, 0))
-    assert histogram[..., 0].sum() == 8 * fractals._POINTS
+    _, histogram = play(flame_room._draw_flame(0, 0, 0))
+    assert histogram[..., 0].sum() == 8 * flame_room._POINTS
     assert (histogram[..., 1:] <= 255 * histogram[..., :1].astype(np.int64)).all()
 
 
-@pytest.mark.parametrize("name", fractals._VARIATIONS)
+@pytest.mark.parametrize("name", flame_room._VARIATIONS)
 def test_variations_stay_finite_on_ordinary_points(name: str) -> None:
     x, y = np.random.default_rng(0).normal(0, 2, (2, 1000)).astype(np.float32)
-    for values in fractals._variation(name, x, y, np.arange(1000, dtype=np.uint32)):
+    for values in flame_room._variation(name, x, y, np.arange(1000, dtype=np.uint32)):
         assert values.dtype == np.float32
         assert np.isfinite(values).all()
 
 
 def test_the_polynomials_are_the_functions() -> None:
     t = np.linspace(-40, 40, 100_001, dtype=np.float32)
-    np.testing.assert_allclose(fractals._sin_turns(t), np.sin(2 * np.pi * t.astype(float)), atol=1e-5)
+    np.testing.assert_allclose(flame_room._sin_turns(t), np.sin(2 * np.pi * t.astype(float)), atol=1e-5)
     x, y = np.random.default_rng(0).normal(0, 1, (2, 10_000)).astype(np.float32)
     expected = np.arctan2(x.astype(float), y) / (2 * np.pi)
-    np.testing.assert_allclose(fractals._angle_turns(x, y), expected, atol=1e-5)
+    np.testing.assert_allclose(flame_room._angle_turns(x, y), expected, atol=1e-5)
 
 
 def test_a_fractal_depends_on_seed_index_and_size_only() -> None:
@@ -130,7 +132,7 @@ def picture_and_cover() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
 
 def test_dull_previews_are_refused_by_name() -> None:
     picture, cover = picture_and_cover()
-    assert fractals._flaw(picture, cover) is None
+    assert flame_room._flaw(picture, cover) is None
     half = cover.copy()
     half[:32] = 0
     smooth = np.broadcast_to(np.linspace(0, 1, 64, dtype=np.float32)[:, None, None], (64, 64, 3))
@@ -144,22 +146,22 @@ def test_dull_previews_are_refused_by_name() -> None:
         (stripes, cover, "poor"),
         (grey, cover, "monochrome"),
     ):
-        found = fractals._flaw(dull, covered)
+        found = flame_room._flaw(dull, covered)
         assert found is not None
         assert found.startswith(flaw)
 
 
 def test_a_refused_attempt_is_drawn_again_with_another_number(monkeypatch: pytest.MonkeyPatch) -> None:
     attempts: list[int] = []
-    draw, judge = fractals._draw_flame, fractals._flaw
+    draw, judge = flame_room._draw_flame, flame_room._flaw
 
-    def recorded(seed: int, index: int, attempt: int) -> fractals._Flame:
+    def recorded(seed: int, index: int, attempt: int) -> flame_room._Flame:
         attempts.append(attempt)
         return draw(seed, index, attempt)
 
-    monkeypatch.setattr(fractals, "_draw_flame", recorded)
+    monkeypatch.setattr(flame_room, "_draw_flame", recorded)
     monkeypatch.setattr(
-        fractals, "_flaw", lambda picture, cover: "refused" if len(attempts) < 3 else judge(picture, cover)
+        flame_room, "_flaw", lambda picture, cover: "refused" if len(attempts) < 3 else judge(picture, cover)
     )
     render(0, size=16)
     assert attempts == list(range(len(attempts)))
@@ -170,7 +172,7 @@ def test_a_refused_attempt_is_drawn_again_with_another_number(monkeypatch: pytes
 def test_collapsed_and_scattered_points_have_no_frame(spread: tuple[float, float]) -> None:
     points = np.random.default_rng(0).uniform(-1, 1, (4, 3, 1024)).astype(np.float32)
     points[:, :2] *= np.array(spread, np.float32)[:, None]
-    assert fractals._frame(points) is None
+    assert flame_room._frame(points) is None
 
 
 @pytest.mark.parametrize(
@@ -224,7 +226,7 @@ def test_a_full_disk_is_an_error() -> None:
         pytest.skip("this system has no /dev/full")
     with (
         pytest.raises(StoreError, match="No space left"),
-        fractals._writing(Path("bank")),
+        bank_room._writing(Path("bank")),
         Path("/dev/full").open("wb") as file,
     ):
         file.write(b"x")

@@ -20,13 +20,14 @@ import pytest
 from PIL import Image
 
 from dali_diffusemix.catalog import Catalog, index
-from dali_diffusemix.editors import PROMPTS, EditTask
-from dali_diffusemix.editors.procedural import ProceduralEditor
-from dali_diffusemix.engines import Job, Report
-from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
-from dali_diffusemix.generate import GenerateConfig, Summary, edit_seed, generate
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.generate import GenerateConfig, Summary, generate
+from dali_diffusemix.generate.editors import PROMPTS, EditTask
+from dali_diffusemix.generate.editors.procedural import ProceduralEditor
+from dali_diffusemix.generate.engines import Job, Report
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.generate.worker import edit_seed
+from dali_diffusemix.images.codec import decode
 from dali_diffusemix.store import VERDICTS, EditStore, UnfinishedStoreWarning
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

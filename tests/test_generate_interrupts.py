@@ -13,10 +13,10 @@ import pytest
 from material import encoded, photograph
 
 from dali_diffusemix import EditStore
-from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.store import UnfinishedStoreWarning
-from dali_diffusemix.verify import verify
 
 PROMPTS = ("autumn", "mosaic")
 CONFIG = GenerateConfig(prompts=PROMPTS, variants=3, size=96, batch_size=2, originals_per_shard=40)

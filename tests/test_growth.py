@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 from material import encoded, photograph
 
 from dali_diffusemix.catalog import StaleCatalogWarning, index
-from dali_diffusemix.dataset import DiffuseMixDataset
-from dali_diffusemix.engines import Job, Report
-from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.generate import GenerateConfig, PromptFile, generate
+from dali_diffusemix.generate.engines import Job, Report
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.inspect.verify import verify
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
 from dali_diffusemix.store import EditStore, Part, StoreWriter, UnfinishedStoreWarning
 from dali_diffusemix.store.layout import Segment
-from dali_diffusemix.verify import verify
 
 CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3, batch_size=2)
 

@@ -11,8 +11,8 @@ import pytest
 from interrupting import Case, Thrown, make_case
 
 from dali_diffusemix import DiffuseMixDataset, EvalCrop
-from dali_diffusemix.loader import sources_of
-from dali_diffusemix.pipeline import PieceDecoder, Sources
+from dali_diffusemix.loading.decoder import PieceDecoder, Sources
+from dali_diffusemix.loading.loader import sources_of
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -62,7 +62,7 @@ def test_what_was_thrown_passes_through(case: Case, monkeypatch: pytest.MonkeyPa
         raise Thrown
 
     with monkeypatch.context() as patch, pytest.raises(Thrown):
-        patch.setattr("dali_diffusemix.pipeline._Pipeline.outputs", thrown)
+        patch.setattr("dali_diffusemix.loading.dali.Pipeline.outputs", thrown)
         next(iterator)
     assert not decoder.intact and not loader._idle
     with pytest.raises(RuntimeError, match="can only be closed"):

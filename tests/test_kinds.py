@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, QuarantineWarning, TrainCrop
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.pipeline import PieceDecoder, Sources
-from dali_diffusemix.pixels import decode, encode
+from dali_diffusemix.images.codec import decode, encode
+from dali_diffusemix.images.reading import read
+from dali_diffusemix.loading.decoder import PieceDecoder, Sources
 from dali_diffusemix.plan import Crop
-from dali_diffusemix.reading import read
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 

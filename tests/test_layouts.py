@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dali_diffusemix.catalog import Catalog
+from dali_diffusemix.catalog import LAYOUTS, Catalog, read_layout
 from dali_diffusemix.errors import CatalogError, ConfigError
-from dali_diffusemix.layouts import LAYOUTS, read_layout
 
 TEST_SPLIT = {"folder": "val", "imagenet": "val", "tiny-imagenet": "val"}
 PER_CLASS = {"cifar100": 3 * miniature.TRAIN}

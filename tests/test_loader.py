@@ -30,9 +30,9 @@ from dali_diffusemix import (
     MixSpec,
     RandomCrop,
     TrainCrop,
-    gpu,
 )
-from dali_diffusemix.pipeline import dali
+from dali_diffusemix.base import gpu
+from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.plan import Crop
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
@@ -423,7 +423,7 @@ def test_a_gpu_that_cannot_be_used_is_one_clear_error(photos: Path) -> None:
 
 def test_the_cuda_source_is_one_text_without_includes_of_ours() -> None:
     """CuPy's cache of compiled kernels goes by the text, so the header must be part of it."""
-    from dali_diffusemix import gpu
+    from dali_diffusemix.base import gpu
 
     text = gpu.source()
     assert '#include "' not in text

@@ -17,20 +17,12 @@ from mixing_cases import FLOAT32_TOLERANCE, NOTHING, compare, pixels, plan_of, r
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix import mixing, native
+from dali_diffusemix.base import native
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.mixing import (
-    DTYPES,
-    IMAGENET,
-    TensorFormat,
-    edit_weight,
-    encode,
-    mix,
-    mixed_image,
-    piece_table,
-    resample,
-    resample_weights,
-)
+from dali_diffusemix.mix import IMAGENET, TensorFormat
+from dali_diffusemix.mix.call import mix, piece_table
+from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image, resample, resample_weights
+from dali_diffusemix.mix.tensor import DTYPES, DtypeName
 from dali_diffusemix.plan import MASKS, BatchPlan
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -256,7 +248,7 @@ def test_the_kernel_is_the_specification(
     largest: int,
     seam_width: float,
     own_span: bool,
-    dtype: mixing.DtypeName,
+    dtype: DtypeName,
     channels_last: bool,
     threads: int,
 ) -> None:

@@ -40,10 +40,10 @@ from dali_diffusemix import (
 )
 from dali_diffusemix.catalog import index
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import PackConfig, PackSummary, _fitted, pack
-from dali_diffusemix.pixels import decode, tile
+from dali_diffusemix.images.codec import decode, tile
+from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.store import ORIGINAL_SHARD_ROW, OriginalStore
-from dali_diffusemix.verify import verify
+from dali_diffusemix.store.pack import PackConfig, PackSummary, _fitted, pack
 
 SMALL = PackConfig(originals_per_shard=4)
 

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
+from dali_diffusemix.base.philox import Permutation, below, draw, philox4x32, uniform
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.philox import Permutation, below, draw, philox4x32, uniform
 
 # Random123's kat_vectors, philox 4x32 10.
 KNOWN_ANSWERS = [

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.pixels import FORMATS, _PillowHere, decode, decode_listed
-from dali_diffusemix.reading import read
+from dali_diffusemix.images.codec import FORMATS, _PillowHere, decode, decode_listed
+from dali_diffusemix.images.reading import read
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 PICTURE = np.random.default_rng(0).integers(0, 256, (7, 5, 3), np.uint8)

@@ -11,23 +11,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mixing import TensorFormat, edit_weight, encode, mixed_image, resample
-from dali_diffusemix.pixels import decode
-from dali_diffusemix.plan import (
-    MASKS,
-    Crop,
-    EvalCrop,
-    MixSpec,
-    RandomCrop,
-    Schedule,
-    TrainCrop,
-    visible_parts,
-)
-from dali_diffusemix.preview import (
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.inspect.preview import (
     COLUMNS,
     animation,
     canvas,
@@ -42,8 +30,21 @@ from dali_diffusemix.preview import (
     sheets,
     spread_indices,
 )
-from dali_diffusemix.preview.canvas import Frame, Layout
-from dali_diffusemix.preview.samples import Sample
+from dali_diffusemix.inspect.preview.canvas import Frame, Layout
+from dali_diffusemix.inspect.preview.samples import Sample
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.mix import TensorFormat
+from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image, resample
+from dali_diffusemix.plan import (
+    MASKS,
+    Crop,
+    EvalCrop,
+    MixSpec,
+    RandomCrop,
+    Schedule,
+    TrainCrop,
+    visible_parts,
+)
 
 PIXELS = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
 ODD_CLASS = b"caf\xc3\xa9 \xff \xe9\x9b\xaa, and a name that is far too long for the caption"

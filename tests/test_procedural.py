@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from skimage import data
 
-from dali_diffusemix.editors import PROMPTS, Editor, EditTask
-from dali_diffusemix.editors.procedural import ProceduralConfig, ProceduralEditor
 from dali_diffusemix.errors import ConfigError, DataError
+from dali_diffusemix.generate.editors import PROMPTS, Editor, EditTask
+from dali_diffusemix.generate.editors.procedural import ProceduralConfig, ProceduralEditor
 
 SHARED = Path(__file__).parents[2] / "shared"
 Pixels = NDArray[np.uint8]
@@ -113,8 +113,8 @@ def test_an_edit_depends_on_its_image_prompt_and_seed_alone(prompt: str) -> None
 def test_another_process_makes_the_same_edits() -> None:
     script = (
         "import sys, zlib, numpy as np\n"
-        "from dali_diffusemix.editors import PROMPTS, EditTask\n"
-        "from dali_diffusemix.editors.procedural import ProceduralEditor\n"
+        "from dali_diffusemix.generate.editors import PROMPTS, EditTask\n"
+        "from dali_diffusemix.generate.editors.procedural import ProceduralEditor\n"
         "image = np.frombuffer(sys.stdin.buffer.read(), np.uint8).reshape(128, 128, 3)\n"
         "tasks = [EditTask(image=0, prompt=p, seed=5) for p in PROMPTS]\n"
         "sys.stdout.write(' '.join(str(zlib.crc32(e.tobytes())) for e in ProceduralEditor().edit([image], tasks)))\n"

@@ -354,7 +354,7 @@ def test_statistics_say_who_waits(
     photos: Path, edits: Path, bank: FractalBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("dali_diffusemix.loader.time", clock)
+    monkeypatch.setattr("dali_diffusemix.loading.loader.time", clock)
     dataset = DiffuseMixDataset(photos, crop=TrainCrop(64), mix=MixSpec(probability=1), edits=edits, fractals=bank)
     loader = loader_of(dataset)
     assert loader.stats().batches == 0 and loader.stats().bottleneck == "training"

@@ -11,10 +11,11 @@ from material import photograph
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from dali_diffusemix.editors import PROMPTS, EditTask
-from dali_diffusemix.editors.procedural import ProceduralEditor
 from dali_diffusemix.errors import ConfigError, DataError
-from dali_diffusemix.quality import VERDICTS, Thresholds, judge
+from dali_diffusemix.generate.editors import PROMPTS, EditTask
+from dali_diffusemix.generate.editors.procedural import ProceduralEditor
+from dali_diffusemix.generate.quality import Thresholds, judge
+from dali_diffusemix.store import REJECTIONS
 
 Picture = NDArray[np.uint8]
 
@@ -77,14 +78,14 @@ def test_an_edit_in_which_nothing_was_edited(
 ) -> None:
     for picture in photographs:
         found = judge(picture, untouched(picture))
-        assert found.verdict == "too like the original"
+        assert found.verdict == "unchanged"
         assert found.score < found.threshold == Thresholds().like
 
 
 def test_an_edit_of_something_else(photographs: list[Picture]) -> None:
     for place, picture in enumerate(photographs):
         noise = np.random.default_rng(place).integers(0, 256, picture.shape, np.uint8)
-        assert judge(picture, noise).verdict == "too unlike the original"
+        assert judge(picture, noise).verdict == "structure_lost"
         assert judge(picture, 255 - picture).verdict is None  # a negative shows the same things
     fields = judge(photographs[0], photograph(5, 128, 128))
     assert fields.score < judge(photographs[0], shifted(photographs[0])[..., ::-1]).score
@@ -111,7 +112,7 @@ def test_images_of_every_size_get_one_verdict_that_repeats(height: int, width: i
     original, edit = rng.integers(0, 256, (2, height, width, 3), np.uint8)
     found = judge(original, edit)
     assert found == judge(original.copy(), edit.copy())
-    assert found.verdict is None or found.verdict in VERDICTS
+    assert found.verdict is None or found.verdict in REJECTIONS
     assert 0 <= found.score <= 1
 
 

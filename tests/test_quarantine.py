@@ -26,8 +26,8 @@ from dali_diffusemix import (
     QuarantineWarning,
     TrainCrop,
 )
+from dali_diffusemix.loading.quarantine import Failure, Kind, Quarantine, Substitution
 from dali_diffusemix.plan import BatchPlan, Planner
-from dali_diffusemix.quarantine import Failure, Kind, Quarantine, Substitution
 
 quiet = pytest.mark.filterwarnings("ignore::dali_diffusemix.QuarantineWarning")
 

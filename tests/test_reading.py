@@ -15,11 +15,12 @@ from material import encoded, photograph, shared
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix import native, reading
+from dali_diffusemix.base import native
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.pipeline import PieceDecoder, Sources
-from dali_diffusemix.pixels import decode, encode
-from dali_diffusemix.reading import IN_STORE, Batch, Extent, OpenFile, read
+from dali_diffusemix.images import reading
+from dali_diffusemix.images.codec import decode, encode
+from dali_diffusemix.images.reading import IN_STORE, Batch, Extent, OpenFile, read
+from dali_diffusemix.loading.decoder import PieceDecoder, Sources
 
 NO_WINDOW = np.zeros((1, 4), dtype=np.int32)
 

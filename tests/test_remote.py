@@ -24,15 +24,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dali_diffusemix import remote
 from dali_diffusemix.catalog import Catalog
-from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError, StoreError
-from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.images.reading import Extent
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
-from dali_diffusemix.reading import Extent
-from dali_diffusemix.remote import Mirror, MirrorError, MirrorLimitWarning, is_url
-from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter, UnfinishedStoreWarning
+from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter, UnfinishedStoreWarning, mirror
+from dali_diffusemix.store.mirror import Mirror, MirrorError, MirrorLimitWarning, is_url
+from dali_diffusemix.store.pack import PackConfig, pack
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server], a real S3 server: pip install -e '.[dev]'")
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[s3]'")
@@ -150,9 +149,9 @@ def proxy(s3_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iter
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
     monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR", str(tmp_path / "mirrors"))
-    monkeypatch.setattr(remote, "_FIRST_WAIT", 0.01)
-    monkeypatch.setattr(remote, "_MOST_BYTES", 1 << 16)
-    monkeypatch.setattr(remote, "_LEAST_BYTES", 1 << 13)
+    monkeypatch.setattr(mirror, "_FIRST_WAIT", 0.01)
+    monkeypatch.setattr(mirror, "_MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(mirror, "_LEAST_BYTES", 1 << 13)
     yield proxy
     proxy.close()
 
@@ -199,8 +198,8 @@ def check(store: EditStore | OriginalStore, local: EditStore | OriginalStore) ->
         assert data == store.encoded(row).tobytes() == local.encoded(row).tobytes()
 
 
-def tars(mirror: Mirror) -> dict[str, int]:
-    return {file.name: file.stat().st_size for file in (mirror.folder / "shards").glob("*.tar")}
+def tars(copy: Mirror) -> dict[str, int]:
+    return {file.name: file.stat().st_size for file in (copy.folder / "shards").glob("*.tar")}
 
 
 def mirror_of(store: EditStore | OriginalStore) -> Mirror:
@@ -226,7 +225,7 @@ def test_a_store_in_s3_is_the_local_store(url: str, local: Path, proxy: Proxy) -
 def test_other_protocols(local: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Among them a web server that knows neither ranges nor sizes."""
     monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR", str(tmp_path / "mirrors"))
-    monkeypatch.setattr(remote, "_MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(mirror, "_MOST_BYTES", 1 << 16)
     fsspec.filesystem("memory").put(f"{local}/", "/test_other_protocols/", recursive=True)
 
     class Quiet(SimpleHTTPRequestHandler):
@@ -304,8 +303,8 @@ def test_cut_connections_are_gone_on_with(after: tuple[int, int], url: str, loca
 def test_a_killed_process_is_gone_on_with(url: str, local: Path, proxy: Proxy) -> None:
     proxy.wait = 0.05
     script = (
-        "import sys; from dali_diffusemix import remote; from dali_diffusemix.store import EditStore\n"
-        "remote._MOST_BYTES = 1 << 14\n"
+        "import sys; from dali_diffusemix.store import mirror; from dali_diffusemix.store import EditStore\n"
+        "mirror._MOST_BYTES = 1 << 14\n"
         "EditStore.open(sys.argv[1]).encoded(0)"
     )
     part = Mirror(url).folder / "shards" / ".edits-000000.part"
@@ -491,7 +490,7 @@ def test_two_processes_fetch_each_shard_once(url: str, local: Path, proxy: Proxy
 def test_a_batch_has_all_shards_fetched_and_its_own_first(
     url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "_THREADS", 1)
+    monkeypatch.setattr(mirror, "_THREADS", 1)
     proxy.wait = 0.01
     store = EditStore.open(url)
     store.extents(np.array([ORIGINALS - 1]))

@@ -20,8 +20,8 @@ from click.shell_completion import ShellComplete
 from PIL import Image
 
 from dali_diffusemix import cli
-from dali_diffusemix.editors import PROMPTS
-from dali_diffusemix.layouts import LAYOUTS
+from dali_diffusemix.catalog import LAYOUTS
+from dali_diffusemix.generate.editors import PROMPTS
 
 PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]
 FRACTALS = ("fractals", "f.npy", "--count", "3", "--size", "32")

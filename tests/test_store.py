@@ -29,7 +29,7 @@ from dali_diffusemix.store import (
     StoreWriter,
     UnfinishedStoreWarning,
     layout,
-    reading,
+    readers,
 )
 
 SETTINGS = {"editor": "none", "size": 8}
@@ -163,7 +163,7 @@ def test_the_planner_takes_a_store_as_its_edits(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_may_be_open_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(readers, "_OPEN_SHARDS", 2)
     build(tmp_path, originals(12), per_shard=1)
     store = EditStore.open(tmp_path)
     rows = expected(12)

@@ -26,10 +26,10 @@ from dali_diffusemix import (
 )
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import PackConfig, pack
-from dali_diffusemix.report import write_report
+from dali_diffusemix.inspect.report import write_report
+from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.store import EditStore, OriginalStore
-from dali_diffusemix.verify import verify
+from dali_diffusemix.store.pack import PackConfig, pack
 
 DEEP = "[" * 100_000 + "]" * 100_000
 VALUES: list[Any] = [None, -1, 0, 10**30, 1.5, "x", "\ud800", [], {}, [[]], True, float("nan"), 2**31, -(2**63), DEEP]

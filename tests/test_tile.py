@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from material import encoded, photograph, shared
 from PIL import Image
 
-from dali_diffusemix import native
-from dali_diffusemix.pixels import decode, tile
-from dali_diffusemix.reading import Extent, OpenFile, read
+from dali_diffusemix.base import native
+from dali_diffusemix.images.codec import decode, tile
+from dali_diffusemix.images.reading import Extent, OpenFile, read
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="the library was not built")
 

@@ -17,18 +17,18 @@ from PIL import Image
 
 from dali_diffusemix.catalog import index
 from dali_diffusemix.cli import main
-from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import CatalogError, ConfigError
-from dali_diffusemix.export import export
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pack import pack
-from dali_diffusemix.pixels import decode
+from dali_diffusemix.generate.quality import Thresholds
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.inspect.export import export
+from dali_diffusemix.inspect.report import write_report
+from dali_diffusemix.inspect.verify import verify
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import EvalCrop, MixSpec
-from dali_diffusemix.quality import Thresholds
-from dali_diffusemix.report import write_report
 from dali_diffusemix.store import VERDICTS, EditStore
-from dali_diffusemix.verify import verify
+from dali_diffusemix.store.pack import pack
 
 NASTY = "<img src=x onerror=alert(1)>'\" & 100%"
 CONFIG = GenerateConfig(
@@ -84,7 +84,7 @@ def rows_of(store: Path) -> np.ndarray:
 def test_what_is_rejected_or_denied_is_not_trained_on_but_can_be_looked_at(made: Path) -> None:
     edits, rows = EditStore.open(made), rows_of(made)
     verdicts = [VERDICTS[place] for place in rows["verdict"]]
-    assert {"accepted", "unreadable original", "too unlike the original", "denied"} <= set(verdicts)
+    assert {"accepted", "unreadable original", "structure_lost", "denied"} <= set(verdicts)
     assert len(edits) == verdicts.count("accepted")
     for shard in edits.shards:
         for row in edits.shard_rows(shard):
@@ -108,7 +108,7 @@ def test_a_rejected_edit_is_tried_again_from_other_seeds(root: Path, made: Path,
     once, again = rows_of(made), rows_of(tmp_path / "again")
     kept = once["verdict"] == 0
     np.testing.assert_array_equal(once["seed"][kept], again["seed"][kept])
-    tried = np.isin(once["verdict"], [VERDICTS.index("too unlike the original")])
+    tried = np.isin(once["verdict"], [VERDICTS.index("structure_lost")])
     assert (once["seed"][tried] != again["seed"][tried]).all()
     assert (again["verdict"] == 0).sum() >= kept.sum()
 
@@ -301,7 +301,7 @@ def test_the_gallery_in_a_browser(made: Path, tmp_path: Path, browser: Any) -> N
         "class ants": int((labels == edits.catalog.class_to_idx["ants"]).sum()),
         f"class {NASTY}": int((labels == edits.catalog.class_to_idx[NASTY]).sum()),
         "prompt mosaic": 10,
-        "verdict rejected by quality": names.count("too unlike the original"),
+        "verdict rejected by quality": names.count("structure_lost"),
         "verdict denied": names.count("denied"),
     }
     assert report.originals and "30 edits of 10 originals in 3 classes" in str(found["facts"])

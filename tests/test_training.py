@@ -22,7 +22,7 @@ from PIL import Image
 
 from dali_diffusemix import Catalog
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
-from dali_diffusemix.mixing import IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.toml"))

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, FractalBank, MixSpec, RandomCrop, TrainCrop
-from dali_diffusemix.loader import _Pieces, sources_of
-from dali_diffusemix.mixing import TensorFormat, mix, piece_table
+from dali_diffusemix.loading.loader import _Pieces, sources_of
+from dali_diffusemix.loading.upload import PieceUpload
+from dali_diffusemix.mix import TensorFormat
+from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.plan import Crop
-from dali_diffusemix.upload import PieceUpload
 
 CPU = torch.device("cpu")
 
@@ -42,7 +43,7 @@ def test_every_byte_arrives(shapes: list[tuple[int, int] | None], split: int, th
     on_host = np.arange(len(images)) >= split  # the others lie on the device already
     with pytest.MonkeyPatch.context() as patch:
         if not native:
-            patch.setattr("dali_diffusemix.native.library", lambda: None)
+            patch.setattr("dali_diffusemix.base.native.library", lambda: None)
         upload = PieceUpload(CPU, threads)
         for _ in range(2):
             moved, block = upload(table, on_host)

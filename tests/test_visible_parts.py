@@ -12,7 +12,7 @@ from mixing_cases import plan_of
 from numpy.typing import NDArray
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, FractalBank, MixSpec, RandomCrop, TrainCrop
-from dali_diffusemix.mixing import edit_weight, resample_weights
+from dali_diffusemix.mix.pixel import edit_weight, resample_weights
 from dali_diffusemix.plan import Crop, visible_parts
 
 

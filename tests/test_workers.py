@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from dali_diffusemix.workers import Workers
+from dali_diffusemix.base.workers import Workers
 
 
 def threads_of(name: str) -> int:
@@ -59,7 +59,9 @@ def test_threads_end_with_what_they_work_for() -> None:
 
 
 def test_they_do_not_keep_the_interpreter() -> None:
-    code = "from dali_diffusemix.workers import Workers; import time; w = Workers(2, 'x'); w.submit(time.sleep, 60)"
+    code = (
+        "from dali_diffusemix.base.workers import Workers; import time; w = Workers(2, 'x'); w.submit(time.sleep, 60)"
+    )
     begin = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
     assert time.monotonic() - begin < 20

@@ -77,7 +77,7 @@ class Item:
 
 def item(content: bytes) -> Item:
     """An image with a window in its middle."""
-    from dali_diffusemix.pixels import decode
+    from dali_diffusemix.images.codec import decode
 
     pixels = decode(content)
     height, width = pixels.shape[:2]
@@ -90,8 +90,8 @@ def cut(files: Sequence[Path], folder: Path) -> list[Item]:
     """Windows of photographs with restart markers, cut as the loader cuts them."""
     from PIL import Image
 
-    from dali_diffusemix.pixels import decode, encode
-    from dali_diffusemix.reading import read
+    from dali_diffusemix.images.codec import decode, encode
+    from dali_diffusemix.images.reading import read
 
     folder.mkdir(parents=True, exist_ok=True)
     places, windows, expected = [], [], []

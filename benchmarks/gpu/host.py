@@ -127,7 +127,7 @@ def main() -> None:
     tried("copies, GB/s", lambda: copies(options.device))
 
     def native() -> str:
-        from dali_diffusemix.native import load
+        from dali_diffusemix.base.native import load
 
         load()
         return "loads"

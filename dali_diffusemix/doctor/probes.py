@@ -29,7 +29,7 @@ import dali_diffusemix
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, MissingDependencyError
 
 if TYPE_CHECKING:
-    from dali_diffusemix.dataset import DiffuseMixDataset
+    from dali_diffusemix.loading.dataset import DiffuseMixDataset
 
 __all__ = ["CUPY", "DALI", "EXTRAS", "LANES", "PROBES", "Extra", "Probe", "described"]
 
@@ -214,7 +214,7 @@ def _compiler() -> dict[str, Any]:
 
 def _cache() -> dict[str, Any]:
     """The folder that catalogs are kept in: a nameless file is made where it is, or would be made."""
-    from dali_diffusemix.catalog import default_location
+    from dali_diffusemix.catalog.table import default_location
 
     folder = default_location(".").parent
     place = folder
@@ -233,7 +233,7 @@ def _cache() -> dict[str, Any]:
 
 
 def _kernel() -> dict[str, Any]:
-    from dali_diffusemix.native import load
+    from dali_diffusemix.base.native import load
 
     if os.environ.get("DALI_DIFFUSEMIX_NATIVE") == "0":
         raise ConfigError("switched off by DALI_DIFFUSEMIX_NATIVE=0; NumPy mixes, many times slower")
@@ -248,7 +248,7 @@ def _kernel() -> dict[str, Any]:
 
 
 def _gpu_kernel() -> dict[str, Any]:
-    from dali_diffusemix.gpu import compiler
+    from dali_diffusemix.base.gpu import compiler
 
     return dict(zip(("cupy", "nvrtc"), compiler(), strict=True))
 
@@ -284,7 +284,7 @@ def _tried(formats: Sequence[str], decode: Callable[[bytes], object]) -> dict[st
 def _pillow() -> dict[str, Any]:
     from PIL import __version__, features
 
-    from dali_diffusemix.pixels import FORMATS, decode
+    from dali_diffusemix.images.codec import FORMATS, decode
 
     return {
         "version": __version__,
@@ -308,8 +308,8 @@ def _dali_gpu() -> dict[str, Any]:
 def _dali(device: int | None) -> dict[str, str | None]:
     import numpy as np
 
-    from dali_diffusemix.pipeline import dali, decode_by_dali
-    from dali_diffusemix.pixels import decode
+    from dali_diffusemix.images.codec import decode
+    from dali_diffusemix.loading.dali import dali, decode_by_dali
 
     try:
         dali()
@@ -345,9 +345,9 @@ def _hardware_jpeg() -> bool | None:
 @contextlib.contextmanager
 def _photographs() -> Iterator["DiffuseMixDataset"]:
     """A dataset of photographs in a folder of its own."""
-    from dali_diffusemix.catalog import index
-    from dali_diffusemix.dataset import DiffuseMixDataset
-    from dali_diffusemix.plan import TrainCrop
+    from dali_diffusemix.catalog.listing import index
+    from dali_diffusemix.loading.dataset import DiffuseMixDataset
+    from dali_diffusemix.plan.crops import TrainCrop
 
     with tempfile.TemporaryDirectory() as folder:
         root = _write_photographs(Path(folder) / "photographs")
@@ -376,7 +376,7 @@ def _dataset() -> dict[str, Any]:
 def _load(device: str) -> dict[str, Any]:
     import torch
 
-    from dali_diffusemix.loader import DiffuseMixLoader
+    from dali_diffusemix.loading.loader import DiffuseMixLoader
 
     with _photographs() as dataset:
         # On a GPU too: that needs no more than PyTorch, CuPy and DALI's CPU decoders.
@@ -395,7 +395,7 @@ def _decoding() -> dict[str, Any]:
     _gpus()
     import torch
 
-    from dali_diffusemix.decoding import choose
+    from dali_diffusemix.loading.auto import choose
 
     if not torch.cuda.is_available():
         raise MissingDependencyError("PyTorch sees no GPU")
@@ -404,9 +404,10 @@ def _decoding() -> dict[str, Any]:
 
 
 def _edits() -> dict[str, Any]:
-    from dali_diffusemix.catalog import index
-    from dali_diffusemix.fractals import render_bank
-    from dali_diffusemix.generate import GenerateConfig, generate
+    from dali_diffusemix.catalog.listing import index
+    from dali_diffusemix.fractals.bank import render_bank
+    from dali_diffusemix.generate.config import GenerateConfig
+    from dali_diffusemix.generate.run import generate
     from dali_diffusemix.store import EditStore
 
     with tempfile.TemporaryDirectory() as folder:

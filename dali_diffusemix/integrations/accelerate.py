@@ -14,10 +14,10 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderStateMixin
 
-from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loader import Batch, DiffuseMixLoader
-from dali_diffusemix.plan import Schedule
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.loader import Batch, DiffuseMixLoader
+from dali_diffusemix.plan.order import Schedule
 
 # What a second loader that makes the last batch needs of the first.
 _DELIVERY: Final = (

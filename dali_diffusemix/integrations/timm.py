@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 
-from dali_diffusemix.dataset import DiffuseMixDataset
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loader import Batch, DiffuseMixLoader
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.loader import Batch, DiffuseMixLoader
 
 
 class Mixup(Protocol):

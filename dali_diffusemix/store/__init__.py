@@ -32,6 +32,7 @@ from dali_diffusemix.store.layout import (
     NOT_YET,
     ORIGINAL_INDEX_ROW,
     ORIGINAL_SHARD_ROW,
+    REJECTIONS,
     SHARD_ROW,
     VERDICTS,
     WHOLE,
@@ -39,8 +40,8 @@ from dali_diffusemix.store.layout import (
     Shard,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.reading import EditStore, OriginalStore, ShardFiles, index_is_current, shard_files
-from dali_diffusemix.store.writing import BegunShard, OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
+from dali_diffusemix.store.readers import EditStore, OriginalStore, ShardFiles, index_is_current, shard_files
+from dali_diffusemix.store.writer import BegunShard, OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
 
 __all__ = [
     "DENIED",
@@ -48,6 +49,7 @@ __all__ = [
     "NOT_YET",
     "ORIGINAL_INDEX_ROW",
     "ORIGINAL_SHARD_ROW",
+    "REJECTIONS",
     "SHARD_ROW",
     "VERDICTS",
     "WHOLE",

@@ -20,18 +20,24 @@ from typing import Any, BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix import __version__, quality
-from dali_diffusemix.catalog import why_damaged
+from dali_diffusemix import __version__
+from dali_diffusemix.base.files import why_damaged
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
 """What decides a store's images besides the original, prompt and variant of each."""
 
-VERDICTS = ("accepted", "unreadable original", *quality.VERDICTS, "denied", "not made yet")
+REJECTIONS = ("black", "white", "flat", "not a number", "unchanged", "structure_lost")
+"""Why quality rejects an edit."""
+
+VERDICTS = ("accepted", "unreadable original", *REJECTIONS, "denied", "not made yet")
 """What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made, and what
 is not made yet is left to the next run."""
 
+ACCEPTED, UNREADABLE = VERDICTS[:2]
 DENIED, NOT_YET = VERDICTS[-2:]
+# The names that two verdicts had until version 0.1: shards keep the names that they were written with.
+_FORMER = {"too like the original": "unchanged", "too unlike the original": "structure_lost"}
 
 SHARD_ROW = np.dtype(
     [
@@ -486,7 +492,9 @@ class ShardRecord:
                 sizes=tuple(int(files[ending]["bytes"]) for ending in FILES),
                 hashes={str(ending): str(file["sha256"]) for ending, file in files.items()},
                 rejected=int(files["rejected"]["bytes"]) if "rejected" in files else None,
-                verdicts=Counter({str(name): int(count) for name, count in stored["verdicts"].items()}),
+                verdicts=Counter(
+                    {_FORMER.get(name, str(name)): int(count) for name, count in stored["verdicts"].items()}
+                ),
             )
             if not all(0 <= count < 2**31 for count in record.verdicts.values()):
                 raise ValueError(f"verdicts {dict(record.verdicts)}")

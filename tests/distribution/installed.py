@@ -17,7 +17,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import dali_diffusemix
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MissingDependencyError, MixSpec, TrainCrop, native
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MissingDependencyError, MixSpec, TrainCrop
+from dali_diffusemix.base import native
 
 PROGRAM = Path(sys.executable).with_name("dali-diffusemix")
 

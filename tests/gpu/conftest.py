@@ -8,7 +8,7 @@ import pytest
 
 def missing() -> str | None:
     try:
-        from dali_diffusemix import gpu
+        from dali_diffusemix.base import gpu
 
         gpu.check_available()
     except ImportError as error:

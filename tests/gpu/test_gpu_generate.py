@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from material import photograph
 
-from dali_diffusemix.editors import EditTask
-from dali_diffusemix.editors.diffusers import DiffusersConfig
+from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 TASKS = [EditTask(image=image, prompt="autumn", seed=image) for image in range(4)]

@@ -10,17 +10,11 @@ import torch
 from mixing_cases import Case, compare, random_case, table
 from numpy.typing import NDArray
 
-from dali_diffusemix import gpu
-from dali_diffusemix.mixing import (
-    DTYPES,
-    IMAGENET,
-    DtypeName,
-    TensorFormat,
-    encode,
-    mix_on_device,
-    mixed_image,
-    piece_table,
-)
+from dali_diffusemix.base import gpu
+from dali_diffusemix.mix import IMAGENET, TensorFormat
+from dali_diffusemix.mix.call import mix_on_device, piece_table
+from dali_diffusemix.mix.pixel import encode, mixed_image
+from dali_diffusemix.mix.tensor import DTYPES, DtypeName
 from dali_diffusemix.plan import MASKS
 
 DEVICE = torch.device("cuda", 0)

@@ -22,8 +22,8 @@ from dali_diffusemix import (
     MixSpec,
     QuarantineWarning,
     TrainCrop,
-    decoding,
 )
+from dali_diffusemix.loading import auto
 
 # nvJPEG's inverse transform and chroma upsampling are not libjpeg-turbo's. Stated for normalize=None, values in [0, 1]:
 # on average over an epoch's pixels, over those of a sample, and for the largest of them.
@@ -34,7 +34,7 @@ FANCY_DIFFERENCE = 6 / 255
 # The kernels' sums differ in their order only.
 SAME = 2e-5
 
-WAYS: dict[str, decoding.Decode] = {
+WAYS: dict[str, auto.Decode] = {
     "cpu": "cpu",
     "whole": GpuDecoding(),
     "regions": GpuDecoding(regions=True),
@@ -353,12 +353,12 @@ def test_auto_tries_once_and_remembers(
     photos: Path, edits: Path, bank: FractalBank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path))
-    choice = decoding.choose(0, 8)
+    choice = auto.choose(0, 8)
     print(choice)  # noqa: T201 - a finding
-    assert choice.images_per_second.keys() | choice.errors.keys() == decoding.WAYS.keys()
+    assert choice.images_per_second.keys() | choice.errors.keys() == auto.WAYS.keys()
     assert "cpu" in choice.images_per_second
-    monkeypatch.setattr(decoding, "_trial", lambda *_: pytest.fail("it was tried before"))
-    assert decoding.choose(0, 8) == choice
+    monkeypatch.setattr(auto, "_trial", lambda *_: pytest.fail("it was tried before"))
+    assert auto.choose(0, 8) == choice
     loader = DiffuseMixLoader(mixed(photos, edits, bank), 8, device="cuda", num_workers=8)
     assert len(list(loader)) == len(loader)
     assert loader.stats().decoded_on == ("cpu" if choice.way == "cpu" else "gpu")

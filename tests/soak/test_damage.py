@@ -34,7 +34,7 @@ from dali_diffusemix import (
     TrainCrop,
 )
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.pixels import decode, encode
+from dali_diffusemix.images.codec import decode, encode
 from dali_diffusemix.store import EditStore
 
 COUNT: Final = 1000
@@ -496,7 +496,8 @@ def edit_decodes(store: EditStore, edit: int) -> bool:
 
 def unmixed(dataset: DiffuseMixDataset, index: int) -> np.ndarray:
     """Its original alone, cropped and flipped as the sample is, by Pillow's resampling of the box."""
-    from dali_diffusemix.mixing import TensorFormat, mix, piece_table
+    from dali_diffusemix.mix import TensorFormat
+    from dali_diffusemix.mix.call import mix, piece_table
 
     plan = dataset.planner.batch(0, [index]).unmixed()
     original = dataset.decode_original(int(plan.original[0]))

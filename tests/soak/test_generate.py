@@ -20,11 +20,11 @@ from browsing import browse
 from material import encoded, photograph
 
 from dali_diffusemix.catalog import Catalog, index
-from dali_diffusemix.editors import PROMPTS as PROCEDURAL
-from dali_diffusemix.editors.diffusers import DiffusersConfig
-from dali_diffusemix.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.report import write_report
+from dali_diffusemix.generate.editors import PROMPTS as PROCEDURAL
+from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.inspect.report import write_report
 from dali_diffusemix.store import EditStore
 
 EDITS = int(os.environ.get("DALI_DIFFUSEMIX_SOAK_EDITS", "200"))

@@ -20,7 +20,7 @@ import numpy as np
 
 from dali_diffusemix import FractalBank
 from dali_diffusemix.catalog import Catalog
-from dali_diffusemix.editors import PROMPTS
+from dali_diffusemix.generate.editors import PROMPTS
 from dali_diffusemix.store import SHARD_ROW, VERDICTS, Shard, StoreWriter
 
 ORIGINALS, CLASSES = 1_281_167, 1000

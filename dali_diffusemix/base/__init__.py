@@ -1,0 +1,1 @@
+"""Base: what every room builds on: the C library, the GPU, files and locks, draws by address, threads."""

@@ -1,0 +1,282 @@
+"""Listing: from a folder of images to its catalog.
+
+    index("data/train")                      list a folder once, keep the result, open it ever after
+
+A folder is read as `torchvision.datasets.ImageFolder` reads it, root/class/**/image, in the same order. Only
+headers are read, and every visible file is either taken or reported with a reason (`Catalog.rejected`).
+"""
+
+import logging
+import operator
+import os
+import re
+import shlex
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first, names
+from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning, default_location, is_catalog, read_headers
+from dali_diffusemix.errors import CatalogError, ConfigError
+
+_log = logging.getLogger(__name__)
+
+
+def index(
+    root: str | os.PathLike[str],
+    *,
+    location: str | os.PathLike[str] | None = None,
+    refresh: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Catalog:
+    """The catalog of root/class/**/image: opened if it was made before, else made and kept.
+
+    A file once listed keeps its row, label and size, even if it has vanished since; where the class folders have
+    changed, a StaleCatalogWarning says so. `refresh` lists anew: files still there keep their order and come first, new
+    ones follow in ImageFolder's order, vanished ones leave, all headers are read again.
+
+    `location` is the catalog's folder (`default_location` unless given), outside `root`; if the default one cannot be
+    written, a warning is logged and the catalog lives in memory only. `workers` threads read headers; `progress` is
+    called with the files done and the files there are.
+
+    Raises CatalogError: no such folder, no class folders, folders that are splits (train, val), a class without usable
+    image, a damaged catalog, or a given location that cannot be written. ConfigError: a location inside the root.
+    """
+    folder = existing_root(root)
+    where = default_location(folder) if location is None else Path(location)
+    if where.resolve().is_relative_to(folder.resolve()):
+        raise ConfigError(
+            f"location must lie outside the root, where it would pass for a class; found {str(where)!r} "
+            f"inside {str(folder)!r}."
+        )
+    previous = None
+    if is_catalog(where):
+        if not refresh:
+            catalog = Catalog.open(where)
+            _check_no_splits(folder, catalog.classes, catalog.paths)
+            _warn_if_stale(catalog, folder)
+            return catalog
+        try:
+            previous = Catalog.open(where)
+        except CatalogError as error:
+            _log.warning("The previous catalog is replaced, and its row order lost: %s", error)
+    catalog = _read_folder(folder, previous, workers, progress)
+    try:
+        catalog.save(where)
+    except CatalogError as error:
+        if location is not None:
+            raise
+        _log.warning("The folder will be listed again next time: %s", error)
+        return catalog
+    return Catalog.open(where)
+
+
+def list_images(root: str | os.PathLike[str]) -> Listing:
+    """The files below root/class, in ImageFolder's order, without opening them.
+
+    Classes are the sorted sub-folders of the root; within one, folders are sorted by path and the files of each by
+    name. Links are followed, but not in circles. Hidden files and folders (a leading dot) are passed over.
+
+    Raises CatalogError if there is no such folder, or no folder in it, or its folders are splits with classes in them.
+    """
+    folder = existing_root(root)
+    rejected: list[Rejected] = []
+    try:
+        entries, identity = _scan(folder)
+    except OSError as error:
+        raise CatalogError(f"{str(folder)!r}: the folder cannot be listed ({error.strerror}).") from error
+    classes = []
+    for entry in entries:
+        if _is(entry.is_dir):
+            classes.append(entry.name)
+        else:
+            rejected.append(
+                Rejected(entry.name, "It lies in no class folder; move it to root/class/ if it is to be used.")
+            )
+    if not classes:
+        raise CatalogError(
+            f"{str(folder)!r}: there are no class folders; expected root/class/image.jpg, "
+            f"found {len(entries)} other files; move the images of each class to a folder of its own."
+        )
+    folder_mtimes = _folder_mtimes(folder, classes)
+    paths: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = _list_class(folder, name, identity, rejected)
+        paths += found
+        labels += [label] * len(found)
+    _check_no_splits(folder, classes, paths)
+    return Listing(classes=tuple(classes), paths=paths, labels=labels, rejected=rejected, folder_mtimes=folder_mtimes)
+
+
+def _scan(folder: Path | str) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
+    """The visible entries of a folder, by name, and which folder it is, by whatever path. Raises OSError."""
+    with os.scandir(folder) as entries:
+        visible = sorted(
+            (entry for entry in entries if not entry.name.startswith(".")), key=operator.attrgetter("name")
+        )
+    status = Path(folder).stat()
+    return visible, (status.st_dev, status.st_ino)
+
+
+def _is(test: Callable[[], bool]) -> bool:
+    """What `DirEntry.is_dir` or `is_file` says; False for a link to itself, or to where we may not look."""
+    try:
+        return test()
+    except OSError:
+        return False
+
+
+def _list_class(root: Path, name: str, root_identity: tuple[int, int], rejected: list[Rejected]) -> list[str]:
+    """The files of one class in the order of ImageFolder, which is that of `sorted(os.walk(...))`: folders by path."""
+    found: list[tuple[str, list[str]]] = []
+    pending = [(name, frozenset({root_identity}))]
+    while pending:
+        folder, above = pending.pop()
+        try:
+            entries, identity = _scan(f"{root}/{folder}")
+        except OSError as error:
+            rejected.append(Rejected(folder, f"The folder cannot be listed ({error.strerror}); permit reading it."))
+            continue
+        if identity in above:
+            rejected.append(Rejected(folder, "The link leads back to a folder above it; remove it."))
+            continue
+        files = []
+        for entry in entries:
+            if _is(entry.is_dir):
+                pending.append((f"{folder}/{entry.name}", above | {identity}))
+            elif _is(entry.is_file):
+                files.append(entry.name)
+            else:
+                reason = "It is no file: a link to nothing, a pipe, a socket or a device; remove it."
+                rejected.append(Rejected(f"{folder}/{entry.name}", reason))
+        found.append((folder, files))
+    found.sort()
+    return [f"{folder}/{file}" for folder, files in found for file in files]
+
+
+_SPLIT = re.compile(
+    r"(?P<train>train|training)|val|valid|validation|test|testing|dev|eval|evaluation|holdout|extra", re.IGNORECASE
+)
+_SPLIT_OF = re.compile(r"[-_ .]?(?:set|split|data|images|\d+)$", re.IGNORECASE)
+
+
+def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -> None:
+    """Raise CatalogError where class folders are splits of a dataset, each with the class folders in it."""
+    splits = {name: match for name in classes if (match := _SPLIT.fullmatch(_SPLIT_OF.sub("", name)))}
+    if len(splits) < 2 or not any(match["train"] for match in splits.values()):
+        return
+    inside: dict[str, set[str]] = {name: set() for name in splits}
+    for path in paths:
+        name, _, rest = path.partition("/")
+        if name in inside and "/" in rest:
+            inside[name].add(rest.partition("/")[0])
+    train = next(name for name, match in splits.items() if match["train"])
+    shared = any(inside[train] & inside[name] for name in splits if name != train)
+    if shared or (inside[train] and len(splits) == len(classes)):
+        raise CatalogError(
+            f"{str(root)!r}: its folders {names(sorted(splits))} must be classes, but they look like splits of a "
+            f"dataset: {train!r} holds folders of its own ({names(sorted(inside[train]))}). Which is meant? Give one "
+            f"of them, as {str(root / train)!r}. If they are classes, list them with Catalog.from_arrays."
+        )
+
+
+def _folder_mtimes(root: Path, classes: Iterable[str]) -> dict[str, int]:
+    """When each class folder last changed, in nanoseconds; 0 where that cannot be told."""
+    mtimes = {}
+    for name in classes:
+        try:
+            mtimes[name] = (root / name).stat().st_mtime_ns
+        except OSError:
+            mtimes[name] = 0
+    return mtimes
+
+
+def _warn_if_stale(catalog: Catalog, root: Path) -> None:
+    """One StaleCatalogWarning if class folders came, went or changed. A look at them alone, not at their files."""
+    before = catalog.folder_mtimes
+    if not before:
+        return
+    try:
+        entries, _ = _scan(root)
+    except OSError:
+        return  # the images may still be read by name
+    now = _folder_mtimes(root, (entry.name for entry in entries if _is(entry.is_dir)))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    if changed:
+        warnings.warn(
+            f"{str(root)!r} has changed since it was indexed ({len(changed)} class folders, {changed[0]!r} first); its "
+            f"{len(catalog)} images are those of then. `dali-diffusemix index {shlex.quote(str(root))} --refresh` "
+            "lists it anew.",
+            StaleCatalogWarning,
+            stacklevel=3,
+        )
+
+
+def warn_of_deleted(catalog: Catalog, root: Path) -> None:
+    """One StaleCatalogWarning if originals of an edit store's catalog are gone from their folder.
+
+    Looked into are the class folders that changed since they were listed; of a catalog that does not know, all folders.
+    Where that is very much, as after a copy of a large dataset, nothing is.
+    """
+    before = catalog.folder_mtimes
+    rows = np.arange(len(catalog))
+    if before:
+        now = _folder_mtimes(root, before)
+        changed = [label for label, name in enumerate(catalog.classes) if now.get(name) != before.get(name)]
+        rows = np.flatnonzero(np.isin(catalog.labels, changed))
+    if len(rows) > _MOST_LOOKED_FOR:
+        return
+    there: dict[str, set[str]] = {}
+    gone: list[str] = []
+    for row in rows.tolist():
+        path = catalog.path(row)
+        folder, _, name = path.rpartition("/")
+        if folder not in there:
+            try:
+                there[folder] = set(os.listdir(root / folder))  # noqa: PTH208 - names alone, at speed
+            except FileNotFoundError:
+                there[folder] = set()
+            except OSError:
+                return  # the images may still be read by name
+        if name not in there[folder]:
+            gone.append(path)
+    if gone:
+        where = shlex.quote(str(root))
+        warnings.warn(
+            f"{str(root)!r}: {len(gone)} of the {len(catalog)} originals that the edits are of are gone (for one "
+            f"{gone[0]!r}); they stay samples, and others are shown in their place. To train without them, run "
+            f"`dali-diffusemix index {where} --refresh` and give the dataset catalog=dali_diffusemix.catalog."
+            "index(root).",
+            StaleCatalogWarning,
+            stacklevel=3,
+        )
+
+
+_MOST_LOOKED_FOR = 200_000  # originals
+
+
+def _read_folder(
+    root: Path, previous: Catalog | None, workers: int | None, progress: Callable[[int, int], None] | None
+) -> Catalog:
+    """List a folder and read its headers; files that `previous` has come first, in its order."""
+    listing = list_images(root)
+    if previous is not None:
+        rows = {path: row for row, path in enumerate(previous.paths)}
+        order = sorted(range(len(listing.paths)), key=lambda place: rows.get(listing.paths[place], len(rows)))
+        paths, labels = listing.paths, listing.labels
+        listing = replace(listing, paths=[paths[place] for place in order], labels=[labels[place] for place in order])
+    catalog = read_headers(root, listing, workers, progress)
+    images = np.bincount(catalog.labels, minlength=len(catalog.classes))
+    if not images.all():
+        empty = [catalog.classes[label] for label in np.flatnonzero(images == 0)]
+        raise CatalogError(
+            f"{str(root)!r}: every class folder must hold at least one usable image, but {len(empty)} of "
+            f"{len(images)} hold none: {names(empty)}; remove them or add images. "
+            + first([one for one in catalog.rejected if one.path.split("/")[0] in set(empty)])
+        )
+    return catalog

@@ -1,0 +1,273 @@
+"""The engine of one machine: in this process, or one process for each device.
+
+Worker processes are spawned, never forked: threads, CUDA and DALI do not survive a fork. Each has a pipe of its own to
+this process. It ends at once when that pipe closes, whatever it is doing, so that none outlives a process that was
+killed.
+"""
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from dali_diffusemix.errors import ConfigError, WorkerError
+from dali_diffusemix.generate.engines import Job, Report
+
+__all__ = ["LocalEngine", "default_devices"]
+
+_log = logging.getLogger(__name__)
+
+_PATIENCE = 10.0  # seconds that a worker has to end by itself, when all is done
+_ROOT = "dali_diffusemix"  # the logger whose records workers send
+
+
+def default_devices(accelerated: bool) -> tuple[str, ...]:
+    """Where work is best done here: on every GPU, if it wants GPUs and there are any; else on every processor.
+
+    Args:
+        accelerated: Whether the work wants a GPU.
+    """
+    if accelerated:
+        import torch
+
+        if torch.cuda.is_available():
+            return tuple(f"cuda:{place}" for place in range(torch.cuda.device_count()))
+    return ("cpu",) * len(os.sched_getaffinity(0))
+
+
+class LocalEngine:
+    """Runs jobs in their order, in this process or, with more than one device, in a process for each."""
+
+    def __init__(self, devices: Sequence[str] = ("cpu",), *, attempts: int = 3) -> None:
+        """Choose the devices.
+
+        Args:
+            devices: "cpu", "cuda" or "cuda:N" for each worker; one may be named more than once.
+            attempts: How often a job is begun whose worker dies.
+
+        Raises:
+            ConfigError: There is no device, or no attempt.
+        """
+        self.devices = tuple(devices)
+        self.attempts = attempts
+        self._stopped = False
+        if not self.devices or attempts < 1:
+            raise ConfigError(f"devices must be one or more, attempts 1 or more; found {self.devices}, {attempts}.")
+
+    def run(self, start: Callable[[str], Callable[[Job], Iterable[Report]]], jobs: Sequence[Job]) -> Iterator[Report]:
+        """Yield the reports of all jobs as they come; see `Engine.run`.
+
+        Raises:
+            WorkerError: A worker process died over one job as often as is tried.
+        """
+        self._stopped = False
+        if not jobs:
+            return  # nothing is worth loading a model for
+        if len(self.devices) == 1:
+            work = start(self.devices[0])
+            for job in jobs:
+                if self._stopped:
+                    return
+                yield from work(job)
+            return
+        devices = self.devices[: len(jobs)]
+        with contextlib.ExitStack() as stack:
+            workers = [stack.enter_context(_Worker(start, device, len(devices))) for device in devices]
+            yield from self._supervise(workers, deque((job, 1) for job in jobs))
+
+    def stop(self) -> None:
+        """Leave the jobs that are not begun; those under way go on, and `run` ends with them."""
+        self._stopped = True
+
+    def _supervise(self, workers: Sequence["_Worker"], waiting: deque[tuple[Any, int]]) -> Iterator[Any]:
+        """Hand out jobs, gather reports, replace workers that die."""
+        for worker in workers:
+            worker.take(waiting)
+        while busy := [worker for worker in workers if worker.job is not None]:
+            ready = wait([worker.pipe for worker in busy])
+            for worker in busy:
+                if worker.pipe not in ready:
+                    continue
+                try:
+                    kind, content = worker.pipe.recv()
+                except (EOFError, OSError, pickle.UnpicklingError):
+                    self._replace(worker, waiting)
+                    continue
+                if kind == "report":
+                    yield content
+                elif kind == "log":
+                    logging.getLogger(content.name).handle(content)
+                elif kind == "error":
+                    raise content
+                else:
+                    if self._stopped:
+                        waiting.clear()
+                    worker.take(waiting)
+
+    def _replace(self, worker: "_Worker", waiting: deque[tuple[Any, int]]) -> None:
+        assert worker.job is not None
+        job, attempt = worker.job
+        how = worker.how_it_ended()
+        if attempt >= self.attempts:
+            raise WorkerError(
+                f"a worker process ended ({how}) {attempt} times over the same job, {job}; if memory is short, use "
+                "fewer workers or smaller batches."
+            )
+        _log.warning("A worker process ended (%s); its job is begun again in a new one.", how)
+        waiting.appendleft((job, attempt + 1))
+        worker.begin()
+        worker.take(waiting)
+
+
+class _Worker:
+    """A worker process, seen from here."""
+
+    process: BaseProcess
+    pipe: Connection
+    job: tuple[Any, int] | None  # what it is at, and which attempt that is
+
+    def __init__(self, start: Callable[[str], Any], device: str, workers: int) -> None:
+        self._start, self._device, self._workers = start, device, workers
+        self.job = None
+
+    def __enter__(self) -> "_Worker":
+        self.begin()
+        return self
+
+    def begin(self) -> None:
+        """Start the process, the first or another."""
+        context = multiprocessing.get_context("spawn")
+        self.job = None
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(
+            target=_work,
+            args=(theirs, self._start, self._device),
+            name=f"dali-diffusemix on {self._device}",
+            daemon=True,
+        )
+        with _threads_limited(self._workers):
+            self.process.start()
+        theirs.close()  # so that the pipe ends when the process does
+
+    def take(self, waiting: deque[tuple[Any, int]]) -> None:
+        """Begin the next job, if there is one."""
+        self.job = waiting.popleft() if waiting else None
+        if self.job is not None:
+            with contextlib.suppress(OSError):  # it died; the pipe's end says so
+                self.pipe.send(self.job[0])
+
+    def how_it_ended(self) -> str:
+        self.process.join(5)
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return (
+                f"{signal.Signals(-code).name}, which the system sends when memory runs out"
+                if code == -9
+                else (signal.Signals(-code).name)
+            )
+        return f"exit code {code}"
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            with contextlib.suppress(OSError):
+                self.pipe.send(None)
+            self.process.join(_PATIENCE)
+        self.pipe.close()
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+
+
+@contextlib.contextmanager
+def _threads_limited(workers: int) -> Iterator[None]:
+    """Have processes begun in here share the processors, unless the user has said how many threads each has."""
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    each = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    ours = [name for name in names if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, each))
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+# In the worker process ------------------------------------------------------------------------------------------------
+
+
+def _work(pipe: Connection, start: Callable[[str], Callable[[Any], Iterable[Any]]], device: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this decides
+    jobs: deque[Any] = deque()
+    come = threading.Semaphore(0)
+    sending = threading.Lock()
+
+    def receive() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                jobs.append(pipe.recv())
+                come.release()
+        os._exit(1)  # nobody is left to work for
+
+    def send(kind: str, content: object = None) -> None:
+        with sending:
+            try:
+                pipe.send((kind, content))
+            except OSError:
+                os._exit(1)
+
+    threading.Thread(target=receive, daemon=True).start()
+    logger = logging.getLogger(_ROOT)
+    logger.addHandler(_Sender(send))
+    logger.propagate = False
+    try:
+        work = start(device)
+        while True:
+            come.acquire()
+            if (job := jobs.popleft()) is None:
+                return
+            for report in work(job):
+                send("report", report)
+            send("done")
+    except BaseException as error:
+        error.add_note("".join(traceback.format_exception(error)).rstrip() if not _is_ours(error) else f"on {device}")
+        send("error", _portable(error))
+
+
+def _is_ours(error: BaseException) -> bool:
+    from dali_diffusemix.errors import DiffuseMixError
+
+    return isinstance(error, DiffuseMixError)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The error, or what can be said of one that cannot be pickled."""
+    try:
+        again = pickle.loads(pickle.dumps(error))  # our own object, a moment old
+        if type(again) is type(error):
+            return error
+    except Exception:  # whatever a class does when it is copied
+        pass
+    portable = RuntimeError(f"{type(error).__name__}: {error}")
+    portable.__notes__ = list(getattr(error, "__notes__", ()))
+    return portable
+
+
+class _Sender(logging.Handler):
+    """Sends log records to the process that started this one."""
+
+    def __init__(self, send: Callable[[str, object], None]) -> None:
+        super().__init__()
+        self._send = send
+
+    def emit(self, record: logging.LogRecord) -> None:
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self._send("log", record)

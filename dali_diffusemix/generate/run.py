@@ -1,0 +1,267 @@
+"""A run: from a folder of originals, or a packed store of them, to an edit store.
+
+Each original is read once. A shard is made whole by one job; jobs know nothing of each other, so any engine may run
+them, in any order, on any number of processes.
+
+The first Ctrl-C stops a run gently: what the editor is at is judged, the open shards are closed with what they hold,
+and the next run goes on from there. A file in the store tells the workers, wherever they are.
+"""
+
+import json
+import logging
+import os
+import secrets
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix import __version__
+from dali_diffusemix.catalog.listing import index
+from dali_diffusemix.catalog.table import Catalog
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.generate.config import GenerateConfig
+from dali_diffusemix.generate.engines import Engine
+from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
+from dali_diffusemix.generate.worker import ShardWorker
+from dali_diffusemix.store import (
+    VERDICTS,
+    WHOLE,
+    OriginalStore,
+    Part,
+    StoreWriter,
+)
+from dali_diffusemix.store.mirror import is_url
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What a run did, and what the store holds."""
+
+    verdicts: Mapping[str, int]  # of all edits in the store
+    by_prompt: Mapping[str, Mapping[str, int]]  # verdicts of each prompt that occur
+    by_class: Mapping[str, Mapping[str, int]]
+    made: int  # edits by this run, rejected ones included
+    seconds: float
+    missing: int = 0  # shards that other parts have still to make
+
+    @property
+    def images_per_second(self) -> float:
+        """Edits that this run made in a second."""
+        return self.made / self.seconds
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended `generate`. Its text says what is kept."""
+
+    def __init__(self, kept: int, again: int) -> None:
+        super().__init__(kept, again)
+        self.kept = kept
+        """Edits that this run made and that the next one need not make."""
+        self.again = again
+        """Edits that it made, or had begun, and that the next one makes again."""
+
+    def __str__(self) -> str:
+        return f"kept {self.kept} edits, to be made again {self.again}"
+
+
+def generate(
+    root: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    config: GenerateConfig | None = None,
+    *,
+    catalog: Catalog | None = None,
+    engine: Engine | None = None,
+    part: Part = WHOLE,
+    progress: Callable[[int, int], None] | None = None,
+    rejects: Callable[[Mapping[str, int]], None] | None = None,
+) -> Summary:
+    """Make the edits that a store lacks; begin the store if there is none.
+
+    An unfinished run, however it ended, is gone on with by calling this again. More originals, prompts or variants add
+    to a store. An original that cannot be read gets a verdict, and the run goes on.
+
+    The first Ctrl-C (SIGINT, where nobody else handles it) lets the editor end what it is at and closes the open
+    shards with what they hold; the second stops at once, and what open shards hold is lost.
+
+    Args:
+        root: The folder of originals, or a packed store.
+        store: The edit store, a folder outside `root`.
+        config: Which edits to make; all defaults unless given.
+        catalog: The originals to use, with paths relative to `root`; unless given, `list_originals(root)`.
+        engine: Where the work is done; unless given, on every GPU if the editor wants one and there are any, else in
+            this process.
+        part: Which of the shards to make, where several runs share them.
+        progress: Called with the edits done, those of earlier runs included, and the edits there will be.
+        rejects: Called with prompt to edits that were rejected in this run.
+
+    Raises:
+        ConfigError: The store lies inside the root, or the editor cannot be used or does not know a prompt.
+        CatalogError: The originals cannot be listed.
+        StoreError: The store is of other originals or settings, another run writes to this part of it, or the disk is
+            full: then finished shards stay, and the same call goes on from there.
+        Interrupted: Ctrl-C was pressed (a KeyboardInterrupt).
+    """
+    begin = time.perf_counter()
+    for name, given in (("root", root), ("store", store)):
+        if isinstance(given, str) and is_url(given):
+            raise ConfigError(
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+            )
+    root, store = Path(root).absolute(), Path(store).absolute()
+    config = config or GenerateConfig()
+    config.editor_config.check(config.prompts)
+    settings = config.settings()
+    if store.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
+        )
+    originals = list_originals(root) if catalog is None else catalog
+    if engine is None:
+        devices = default_devices(config.editor_config.accelerated)
+        engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
+    with StoreWriter.open(store, originals, settings, part) as writer:
+        writer.order(config.prompts, config.variants, config.shard_length, config.denied)
+        shards, finished, begun = writer.shards(), writer.done(), writer.begun()
+        missing = [shard for shard in shards if shard.number not in finished]
+        # Edits of each shard: that were there before, that are made, and that are in a shard that is closed.
+        there = {shard.number: (finished | begun).get(shard.number, Counter()).total() for shard in shards}
+        reached, closed = dict(there), dict(there)
+        total, before, made = sum(map(len, shards)), sum(there.values()), 0
+        if progress is not None:
+            progress(before, total)
+        rejected: dict[int, Counter[str]] = {}
+        with _Stopping(store, engine) as stopping:
+            asked = replace(config, prompts=writer.prompts, denied=writer.denied)
+            start = partial(ShardWorker, root, store, asked, stopping.file)
+            reports = engine.run(start, missing)
+            try:
+                for report in reports:
+                    reached[report.shard] = max(reached[report.shard], report.verdicts.total())
+                    if report.closed:
+                        closed[report.shard] = report.verdicts.total()
+                        continue
+                    made = sum(reached.values()) - before
+                    rejected[report.shard] = report.rejected
+                    if rejects is not None:
+                        rejects(sum(rejected.values(), Counter[str]()))
+                    if progress is not None:
+                        progress(before + made, total)
+            except KeyboardInterrupt as error:
+                kept = max(0, sum(closed.values()) - before)
+                raise Interrupted(kept, max(0, made - kept)) from error
+            finally:
+                if isinstance(reports, Generator):
+                    reports.close()  # now, though the error's frames may hold it
+                if made:
+                    _note_run(store, root, config, engine, part, made, time.perf_counter() - begin)
+        tally = writer.finish()
+        done = writer.done()
+        if stopping.asked:
+            kept = max(0, sum(closed.values()) - before)
+            raise Interrupted(kept, max(0, made - kept))
+    return Summary(
+        verdicts=_verdicts_of(tally.sum((0, 1)), every=True),
+        by_prompt={prompt: _verdicts_of(tally[:, place].sum(0)) for place, prompt in enumerate(writer.prompts)},
+        by_class={name: _verdicts_of(tally[place].sum(0)) for place, name in enumerate(writer.catalog.classes)},
+        made=made,
+        seconds=time.perf_counter() - begin,
+        missing=writer.shard_count - len(done),
+    )
+
+
+class _Stopping:
+    """What Ctrl-C does while edits are made: the first time a file appears that workers look for."""
+
+    def __init__(self, store: Path, engine: Engine) -> None:
+        self.file = store / f".stop.{secrets.token_hex(8)}.tmp"
+        self.asked = False
+        self._engine = engine
+        self._ours = False
+
+    def __enter__(self) -> Self:
+        # Whoever has a handler of their own, or ignores the signal, goes on having it their way.
+        self._ours = (
+            threading.current_thread() is threading.main_thread()
+            and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        )
+        if self._ours:
+            signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        try:
+            self.file.touch()
+        except OSError as error:
+            raise KeyboardInterrupt from error
+        stop = getattr(self._engine, "stop", None)  # engines of users need not have it
+        if stop is not None:
+            stop()
+        _log.warning("Stopping: what the editor is at is finished and kept. Ctrl-C again stops at once.")
+
+    def __exit__(self, *_: object) -> None:
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.file.unlink(missing_ok=True)
+
+
+def _verdicts_of(counts: NDArray[np.int64], *, every: bool = False) -> dict[str, int]:
+    """Verdict to count, of those that occur."""
+    return {name: count for name, count in zip(VERDICTS, counts.tolist(), strict=True) if count or every}
+
+
+def runs_log(store: str | os.PathLike[str]) -> Path:
+    """The file beside a store that says who made it: a JSON object a line for each run that ended by itself.
+
+    It lies outside, because the store is the same whoever made it.
+    """
+    store = Path(store).absolute()
+    return store.with_name(f"{store.name}.runs.jsonl")
+
+
+def _note_run(
+    store: Path, root: Path, config: GenerateConfig, engine: Engine, part: Part, made: int, seconds: float
+) -> None:
+    line = {
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "root": str(root),
+        "host": os.uname().nodename,
+        "engine": type(engine).__name__,
+        "devices": list(getattr(engine, "devices", ())),
+        "part": str(part),
+        "batch_size": config.batch_size,
+        "edits": made,
+        "seconds": round(seconds, 3),
+        "version": __version__,
+    }
+    try:
+        with runs_log(store).open("a", encoding="ascii") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        _log.warning("The run is not noted in %r: %s", str(runs_log(store)), error)
+
+
+def list_originals(root: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Catalog:
+    """A packed store's own catalog, or `index(root)` of a folder.
+
+    Raises:
+        CatalogError: The folder's originals cannot be listed.
+        StoreError: The root is an edit store, or a packed one that cannot be opened.
+    """
+    packed = OriginalStore.find(root)
+    return index(root, progress=progress) if packed is None else packed.catalog

@@ -1,0 +1,1 @@
+"""Images: from a file's bytes to its pixels, exactly as Pillow has them: formats, decoding, encoding, reading."""

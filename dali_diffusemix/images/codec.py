@@ -1,0 +1,245 @@
+"""Pixels of any supported file: the one place where an image becomes an array by way of Pillow.
+
+Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
+"""
+
+import errno
+import functools
+import io
+import logging
+import os
+import stat
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from dali_diffusemix.base import native
+from dali_diffusemix.errors import DecodeError
+from dali_diffusemix.images.formats import MAX_PIXELS, SUPPORTED, orientation
+
+__all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
+
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
+"""Pillow's names of the formats that are read; PPM is all of PNM."""
+
+# Where nobody handles Pillow's log, Python prints its errors about odd files: in every epoch.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
+
+ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
+"""A file's content (as bytes or a (n,) array of them), its path, or the open file."""
+
+RESTARTS: Final = "tiles of at most 64 pixels"
+"""How `encode` sets restart markers, for the settings that a store records."""
+
+MOST_BYTES: Final = 1 << 30
+"""Of a file; what is larger is no image, but takes the memory that reading it takes."""
+
+_UNIT, _TILE = 16, 64  # a JPEG's unit with subsampled colours; the most that a tile is wide: pixels
+
+# EXIF orientation to what makes it upright.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
+    """Return a JPEG of an RGB image, (height, width, 3) uint8, out of which `reading.read` can cut.
+
+    Colours are subsampled (4:2:0), and restart markers stand between tiles: 16 pixels high and at most 64 wide, as wide
+    as divides the image evenly. Smaller tiles are cut closer, but each costs some bytes.
+    """
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    units = -(-image.width // _UNIT)
+    tile = max(width for width in range(1, _TILE // _UNIT + 1) if units % width == 0)
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=tile)
+    return stream.getvalue()
+
+
+def tile(content: bytes) -> bytes | None:
+    """Divide a JPEG into such tiles without loss: its coefficients stay what they are.
+
+    What programs have written about the picture is left out, but for the kind of its colours.
+
+    Returns:
+        The new file; None where that cannot be done: not a JPEG, progressive, damaged, turned by EXIF, or the library
+        was not built.
+    """
+    try:
+        with _quiet_pillow(), Image.open(io.BytesIO(content)) as image:
+            if image.format != "JPEG" or orientation(image) != 1:
+                return None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    return native.tile_jpeg(content, _TILE)
+
+
+def decode(source: ImageSource) -> NDArray[np.uint8]:
+    """Return the upright RGB pixels of an image: (height, width, 3) uint8, contiguous, read-only.
+
+    The EXIF orientation is applied. Grey of 16 bits becomes floor(value / 257 + ½); colour of 16 bits keeps its high
+    byte. Alpha and transparent palette entries are dropped, as `Image.convert("RGB")` drops them; CMYK goes Pillow's
+    way, without a profile. Of several frames or pages the first counts. `bytes` are content, never a path.
+
+    Raises:
+        DecodeError: The file cannot be read, is none of `FORMATS`, is damaged or cut short, has more than
+            `MAX_PIXELS` pixels, or has values without a defined range (floating point, 32-bit integers above 65535).
+    """
+    return _decoded(source, None)
+
+
+def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | None = None) -> NDArray[np.uint8]:
+    """Decode an image that must have the (height, width) that it is listed with.
+
+    Args:
+        source: The image.
+        size: (2,) its upright pixels.
+        remedy: What an error advises; to mend the file unless given.
+
+    Raises:
+        DecodeError: As `decode`; or it has another size.
+    """
+    pixels = _decoded(source, remedy)
+    if pixels.shape[:2] != tuple(size):
+        raise DecodeError(
+            f"{_prefix(source)}must have the {size[0]} x {size[1]} pixels that it was listed with, found "
+            f"{pixels.shape[0]} x {pixels.shape[1]}; "
+            f"{remedy or 'restore it, or list the folder anew (index --refresh)'}."
+        )
+    return pixels
+
+
+def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
+    try:
+        with _quiet_pillow():
+            if isinstance(source, str | os.PathLike):
+                # Opening a pipe would wait for somebody to write to it.
+                with open(source, "rb", opener=_open_at_once) as file:
+                    return _pixels(file)
+            if isinstance(source, np.ndarray):
+                return _pixels(io.BytesIO(source.tobytes()))
+            return _pixels(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except DecodeError as error:
+        raise DecodeError(f"{_prefix(source)}{error}") from error.__cause__
+    except UnidentifiedImageError as error:
+        raise DecodeError(
+            f"{_prefix(source)}is no image of a supported format ({SUPPORTED}), or its header is damaged; "
+            f"{remedy or 'convert it, copy it again or remove it'}."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError(f"{_prefix(source)}{error}; make it smaller.") from error
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
+            raise DecodeError(
+                f"{_prefix(source)}cannot be read ({error.strerror}); "
+                f"{remedy or 'restore it, permit reading it, or list the folder anew'}."
+            ) from error
+        raise DecodeError(
+            f"{_prefix(source)}cannot be decoded ({type(error).__name__}: {error}); "
+            f"{remedy or 'copy it again or remove it'}."
+        ) from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size > MOST_BYTES:
+        os.close(descriptor)
+        if stat.S_ISDIR(found.st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        what = "it has more than a GiB" if stat.S_ISREG(found.st_mode) else "it is not a file"
+        raise DecodeError(f"cannot be read ({what}); restore it, or list the folder anew.")
+    return descriptor
+
+
+def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if height * width > MAX_PIXELS:
+            raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+        if image.format == "TIFF":
+            _quiet_libraries()
+        # Loaded first: that turns a TIFF upright, and finds the EXIF of a PNG that lies behind the pixels.
+        image.load()
+        turn = _UPRIGHT.get(orientation(image))
+        upright = image if turn is None else image.transpose(turn)
+        if upright.mode == "I" or upright.mode.startswith("I;16"):
+            return _eight_bits(np.asarray(upright))
+        if upright.mode == "F":
+            raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
+        # Pillow warns that a palette's alpha is lost, which is what we want.
+        upright.info.pop("transparency", None)
+        pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+        pixels.flags.writeable = False
+        return pixels
+
+
+_quiet_libraries = functools.cache(native.quiet)
+
+
+def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
+    """Grey of 16 bits, (height, width), as (height, width, 3) uint8."""
+    low, high = int(grey.min()), int(grey.max())
+    if low < 0 or high > 65535:
+        raise DecodeError(
+            f"has grey values from {low} to {high}, outside the 0 to 65535 of 16 bits; convert it to 8 or 16 bits."
+        )
+    # The same as floor(value / 257 + ½), in integers.
+    narrow = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    pixels = np.repeat(narrow[..., None], 3, axis=2)
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _prefix(source: ImageSource) -> str:
+    """How an error begins: with the name of the file. Of bytes in memory, the caller alone knows whose they are."""
+    if isinstance(source, bytes | np.ndarray):
+        return ""
+    name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", source)
+    return f"{name!r}: "
+
+
+# Warnings of Pillow's ------------------------------------------------------------------------------------------------
+
+_quiet = threading.local()  # depth: how often this thread is in `_quiet_pillow`
+
+
+class _PillowHere:
+    """In place of a filter's pattern of a module: Pillow's, in threads that are to be quiet."""
+
+    def match(self, module: str) -> bool:
+        return getattr(_quiet, "depth", 0) > 0 and module.startswith("PIL.")
+
+
+_FILTER: Final = ("ignore", None, Warning, _PillowHere(), 0)
+
+
+@contextmanager
+def _quiet_pillow() -> Iterator[None]:
+    """Silence what Pillow warns of (odd EXIF, many pixels): either harmless or a DecodeError here.
+
+    Filters belong to the process, and putting them back in a thread would undo what others have set meanwhile. So there
+    is one that stays and only looks at what its own thread does; whoever resets filters resets it too, until here.
+    """
+    filters: list[Any] = warnings.filters  # type: ignore[assignment]
+    if filters[:1] != [_FILTER]:
+        with suppress(ValueError):
+            filters.remove(_FILTER)
+        filters.insert(0, _FILTER)
+    _quiet.depth = getattr(_quiet, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _quiet.depth -= 1

@@ -1,0 +1,209 @@
+"""Export: originals and edits as an ImageFolder, for other loaders; or mixed once, as the released code mixes.
+
+out/ants/0013035.jpg                     the original, as it is
+         0013035.jpg.autumn.0.jpg        its edit under a prompt; the variant
+         0013035.jpg.autumn.0.mixed.jpg  with `mixed`: original, edit and fractal, in the edit's place
+
+ImageFolder lists by ending, and file systems take names of 255 bytes: an original whose ending says nothing to it gets
+that of its kind (scan.jfif.jpg), and a name that is too long is cut, with a hash of its whole path in place of the
+rest.
+"""
+
+import functools
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dali_diffusemix.errors import ConfigError, DecodeError
+from dali_diffusemix.images.codec import encode
+from dali_diffusemix.images.formats import format_of
+from dali_diffusemix.loading.dataset import DiffuseMixDataset, decode_edit
+from dali_diffusemix.plan.crops import EvalCrop
+from dali_diffusemix.plan.spec import MixSpec
+
+__all__ = ["Exported", "export"]
+
+_BATCH = 64  # images written at once
+# What torchvision's ImageFolder lists, and what a file of each format is called otherwise.
+_LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm", "WEBP": ".webp"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    originals: int
+    edits: int
+    kind: str  # "edits" or "mixed images"
+    left_out: int  # that could not be read or decoded
+
+
+def export(
+    root: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    mixed: bool = False,
+    fractals: str | os.PathLike[str] | None = None,
+    size: int = 256,
+    seed: int = 0,
+    quality: int = 95,
+    progress: Callable[[int, int], None] | None = None,
+) -> Exported:
+    """Write originals and accepted edits as an ImageFolder.
+
+    Args:
+        root: The folder of originals, or a packed store.
+        store: The edit store.
+        out: A folder that is new or empty.
+        mixed: Whether edits are mixed with their originals and fractals, `MixSpec.release()` at whole images squashed
+            to a square. The result is one epoch's; every epoch trains on the same.
+        fractals: The fractal bank, for mixing.
+        size: Pixels a side of a mixed image.
+        seed: Of the mixing.
+        quality: Of a mixed image's JPEG, 1 to 100; other files are copied as they are.
+        progress: Called with the images done and all images.
+
+    Raises:
+        ConfigError: `out` has something in it or cannot be written, or arguments do not fit together.
+        StoreError, CatalogError: Originals, store or bank cannot be used.
+    """
+    out = Path(out).absolute()
+    if mixed != (fractals is not None):
+        raise ConfigError(f"fractals must be given for mixed images, and for those alone; found {fractals!r}.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out must be a new or an empty folder, found {str(out)!r}; name another.")
+    if not 1 <= quality <= 100:
+        raise ConfigError(f"quality must lie in 1 to 100, found {quality}.")
+    whole = EvalCrop(size, resize=(size, size))
+    mix = MixSpec.release() if mixed else None
+    # Samples of 0 to 255: what is written is what a mean and a deviation would be taken of.
+    dataset = DiffuseMixDataset(
+        root, edits=store, fractals=fractals, mix=mix, crop=whole, normalize=None, seed=seed, on_error="raise"
+    )
+    edits = dataset.store
+    assert edits is not None
+    count, total = len(dataset.catalog), len(dataset.catalog) + len(edits)
+
+    def write(place: int) -> bool:
+        try:
+            if place < count:
+                _write_original(dataset, place, names)
+            else:
+                edit = place - count
+                row = edits.index[edit]
+                suffix = f".{edits.slug_of(edit)}.{row['variant']}{'.mixed' if mixed else ''}.jpg"
+                if mixed:
+                    data = encode(_bytes_of(dataset, place), quality)
+                else:
+                    decode_edit(edits, edit)
+                    data = np.asarray(edits.encoded(edit)).tobytes()
+                _write(names.of(int(row["original"]), suffix), data)
+        except DecodeError:
+            return False
+        return True
+
+    done = np.zeros(total, bool)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = _Names(dataset, out)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            for start in range(0, total, _BATCH):
+                places = range(start, min(total, start + _BATCH))
+                done[start : places.stop] = list(pool.map(write, places))
+                if progress is not None:
+                    progress(places.stop, total)
+    except OSError as error:
+        raise ConfigError(f"out must be a folder that can be written, found {str(out)!r}: {error}") from error
+    return Exported(
+        originals=int(done[:count].sum()),
+        edits=int(done[count:].sum()),
+        kind="mixed images" if mixed else "edits",
+        left_out=int((~done).sum()),
+    )
+
+
+class _Names:
+    """Names of files that ImageFolder lists, all different, in the folders of their classes.
+
+    Each is a function of the catalog alone, so that threads may ask in any order.
+    """
+
+    def __init__(self, dataset: DiffuseMixDataset, out: Path) -> None:
+        self._catalog = dataset.catalog
+        self._out = out
+        self._most = os.pathconf(out, "PC_NAME_MAX")  # bytes
+
+    def of(self, original: int, suffix: str, *, needed: bool = True) -> Path:
+        """Where a file that belongs to an original is written, which is named after it.
+
+        Args:
+            original: A row of the catalog.
+            suffix: What its name ends in.
+            needed: Whether the suffix is added; an original keeps its name where ImageFolder lists that.
+        """
+        path = self._catalog.path(original)
+        name = self._catalog.classes[int(self._catalog.labels[original])]
+        # A layout may have all images in one folder. A class is one folder, whatever its name is.
+        folder = name.replace("/", "%2F")
+        path = path if path.startswith(f"{folder}/") and folder == name else f"{folder}/{path}"
+        added = suffix if needed or not path.lower().endswith(_LISTED) else ""
+        parent, _, last = f"{path}{added}".rpartition("/")
+        taken = added and os.fsencode(self._catalog.path(original) + added) in self._taken
+        if taken or len(os.fsencode(last)) > self._most:
+            mark = f"~{hashlib.sha256(os.fsencode(path)).hexdigest()[:12]}"
+            ending = added or Path(last).suffix
+            stem = last.removesuffix(ending)
+            last = _cut(stem, self._most - len(os.fsencode(mark + ending))) + mark + ending
+        return self._out / parent / last
+
+    @functools.cached_property
+    def _taken(self) -> frozenset[bytes]:
+        """The paths of all originals."""
+        return frozenset(map(os.fsencode, self._catalog.paths))
+
+
+def _cut(name: str, most: int) -> str:
+    """The beginning of a name, so many bytes of it at most, and no part of a character."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= most:
+        return name
+    end = most
+    while end > max(0, most - 4) and encoded[end] & 0xC0 == 0x80:
+        end -= 1
+    return os.fsdecode(encoded[:end])
+
+
+def _write_original(dataset: DiffuseMixDataset, original: int, names: _Names) -> None:
+    dataset.decode_original(original)  # what cannot be decoded would end somebody's training
+    packed = dataset.original_store
+    if packed is not None:
+        data = packed.encoded(original).tobytes()
+        start = data[:12]
+    else:
+        with Path(dataset.path_of(original)).open("rb") as file:
+            start = file.read(12)
+    target = names.of(original, _ENDINGS[format_of(start) or "JPEG"], needed=False)
+    if packed is not None:
+        _write(target, data)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(dataset.path_of(original), target)
+
+
+def _bytes_of(dataset: DiffuseMixDataset, place: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """A sample as an image, (height, width, 3) uint8."""
+    sample = dataset[place][0].permute(1, 2, 0).numpy()
+    return np.ascontiguousarray(np.rint(np.clip(sample * 255, 0, 255)).astype(np.uint8))
+
+
+def _write(file: Path, data: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)

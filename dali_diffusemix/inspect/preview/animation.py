@@ -1,0 +1,119 @@
+"""One image over the epochs, a frame each; and the files that pictures become."""
+
+import io
+from collections.abc import Sequence
+from typing import Final
+
+from PIL import Image, ImageDraw
+
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, PAPER, RULE, zoom_of, zoomed
+from dali_diffusemix.inspect.preview.lettering import fitted, width, write
+from dali_diffusemix.inspect.preview.samples import Sample, check_epochs
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan.spec import MASKS
+
+SHEET_ENDINGS: Final = (".png", ".jpg")
+"""What the name of a file with a sheet may end in."""
+ANIMATION_ENDINGS: Final = (".webp", ".gif")
+"""What the name of a file with an animation may end in."""
+
+_FRAME_MILLISECONDS: Final = 1000
+_WEBP_QUALITY: Final = 80
+_JPEG_QUALITY: Final = 90
+
+_LEAST, _MOST = 224, 512  # pixels of a frame's longest side
+_STRIP = 54  # height of the caption
+
+
+def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) -> list[Image.Image]:
+    """Draw one sample in one epoch after another: what the network sees of it, with a caption below.
+
+    Args:
+        dataset: What to draw from; its seed, mix and crop decide the samples.
+        index: Which sample.
+        epochs: One a frame, 1 to 100 of them; `dataset.epoch` is left alone.
+
+    Returns:
+        Frames, RGB, all of one size: the output grid pixel for pixel, enlarged by a whole number where it is below 224
+        pixels and shrunk where it is above 512, and under it the class, the epoch, the prompt and the mask.
+
+    Raises:
+        ConfigError: The sample is not in the dataset, or there are none or too many epochs.
+        DecodeError: The original or an edit cannot be decoded, and the dataset has on_error="raise".
+    """
+    check_epochs(epochs)
+    frames = []
+    for place, epoch in enumerate(epochs):
+        sample = Sample.of(dataset, dataset.planner.batch(epoch, [index]), 0)
+        frames.append(_frame(sample, epoch, (place + 1) / len(epochs)))
+    return frames
+
+
+def _frame(sample: Sample, epoch: int, progress: float) -> Image.Image:
+    output_size = sample.plan.output_size
+    picture = zoomed(sample.augmented(), zoom_of(output_size, _LEAST, _MOST))
+    frame = Image.new("RGB", (picture.width, picture.height + _STRIP), PAPER)
+    frame.paste(picture)
+    draw, top = ImageDraw.Draw(frame), picture.height
+    draw.rectangle([0, top, frame.width - 1, top + 2], fill=RULE)
+    draw.rectangle([0, top, round(progress * frame.width) - 1, top + 2], fill=ACCENT)
+    mask = int(sample.plan.mask[sample.row])
+    prompt = ("not mixed", MUTED) if sample.prompt is None else (f"“{sample.prompt}”", ACCENT)
+    side = "" if mask < 0 else f"mask {MASKS[mask]}"
+    for baseline, (left, colour), right in (
+        (top + 23, (sample.class_name, INK), f"epoch {epoch}"),
+        (top + 44, prompt, side),
+    ):
+        beside = width(right, 13)
+        write(frame, (8, baseline), *fitted(left, 15, frame.width - beside - 24), colour)
+        write(frame, (frame.width - beside - 8, baseline), right, 13, MUTED)
+    return frame
+
+
+def encoded(pictures: Sequence[Image.Image], ending: str) -> bytes:
+    """Return the content of a file: a sheet, or an animation that goes round and round, a second a frame.
+
+    Args:
+        pictures: One sheet; or the frames of an animation, all of one size.
+        ending: One of `SHEET_ENDINGS` for a sheet, of `ANIMATION_ENDINGS` for an animation. PNG keeps every pixel.
+
+    Raises:
+        ConfigError: The ending is unknown, or of a sheet where there are several pictures.
+    """
+    if ending not in SHEET_ENDINGS + ANIMATION_ENDINGS:
+        raise ConfigError(f"ending must be one of {SHEET_ENDINGS + ANIMATION_ENDINGS}, found {ending!r}")
+    stream = io.BytesIO()
+    first, *others = pictures
+    if ending in SHEET_ENDINGS:
+        if others:
+            raise ConfigError(
+                f"{ending} holds one picture, found {len(pictures)}: take one of {ANIMATION_ENDINGS} for an animation"
+            )
+        if ending == ".png":
+            first.save(stream, "PNG")
+        else:
+            first.save(stream, "JPEG", quality=_JPEG_QUALITY, subsampling="4:2:0", optimize=True)
+    elif ending == ".webp":
+        first.save(
+            stream,
+            "WEBP",
+            save_all=True,
+            append_images=others,
+            duration=_FRAME_MILLISECONDS,
+            loop=0,
+            quality=_WEBP_QUALITY,
+            method=6,
+        )
+    else:
+        palettes = [frame.quantize(256, dither=Image.Dither.FLOYDSTEINBERG) for frame in pictures]
+        palettes[0].save(
+            stream,
+            "GIF",
+            save_all=True,
+            append_images=palettes[1:],
+            duration=_FRAME_MILLISECONDS,
+            loop=0,
+            optimize=False,
+        )
+    return stream.getvalue()

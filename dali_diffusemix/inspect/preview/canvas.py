@@ -1,0 +1,319 @@
+"""The sheet of paper: colours, where things lie, and how they are drawn.
+
+left                                       in groups, with a wider gap before each
+  header           column    column            column
+  caption          ┌──────┐  ┌──────┐          ┌──────┐   top of row 0
+                   │ cell │  │ cell │          │ cell │
+                   └──────┘  └──────┘          └──────┘
+                   notes     notes             notes
+  ─────────────────────────────────────────────────────
+  caption          ...                                    top of row 1
+  ─────────────────────────────────────────────────────
+  footer
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from dali_diffusemix.inspect.preview.lettering import Colour, fitted, width, wrapped, write
+from dali_diffusemix.inspect.preview.samples import Sample
+
+PAPER: Final = (252, 252, 250)
+PANEL: Final = (242, 242, 239)
+RULE: Final = (226, 226, 221)
+FADE: Final = (214, 214, 210)
+INK: Final = (27, 31, 36)
+MUTED: Final = (106, 112, 120)
+ACCENT: Final = (190, 67, 16)
+
+Line: TypeAlias = tuple[str, int, Colour]
+"""(text, size, colour) of one line of type."""
+
+Window: TypeAlias = tuple[int, int, int, int]
+"""A rectangle (top, left, bottom, right)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where things lie on a sheet, pixels."""
+
+    rows: int
+    columns: int
+    cell: tuple[int, int]  # (height, width)
+    zoom: float  # of the output grid
+    groups: tuple[int, ...] = ()  # columns that begin a group
+    captions: int = 0  # width of the captions at the left, 0: none; as those below, times `scale`
+    notes: int = 0  # lines under each cell
+    footer_lines: int = 2
+    scale: float = 1.0  # of type and space
+
+    _MARGIN = 36
+    _GAP = 10
+    _GROUP_GAP = 26
+    _ROW_GAP = 24
+    _HEADER = 84
+    _CAPTION = 134  # height
+    _NOTE = 18
+    _FOOTER = 46
+    _FOOTNOTE = 19
+    _SHOWN = 960  # width that type is made for: a wider sheet has larger type, to be read when it is shown smaller
+
+    @classmethod
+    def of(
+        cls,
+        output_size: tuple[int, int],
+        *,
+        rows: int,
+        columns: int,
+        groups: tuple[int, ...] = (),
+        captions: int = 0,
+        notes: int = 0,
+        enlarged: bool = True,
+    ) -> "Layout":
+        """Lay out cells for samples of a size; the type is `enlarged` where the sheet is wide, or as it is."""
+        zoom = zoom_of(output_size)
+        height, width = (max(1, round(side * zoom)) for side in output_size)
+        space = 2 * cls._MARGIN + captions + (columns - 1) * cls._GAP + len(groups) * (cls._GROUP_GAP - cls._GAP)
+        # The width of the sheet is columns x width + scale x space.
+        scale = max(1.0, columns * width / max(1, cls._SHOWN - space)) if enlarged else 1.0
+        return cls(
+            rows=rows,
+            columns=columns,
+            cell=(height, width),
+            zoom=zoom,
+            groups=groups,
+            captions=captions,
+            notes=notes,
+            scale=scale,
+        )
+
+    def scaled(self, length: float) -> int:
+        """A length, or a size of type, on this sheet."""
+        return round(length * self.scale)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) of the sheet, as Pillow has it."""
+        return self.right + self.left, self.footer + self.scaled(self._FOOTER + self._FOOTNOTE * self.footer_lines)
+
+    @property
+    def left(self) -> int:
+        """Left edge of what is on the sheet."""
+        return self.scaled(self._MARGIN)
+
+    @property
+    def right(self) -> int:
+        """Right edge of what is on the sheet."""
+        return self.column(self.columns - 1) + self.cell[1]
+
+    def column(self, column: int) -> int:
+        """Left edge of a column."""
+        groups = sum(column >= first for first in self.groups)
+        space = self._MARGIN + self.captions + column * self._GAP + groups * (self._GROUP_GAP - self._GAP)
+        return self.scaled(space) + column * self.cell[1]
+
+    def row(self, row: int) -> int:
+        """Top of a row."""
+        height = self.cell[0] + (self.scaled(8 + self._NOTE * self.notes) if self.notes else 0)
+        height = max(height, self.scaled(self._CAPTION) if self.captions else 0)
+        return self.scaled(self._HEADER) + row * (height + self.scaled(self._ROW_GAP))
+
+    @property
+    def footer(self) -> int:
+        """Top of the footer."""
+        return self.row(self.rows) - self.scaled(self._ROW_GAP)
+
+    def place(self, row: int, column: int) -> tuple[int, int]:
+        """(left, top) of a cell, as Pillow has it."""
+        return self.column(column), self.row(row)
+
+
+def zoom_of(output_size: tuple[int, int], least: int = 128, most: int = 384) -> float:
+    """How samples are enlarged, by a whole number, to reach a size, or shrunk so that they do not exceed one."""
+    longest = max(output_size)
+    return math.ceil(least / longest) if longest < least else min(1.0, most / longest)
+
+
+def zoomed(pixels: NDArray[np.uint8], zoom: float) -> Image.Image:
+    """An image on the output grid, enlarged or shrunk."""
+    image = Image.fromarray(pixels)
+    if zoom == 1:
+        return image
+    size = (max(1, round(image.width * zoom)), max(1, round(image.height * zoom)))
+    return image.resize(size, Image.Resampling.NEAREST if zoom > 1 else Image.Resampling.BOX)
+
+
+class Sheet:
+    """A sheet as it is drawn, with its footer there already."""
+
+    def __init__(self, layout: Layout, footer: Sequence[str]) -> None:
+        lines = [line for note in footer for line in wrapped(note, layout.scaled(13), layout.right - layout.left)]
+        self.layout = replace(layout, footer_lines=max(layout.footer_lines, len(lines)))
+        self.image = Image.new("RGB", self.layout.size, PAPER)
+        self._draw = ImageDraw.Draw(self.image)
+        self._rule(self.layout.footer + self.layout.scaled(20))
+        for line, text in enumerate(lines):
+            baseline = self.layout.footer + self.layout.scaled(44 + Layout._FOOTNOTE * line)
+            self._write(self.layout.left, baseline, text, 13, MUTED)
+
+    def title(self, name: str, below: str) -> None:
+        """Write what the sheet is at the top of it, above the captions."""
+        self._head(self.layout.left, self.layout.scaled(self.layout.captions), name, below, 22)
+
+    def head(self, column: int, name: str, below: str, columns: int = 1) -> None:
+        """Write a name at the top of a column or of several, and a line below it."""
+        left = self.layout.column(column)
+        self._head(left, self.layout.column(column + columns - 1) + self.layout.cell[1] - left, name, below, 18)
+
+    def divide(self, row: int) -> None:
+        """Draw a hairline above a row."""
+        self._rule(self.layout.row(row) - self.layout.scaled(Layout._ROW_GAP) // 2)
+
+    def caption(self, row: int, lines: Sequence[tuple[int, Line]]) -> None:
+        """Write what stands at the left of a row: lines, and how far down each."""
+        scaled, top = self.layout.scaled, self.layout.row(row)
+        most = scaled(self.layout.captions - Layout._GROUP_GAP)
+        for down, (text, size, colour) in lines:
+            self._write(self.layout.left, top + scaled(down), text, size, colour, most)
+
+    def cell(self, row: int, column: int, content: Image.Image | tuple[str, str], notes: Sequence[Line] = ()) -> None:
+        """Draw a cell, a picture or why there is none in two lines, with notes under it."""
+        (left, top), (height, across) = self.layout.place(row, column), self.layout.cell
+        scaled = self.layout.scaled
+        if isinstance(content, Image.Image):
+            self.image.paste(content, (left, top))
+        else:
+            self._draw.rectangle([left, top, left + across - 1, top + height - 1], fill=PANEL)
+            for text, size, down in (("–", 20, -14), (content[0], 13, 10), (content[1], 13, 27)):
+                x = left + (across - width(text, scaled(size))) / 2
+                self._write(x, top + height // 2 + scaled(down), text, size, MUTED)
+        for line, (text, size, colour) in enumerate(notes):
+            baseline = top + height + scaled(8 + Layout._NOTE * line + 12)
+            self._write(left, baseline, text, size, colour, across)
+
+    def _head(self, x: int, most: int, name: str, below: str, size: int) -> None:
+        baseline = self.layout.scaled(Layout._HEADER - 42)
+        self._write(x, baseline, name, size, INK, most)
+        self._write(x, baseline + self.layout.scaled(21), below, 14, MUTED, most)
+
+    def _write(
+        self, x: float, baseline: float, text: str, size: int, colour: Colour = INK, most: float = math.inf
+    ) -> None:
+        """Write one line, from x on, as it fits in a width; its size is that at scale 1."""
+        text, size = fitted(text, self.layout.scaled(size), most)
+        write(self.image, (x, baseline), text, size, colour)
+
+    def _rule(self, y: int) -> None:
+        """Draw a hairline across the sheet."""
+        self._draw.line([(self.layout.left, y), (self.layout.right, y)], fill=RULE, width=self.layout.scaled(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frame:
+    """Where a whole image and its crop lie in a cell; the crop may leave the image."""
+
+    cell: tuple[int, int]  # (height, width)
+    left: int
+    top: int
+    height: int
+    width: int
+    crop: tuple[int, int, int, int]  # left, top, right, bottom in the cell
+
+    @classmethod
+    def of(cls, sample: Sample, cell: tuple[int, int]) -> "Frame":
+        """The frame of a sample's original, and of its edit, which is as if it were of the same size."""
+        return cls.around(sample.original.shape[:2], sample.box, cell)
+
+    @classmethod
+    def around(cls, image_size: tuple[int, ...], box: NDArray[np.float64], cell: tuple[int, int]) -> "Frame":
+        """As large as image and box (top, left, height, width), pixels of the image, fit in the cell."""
+        size = np.array(image_size, dtype=np.float64)
+        first, last = np.minimum(0, box[:2]), np.maximum(size, box[:2] + box[2:])
+        scale = float((np.array(cell) / (last - first)).min())
+        height, width = (max(1, int(side)) for side in np.rint(size * scale))
+        corner = (np.array(cell) - (last - first) * scale) / 2 - first * scale
+        top, left = (int(place) for place in np.rint(corner))
+        crop_top, crop_left = (int(place) for place in np.rint(corner + box[:2] * scale))
+        crop_bottom, crop_right = (int(place) for place in np.rint(corner + (box[:2] + box[2:]) * scale))
+        # Of a picture that is one pixel wide here, the crop is so too.
+        crop = (crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1))
+        return cls(cell=cell, left=left, top=top, height=height, width=width, crop=crop)
+
+    @property
+    def corner(self) -> tuple[int, int]:
+        """Where the image begins, as Pillow has it."""
+        return self.left, self.top
+
+    def rectangle(self, window: Window, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """A window of an image's pixels as (left, top, right, bottom) in the cell; empty where the window is."""
+        (top, left, bottom, right), (height, width) = window, image_size
+        if left >= right or top >= bottom:
+            return self.left, self.top, self.left, self.top
+        across, down = self.width / width, self.height / height
+        first = self.left + int(left * across), self.top + int(top * down)
+        return *first, self.left + math.ceil(right * across), self.top + math.ceil(bottom * down)
+
+    def show(self, image: Image.Image, seam: tuple[int, float] | None = None) -> Image.Image:
+        """A whole image with the crop outlined and the rest faded; the same frame for an original and its edit."""
+        bright = self._bright(image)
+        if seam is not None:
+            self._draw_seam(ImageDraw.Draw(bright), *seam)
+        canvas = self._faded(bright)
+        canvas.paste(bright.crop(self.crop), self.crop[:2])
+        self._outline_crop(ImageDraw.Draw(canvas))
+        return canvas
+
+    def show_part(self, image: Image.Image, part: tuple[int, int, int, int], line: int) -> Image.Image:
+        """A whole image with a part of it (a rectangle in the cell) outlined, the crop too, and the rest faded."""
+        bright = self._bright(image)
+        canvas = self._faded(bright)
+        draw = ImageDraw.Draw(canvas)
+        left, top, right, bottom = part
+        if left < right and top < bottom:
+            canvas.paste(bright.crop(part), part[:2])
+        self._outline_crop(draw)
+        if left < right and top < bottom:
+            draw.rectangle([left, top, right - 1, bottom - 1], outline=ACCENT, width=line)
+        return canvas
+
+    def show_whole(self, image: Image.Image) -> Image.Image:
+        """A whole image as it is."""
+        canvas = Image.new("RGB", self.cell[::-1], PANEL)
+        canvas.paste(self._resized(image), self.corner)
+        return canvas
+
+    def _resized(self, image: Image.Image) -> Image.Image:
+        return image.convert("RGB").resize((self.width, self.height), Image.Resampling.LANCZOS)
+
+    def _bright(self, image: Image.Image) -> Image.Image:
+        # On black, as a sample is where the crop leaves the image.
+        bright = Image.new("RGB", self.cell[::-1])
+        bright.paste(self._resized(image), self.corner)
+        return bright
+
+    def _faded(self, bright: Image.Image) -> Image.Image:
+        whole = bright.crop((*self.corner, self.left + self.width, self.top + self.height))
+        canvas = Image.new("RGB", bright.size, PANEL)
+        canvas.paste(Image.blend(whole, Image.new("RGB", whole.size, FADE), 0.6), self.corner)
+        return canvas
+
+    def _outline_crop(self, draw: ImageDraw.ImageDraw) -> None:
+        left, top, right, bottom = self.crop
+        # Dark about light, to be seen on every photograph.
+        draw.rectangle([left, top, right - 1, bottom - 1], outline=INK)
+        if right - left > 4 and bottom - top > 4:
+            draw.rectangle([left + 1, top + 1, right - 2, bottom - 2], outline=PAPER)
+
+    def _draw_seam(self, draw: ImageDraw.ImageDraw, axis: int, place: float) -> None:
+        if axis == 1:
+            x = self.left + round(place * self.width)
+            draw.line([(x, self.top), (x, self.top + self.height - 1)], fill=ACCENT, width=2)
+        else:
+            y = self.top + round(place * self.height)
+            draw.line([(self.left, y), (self.left + self.width - 1, y)], fill=ACCENT, width=2)

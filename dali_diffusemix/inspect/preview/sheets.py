@@ -1,0 +1,381 @@
+"""The sheets: what stands in their cells."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Final
+
+import numpy as np
+from PIL import Image
+
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, Frame, Layout, Line, Sheet, zoomed
+from dali_diffusemix.inspect.preview.samples import (
+    MOST_ROWS,
+    Decoded,
+    Sample,
+    check_epochs,
+    matching_indices,
+    spread_indices,
+)
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.spec import MASKS, MixSpec
+
+COLUMNS: Final = (
+    ("original", "I"),
+    ("edit", "Î"),
+    ("mask", "M"),
+    ("hybrid", "H = M⊙Î + (1−M)⊙I"),
+    ("fractal", "F"),
+    ("augmented", "A = (1−λ)H + λF"),
+)
+"""The columns' names, and the paper's symbols for them."""
+
+_CAPTIONS: Final = 206
+_MOST_SAMPLES: Final = 512  # on one sheet
+_EPOCHS_A_LINE: Final = 6
+_MOST_COUNTED: Final = 4096  # samples that a share of the whole epoch is taken from
+
+
+def contact_sheet(
+    dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
+) -> Image.Image:
+    """Draw samples of a dataset, one a row: original, edit, mask, hybrid, fractal, augmented.
+
+    Args:
+        dataset: What to draw from; its seed, mix and crop decide the samples.
+        epoch: The epoch whose samples are drawn; `dataset.epoch` is left alone.
+        indices: Which samples; None takes `spread_indices`.
+        rows: How many, where `indices` is None; 1 to 64.
+
+    Returns:
+        The sheet, RGB. Cells of the last three columns are the output grid pixel for pixel, enlarged by a whole
+        number where it is below 128 pixels and shrunk where it is above 384.
+
+    Raises:
+        ConfigError: A sample is not in the dataset, or there are none or too many of them.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
+    """
+    plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
+    layout = Layout.of(
+        plan.output_size, rows=len(plan), columns=len(COLUMNS), groups=(3,), captions=_CAPTIONS, enlarged=False
+    )
+    sheet = Sheet(layout, _footnotes(dataset, epoch))
+    sheet.title("DiffuseMix", "samples of the plan")
+    for column, (name, symbols) in enumerate(COLUMNS):
+        sheet.head(column, name, symbols)
+    for row in range(len(plan)):
+        _draw_steps(sheet, row, Sample.of(dataset, plan, row))
+    return sheet.image
+
+
+def epochs_sheet(
+    dataset: DiffuseMixDataset, *, epochs: Sequence[int], indices: Sequence[int] | None = None, rows: int = 8
+) -> Image.Image:
+    """Draw samples of a dataset over several epochs: the original, then what becomes of it in each.
+
+    Args:
+        dataset: What to draw from; its seed, mix and crop decide the samples.
+        epochs: 1 to 100 of them, six a line; `dataset.epoch` is left alone.
+        indices: Which samples; None takes `spread_indices` of the first epoch.
+        rows: How many, where `indices` is None; 1 to 64.
+
+    Returns:
+        The sheet, RGB, its samples as in `contact_sheet`.
+
+    Raises:
+        ConfigError: A sample is not in the dataset, or there are none or too many of them or of the epochs.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
+    """
+    check_epochs(epochs)
+    chosen = _chosen(dataset, epochs[0], indices, rows)
+    if len(chosen) * len(epochs) > _MOST_SAMPLES:
+        raise ConfigError(
+            f"indices times epochs must be at most {_MOST_SAMPLES} samples on a sheet, found {len(chosen)} times "
+            f"{len(epochs)}; draw fewer at once"
+        )
+    plans = [dataset.planner.batch(epoch, chosen) for epoch in epochs]
+    lines = -(-len(epochs) // _EPOCHS_A_LINE)
+    across = -(-len(epochs) // lines)
+    layout = Layout.of(plans[0].output_size, rows=len(chosen) * lines, columns=1 + across, groups=(1,), notes=3)
+    sheet = Sheet(layout, [*_footnotes(dataset, *epochs), *_about_epoch(dataset, dataset.mix)])
+    sheet.head(0, *COLUMNS[0])
+    name, symbols = COLUMNS[-1]
+    sheet.head(1, f"{name}, epoch by epoch", symbols, across)
+    for place in range(len(chosen)):
+        top = place * lines
+        if place:
+            sheet.divide(top)
+        for number, plan in enumerate(plans):
+            sample = Sample.of(dataset, plan, place)
+            if not number:
+                sheet.cell(top, 0, _whole(sample, layout), _named(sample))
+            row, column = top + number // across, 1 + number % across
+            under: list[Line] = [(f"epoch {plan.epoch}", 14, INK), *_drawn(sample)]
+            sheet.cell(row, column, zoomed(sample.augmented(), layout.zoom), under)
+    return sheet.image
+
+
+def presets_sheet(
+    dataset: DiffuseMixDataset,
+    mixes: Mapping[str, MixSpec],
+    *,
+    epoch: int = 0,
+    indices: Mapping[str, Sequence[int]] | None = None,
+    rows: int = 8,
+) -> Image.Image:
+    """Draw the same originals under several mixes: the original, then mask and augmented sample under each.
+
+    Args:
+        dataset: What to draw from; its seed and crop decide the samples, its own mix does not matter.
+        mixes: By the name that the sheet gives them.
+        epoch: The epoch whose samples are drawn.
+        indices: Which samples of each mix, by name, row for row of the same original; None takes `matching_indices`.
+        rows: How many, where `indices` is None; 1 to 64.
+
+    Returns:
+        The sheet, RGB, its samples as in `contact_sheet`.
+
+    Raises:
+        ConfigError: Samples of one row are of different originals, a sample is not in its mix's epoch, there are none
+            or too many of them, or nothing to mix with.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
+    """
+    indices = matching_indices(dataset, mixes, epoch=epoch, rows=rows) if indices is None else indices
+    if not mixes or set(indices) != set(mixes):
+        raise ConfigError(
+            f"indices must be given for each of at least 1 mix, found them for {sorted(indices)} and mixes "
+            f"{sorted(mixes)}; take `matching_indices`"
+        )
+    planners = {name: replace(dataset.planner, mix=mix) for name, mix in mixes.items()}
+    plans = {name: planner.batch(epoch, indices[name]) for name, planner in planners.items()}
+    first = next(iter(plans.values()))
+    _check_count(len(first))
+    for name, plan in plans.items():
+        if not np.array_equal(plan.original, first.original):
+            raise ConfigError(
+                f"indices must name samples of the same originals under each mix, found originals "
+                f"{first.original.tolist()} and, under {name!r}, {plan.original.tolist()}; take `matching_indices`"
+            )
+    groups = tuple(1 + 2 * place for place in range(len(plans)))
+    layout = Layout.of(first.output_size, rows=len(first), columns=1 + 2 * len(plans), groups=groups, notes=2)
+    about = [*dict.fromkeys(line for mix in mixes.values() for line in _about_epoch(dataset, mix))]
+    if about:
+        about.insert(0, "A row is of one original. Where its index differs between mixes, so do crop, mask, fractal.")
+    sheet = Sheet(layout, [*about, *_footnotes(dataset, epoch, mixed=False)])
+    sheet.head(0, *COLUMNS[0])
+    for column, (name, mix) in zip(groups, mixes.items(), strict=True):
+        sheet.head(column, name, _about_mix(mix), 2)
+    for row in range(len(first)):
+        if row:
+            sheet.divide(row)
+        for column, (name, plan) in zip(groups, plans.items(), strict=True):
+            sample = Sample.of(dataset, plan, row, planners[name])
+            if column == 1:
+                sheet.cell(row, 0, _whole(sample, layout), _named(sample))
+            place = f"index {sample.plan.index[0]} of {len(planners[name])}"
+            sheet.cell(row, column, *_masked(sample, layout))
+            under = [*_drawn(sample)[:1], (place, 13, MUTED)]
+            sheet.cell(row, column + 1, zoomed(sample.augmented(), layout.zoom), under)
+    return sheet.image
+
+
+def parts_sheet(
+    dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
+) -> Image.Image:
+    """Draw what the loader decodes: original and edit with that part outlined, and the sample that is made of them.
+
+    Args:
+        dataset: What to draw from; its seed, mix and crop decide the samples.
+        epoch: The epoch whose samples are drawn; `dataset.epoch` is left alone.
+        indices: Which samples; None takes `spread_indices`.
+        rows: How many, where `indices` is None; 1 to 64.
+
+    Returns:
+        The sheet, RGB, its samples as in `contact_sheet`. Outlined are the windows of `plan.visible_parts`, and the
+        crop; all that is not decoded is faded.
+
+    Raises:
+        ConfigError: A sample is not in the dataset, or there are none or too many of them.
+        DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
+    """
+    plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
+    layout = Layout.of(plan.output_size, rows=len(plan), columns=3, groups=(2,), captions=_CAPTIONS, notes=2)
+    sheet = Sheet(layout, [*_about_shares(dataset, epoch, plan), *_footnotes(dataset, epoch)])
+    sheet.title("Visible parts", "all that is decoded")
+    for column, (name, symbols) in enumerate((*COLUMNS[:2], COLUMNS[-1])):
+        sheet.head(column, name, symbols)
+    for row in range(len(plan)):
+        if row:
+            sheet.divide(row)
+        sample = Sample.of(dataset, plan, row)
+        _draw_parts(sheet, row, sample, *Decoded.of(dataset, sample.plan))
+    return sheet.image
+
+
+def _chosen(dataset: DiffuseMixDataset, epoch: int, indices: Sequence[int] | None, rows: int) -> Sequence[int]:
+    if indices is None:
+        return spread_indices(dataset, epoch=epoch, rows=rows)
+    _check_count(len(indices))
+    return indices
+
+
+def _check_count(samples: int) -> None:
+    if not 1 <= samples <= MOST_ROWS:
+        raise ConfigError(f"indices must name 1 to {MOST_ROWS} samples, found {samples}")
+
+
+# Cells ----------------------------------------------------------------------------------------------------------------
+
+
+def _draw_steps(sheet: Sheet, row: int, sample: Sample) -> None:
+    if row:
+        sheet.divide(row)
+    _draw_caption(sheet, row, sample)
+    layout = sheet.layout
+    frame = Frame.of(sample, layout.cell)
+    cells: list[Image.Image | tuple[str, str]] = [frame.show(Image.fromarray(sample.original))]
+    if sample.edit is None:
+        cells += [("not mixed:", "shown as it is")] * 4
+    else:
+        mask = sample.mask((frame.height, frame.width))
+        fractal = ("no fractal:", "λ is 0") if sample.fractal is None else zoomed(sample.fractal_alone(), layout.zoom)
+        cells += [
+            frame.show(Image.fromarray(sample.edit)),
+            frame.show(Image.fromarray(mask), seam=sample.seam()),
+            zoomed(sample.hybrid(), layout.zoom),
+            fractal,
+        ]
+    cells.append(zoomed(sample.augmented(), layout.zoom))
+    for column, cell in enumerate(cells):
+        sheet.cell(row, column, cell)
+
+
+def _draw_caption(sheet: Sheet, row: int, sample: Sample) -> None:
+    prompt = ("not mixed: shown as it is", 15, MUTED) if sample.prompt is None else (f"“{sample.prompt}”", 15, ACCENT)
+    lines = [(17, (sample.class_name, 20, INK)), (41, prompt)]
+    lines += [(66 + 17 * line, (text, 13, MUTED)) for line, text in enumerate(sample.details())]
+    sheet.caption(row, lines)
+
+
+def _draw_parts(sheet: Sheet, row: int, sample: Sample, decoded: Decoded) -> None:
+    _draw_caption(sheet, row, sample)
+    layout = sheet.layout
+    frame, line = Frame.of(sample, layout.cell), layout.scaled(2.5)
+    sources = (
+        (sample.original, decoded.original, decoded.original_size),
+        (sample.edit, decoded.edit, decoded.edit_size),
+    )
+    for column, (image, window, size) in enumerate(sources):
+        if image is None:
+            sheet.cell(row, column, ("not mixed:", "no edit is read"))
+            continue
+        pixels, whole = decoded.pixels[column], decoded.whole[column]
+        picture = frame.show_part(Image.fromarray(image), frame.rectangle(window, size), line)
+        top, left, bottom, right = window
+        part = f"{right - left} × {bottom - top} of {size[1]} × {size[0]}" if pixels else "the file is not read"
+        sheet.cell(row, column, picture, [(_share(pixels, whole), 15, INK), (part, 13, MUTED)])
+    pixels, whole = sum(decoded.pixels), sum(decoded.whole)
+    both = "the original" if sample.edit is None else "both"
+    notes = [(f"{_share(pixels, whole)} of {both}", 15, ACCENT), (f"{pixels:,} of {whole:,} pixels", 13, MUTED)]
+    sheet.cell(row, 2, zoomed(sample.augmented(), layout.zoom), notes)
+
+
+def _share(pixels: int, whole: int) -> str:
+    if not pixels:
+        return "nothing decoded"
+    share = 100 * pixels / whole
+    return f"decoded {share:.0f} %" if share >= 1 else "decoded under 1 %"
+
+
+def _whole(sample: Sample, layout: Layout) -> Image.Image:
+    size = sample.original.shape[:2]
+    return Frame.around(size, np.array([0, 0, *size]), layout.cell).show_whole(Image.fromarray(sample.original))
+
+
+def _masked(sample: Sample, layout: Layout) -> tuple[Image.Image | tuple[str, str], list[Line]]:
+    """The cell of a mask, with its notes."""
+    if sample.edit is None:
+        return ("not mixed:", "shown as it is"), []
+    frame = Frame.of(sample, layout.cell)
+    picture = frame.show(Image.fromarray(sample.mask((frame.height, frame.width))), seam=sample.seam())
+    weight = f"λ = {sample.plan.fractal_weight[sample.row]:.2f}"
+    return picture, [(_mask(sample), 13, INK), (weight, 13, MUTED)]
+
+
+def _named(sample: Sample) -> list[Line]:
+    height, width = sample.original.shape[:2]
+    return [(sample.class_name, 14, INK), (f"{width} × {height}", 13, MUTED)]
+
+
+def _drawn(sample: Sample) -> list[Line]:
+    """Prompt and mask, or that there are none."""
+    if sample.prompt is None:
+        return [("not mixed", 13, MUTED)]
+    return [(f"“{sample.prompt}”", 13, ACCENT), (_mask(sample), 13, MUTED)]
+
+
+def _mask(sample: Sample) -> str:
+    return f"mask {MASKS[int(sample.plan.mask[sample.row])]}"
+
+
+# Footers --------------------------------------------------------------------------------------------------------------
+
+
+def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> list[str]:
+    """What the samples of a sheet were made with; the mix too, unless the sheet names it elsewhere."""
+    presets = {MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
+    mix = "none" if dataset.mix is None else presets.get(dataset.mix, str(dataset.mix))
+    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", str(dataset.crop))
+    setting = [f"mix {mix}"] if mixed else []
+    setting += [f"crop {crop}", f"seed {dataset.seed}", f"epoch{'s' * (len(epochs) > 1)} {_listed(epochs)}"]
+    notes = ["  ·  ".join(setting)]
+    if dataset.store is not None:
+        settings = dataset.store.settings
+        procedural = settings.get("editor") == "procedural"
+        edits = "procedural restyling, not diffusion" if procedural else f"{settings.get('model')}"
+        notes.append(f"edits: {edits}")
+    return notes
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """Numbers with commas between, and stretches of them with a dash."""
+    stretches: list[list[int]] = []
+    for number in numbers:
+        if stretches and number == stretches[-1][-1] + 1:
+            stretches[-1].append(number)
+        else:
+            stretches.append([number])
+    return ", ".join(str(one[0]) if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in stretches)
+
+
+def _about_mix(mix: MixSpec) -> str:
+    seam = f"seam {100 * mix.seam_width:.0f} % wide" if mix.seam_width else "hard seam"
+    return f"{len(mix.masks)} masks, {seam}, {mix.epoch} epoch"
+
+
+def _about_epoch(dataset: DiffuseMixDataset, mix: MixSpec | None) -> list[str]:
+    """What an index means, where it is not an original."""
+    if mix is None or mix.epoch == "fixed":
+        return []
+    count, samples = len(dataset.catalog), len(replace(dataset.planner, mix=mix))
+    return [
+        f"An expanded epoch has {samples} samples: first {count} originals, unmixed, then {samples - count} edits, "
+        "each mixed with its original."
+    ]
+
+
+def _about_shares(dataset: DiffuseMixDataset, epoch: int, plan: BatchPlan) -> list[str]:
+    count = len(dataset)
+    spread = np.unique(np.linspace(0, count - 1, min(count, _MOST_COUNTED)).astype(np.int64))
+    of = f"all {count} samples" if len(spread) == count else f"{len(spread)} of {count} samples"
+    here, everywhere = (
+        100 * sum(sum(one.pixels) for one in decoded) / sum(sum(one.whole) for one in decoded)
+        for decoded in (Decoded.of(dataset, plan), Decoded.of(dataset, dataset.planner.batch(epoch, spread)))
+    )
+    return [
+        "Bold outline: what is decoded. Thin outline: the crop.",
+        f"Decoded are {here:.0f} % of the pixels of the images shown, and {everywhere:.0f} % of those of {of} of the "
+        "epoch.",
+    ]

@@ -1,0 +1,192 @@
+"""Verifying a store: every byte is hashed, every image decoded, every table compared; shard by shard.
+
+Nothing is changed. `discard` takes away the .json of damaged shards: then the command that made them makes them anew.
+"""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.store import NOT_YET, VERDICTS, ShardFiles, UnfinishedStoreWarning, index_is_current, shard_files
+
+__all__ = ["Problem", "Verification", "verify"]
+
+_CHUNK = 2**22  # bytes hashed at once
+_MOST = 20  # problems told of one shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is wrong with a file of a store."""
+
+    shard: int | None  # None: what the whole store shares
+    file: str  # relative to the store
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What was found."""
+
+    shards: int  # that were looked at
+    missing: int  # that are not finished, those among them that a run left in part
+    images: int  # that could be decoded
+    bytes: int
+    problems: tuple[Problem, ...]
+
+    @property
+    def damaged(self) -> tuple[int, ...]:
+        """Shards with a problem."""
+        return tuple(sorted({problem.shard for problem in self.problems if problem.shard is not None}))
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    decoding: bool = True,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Verification:
+    """Look at every byte of an edit store, or of a packed one.
+
+    Args:
+        path: Its folder.
+        decoding: Whether images are decoded too, and their sizes compared.
+        workers: Threads; one for each processor unless given.
+        progress: Called with the shards done and all shards.
+
+    Raises:
+        StoreError: There is no store at all.
+    """
+    path = Path(path).absolute()
+    shards, count = shard_files(path)
+    problems: list[Problem] = []
+    images = size = 0
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+        for done, (shard, found) in enumerate(zip(shards, pool.map(partial(_check, decoding), shards), strict=True)):
+            problems += found.problems
+            images += found.images
+            size += sum(shard.sizes.values())
+            if progress is not None:
+                progress(done + 1, len(shards))
+    problems += _check_whole(path)
+    return Verification(
+        shards=len(shards),
+        missing=count - len(shards) + sum(bool(shard.verdicts.get(NOT_YET)) for shard in shards),
+        images=images,
+        bytes=size,
+        problems=tuple(problems),
+    )
+
+
+def discard(path: str | os.PathLike[str], found: Verification) -> None:
+    """Take away what says that damaged shards are finished. Raises StoreError where that is not permitted."""
+    path = Path(path).absolute()
+    shards, _ = shard_files(path)
+    for shard in shards:
+        if shard.number in found.damaged:
+            try:
+                shard.json.unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"{str(shard.json)!r}: cannot be removed ({error.strerror}).") from error
+
+
+@dataclass(frozen=True)
+class _Found:
+    problems: list[Problem]
+    images: int
+
+
+def _check(decoding: bool, shard: ShardFiles) -> _Found:
+    if shard.error is not None:
+        return _Found([Problem(shard=shard.number, file=f"shards/{shard.json.name}", what=shard.error)], 0)
+    problems = list(_check_files(shard))
+    if problems:
+        return _Found(problems, 0)
+    images = 0
+    try:
+        rows = shard.rows()
+    except StoreError as error:
+        return _Found([_problem(shard, "npy", str(error))], 0)
+    for ending, wanted in (("tar", rows[rows["verdict"] == 0]), ("rejected", rows[rows["verdict"] != 0])):
+        wanted = wanted[wanted["length"] > 0]
+        if not len(wanted):
+            continue
+        with shard.files[ending].open("rb") as tar:
+            for row in wanted:
+                data = os.pread(tar.fileno(), int(row["length"]), int(row["offset"]))
+                if decoding and (what := _undecodable(data, (int(row["height"]), int(row["width"])))):
+                    problems.append(_problem(shard, ending, f"the image of original {row['original']}: {what}"))
+                else:
+                    images += 1
+                if len(problems) >= _MOST:
+                    return _Found(problems, images)
+    if len(rows) and rows["verdict"].max() >= len(VERDICTS):
+        problems.append(_problem(shard, "npy", f"has verdict {rows['verdict'].max()}, of {len(VERDICTS)}"))
+        return _Found(problems, images)
+    verdicts = {VERDICTS[place]: int((rows["verdict"] == place).sum()) for place in np.unique(rows["verdict"]).tolist()}
+    if verdicts != {name: count for name, count in shard.verdicts.items() if count}:
+        problems.append(_problem(shard, "npy", f"has verdicts {verdicts}, its .json says {dict(shard.verdicts)}"))
+    return _Found(problems, images)
+
+
+def _undecodable(data: bytes, size: tuple[int, int]) -> str | None:
+    try:
+        found = decode(data).shape[:2]
+    except DecodeError as error:
+        return str(error)
+    return None if found == size else f"must have {size[0]} x {size[1]} pixels, found {found[0]} x {found[1]}"
+
+
+def _check_files(shard: ShardFiles) -> Iterator[Problem]:
+    for ending, file in shard.files.items():
+        try:
+            size, digest = _hashed(file)
+        except OSError as error:
+            yield _problem(shard, ending, f"cannot be read ({error.strerror})")
+            continue
+        if size != shard.sizes[ending]:
+            yield _problem(shard, ending, f"must have {shard.sizes[ending]} bytes, found {size}")
+        elif digest != shard.hashes[ending]:
+            yield _problem(shard, ending, "has been changed: its SHA-256 is another")
+
+
+def _hashed(file: Path) -> tuple[int, str]:
+    whole, size = hashlib.sha256(), 0
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            whole.update(chunk)
+            size += len(chunk)
+    return size, whole.hexdigest()
+
+
+def _problem(shard: ShardFiles, ending: str, what: str) -> Problem:
+    file = shard.files[ending]
+    return Problem(shard=shard.number, file=str(file.relative_to(file.parents[1])), what=what)
+
+
+def _check_whole(path: Path) -> Iterator[Problem]:
+    """What a reader would say that opens it; and whether its index is that of the shards."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnfinishedStoreWarning)
+            current = index_is_current(path)
+    except StoreError as error:
+        yield Problem(shard=None, file="store.json", what=str(error))
+        return
+    if not current:
+        yield Problem(
+            shard=None, file="index.npy", what="is not that of the shards; run the command again that made the store"
+        )

@@ -1,0 +1,370 @@
+"""Where a loader on a GPU decodes: `decode="auto"` tries the ways on this machine, once, and remembers the fastest.
+
+    way ──> a process of its own, with a time limit ──> images/s, or why it does not work
+                 (a vendor's library may crash it, or answer success with wrong pixels)
+
+On the CPU means: the CPU loader's decoder, whose pixels are Pillow's, and one copy of what a batch shows to the GPU. On
+the GPU means DALI's mixed decoders, in one of the ways of `GpuDecoding`.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, Final, Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from dali_diffusemix.base.files import cache_folder
+from dali_diffusemix.errors import ConfigError, DataError
+from dali_diffusemix.images import codec
+from dali_diffusemix.loading.dali import GpuDecoding
+from dali_diffusemix.loading.decoder import Decoded, PieceDecoder, Sources
+from dali_diffusemix.loading.upload import PieceUpload
+from dali_diffusemix.mix.call import piece_table
+
+_log = logging.getLogger(__name__)
+
+Decode: TypeAlias = Literal["auto", "cpu", "gpu"] | GpuDecoding
+"""What a loader is told: "gpu" is `GpuDecoding()`."""
+
+WAYS: Final[Mapping[str, GpuDecoding | None]] = {
+    "cpu": None,
+    "gpu": GpuDecoding(),
+    "gpu, regions": GpuDecoding(regions=True),
+    "gpu, edits on the cpu": GpuDecoding(hardware_load=0.9, edits_on_cpu=True),
+}
+"""What "auto" tries; None is the CPU."""
+
+_SECONDS: Final = 60.0  # that a trial may take
+_TIMED: Final = 1.0  # seconds of decoding that are timed
+_GAIN: Final = 1.1  # over the CPU, whose pixels are exact, that a GPU's decoder must have to be chosen
+_PACKAGES: Final = (
+    *("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
+    *("nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "torch", "dali-diffusemix"),
+)
+_CHILD: Final = "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.decoding import serve; serve(sys.argv[1])"
+
+# Of the photographs that are tried: ImageNet's usual size, half of them in tiles, as edit stores hold them.
+_HEIGHT, _WIDTH, _BATCH = 375, 500, 64
+# nvJPEG's inverse transform and chroma upsampling are not libjpeg-turbo's; of 255, on average over a piece.
+_LARGEST_MEAN_DIFFERENCE: Final = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What was found on a machine."""
+
+    way: str  # of WAYS
+    images_per_second: Mapping[str, float]  # by way; an original and an edit are one
+    errors: Mapping[str, str]  # of the ways that do not work
+
+    def __str__(self) -> str:
+        found = [f"{way} {rate:.0f} images/s" for way, rate in self.images_per_second.items()]
+        failed = [f"{way} does not work ({error})" for way, error in self.errors.items()]
+        return f"decode={self.way}: {', '.join(found + failed)}"
+
+
+def check(decode: Decode, device: torch.device) -> None:
+    """Raise ConfigError unless it can be said of a loader on this device."""
+    if not isinstance(decode, GpuDecoding) and decode not in ("auto", "cpu", "gpu"):
+        raise ConfigError(
+            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'"
+        )
+    if device.type == "cpu" and decode not in ("auto", "cpu"):
+        raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out")
+
+
+def resolve(decode: Decode, device: torch.device, threads: int) -> GpuDecoding | None:
+    """How a loader decodes for a device; None is on the CPU. Tries it out if it must."""
+    if isinstance(decode, GpuDecoding):
+        return decode
+    if decode == "gpu":
+        return GpuDecoding()
+    if decode == "cpu" or device.type == "cpu":
+        return None
+    choice = choose(device.index, threads)
+    _log.info("%s on %s", choice, torch.cuda.get_device_name(device))
+    return WAYS[choice.way]
+
+
+def choose(device: int, threads: int) -> Choice:
+    """The fastest way to decode for a GPU, from the user's cache, else by trying; processes wait for each other."""
+    facts = _facts(device, threads)
+    with _locked():
+        known = remembered(facts)
+        if known is None:
+            name = torch.cuda.get_device_name(device)
+            _log.warning("Trying how to decode for %s; this is done once on a machine, and takes a minute.", name)
+            known = _tried(device, threads)
+            if known.images_per_second:  # else something is wrong with the machine, and may be mended
+                _remember(facts, known)
+    return known
+
+
+def _tried(device: int, threads: int) -> Choice:
+    rates, errors = dict[str, float](), dict[str, str]()
+    for name in WAYS:
+        answer = _trial(name, device, threads)
+        if "error" in answer:
+            errors[name] = answer["error"]
+        else:
+            rates[name] = answer["images_per_second"]
+    # Where nothing works, loading on the CPU will say why.
+    best = max(rates, key=rates.__getitem__, default="cpu")
+    way = best if rates.get(best, 0) >= _GAIN * rates.get("cpu", 0) else "cpu"
+    return Choice(way=way, images_per_second=rates, errors=errors)
+
+
+def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
+    """Try a way in a process of its own."""
+    request = json.dumps({"way": way, "device": device, "threads": threads})
+    with (
+        tempfile.TemporaryDirectory(prefix="dali-diffusemix-") as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", _CHILD, request, *sys.path],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "TMPDIR": folder},
+            start_new_session=True,
+        ) as process,
+    ):
+        try:
+            output, _ = process.communicate(timeout=_SECONDS)
+        except subprocess.TimeoutExpired:
+            return {"error": f"no answer within {_SECONDS:g} s"}
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ValueError):
+        answer: dict[str, Any] = json.loads(output)
+        return answer
+    code = process.returncode
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"was ended by {names.get(-code, f'signal {-code}')}" if code < 0 else f"ended with exit code {code}"
+    return {"error": f"the process that tried it {how}"}
+
+
+def serve(request: str) -> None:
+    """Try a way, as asked in JSON, and print what came of it as JSON; what libraries print goes elsewhere."""
+    signal.alarm(math.ceil(_SECONDS) + 5)  # ends it if nobody is left who would
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        asked = json.loads(request)
+        try:
+            device = torch.device("cuda", asked["device"])
+            answer: dict[str, Any] = {
+                "images_per_second": round(rate(WAYS[asked["way"]], device, asked["threads"], _TIMED), 1)
+            }
+        except Exception as error:  # of any kind: it is the answer
+            answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+        answers.write(json.dumps(answer))
+    # Without tearing down what was loaded, which may fail too.
+    os._exit(0)
+
+
+def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: float) -> float:
+    """Decode photographs for a device until `seconds` have passed.
+
+    Returns:
+        Samples per second: of each a part of an original and a part of an edit.
+
+    Raises:
+        DataError: The pixels are not Pillow's.
+    """
+    cuda = device.type == "cuda"
+    decoder = PieceDecoder(_BATCH, threads=threads, ahead=3, device=device.index if way else None, gpu=way)
+    upload = PieceUpload(device, threads)
+
+    def fetch() -> tuple[NDArray[np.void], object]:
+        decoder.submit(lambda: sources)
+        decoded = decoder.fetch(upload.stream)
+        for one in decoded:
+            for error in one.errors.values():
+                raise error
+        table, copied = upload(np.concatenate([*map(_table, decoded)]), np.concatenate([d.on_host for d in decoded]))
+        return table, (copied, decoded)
+
+    with tempfile.TemporaryDirectory() as folder, torch.cuda.device(device) if cuda else contextlib.nullcontext():
+        sources = _photographs(Path(folder))
+        for _ in range(4):
+            decoder.submit(lambda: sources)
+        table, owner = fetch()
+        _compare(table, sources, device)
+        del owner
+        for _ in range(3):
+            fetch()
+        batches, begin = 0, time.perf_counter()
+        while time.perf_counter() - begin < seconds:
+            fetch()
+            batches += 1
+        if cuda:
+            torch.cuda.synchronize(device)
+        elapsed = time.perf_counter() - begin
+        decoder.drain()
+        decoder.close()
+    return batches * _BATCH / elapsed
+
+
+def _photographs(folder: Path) -> Sources:
+    """A batch of files, of each a third to be decoded."""
+    draw = np.random.default_rng(0)
+    places, windows = list[bytes](), np.zeros((2 * _BATCH, 4), dtype=np.int32)
+    for row in range(2 * _BATCH):
+        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
+        photograph = Image.fromarray(np.clip(smooth + draw.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8))
+        file = folder / f"{row}.jpg"
+        if row < _BATCH:
+            photograph.save(file, quality=90)
+        else:
+            file.write_bytes(codec.encode(photograph, 90))
+        places.append(os.fsencode(file))
+        top, left = draw.integers(0, _HEIGHT // 3), draw.integers(0, _WIDTH // 2)
+        windows[row] = (top, left, top + 2 * _HEIGHT // 3, left + _WIDTH // 2)
+    sizes = np.tile(np.array([[_HEIGHT, _WIDTH]], dtype=np.int32), (_BATCH, 1))
+    return Sources(
+        originals=places[:_BATCH],
+        edits=places[_BATCH:],
+        original_windows=windows[:_BATCH],
+        edit_windows=windows[_BATCH:],
+        original_sizes=sizes,
+        edit_sizes=sizes,
+    )
+
+
+def _table(decoded: Decoded) -> NDArray[np.void]:
+    boxes = np.zeros((len(decoded.data), 4))
+    return piece_table(decoded.data, decoded.shapes, boxes, places=decoded.places, image_sizes=decoded.image_sizes)
+
+
+def _compare(table: NDArray[np.void], sources: Sources, device: torch.device) -> None:
+    """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
+    places = [*sources.originals, *sources.edits]
+    windows = np.concatenate([sources.original_windows, sources.edit_windows]).tolist()
+    batch = list(zip(places, windows, table, strict=True))
+    for place, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
+        assert isinstance(place, bytes)
+        expected = codec.decode(os.fsdecode(place))[top:bottom, left:right].astype(np.int16)
+        above, beside = top - int(piece["top"]), left - int(piece["left"])
+        whole = _pixels_of(piece, device)
+        found = whole[above : above + bottom - top, beside : beside + right - left]
+        difference = float(np.abs(found - expected).mean()) if found.shape == expected.shape else float("inf")
+        if difference > _LARGEST_MEAN_DIFFERENCE:
+            raise DataError(
+                f"the pixels must be Pillow's, but for {_LARGEST_MEAN_DIFFERENCE:g} of 255 on average, found "
+                f"{difference:.1f}; they are from {found.min(initial=255)} to {found.max(initial=0)}"
+            )
+
+
+def _pixels_of(piece: np.void, device: torch.device) -> NDArray[np.uint8]:
+    """A piece, (height, width, 3) uint8, copied to the host."""
+    shape = (int(piece["height"]), int(piece["width"]), 3)
+    if device.type == "cpu":
+        return np.ctypeslib.as_array((ctypes.c_uint8 * math.prod(shape)).from_address(int(piece["data"]))).reshape(
+            shape
+        )
+
+    class Memory:
+        __cuda_array_interface__: ClassVar = {
+            "shape": shape,
+            "typestr": "|u1",
+            "data": (int(piece["data"]), False),
+            "version": 3,
+        }
+
+    copied: NDArray[np.uint8] = torch.as_tensor(Memory(), device=device).cpu().numpy()
+    return copied
+
+
+# What is remembered ---------------------------------------------------------------------------------------------------
+
+
+def remembered(facts: Mapping[str, Any]) -> Choice | None:
+    """What was found on a machine of these facts before."""
+    try:
+        known = json.loads(_file().read_text()).get(_key(facts))
+        return None if known is None else Choice(**known["choice"])
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ConfigError):
+        return None
+
+
+def _remember(facts: Mapping[str, Any], choice: Choice) -> None:
+    file = _file()
+    try:
+        content = json.loads(file.read_text())
+        assert isinstance(content, dict)
+    except (OSError, ValueError, AssertionError):
+        content = {}
+    content[_key(facts)] = {"choice": asdict(choice), "machine": dict(facts)}
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.replace(file)
+    except OSError as error:
+        _log.info("The way to decode is not remembered: %s", error)
+
+
+def _facts(device: int, threads: int) -> dict[str, Any]:
+    """What the answer depends on."""
+    found: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": _driver(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads,
+    }
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def _driver() -> str:
+    """The driver's version, by NVML, which comes with it."""
+    text = ctypes.create_string_buffer(96)
+    with contextlib.suppress(OSError):
+        nvml = ctypes.CDLL("libnvidia-ml.so.1")
+        if not nvml.nvmlInit_v2() and not nvml.nvmlSystemGetDriverVersion(text, len(text)):
+            return text.value.decode()
+    return "unknown"
+
+
+def _key(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _file() -> Path:
+    return cache_folder() / "decoding.json"
+
+
+@contextlib.contextmanager
+def _locked() -> Iterator[None]:
+    """One process at a time: of several ranks one tries, and the others wait for its answer."""
+    try:
+        file = _file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = file.with_suffix(".lock").open("w")
+    except (OSError, ConfigError):  # nothing can be remembered; each tries for itself
+        yield
+        return
+    with lock:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

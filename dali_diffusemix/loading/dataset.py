@@ -1,0 +1,416 @@
+"""The dataset: everything that decides a sample. Takes ImageFolder's place under any DataLoader.
+
+Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
+"""
+
+import operator
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import Dataset, get_worker_info
+
+from dali_diffusemix.base.philox import check_seed
+from dali_diffusemix.catalog.listing import index, warn_of_deleted
+from dali_diffusemix.catalog.table import Catalog
+from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
+from dali_diffusemix.fractals.bank import FractalBank
+from dali_diffusemix.images.codec import decode_listed
+from dali_diffusemix.images.reading import IN_STORE
+from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
+from dali_diffusemix.mix.call import mix, piece_table
+from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
+from dali_diffusemix.plan.batch import BatchPlan, Planner
+from dali_diffusemix.plan.crops import Crop
+from dali_diffusemix.plan.spec import MixSpec
+from dali_diffusemix.store import EditStore, OriginalStore
+from dali_diffusemix.store.mirror import MirrorError, is_url
+
+_Path = str | os.PathLike[str]
+ImagePair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
+
+# The shared cells: the epoch, samples served in it by the main process and by each worker, and a bit for each original,
+# whether it was found in it that it cannot be decoded.
+_EPOCH: Final = 0
+_SLOTS: Final = 257
+_FAILED: Final = 1 + _SLOTS
+
+
+class RepeatedEpochWarning(UserWarning):
+    """A DataLoader went through the dataset twice without `set_epoch`: the second time gives the same samples.
+
+    Not of a dataset whose epochs are all the same, as for validation.
+    """
+
+
+class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
+    """A map-style dataset of DiffuseMix samples, with ImageFolder's attributes.
+
+    `dataset[i]` is a pure function of (seed, epoch, i): a (3, height, width) float32 tensor and its label. In an
+    `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
+
+    Args:
+        root: Folder of originals, root/class/**/image, or a packed store of them, which may be a URL.
+        catalog: The originals to use, for other layouts: paths relative to `root`. Else the edit store's catalog;
+            without edits, the packed store's, or the one in the user's cache folder, made on first use.
+        edits: Edit store, or its folder or URL. Needed where `mix` is given.
+        fractals: Fractal bank, or its file. Needed where `mix` blends fractals.
+        mix: How to mix; None gives plain samples, for validation.
+        crop: How to crop, and the output size.
+        normalize: (mean, std) for values in [0, 1]; None leaves [0, 1].
+        seed: 0 ≤ seed < 2³².
+        on_error: What to do about an image that cannot be read or decoded: "substitute" gives for a failed edit the
+            original unmixed and for a failed original the sample of the next index (the one after the last is the
+            first), and logs it in `quarantine`; "raise" raises DecodeError.
+
+    Raises:
+        CatalogError: the folder holds no images, or its catalog cannot be used.
+        StoreError: the edit store, the packed store or the bank cannot be used, or is of other originals.
+        ConfigError: arguments do not fit together.
+    """
+
+    quarantine: Quarantine
+    """The images that could not be read or decoded by this object in this process, by path; a loader has its own."""
+
+    original_store: OriginalStore | None  # row r of the catalog is its image r; None: the originals are files
+
+    def __init__(
+        self,
+        root: _Path,
+        *,
+        crop: Crop,
+        catalog: Catalog | None = None,
+        edits: EditStore | _Path | None = None,
+        fractals: FractalBank | _Path | None = None,
+        mix: MixSpec | None = None,
+        normalize: Normalize | None = IMAGENET,
+        seed: int = 0,
+        on_error: OnError = "substitute",
+    ) -> None:
+        _check_kinds(crop, mix)
+        self.root = root if isinstance(root, str) and is_url(root) else Path(root)
+        if isinstance(self.root, Path) and not self.root.is_dir():
+            raise CatalogError(f"{str(root)!r}: there is no such folder; give that of the originals.")
+        packed = OriginalStore.find(root)
+        self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
+        self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
+        chosen = catalog is not None
+        if self.store is not None:
+            if catalog is not None:
+                self.store = self.store.in_order_of(catalog)
+            catalog = self.store.catalog
+            if packed is None:
+                _check_same_originals(self.root, self.store)
+                if not chosen:
+                    warn_of_deleted(self.store.catalog, Path(self.root))
+        if packed is not None:
+            packed = packed if catalog is None else packed.in_order_of(catalog)
+            catalog = packed.catalog
+        self.original_store = packed
+        self.catalog = index(root) if catalog is None else catalog
+        self.mix = mix
+        self.crop = crop
+        self.normalize = normalize
+        self.seed = seed
+        self.planner = Planner(
+            seed=seed,
+            crop=crop,
+            sizes=self.catalog.sizes,
+            mix=mix,
+            edits=self.store,
+            fractals=0 if self.bank is None else len(self.bank),
+        )
+        self.on_error = on_error
+        check_on_error(on_error)
+        self.quarantine = Quarantine()
+        self._format = TensorFormat(normalize=normalize)
+        self._varies = mix is not None or _draws(crop, self.catalog.sizes[:1])
+        # In shared memory, so that persistent workers see a new epoch.
+        self._cells = torch.zeros(_FAILED + -(-len(self.catalog) // 64), dtype=torch.int64)
+        self._warned_of = -1
+        self._cells.share_memory_()  # type: ignore[no-untyped-call]
+        self._substitution: Substitution[ImagePair] | None = None
+        self._targets: list[int] | None = None
+
+    @property
+    def classes(self) -> list[str]:
+        """Class names, sorted."""
+        return list(self.catalog.classes)
+
+    @property
+    def class_to_idx(self) -> dict[str, int]:
+        """Class name to label."""
+        return dict(self.catalog.class_to_idx)
+
+    @property
+    def samples(self) -> Sequence[tuple[str, int]]:
+        """(path, label) of every original; a view that makes each pair when it is looked at.
+
+        Of a packed store a path tells which original it is: there is no such file.
+        """
+        return _Samples(self.root, self.catalog)
+
+    imgs = samples
+
+    @property
+    def targets(self) -> list[int]:
+        """Label of every original."""
+        # Made once, for loops over it ask for it each time.
+        if self._targets is None:
+            self._targets = self.catalog.labels.tolist()
+        return self._targets
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that `dataset[i]` gives samples of."""
+        return int(self._cells[_EPOCH])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch; call it before each one, as with DistributedSampler. Running workers see it too."""
+        check_seed(self.seed, epoch)
+        self._cells[1:] = 0
+        self._cells[_EPOCH] = epoch
+
+    def __len__(self) -> int:
+        return len(self.planner)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._samples_of(from_the_end([index], len(self)))[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+        """Samples of a batch of indices. DataLoader calls this rather than `dataset[i]` for each."""
+        checked = from_the_end(indices, len(self))
+        self._count(len(checked))
+        return self._samples_of(checked)
+
+    def path_of(self, original: int) -> str:
+        """Path of an original, by its row in the catalog; of a packed store the name of none of its files."""
+        return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
+
+    def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
+        """(n,) int64 labels of a plan's rows."""
+        return np.asarray(self.catalog.labels[plan.original], dtype=np.int64)
+
+    def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
+        plan = self.planner.batch(self.epoch, indices)
+        images, failures = self.decode_all(plan)
+        if self._substitution is not None:  # it may know better of what could be made
+            self._substitution.correct(plan.epoch, np.delete(plan.index, list(failures)))
+        if failures:
+            plan, images = self._substituted(plan, images, failures)
+        originals, edits = zip(*images, strict=True)
+        tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
+        mix(
+            plan,
+            _whole_images(originals, plan.box),
+            _whole_images(edits, plan.box),
+            None if self.bank is None else self.bank.images,
+            out=tensor.numpy(),
+            format=self._format,
+        )
+        # Copies, so that a sample kept does not keep its batch.
+        samples = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
+        return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
+
+    def _substituted(
+        self, plan: BatchPlan, images: list[ImagePair], failures: Mapping[int, Failure]
+    ) -> tuple[BatchPlan, list[ImagePair]]:
+        """The same with what takes the place of samples that cannot be made."""
+        if self._substitution is None:
+            self._substitution = Substitution(
+                self.planner, self.name_of, self.on_error, size_of=_bytes_of, told=self._is_known_to_fail
+            )
+
+        def decode(rows: BatchPlan) -> tuple[ImagePair, Mapping[int, Failure]]:
+            pairs, failed = self.decode_all(rows)
+            return pairs[0], failed
+
+        found = self._substitution(plan, failures, decode, self.quarantine)
+        for place, (_, pair) in found.items():
+            images[place] = pair
+        return plan.with_rows({place: row for place, (row, _) in found.items()}), images
+
+    def decode_all(self, plan: BatchPlan) -> tuple[list[ImagePair], dict[int, Failure]]:
+        """The original and the edit of each row of a plan, (height, width, 3) uint8, None where there is none.
+
+        Returns:
+            These pairs, and by place what failed, the original if both did.
+        """
+        pairs, failures = [], {}
+        for place, (original, edit, mixed) in enumerate(
+            zip(plan.original.tolist(), plan.edit.tolist(), plan.mixed.tolist(), strict=True)
+        ):
+            pair: ImagePair = (None, None)
+            kind: Kind = "original"
+            try:
+                pair = self.decode_original(original), None
+                self._note_original(original, failed=False)
+                kind = "edit"
+                if self.store is not None and mixed:
+                    pair = pair[0], decode_edit(self.store, edit)
+            except DecodeError as error:
+                if kind == "original":
+                    self._note_original(original, failed=True)
+                failures[place] = Failure(kind, error)
+            pairs.append(pair)
+        return pairs, failures
+
+    def _note_original(self, original: int, *, failed: bool) -> None:
+        """Tell the other processes whether an original could be decoded, if they do not know."""
+        word, bit = divmod(original, 64)
+        cells = self._cells.numpy()[_FAILED:].view(np.uint64)
+        mask = np.uint64(1) << np.uint64(bit)
+        if bool(cells[word] & mask) != failed:  # one that is lost to another process costs a decode
+            cells[word] = cells[word] | mask if failed else cells[word] & ~mask
+
+    def _is_known_to_fail(self, index: int) -> bool:
+        """Whether some process found that a sample's original cannot be decoded."""
+        count = len(self.catalog)
+        original = index
+        if index >= count:
+            assert self.store is not None
+            original = int(self.store.originals_of(np.array([index - count]))[0])
+        word, bit = divmod(original, 64)
+        return bool(int(self._cells[_FAILED + word]) >> bit & 1)
+
+    def name_of(self, row: BatchPlan, kind: Kind) -> str:
+        """What the quarantine calls the original or the edit of a plan of one row."""
+        path = self.path_of(int(row.original[0]))
+        if kind == "original" or self.store is None:
+            return path
+        edit = self.store.index[row.edit[0]]
+        return (
+            f"{self.store.path}/{self.catalog.path(int(row.original[0]))}: {self.store.prompts[edit['prompt']]}, "
+            f"variant {edit['variant']}"
+        )
+
+    def decode_original(self, original: int) -> NDArray[np.uint8]:
+        """An original's upright pixels, (height, width, 3) uint8, by its row in the catalog.
+
+        Raises:
+            DecodeError: it cannot be decoded, or has another size than it is listed with.
+            MirrorError: of a packed store at a URL: the source does not answer.
+        """
+        path, size = self.path_of(original), self.catalog.sizes[original]
+        if self.original_store is None:
+            return decode_listed(path, size)
+        return _decode_stored(self.original_store, original, size, path)
+
+    def _count(self, samples: int) -> None:
+        """Notice that an epoch is drawn a second time: under DataLoader nobody else can."""
+        worker = get_worker_info()
+        slot = 1 + (0 if worker is None else 1 + worker.id % (_SLOTS - 1))
+        # Each process writes its own cell, so nothing is lost between them.
+        self._cells[slot] += samples
+        epoch = self.epoch
+        if self._varies and int(self._cells[1:_FAILED].sum()) > len(self) and self._warned_of != epoch:
+            self._warned_of = epoch
+            warnings.warn(
+                f"epoch {epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
+                "before each epoch (DiffuseMixLoader does it by itself)",
+                RepeatedEpochWarning,
+                stacklevel=2,
+            )
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_substitution": None, "_targets": None}
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
+            f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, seed={self.seed})"
+        )
+
+
+def _check_kinds(crop: object, mix: object) -> None:
+    """Refuse what is easily given in place of a crop and of a mix, for it would fail far from here."""
+    if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
+        size = crop if isinstance(crop, int) else 224
+        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size})")
+    if mix is not None and not isinstance(mix, MixSpec):
+        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
+
+
+def from_the_end(indices: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Indices as a list of `count` takes them, (n,): negative ones count from its end. Raises IndexError."""
+    found = np.fromiter(map(operator.index, indices), np.int64, len(indices))
+    wrong = (found < -count) | (found >= count)
+    if wrong.any():
+        raise IndexError(f"index {found[wrong][0]} is out of range for a dataset of {count} samples")
+    return np.where(found < 0, found + count, found)
+
+
+def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
+    """Whether a crop draws anything for images of these sizes, (n, 2): else all epochs are the same."""
+    drawn = False
+
+    def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        nonlocal drawn
+        drawn = True
+        return np.zeros((len(rows), 4), dtype=np.uint32)
+
+    crop.boxes(np.asarray(sizes, dtype=np.int32), words)
+    return drawn
+
+
+def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
+    """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError where its source does not answer."""
+    return _decode_stored(store, edit, store.sizes(np.array([edit]))[0], f"{store.path}: edit {edit}")
+
+
+def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.int32], name: str) -> NDArray[np.uint8]:
+    try:
+        return decode_listed(store.encoded(row), size, IN_STORE)
+    except MirrorError:
+        raise  # nothing is wrong with the image
+    except (DecodeError, StoreError) as error:
+        raise DecodeError(f"{name}: {error}") from error
+
+
+def _bytes_of(pair: ImagePair) -> int:
+    return sum(0 if image is None else image.nbytes for image in pair)
+
+
+def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:
+    data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
+    shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
+    return piece_table(data, shapes, boxes)
+
+
+def _check_same_originals(root: str | Path, store: EditStore) -> None:
+    """Refuse edits of another folder: none of a spread of their originals is there."""
+    rows = np.unique(np.linspace(0, len(store.catalog) - 1, 32).astype(np.int64))
+    if not any(Path(root, store.catalog.path(int(row))).is_file() for row in rows):
+        raise StoreError(
+            f"{store.path}: the edits are of other originals: {root} has none of {len(rows)} that were looked for, "
+            f"such as {store.catalog.path(int(rows[0]))!r}; give the folder that they were generated from, or generate "
+            "edits for this one"
+        )
+
+
+class _Samples(Sequence[tuple[str, int]]):
+    """ImageFolder's list of (path, label), without holding a million strings."""
+
+    def __init__(self, root: str | Path, catalog: Catalog) -> None:
+        self._root, self._catalog = root, catalog
+
+    def __len__(self) -> int:
+        return len(self._catalog)
+
+    @overload
+    def __getitem__(self, row: int) -> tuple[str, int]: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[tuple[str, int]]: ...
+    def __getitem__(self, row: int | slice) -> Any:
+        if isinstance(row, slice):
+            return [self[i] for i in range(*row.indices(len(self)))]
+        row = range(len(self))[row]
+        return os.path.join(self._root, self._catalog.path(row)), int(self._catalog.labels[row])  # noqa: PTH118 - speed
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return (self[i] for i in range(len(self)))

@@ -1,0 +1,87 @@
+"""Decoded pieces from the host's memory to a GPU's: one asynchronous copy for a batch.
+
+    pieces, wherever they are ──> one block of page-locked memory ──> one block on the GPU
+           copied by threads, off the GIL            on a stream of its own, beside training
+
+What a GPU decodes becomes ready on the same stream. It has no other work: DALI orders what it does next behind the
+stream that its outputs were handed to, and would wait for training if that were training's.
+
+torch's allocators own both blocks: page-locked memory is used again once the copy from it is done, the GPU's once the
+work that read it is. Blocks are as large as the largest batch so far, so that they fit each other.
+"""
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dali_diffusemix.base import native
+
+_ALIGNMENT: Final = 256  # bytes, of each piece in its block
+_GRAIN: Final = 1 << 21  # bytes that a block is a multiple of
+
+
+class PieceUpload:
+    """Copies the pieces of batches to a device.
+
+    Args:
+        device: Where to. The CPU stands in for a GPU in tests: all is done but the page-locking and the streams.
+        threads: That copy into the page-locked block.
+    """
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self._device = device
+        self._threads = threads
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._size = 0
+
+    @property
+    def stream(self) -> int | None:
+        """The number of the CUDA stream on which pieces become ready; None for the CPU."""
+        return None if self._stream is None else int(self._stream.cuda_stream)
+
+    def __call__(self, pieces: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
+        """Let work on torch's current stream read pieces, copying those that are not there. Waits for nothing.
+
+        Args:
+            pieces: (n,) of `mixing.PIECE`.
+            on_host: (n,) whose addresses are the host's. These are copied, and not needed afterwards.
+
+        Returns:
+            The table with all addresses on the device, and what holds the memory of those that were copied: to be kept
+            until the work was begun.
+        """
+        rows = np.flatnonzero(on_host & (pieces["data"] != 0))
+        if not len(rows):
+            self._hand_over()
+            return pieces, None
+        lengths = pieces["height"][rows].astype(np.int64) * pieces["width"][rows] * 3
+        ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
+        starts = ends - -(-lengths // _ALIGNMENT) * _ALIGNMENT
+        needed = int(ends[-1])
+        self._size = max(self._size, -(-needed // _GRAIN) * _GRAIN)
+        staging = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        native.gather(np.ascontiguousarray(pieces["data"][rows]), lengths, starts, staging.numpy(), self._threads)
+        block = self._copied(staging, needed)
+        moved = pieces.copy()
+        moved["data"][rows] = np.uint64(block.data_ptr()) + starts.astype(np.uint64)
+        return moved, block
+
+    def _copied(self, staging: torch.Tensor, length: int) -> torch.Tensor:
+        if self._stream is None:
+            return staging.clone()
+        with torch.cuda.stream(self._stream):
+            block = torch.empty(len(staging), dtype=torch.uint8, device=self._device)
+            block[:length].copy_(staging[:length], non_blocking=True)
+        self._hand_over()
+        # Its memory is free for other copies once what the current stream does with it is done.
+        block.record_stream(torch.cuda.current_stream(self._device))
+        return block
+
+    def _hand_over(self) -> None:
+        """Have the current stream wait for what is ready by now."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -1,0 +1,198 @@
+"""The batch: everything random about it, as arrays, one row per sample.
+
+`Planner` turns (seed, epoch, indices) into a `BatchPlan`, a pure function: a row depends on neither batch size, worker,
+rank nor history, and any row of any epoch costs the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dali_diffusemix.base.philox import below, check_seed, draw, uniform
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.crops import CROP, FLIP, Crop, Words
+from dali_diffusemix.plan.spec import MASKS, MixSpec
+
+PLAN_VERSION: Final = 1
+"""Frozen by golden vectors: another value means that the same seed gives other samples."""
+
+# The third word of the counter: which decision a draw is for.
+_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT = range(5)
+_COMMON: Final = (_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT, FLIP, CROP)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """One row per sample. Boxes are (top, left, height, width) relative to the image they lie in."""
+
+    epoch: int
+    index: NDArray[np.int64]  # (n,) place in the epoch's numbering of samples
+    original: NDArray[np.int64]  # (n,) row of the catalog
+    edit: NDArray[np.int64]  # (n,) row of the edit index; -1: not mixed
+    mask: NDArray[np.int8]  # (n,) position in MASKS; -1: not mixed
+    box: NDArray[np.float64]  # (n, 4) the crop; may leave [0, 1]
+    span: NDArray[np.float64]  # (n, 4) the output within what mask and fractal span
+    seam_width: float  # of what the mask spans
+    flip: NDArray[np.bool_]  # (n,) left to right, last of all
+    fractal: NDArray[np.int64]  # (n,) row of the bank; -1: none
+    fractal_flip: NDArray[np.bool_]  # (n, 2) the fractal's own: upside down, left to right
+    fractal_weight: NDArray[np.float32]  # (n,) λ; 0 where there is no fractal
+    output_size: tuple[int, int]  # (height, width) pixels
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def mixed(self) -> NDArray[np.bool_]:
+        """(n,) whether the sample shows an edit."""
+        return self.edit >= 0
+
+    def row(self, place: int) -> "BatchPlan":
+        """The plan of one sample, a view."""
+        return replace(self, **{name: getattr(self, name)[place : place + 1] for name in self._columns()})
+
+    def with_rows(self, rows: Mapping[int, "BatchPlan"]) -> "BatchPlan":
+        """A plan with other rows, of one sample each, at some places."""
+        columns = {name: getattr(self, name).copy() for name in self._columns()}
+        for place, row in rows.items():
+            for name, column in columns.items():
+                column[place] = getattr(row, name)[0]
+        return replace(self, **columns)
+
+    def unmixed(self) -> "BatchPlan":
+        """The same crops and flips of the originals alone: no edit, no fractal."""
+        none = np.full(len(self), -1)
+        return replace(
+            self,
+            edit=none.astype(self.edit.dtype),
+            mask=none.astype(self.mask.dtype),
+            fractal=none.astype(self.fractal.dtype),
+            fractal_flip=np.zeros_like(self.fractal_flip),
+            fractal_weight=np.zeros_like(self.fractal_weight),
+        )
+
+    @classmethod
+    def _columns(cls) -> list[str]:
+        return [field.name for field in fields(cls) if field.name not in ("epoch", "seam_width", "output_size")]
+
+
+class EditTable(Protocol):
+    """Which edits each original has, sorted by original."""
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(originals + 1,) int64: the edits of original i are rows starts[i] to starts[i+1]."""
+        ...
+
+    def originals_of(self, edits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) rows of the catalog that these edits belong to."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planner:
+    """Turns (epoch, indices) into rows. Holds what decides them, draws nothing until asked.
+
+    In a fixed epoch index i is original i. In an expanded one the first N indices are the originals, unmixed, and
+    index N + j is edit j.
+    """
+
+    seed: int
+    crop: Crop
+    sizes: NDArray[np.int32]  # (originals, 2) (height, width) pixels
+    mix: MixSpec | None = None
+    edits: EditTable | None = None
+    fractals: int = 0
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed, 0)
+        if self.mix is None:
+            return
+        if self.edits is None:
+            raise ConfigError("mix needs edits: found mix without edits; give an edit store or take mix=None")
+        if len(self.edits.starts) != len(self.sizes) + 1:
+            raise ConfigError(
+                f"edits must be of these originals: found starts for {len(self.edits.starts) - 1} originals, "
+                f"{len(self.sizes)} in the catalog"
+            )
+        if self.fractals < 1 and self.mix.fractal_weight_range[1] > 0:
+            raise ConfigError(
+                f"fractal_weight {self.mix.fractal_weight} needs a fractal bank of at least 1, found {self.fractals}; "
+                "give fractals=, or take fractal_weight=0"
+            )
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        if self.mix is not None and self.edits is not None and self.mix.epoch == "expanded":
+            return len(self.sizes) + int(self.edits.starts[-1])
+        return len(self.sizes)
+
+    def batch(self, epoch: int, indices: ArrayLike) -> BatchPlan:
+        """Return the rows of these samples in this epoch.
+
+        Args:
+            epoch: 0 ≤ epoch < 2³².
+            indices: (n,) 0 ≤ index < len(self).
+
+        Raises:
+            ConfigError: an index or the epoch lies outside its range.
+        """
+        index = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        count = len(index)
+        if count and not (index.min() >= 0 and index.max() < len(self)):
+            raise ConfigError(f"index must lie in [0, {len(self)}), found {index.min()} to {index.max()}")
+        # One call for what nearly every row needs; a crop's later tries are drawn for the rows that need them.
+        common = dict(zip(_COMMON, draw(self.seed, epoch, index, _COMMON), strict=True))
+
+        def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+            if which in common:
+                return np.asarray(common[which][rows])
+            return np.asarray(draw(self.seed, epoch, index[rows], [which])[0])
+
+        original, edit = self._sources(index, words)
+        sizes = np.asarray(self.sizes[original], dtype=np.int32)
+        box, flip = self.crop.boxes(sizes, words)
+        mixed = edit >= 0
+        rows = np.arange(count)
+        mix = self.mix or MixSpec()
+        mask_words = words(_MASK, rows)[:, 0]
+        masks = np.array([MASKS.index(m) for m in mix.masks], dtype=np.int8)
+        fractal_words = words(_FRACTAL, rows)
+        low, high = mix.fractal_weight_range
+        weight = np.where(mixed, low + (high - low) * uniform(words(_WEIGHT, rows)[:, 0]), 0).astype(np.float32)
+        blended = weight > 0
+        return BatchPlan(
+            epoch=epoch,
+            index=index,
+            original=original,
+            edit=edit,
+            mask=np.where(mixed, masks[below(mask_words, len(masks))], np.int8(-1)),
+            box=box,
+            span=box if mix.order == "mix_then_crop" else np.tile([0.0, 0.0, 1.0, 1.0], (count, 1)),
+            seam_width=mix.seam_width,
+            flip=flip,
+            fractal=np.where(blended, below(fractal_words[:, 0], self.fractals), -1),
+            fractal_flip=(fractal_words[:, 1:3] >> np.uint32(31)).astype(np.bool_) & blended[:, None],
+            fractal_weight=weight,
+            output_size=self.crop.output_size,
+        )
+
+    def _sources(self, index: NDArray[np.int64], words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which original and which edit each sample shows; -1 where it shows no edit."""
+        if self.mix is None or self.edits is None:
+            return index, np.full(len(index), -1, dtype=np.int64)
+        if self.mix.epoch == "expanded":
+            edit = index - len(self.sizes)
+            is_edit = edit >= 0
+            original = index.copy()
+            original[is_edit] = self.edits.originals_of(edit[is_edit])
+            return original, np.where(is_edit, edit, -1)
+        rows = np.arange(len(index))
+        first = np.asarray(self.edits.starts[index])
+        count = np.asarray(self.edits.starts[index + 1]) - first
+        probability = count / (1 + count) if self.mix.probability is None else self.mix.probability
+        mixed = (uniform(words(_MIXED, rows)[:, 0]) < probability) & (count > 0)
+        return index, np.where(mixed, first + below(words(_EDIT, rows)[:, 0], count), -1)

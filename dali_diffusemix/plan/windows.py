@@ -1,0 +1,96 @@
+"""Visible parts: which pixels of each source a sample is made of."""
+
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.geometry import centre, seam_ramp
+from dali_diffusemix.plan.spec import MASKS
+
+
+def visible_parts(
+    plan: BatchPlan, original_sizes: NDArray[np.int32], edit_sizes: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return the pixels of each source that its sample is made of: what is seen after crop and mask, and the halo.
+
+        image                     seen: the crop, on this source's side of the seam
+      ┌──────────────┬─────┐      halo: what the resize's filter reads beyond that
+      │   ┌──────────┼──┐  │
+      │   │   seen   │  │  │
+      │   └──────────┼──┘  │
+      └──────────────┴─────┘
+                    seam
+
+    Args:
+        plan: n rows.
+        original_sizes: (n, 2) (height, width) of the originals, pixels.
+        edit_sizes: (n, 2) of the edits; any value where a row is not mixed.
+
+    Returns:
+        Of the originals and of the edits (n, 4) int32 windows: top, left, bottom, right, pixels of that image. Empty,
+        all 0, where nothing of it is seen.
+    """
+    windows = []
+    for is_edit, sizes in ((False, original_sizes), (True, edit_sizes)):
+        window = np.empty((len(plan), 4), dtype=np.int32)
+        empty = ~plan.mixed if is_edit else np.zeros(len(plan), dtype=np.bool_)
+        for axis in (0, 1):
+            first, last = _seen_outputs(plan, axis, is_edit)
+            begin, end = _taps(plan, axis, first, last, sizes[:, axis])
+            window[:, axis], window[:, axis + 2] = begin, end
+            empty |= (first > last) | (begin >= end)
+        window[empty] = 0
+        windows.append(window)
+    return windows[0], windows[1]
+
+
+def _first_output(
+    start: NDArray[np.float64],
+    extent: NDArray[np.float64],
+    output: int,
+    near: float,
+    reached: Callable[[NDArray[np.float64]], NDArray[np.bool_]],
+) -> NDArray[np.int64]:
+    """(n,) the first output pixel whose centre has `reached` what begins near a place; `output` if none has."""
+    place = np.clip(np.ceil((near - start) / extent * output - 0.5), -1, output + 1).astype(np.int64)
+    # The division rounds: step to the pixel on which the condition itself turns.
+    for _ in range(2):
+        place = np.where(reached(centre(start, extent, place - 1, output)), place - 1, place)
+    for _ in range(2):
+        place = np.where(reached(centre(start, extent, place, output)), place, place + 1)
+    return np.clip(place, 0, output)
+
+
+def _seen_outputs(plan: BatchPlan, axis: int, is_edit: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) first and last output pixel along an axis that a source is seen in; first > last where it is in none."""
+    output = plan.output_size[axis]
+    start, extent = plan.box[:, axis], plan.box[:, axis + 2]
+    # Inside the image.
+    first = _first_output(start, extent, output, 0.0, lambda t: t >= 0)
+    last = _first_output(start, extent, output, 1.0, lambda t: t >= 1) - 1
+    # On its side of the seam: M > 0 from `high` on, M < 1 before `low`.
+    start, extent, width = plan.span[:, axis], plan.span[:, axis + 2], plan.seam_width
+    high = _first_output(start, extent, output, 0.5 - width / 2, lambda t: seam_ramp(t, width) > 0)
+    low = _first_output(start, extent, output, 0.5 + width / 2, lambda t: seam_ramp(t, width) >= 1)
+    across = [MASKS.index(name) for name in (("top", "bottom") if axis == 0 else ("left", "right"))]
+    for mask, edit_is_high in zip(across, (False, True), strict=True):
+        rows = plan.mask == mask
+        if is_edit == edit_is_high:
+            first = np.where(rows, np.maximum(first, high), first)
+        else:
+            last = np.where(rows, np.minimum(last, low - 1), last)
+    return first, last
+
+
+def _taps(
+    plan: BatchPlan, axis: int, first: NDArray[np.int64], last: NDArray[np.int64], size: NDArray[np.int32]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(n,) first source pixel that the first output pixel's filter reads, and the one after the last's last."""
+    output = plan.output_size[axis]
+    start, extent = plan.box[:, axis] * size, plan.box[:, axis + 2] * size
+    reach = np.maximum(extent / output, 1.0)
+    begin = np.maximum(centre(start, extent, first, output) - reach + 0.5, 0)
+    end = np.minimum(centre(start, extent, last, output) + reach + 0.5, size)
+    return begin.astype(np.int64), end.astype(np.int64)

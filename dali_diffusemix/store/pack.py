@@ -1,0 +1,215 @@
+"""Packing: from a folder of originals to a packed store, which is read in their place.
+
+    as it is:   file --decoded, to know that it can be--> the same bytes; of most JPEGs the same coefficients, in tiles
+    smaller:    file --decode, upright--> RGB --longest side to max_side--> JPEG
+
+A shard is the unit of work: a run that is killed loses at most its open shard.
+"""
+
+import logging
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dali_diffusemix.catalog.headers import Rejected
+from dali_diffusemix.catalog.listing import index
+from dali_diffusemix.catalog.table import Catalog
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
+from dali_diffusemix.images.codec import RESTARTS, decode, encode, tile
+from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter, index_is_current
+from dali_diffusemix.store.mirror import is_url
+
+__all__ = ["PackConfig", "PackSummary", "pack"]
+
+_log = logging.getLogger(__name__)
+
+_LEFT_OUT: Final = "It could not be decoded when it was packed; copy it again or remove it."
+_DEFAULT_QUALITY: Final = 90
+# Read and held at once; few, for an original may have any size.
+_BATCH: Final = 32
+_MOST_SIDE: Final = 65500  # of a JPEG, in libjpeg
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """How to pack. With neither `max_side` nor `quality` no pixel changes.
+
+    Raises ConfigError where a field breaks its rule.
+    """
+
+    max_side: int | None = None  # pixels; an image whose longest side exceeds it is made smaller
+    quality: int | None = None  # of the JPEGs, 1 to 100; 90 where only max_side is given
+    tiled: bool = True  # JPEGs are divided into tiles, which loading can cut out; False leaves files' bytes as they are
+    originals_per_shard: int = 512
+
+    def __post_init__(self) -> None:
+        for name, most in (("max_side", _MOST_SIDE), ("quality", 100), ("originals_per_shard", 2**20)):
+            value = getattr(self, name)
+            if value is None and name != "originals_per_shard":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+                raise ConfigError(f"{name} must be a whole number from 1 to {most}, found {value!r}.")
+        if self.max_side is not None and self.quality is None:
+            object.__setattr__(self, "quality", _DEFAULT_QUALITY)
+        if self.quality is not None and not self.tiled:
+            raise ConfigError("tiled=False leaves files as they are: leave it out, or max_side and quality.")
+
+    def settings(self) -> dict[str, str | int | None]:
+        """What a packed store records: all that decides a packed original besides its file."""
+        settings: dict[str, str | int | None] = {"max_side": self.max_side, "quality": self.quality}
+        if self.quality is not None:
+            settings |= {"resize": "lanczos", "subsampling": "4:2:0"}
+        return settings | {"restarts": RESTARTS if self.tiled else None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackSummary:
+    """What a run did."""
+
+    originals: int  # in the store
+    bytes: int  # of all their files
+    left_out: tuple[Rejected, ...]  # by this or an earlier run: they could not be decoded
+    made: int  # originals that this run looked at, left out or not
+    seconds: float
+
+
+def pack(
+    root: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    config: PackConfig | None = None,
+    *,
+    catalog: Catalog | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> PackSummary:
+    """Pack a folder's originals; go on where an earlier run ended, however it ended.
+
+    Args:
+        root: The folder of originals.
+        store: The packed store, a folder outside `root`.
+        config: How to pack; as they are unless given.
+        catalog: The originals to pack, with paths relative to `root`; unless given, `index(root)`.
+        progress: Called with the originals done, those of earlier runs included, and the originals there are.
+
+    Raises:
+        ConfigError: The store lies inside the root, or the root is a packed store.
+        CatalogError: The originals cannot be listed.
+        StoreError: The store is of other originals or settings, another run writes to it, none of the originals can be
+            decoded, or the disk is full: then finished shards stay, and the same call goes on from there.
+    """
+    begin = time.perf_counter()
+    for name, given in (("root", root), ("store", store)):
+        if isinstance(given, str) and is_url(given):
+            raise ConfigError(
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+            )
+    root, store = Path(root).absolute(), Path(store).absolute()
+    config = config or PackConfig()
+    if store.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
+        )
+    if OriginalStore.find(root) is not None:
+        raise ConfigError(f"root must be a folder of images, found a packed store, {str(root)!r}; pack its folder.")
+    originals = index(root) if catalog is None else catalog
+    with OriginalStoreWriter.open(store, originals, config.settings(), config.originals_per_shard) as writer:
+        finished, total, made = writer.done(), len(writer.catalog), 0
+        done = sum(map(Counter.total, finished.values()))
+        if progress is not None:
+            progress(done, total)
+        prepare = partial(_prepare, root, writer.catalog, config)
+        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+            for shard, rows in writer.shards().items():
+                if shard in finished:
+                    continue
+                with OriginalShardWriter(store, writer.catalog, shard) as files:
+                    for start in range(0, len(rows), _BATCH):
+                        batch = rows[start : start + _BATCH]
+                        for row, packed in zip(batch, threads.map(prepare, batch), strict=True):
+                            if packed is None:
+                                files.leave_out(row)
+                            else:
+                                files.add(row, *packed.file, height=packed.height, width=packed.width)
+                        made += len(batch)
+                        if progress is not None:
+                            progress(done + made, total)
+        if made or not _is_current(store):  # so that a finished store is never unfinished for a moment
+            writer.finish(_LEFT_OUT)
+    packed_store = OriginalStore.open(store)
+    return PackSummary(
+        originals=len(packed_store),
+        bytes=int(packed_store.index["length"].sum(dtype="int64")),
+        left_out=tuple(one for one in packed_store.catalog.rejected if one.reason == _LEFT_OUT),
+        made=made,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _is_current(store: Path) -> bool:
+    try:
+        return index_is_current(store)
+    except StoreError:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Packed:
+    """An original as it is stored."""
+
+    file: tuple[str, bytes]  # extension, content
+    height: int  # upright
+    width: int
+
+
+def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Packed | None:
+    """What to store of an original; None, and a line in the log, if it cannot be read."""
+    path = catalog.path(row)
+    try:
+        content = (root / path).read_bytes()
+        pixels = decode(content)
+        height, width = pixels.shape[:2]
+        if config.quality is None:
+            content = _tiled(content, pixels) if config.tiled else content
+            return _Packed(file=(_extension(path), content), height=height, width=width)
+        height, width = _fitted(height, width, config.max_side)
+        if max(height, width) > _MOST_SIDE:
+            raise DecodeError(f"a JPEG has at most {_MOST_SIDE} pixels a side, found {max(height, width)}.")
+    except (OSError, DecodeError) as error:
+        _log.warning("%r is left out: %s", path, error)
+        return None
+    image = Image.fromarray(pixels)
+    if (height, width) != pixels.shape[:2]:
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    return _Packed(file=("jpg", encode(image, config.quality)), height=height, width=width)
+
+
+def _tiled(content: bytes, pixels: NDArray[np.uint8]) -> bytes:
+    """A JPEG in tiles, where that can be done without changing a pixel; else the file as it is."""
+    tiled = tile(content)
+    return tiled if tiled is not None and np.array_equal(decode(tiled), pixels) else content
+
+
+def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:
+    """The size of an image whose longest side is at most `max_side`: whole pixels, halves up, at least 1."""
+    longest = max(height, width)
+    if max_side is None or longest <= max_side:
+        return height, width
+    # floor(side · max_side / longest + ½), in integers.
+    fitted_height, fitted_width = (max(1, (2 * side * max_side + longest) // (2 * longest)) for side in (height, width))
+    return fitted_height, fitted_width
+
+
+def _extension(path: str) -> str:
+    """A file's own extension, in small letters; WebDataset and DALI tell the kinds of files by it."""
+    match = re.search(r"\.([A-Za-z0-9]+)\Z", path)
+    return match[1].lower() if match else "img"
