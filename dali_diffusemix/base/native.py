@@ -122,8 +122,8 @@ def read(
     windows: NDArray[np.int32],
     sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
-    places: NDArray[np.int64],
-    sound: NDArray[np.bool_],
+    begins: NDArray[np.int64],
+    safe: NDArray[np.bool_],
     errors: NDArray[np.int32],
     threads: int,
 ) -> int:
@@ -139,7 +139,7 @@ def read(
         loaded.dali_diffusemix_read(
             ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
             _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)),
-            _address(places), _address(sound), _address(errors), threads,
+            _address(begins), _address(safe), _address(errors), threads,
         )
     )  # fmt: skip
     if needed < 0:
