@@ -251,8 +251,7 @@ def _photographs(folder: Path) -> Sources:
 
 
 def _table(decoded: Decoded) -> NDArray[np.void]:
-    boxes = np.zeros((len(decoded.data), 4))
-    return piece_table(decoded.data, decoded.shapes, boxes, places=decoded.places, image_sizes=decoded.image_sizes)
+    return piece_table(decoded.data, decoded.shapes, origins=decoded.places, image_sizes=decoded.image_sizes)
 
 
 def _compare(table: NDArray[np.void], sources: Sources, device: torch.device) -> None:

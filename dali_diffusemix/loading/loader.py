@@ -504,14 +504,14 @@ class DiffuseMixLoader:
         self, plan: BatchPlan, decoder: PieceDecoder, decoded: tuple[Decoded, Decoded]
     ) -> tuple[BatchPlan, "_Pieces"]:
         """A batch's pieces, and its plan after the samples that cannot be made were substituted."""
-        pieces = _Pieces.of(plan, decoded)
+        pieces = _Pieces.of(decoded)
         failures = _failures(decoded)
         if not failures:
             return plan, pieces
 
         def decode(rows: BatchPlan) -> tuple[_Pieces, Mapping[int, Failure]]:
             alone = decoder.decode_now(sources_of(self.dataset, rows, seen_only=self.visible_parts))
-            return _Pieces.of(rows, alone), _failures(alone)
+            return _Pieces.of(alone), _failures(alone)
 
         if self._substitution is None:
             dataset = self.dataset
@@ -530,11 +530,9 @@ class DiffuseMixLoader:
             return self._mix_on_device(plan, pieces)
         buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
         bank = self.dataset.bank
-        originals, edits = pieces.table
         mix(
             plan,
-            originals,
-            edits,
+            pieces.table,
             None if bank is None else bank.images,
             out=buffer,
             format=self._format,
@@ -547,8 +545,7 @@ class DiffuseMixLoader:
         shape = (len(plan), 3, *plan.output_size)
         images = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=self.memory_format)
         table, copied = self._uploader()(pieces.table.ravel(), pieces.on_host.ravel())
-        originals, edits = table.reshape(2, -1)
-        mix_on_device(plan, originals, edits, self._device_bank(), out=images, format=self._format)
+        mix_on_device(plan, table.reshape(2, -1), self._device_bank(), out=images, format=self._format)
         del copied  # until now: its memory goes to nothing that could run before the mix
         if self._decoding is not None:
             self._retained.add(tuple(pieces.owners), self.device)
@@ -635,22 +632,18 @@ class _Planned:
 def sources_of(dataset: DiffuseMixDataset, plan: BatchPlan, *, seen_only: bool) -> Sources:
     """Where the images of a batch are, and what of them is to be decoded: what is seen, or all."""
     store = dataset.store
-    original_sizes = np.asarray(dataset.catalog.sizes[plan.original])
-    edit_sizes = np.zeros_like(original_sizes)
+    sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
+    sizes[0] = dataset.catalog.sizes[plan.original]
     if store is not None and plan.mixed.any():
-        edit_sizes[plan.mixed] = store.sizes(plan.edit[plan.mixed])
-    if seen_only:
-        windows = visible_parts(plan, original_sizes, edit_sizes)
-    else:
-        whole = [np.concatenate([np.zeros_like(sizes), sizes], axis=1) for sizes in (original_sizes, edit_sizes)]
-        windows = whole[0], whole[1]
+        sizes[1, plan.mixed] = store.sizes(plan.edit[plan.mixed])
+    windows = visible_parts(plan, sizes) if seen_only else np.concatenate([np.zeros_like(sizes), sizes], axis=2)
     return Sources(
         originals=_originals(dataset, plan.original),
         edits=_edits(dataset, plan.edit),
         original_windows=windows[0],
         edit_windows=windows[1],
-        original_sizes=original_sizes,
-        edit_sizes=edit_sizes,
+        original_sizes=sizes[0],
+        edit_sizes=sizes[1],
     )
 
 
@@ -806,13 +799,13 @@ class _Iterator(Iterator[Batch]):
 class _Pieces:
     """Decoded pieces as the mix takes them, and what keeps their memory."""
 
-    table: NDArray[np.void]  # (2, n) of `mixing.PIECE`: originals, edits
+    table: NDArray[np.void]  # (2, n) of `mix.call.PIECE`: originals, edits
     on_host: NDArray[np.bool_]  # (2, n)
     owners: list[object] = field(default_factory=list)
 
     @classmethod
-    def of(cls, plan: BatchPlan, decoded: tuple[Decoded, Decoded]) -> Self:
-        tables = [piece_table(d.data, d.shapes, plan.box, places=d.places, image_sizes=d.image_sizes) for d in decoded]
+    def of(cls, decoded: tuple[Decoded, Decoded]) -> Self:
+        tables = [piece_table(d.data, d.shapes, origins=d.places, image_sizes=d.image_sizes) for d in decoded]
         return cls(np.stack(tables), np.stack([d.on_host for d in decoded]), [d.owner for d in decoded])
 
     @property

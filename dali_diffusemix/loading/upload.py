@@ -47,7 +47,7 @@ class PieceUpload:
         """Let work on torch's current stream read pieces, copying those that are not there. Waits for nothing.
 
         Args:
-            pieces: (n,) of `mixing.PIECE`.
+            pieces: (n,) of `mix.call.PIECE`.
             on_host: (n,) whose addresses are the host's. These are copied, and not needed afterwards.
 
         Returns:
