@@ -31,8 +31,11 @@ _NO_EFFECT: Final[dict[str, tuple[object, str]]] = {
     "in_order": (True, "batches always come in order"),
     "snapshot_every_n_steps": (1, "state_dict() is made when it is called, and costs nothing before"),
 }
-# The order and the batches follow from these, as in DataLoader.
-_FIXED: Final = ("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype")
+# The order, the batches and the threads follow from these.
+_FIXED: Final = (
+    *("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype", "num_workers"),
+    *("decode", "prefetch_factor", "return_index", "visible_parts"),
+)
 
 
 class DiffuseMixLoader:
