@@ -102,14 +102,14 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         chosen = catalog is not None
         if self.store is not None:
             if catalog is not None:
-                self.store = self.store.in_order_of(catalog)
+                self.store = self.store.reindexed(catalog)
             catalog = self.store.catalog
             if packed is None:
                 _check_same_originals(self.root, self.store)
                 if not chosen:
                     warn_of_deleted(self.store.catalog, Path(self.root))
         if packed is not None:
-            packed = packed if catalog is None else packed.in_order_of(catalog)
+            packed = packed if catalog is None else packed.reindexed(catalog)
             catalog = packed.catalog
         self.original_store = packed
         self.catalog = index(root) if catalog is None else catalog
