@@ -3,8 +3,8 @@
     way ──> a process of its own, with a time limit ──> images/s, or why it does not work
                  (a vendor's library may crash it, or report success with wrong pixels)
 
-"cpu" is the CPU loader's decoder, whose pixels are Pillow's, and one copy of the visible parts to the GPU per batch. The
-other ways are settings of DALI's mixed decoders (`GpuDecoding`).
+"cpu" is the CPU loader's decoder, whose pixels are Pillow's, plus one copy of the visible parts to the GPU per batch.
+The other ways are settings of DALI's mixed decoders (`GpuDecoding`).
 """
 
 import contextlib
