@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DataError, DecodeError, DiffuseMixError, StoreError
-from dali_diffusemix.images.reading import Place, read
+from dali_diffusemix.images.reading import Location, read
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
@@ -928,11 +928,11 @@ def _decodable(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> tuple[NDA
     for start in range(0, len(rows), _READ):
         some = rows[start : start + _READ]
         packed = dataset.original_store
-        places: Sequence[Place] = (
+        places: Sequence[Location] = (
             [os.fsencode(dataset.path_of(row)) for row in some.tolist()] if packed is None else packed.extents(some)
         )
         found = read(places, np.zeros((len(some), 4), dtype=np.int32), dataset.catalog.sizes[some])
-        suspect += some[~found.sound].tolist()
+        suspect += some[~found.safe].tolist()
 
     def fails(row: int) -> bool:
         try:

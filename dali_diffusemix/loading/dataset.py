@@ -3,7 +3,6 @@
 Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
 """
 
-import operator
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from dali_diffusemix.fractals.bank import FractalBank
 from dali_diffusemix.images.codec import decode_listed
 from dali_diffusemix.images.reading import IN_STORE
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
+from dali_diffusemix.loading.samplers import from_the_end
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan, Planner
@@ -207,8 +207,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
             plan,
-            _whole_images(originals, plan.box),
-            _whole_images(edits, plan.box),
+            _whole_images(originals, edits),
             None if self.bank is None else self.bank.images,
             out=tensor.numpy(),
             format=self._format,
@@ -336,15 +335,6 @@ def _check_kinds(crop: object, mix: object) -> None:
         raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
 
 
-def from_the_end(indices: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Indices as a list of `count` takes them, (n,): negative ones count from its end. Raises IndexError."""
-    found = np.fromiter(map(operator.index, indices), np.int64, len(indices))
-    wrong = (found < -count) | (found >= count)
-    if wrong.any():
-        raise IndexError(f"index {found[wrong][0]} is out of range for a dataset of {count} samples")
-    return np.where(found < 0, found + count, found)
-
-
 def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
     """Whether a crop draws anything for images of these sizes, (n, 2): else all epochs are the same."""
     drawn = False
@@ -376,10 +366,11 @@ def _bytes_of(pair: ImagePair) -> int:
     return sum(0 if image is None else image.nbytes for image in pair)
 
 
-def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:
-    data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
-    shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
-    return piece_table(data, shapes, boxes)
+def _whole_images(*sources: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.void]:
+    """The piece table of whole originals and edits."""
+    data = [[0 if image is None else image.ctypes.data for image in images] for images in sources]
+    shapes = [[(0, 0) if image is None else image.shape[:2] for image in images] for images in sources]
+    return piece_table(np.array(data, dtype=np.uint64), np.array(shapes, dtype=np.int32))
 
 
 def _check_same_originals(root: str | Path, store: EditStore) -> None:
