@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from material import MakeStore, encoded, photograph
+from material import MakeStore, write_photograph
 
 from dali_diffusemix.fractals import FractalBank, render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
@@ -25,10 +25,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 3 classes with 11 photographs each, of odd and even sizes."""
     root = tmp_path_factory.mktemp("photos")
     for label, name in enumerate(("ants", "bees", "cats")):
-        (root / name).mkdir()
         for i in range(11):
-            image = photograph(label * 100 + i, 60 + 7 * i, 95 - 6 * i + label)
-            (root / name / f"{i:02}.jpg").write_bytes(encoded(image, quality=90))
+            write_photograph(root / name / f"{i:02}.jpg", label * 100 + i, 60 + 7 * i, 95 - 6 * i + label, quality=90)
     return root
 
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material import encoded, photograph
+from material import write_photograph
 
 from dali_diffusemix import Catalog, EditStore, QuarantineWarning, cli
 from dali_diffusemix.errors import CatalogError, DiffuseMixError, StoreError
@@ -372,7 +372,7 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
     names = ["a b/ü.1.jpg", f"a b/{'long' * 60}.jpg"]
     for seed, name in enumerate(names):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "data" / name).write_bytes(encoded(photograph(seed, 40, 40)))
+        write_photograph(tmp_path / "data" / name, seed, 40, 40)
     generate(tmp_path / "data", tmp_path / "edits", GenerateConfig(prompts=("a sketch with crayon",), size=40))
     with tarfile.open(tmp_path / "edits" / "shards" / "edits-000000.tar") as tar:
         members = tar.getmembers()
@@ -389,7 +389,7 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
 
 def test_rejected_edits_lie_apart(tmp_path: Path) -> None:
     (tmp_path / "data" / "ants").mkdir(parents=True)
-    (tmp_path / "data" / "ants" / "1.jpg").write_bytes(encoded(photograph(0, 40, 40)))
+    write_photograph(tmp_path / "data" / "ants" / "1.jpg", 0, 40, 40)
     config = GenerateConfig(prompts=("autumn",), size=40, thresholds=Thresholds(like=1.0))
     generate(tmp_path / "data", tmp_path / "edits", config)
     shard = json.loads((tmp_path / "edits" / "shards" / "edits-000000.json").read_text())

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material import encoded, photograph
+from material import write_photograph
 
 from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.errors import ConfigError, StoreError
@@ -34,7 +34,7 @@ CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_sha
 
 def put(root: Path, name: str, seed: int) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(encoded(photograph(seed, 40, 50)))
+    write_photograph(root / name, seed, 40, 50)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import MakeStore, encoded, photograph, shared
+from material import MakeStore, encoded, photograph, shared, write_photograph
 from PIL import Image
 
 from dali_diffusemix import (
@@ -154,7 +154,7 @@ def test_a_damaged_original_is_substituted_as_on_the_cpu(tmp_path: Path, way: st
     root = tmp_path / "train" / "a"
     root.mkdir(parents=True)
     for i in range(9):
-        (root / f"{i}.jpg").write_bytes(encoded(photograph(i, 190, 180)))
+        write_photograph(root / f"{i}.jpg", i, 190, 180)
     dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(48), normalize=None)
     content = bytearray((root / "4.jpg").read_bytes())
     middle = len(content) * 2 // 3
@@ -288,7 +288,7 @@ def test_a_file_that_the_gpu_cannot_decode_goes_another_way(tmp_path: Path, way:
     root = tmp_path / "train"
     (root / "a").mkdir(parents=True)
     for i in range(6):
-        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+        write_photograph(root / "a" / f"{i}.jpg", i, 90, 80)
     # DALI 2.4 cannot read a lossless WebP with EXIF on the CPU either; Pillow can.
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -323,7 +323,7 @@ def test_a_missing_original_is_substituted_on_the_device(tmp_path: Path, way: st
     root = tmp_path / "train"
     (root / "a").mkdir(parents=True)
     for i in range(9):
-        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+        write_photograph(root / "a" / f"{i}.jpg", i, 90, 80)
     dataset = DiffuseMixDataset(root, crop=EvalCrop(48), normalize=None)
     (root / "a" / "4.jpg").unlink()
     with pytest.warns(QuarantineWarning):
