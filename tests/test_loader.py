@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from material import MakeStore, encoded, photograph, shared, write_photograph
+from material import MakeStore, encoded, photograph, write_photograph
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
@@ -64,12 +64,6 @@ CROPS: list[Callable[[float], Crop]] = [
     lambda flip: RandomCrop((80, 96), resize=120, padding=9, flip=flip),
     lambda flip: EvalCrop(96),
 ]
-
-
-@pytest.fixture(scope="module")
-def imagenet_edits(make_store: MakeStore) -> tuple[Path, Path]:
-    root = shared("imagenet_sample")
-    return root, make_store(root, prompts=("sunset",), size=128)
 
 
 @pytest.mark.parametrize(

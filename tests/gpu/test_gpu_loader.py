@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import MakeStore, encoded, photograph, shared, write_photograph
+from material import encoded, photograph, write_photograph
 from PIL import Image
 
 from dali_diffusemix import (
@@ -99,12 +99,13 @@ def test_the_same_samples_as_on_the_cpu(
 
 @pytest.mark.parametrize("mix", [True, False])
 @pytest.mark.parametrize("way", [*WAYS])
-def test_the_same_photographs_as_on_the_cpu(make_store: MakeStore, bank: FractalBank, way: str, mix: bool) -> None:
-    root = shared("imagenet_sample")
+def test_the_same_photographs_as_on_the_cpu(
+    imagenet_edits: tuple[Path, Path], bank: FractalBank, way: str, mix: bool
+) -> None:
+    root, edits = imagenet_edits
     options = {"crop": TrainCrop(224), "normalize": None}
     if mix:
-        store = make_store(root, prompts=("sunset",), size=128)
-        dataset = mixed(root, store, bank, mix=MixSpec(probability=1), **options)
+        dataset = mixed(root, edits, bank, mix=MixSpec(probability=1), **options)
     else:
         dataset = DiffuseMixDataset(root, mix=None, **options)  # type: ignore[arg-type]
     images = torch.cat([images.cpu() for images, _ in on_gpu(dataset, 64, way)])
