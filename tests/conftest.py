@@ -25,6 +25,7 @@ from dali_diffusemix.generate import GenerateConfig, generate
 Make = Callable[[Path], object]
 
 
+@pytest.hookimpl(optionalhook=True)  # which pytest without pytest-xdist has not
 def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0))
 
