@@ -37,9 +37,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.files import write
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DataError, DecodeError, DiffuseMixError, StoreError
-from dali_diffusemix.images.reading import Place, read
+from dali_diffusemix.images.reading import Location, read
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
@@ -141,9 +143,7 @@ def extract(store: OriginalStore, rows: Sequence[int], folder: Path) -> Path:
         file = folder / store.catalog.path(row)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = file.with_name(f".{row}.tmp")  # the name itself may be as long as names can be
-            unfinished.write_bytes(store.encoded(row).tobytes())
-            unfinished.replace(file)
+            write(file, store.encoded(row).tobytes())
     return folder
 
 
@@ -671,7 +671,7 @@ def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found: dict[str, Any] = {
         "processor": next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "unknown"),
-        "cores": _cores(),
+        "cores": cpus(),
         "python": platform.python_version(),
         "versions": {},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -683,10 +683,6 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
 
 
 # The whole ------------------------------------------------------------------------------------------------------------
@@ -832,7 +828,7 @@ def bench(
         MissingDependencyError: DALI, or what the device needs, is missing.
         DiffuseMixError: This package's loader failed, or its process ended. Others that fail are in `left_out`.
     """
-    num_workers = _cores() if num_workers is None else num_workers
+    num_workers = cpus() if num_workers is None else num_workers
     for name, value in (
         ("batch_size", batch_size),
         ("num_workers", num_workers),
@@ -928,11 +924,11 @@ def _decodable(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> tuple[NDA
     for start in range(0, len(rows), _READ):
         some = rows[start : start + _READ]
         packed = dataset.original_store
-        places: Sequence[Place] = (
+        places: Sequence[Location] = (
             [os.fsencode(dataset.path_of(row)) for row in some.tolist()] if packed is None else packed.extents(some)
         )
         found = read(places, np.zeros((len(some), 4), dtype=np.int32), dataset.catalog.sizes[some])
-        suspect += some[~found.sound].tolist()
+        suspect += some[~found.safe].tolist()
 
     def fails(row: int) -> bool:
         try:
@@ -941,7 +937,7 @@ def _decodable(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> tuple[NDA
             return True
         return False
 
-    with ThreadPoolExecutor(_cores()) as pool:
+    with ThreadPoolExecutor(cpus()) as pool:
         failed = [row for row, failing in zip(suspect, pool.map(fails, suspect), strict=True) if failing]
     if len(failed) == len(rows):
         raise DataError(
@@ -972,7 +968,7 @@ class _Change:
 
 def _changes(material: Material, mixed: bool) -> list[_Change]:
     """Other numbers of workers, and of batches ahead."""
-    now, cores, base = material.num_workers, _cores(), partial(diffusemix, material, mixed=mixed)
+    now, cores, base = material.num_workers, cpus(), partial(diffusemix, material, mixed=mixed)
     variants: list[tuple[str, int, int, Factory]] = [
         ("num_workers", count, now, partial(diffusemix, replace(material, num_workers=count), mixed=mixed))
         for count in sorted({max(1, cores // 2), cores} - {now})

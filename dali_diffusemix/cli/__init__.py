@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import secrets
 import sys
 import time
 import warnings
@@ -34,6 +33,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
 _LINE_SECONDS: Final = 30.0  # between two lines of progress where there is no terminal
@@ -1127,13 +1127,8 @@ def _list(display: _Display, lines: Iterable[str], most: int | None = None) -> N
 
 def _write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises ConfigError."""
-    unfinished = file.with_name(f".{secrets.token_hex(8)}.tmp")  # the name may be as long as names can be
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write(file, content)
     except OSError as error:
         raise ConfigError(f"{str(file)!r}: must be a file that can be written, found: {error}; name another") from error

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix import __version__
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.images.codec import decode
@@ -135,7 +136,7 @@ class _Originals:
         self._edits = edits
         self._root = None if root is None or not Path(root).is_dir() else Path(root)
         packed = None if self._root is None else OriginalStore.find(self._root)
-        self._packed = None if packed is None else packed.in_order_of(edits.catalog)
+        self._packed = None if packed is None else packed.reindexed(edits.catalog)
 
     @property
     def found(self) -> bool:
@@ -164,7 +165,7 @@ def _write_pages(
     groups = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 2])) + 1) if len(chosen) else []
     page: list[NDArray[np.int64]] = []
     done = number = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cpus()) as pool:
         for place, group in enumerate(groups):
             page.append(group)
             if sum(len(one) + 1 for one in page) < _PER_PAGE and place + 1 < len(groups):

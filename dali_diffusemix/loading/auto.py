@@ -1,15 +1,14 @@
-"""Where a loader on a GPU decodes: `decode="auto"` tries the ways on this machine, once, and remembers the fastest.
+"""decode="auto": measures the ways to decode for a GPU on this machine, once, and remembers the fastest.
 
     way ──> a process of its own, with a time limit ──> images/s, or why it does not work
-                 (a vendor's library may crash it, or answer success with wrong pixels)
+                 (a vendor's library may crash it, or report success with wrong pixels)
 
-On the CPU means: the CPU loader's decoder, whose pixels are Pillow's, and one copy of what a batch shows to the GPU. On
-the GPU means DALI's mixed decoders, in one of the ways of `GpuDecoding`.
+"cpu" is the CPU loader's decoder, whose pixels are Pillow's, and one copy of the visible parts to the GPU per batch. The
+other ways are settings of DALI's mixed decoders (`GpuDecoding`).
 """
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,18 +30,19 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix.base.files import cache_folder
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.files import cache_folder, locked, write
 from dali_diffusemix.errors import ConfigError, DataError
 from dali_diffusemix.images import codec
 from dali_diffusemix.loading.dali import GpuDecoding
-from dali_diffusemix.loading.decoder import Decoded, PieceDecoder, Sources
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.pieces import Pieces
 from dali_diffusemix.loading.upload import PieceUpload
-from dali_diffusemix.mix.call import piece_table
 
 _log = logging.getLogger(__name__)
 
 Decode: TypeAlias = Literal["auto", "cpu", "gpu"] | GpuDecoding
-"""What a loader is told: "gpu" is `GpuDecoding()`."""
+"""A loader's `decode` argument; "gpu" is `GpuDecoding()`."""
 
 WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "cpu": None,
@@ -50,30 +50,32 @@ WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "gpu, regions": GpuDecoding(regions=True),
     "gpu, edits on the cpu": GpuDecoding(hardware_load=0.9, edits_on_cpu=True),
 }
-"""What "auto" tries; None is the CPU."""
+"""The ways that "auto" measures; None is the CPU."""
 
-_SECONDS: Final = 60.0  # that a trial may take
+_SECONDS: Final = 60.0  # for one trial
 _TIMED: Final = 1.0  # seconds of decoding that are timed
-_GAIN: Final = 1.1  # over the CPU, whose pixels are exact, that a GPU's decoder must have to be chosen
+_GAIN: Final = 1.1  # over the CPU, whose pixels are exact, for a GPU's decoder to be chosen
 _PACKAGES: Final = (
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
     *("nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "torch", "dali-diffusemix"),
 )
-_CHILD: Final = "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.decoding import serve; serve(sys.argv[1])"
+_CHILD: Final = (
+    "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.loading.auto import serve; serve(sys.argv[1])"
+)
 
-# Of the photographs that are tried: ImageNet's usual size, half of them in tiles, as edit stores hold them.
+# The photographs: ImageNet's usual size, half of them in tiles, as edit stores hold them.
 _HEIGHT, _WIDTH, _BATCH = 375, 500, 64
-# nvJPEG's inverse transform and chroma upsampling are not libjpeg-turbo's; of 255, on average over a piece.
+# Of 255, on average over a piece: nvJPEG's inverse transform and chroma upsampling differ from libjpeg-turbo's.
 _LARGEST_MEAN_DIFFERENCE: Final = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was found on a machine."""
+    """The measurements on a machine, and the way that was chosen."""
 
     way: str  # of WAYS
-    images_per_second: Mapping[str, float]  # by way; an original and an edit are one
-    errors: Mapping[str, str]  # of the ways that do not work
+    images_per_second: Mapping[str, float]  # by way; an original and an edit count as one
+    errors: Mapping[str, str]  # by way: why it does not work
 
     def __str__(self) -> str:
         found = [f"{way} {rate:.0f} images/s" for way, rate in self.images_per_second.items()]
@@ -82,17 +84,17 @@ class Choice:
 
 
 def check(decode: Decode, device: torch.device) -> None:
-    """Raise ConfigError unless it can be said of a loader on this device."""
+    """Raise ConfigError unless a loader on this device can decode so."""
     if not isinstance(decode, GpuDecoding) and decode not in ("auto", "cpu", "gpu"):
         raise ConfigError(
-            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'"
+            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'."
         )
     if device.type == "cpu" and decode not in ("auto", "cpu"):
-        raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out")
+        raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out.")
 
 
 def resolve(decode: Decode, device: torch.device, threads: int) -> GpuDecoding | None:
-    """How a loader decodes for a device; None is on the CPU. Tries it out if it must."""
+    """The way to decode for a device; None is on the CPU. "auto" may measure first."""
     if isinstance(decode, GpuDecoding):
         return decode
     if decode == "gpu":
@@ -105,15 +107,15 @@ def resolve(decode: Decode, device: torch.device, threads: int) -> GpuDecoding |
 
 
 def choose(device: int, threads: int) -> Choice:
-    """The fastest way to decode for a GPU, from the user's cache, else by trying; processes wait for each other."""
+    """The fastest way to decode for a GPU, from the user's cache or measured; processes wait for each other."""
     facts = _facts(device, threads)
     with _locked():
         known = remembered(facts)
         if known is None:
             name = torch.cuda.get_device_name(device)
-            _log.warning("Trying how to decode for %s; this is done once on a machine, and takes a minute.", name)
+            _log.warning("Measuring the ways to decode for %s: once per machine, about a minute.", name)
             known = _tried(device, threads)
-            if known.images_per_second:  # else something is wrong with the machine, and may be mended
+            if known.images_per_second:  # otherwise something on the machine is broken, and may be repaired
                 _remember(facts, known)
     return known
 
@@ -126,14 +128,14 @@ def _tried(device: int, threads: int) -> Choice:
             errors[name] = answer["error"]
         else:
             rates[name] = answer["images_per_second"]
-    # Where nothing works, loading on the CPU will say why.
+    # If nothing works, loading on the CPU will report why.
     best = max(rates, key=rates.__getitem__, default="cpu")
     way = best if rates.get(best, 0) >= _GAIN * rates.get("cpu", 0) else "cpu"
     return Choice(way=way, images_per_second=rates, errors=errors)
 
 
 def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
-    """Try a way in a process of its own."""
+    """Measure a way in a process of its own."""
     request = json.dumps({"way": way, "device": device, "threads": threads})
     with (
         tempfile.TemporaryDirectory(prefix="dali-diffusemix-") as folder,
@@ -163,8 +165,8 @@ def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
 
 
 def serve(request: str) -> None:
-    """Try a way, as asked in JSON, and print what came of it as JSON; what libraries print goes elsewhere."""
-    signal.alarm(math.ceil(_SECONDS) + 5)  # ends it if nobody is left who would
+    """Measure a way, requested in JSON, and print the result as JSON; what libraries print goes to stderr."""
+    signal.alarm(math.ceil(_SECONDS) + 5)  # in case the parent is gone
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         asked = json.loads(request)
@@ -173,10 +175,10 @@ def serve(request: str) -> None:
             answer: dict[str, Any] = {
                 "images_per_second": round(rate(WAYS[asked["way"]], device, asked["threads"], _TIMED), 1)
             }
-        except Exception as error:  # of any kind: it is the answer
+        except Exception as error:  # of any kind: it is the result
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         answers.write(json.dumps(answer))
-    # Without tearing down what was loaded, which may fail too.
+    # Without tearing down the libraries, which may fail too.
     os._exit(0)
 
 
@@ -184,30 +186,29 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     """Decode photographs for a device until `seconds` have passed.
 
     Returns:
-        Samples per second: of each a part of an original and a part of an edit.
+        Samples per second, each a part of an original and a part of an edit.
 
     Raises:
-        DataError: The pixels are not Pillow's.
+        DataError: the pixels are not Pillow's.
     """
     cuda = device.type == "cuda"
     decoder = PieceDecoder(_BATCH, threads=threads, ahead=3, device=device.index if way else None, gpu=way)
     upload = PieceUpload(device, threads)
 
     def fetch() -> tuple[NDArray[np.void], object]:
-        decoder.submit(lambda: sources)
-        decoded = decoder.fetch(upload.stream)
-        for one in decoded:
-            for error in one.errors.values():
-                raise error
-        table, copied = upload(np.concatenate([*map(_table, decoded)]), np.concatenate([d.on_host for d in decoded]))
-        return table, (copied, decoded)
+        decoder.submit(shown.pieces)
+        pieces = decoder.fetch(upload.stream)
+        for error in pieces.errors.values():
+            raise error
+        table, copied = upload(pieces.table, pieces.on_host)
+        return table, (copied, pieces)
 
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(device) if cuda else contextlib.nullcontext():
-        sources = _photographs(Path(folder))
+        shown = _Photographs(Path(folder))
         for _ in range(4):
-            decoder.submit(lambda: sources)
+            decoder.submit(shown.pieces)
         table, owner = fetch()
-        _compare(table, sources, device)
+        shown.compare(table, device)
         del owner
         for _ in range(3):
             fetch()
@@ -223,55 +224,45 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     return batches * _BATCH / elapsed
 
 
-def _photographs(folder: Path) -> Sources:
-    """A batch of files, of each a third to be decoded."""
-    draw = np.random.default_rng(0)
-    places, windows = list[bytes](), np.zeros((2 * _BATCH, 4), dtype=np.int32)
-    for row in range(2 * _BATCH):
-        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-        photograph = Image.fromarray(np.clip(smooth + draw.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8))
-        file = folder / f"{row}.jpg"
-        if row < _BATCH:
-            photograph.save(file, quality=90)
-        else:
-            file.write_bytes(codec.encode(photograph, 90))
-        places.append(os.fsencode(file))
-        top, left = draw.integers(0, _HEIGHT // 3), draw.integers(0, _WIDTH // 2)
-        windows[row] = (top, left, top + 2 * _HEIGHT // 3, left + _WIDTH // 2)
-    sizes = np.tile(np.array([[_HEIGHT, _WIDTH]], dtype=np.int32), (_BATCH, 1))
-    return Sources(
-        originals=places[:_BATCH],
-        edits=places[_BATCH:],
-        original_windows=windows[:_BATCH],
-        edit_windows=windows[_BATCH:],
-        original_sizes=sizes,
-        edit_sizes=sizes,
-    )
+class _Photographs:
+    """The files of a batch in a folder, and a window of each: about a third of it."""
 
+    def __init__(self, folder: Path) -> None:
+        draw = np.random.default_rng(0)
+        self._files = list[bytes]()
+        self._windows = np.zeros((2, _BATCH, 4), dtype=np.int32)
+        for row, sample in np.ndindex(2, _BATCH):
+            coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
+            photograph = Image.fromarray(np.clip(smooth + draw.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8))
+            file = folder / f"{row}-{sample}.jpg"
+            if row == 0:
+                photograph.save(file, quality=90)
+            else:
+                file.write_bytes(codec.encode(photograph, 90))
+            self._files.append(os.fsencode(file))
+            top, left = draw.integers(0, _HEIGHT // 3), draw.integers(0, _WIDTH // 2)
+            self._windows[row, sample] = (top, left, top + 2 * _HEIGHT // 3, left + _WIDTH // 2)
 
-def _table(decoded: Decoded) -> NDArray[np.void]:
-    boxes = np.zeros((len(decoded.data), 4))
-    return piece_table(decoded.data, decoded.shapes, boxes, places=decoded.places, image_sizes=decoded.image_sizes)
+    def pieces(self) -> Pieces:
+        """The windows, to be decoded."""
+        sizes = np.broadcast_to(np.array([_HEIGHT, _WIDTH], dtype=np.int32), (2, _BATCH, 2))
+        return Pieces.of(self._files, self._windows, sizes)
 
-
-def _compare(table: NDArray[np.void], sources: Sources, device: torch.device) -> None:
-    """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
-    places = [*sources.originals, *sources.edits]
-    windows = np.concatenate([sources.original_windows, sources.edit_windows]).tolist()
-    batch = list(zip(places, windows, table, strict=True))
-    for place, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
-        assert isinstance(place, bytes)
-        expected = codec.decode(os.fsdecode(place))[top:bottom, left:right].astype(np.int16)
-        above, beside = top - int(piece["top"]), left - int(piece["left"])
-        whole = _pixels_of(piece, device)
-        found = whole[above : above + bottom - top, beside : beside + right - left]
-        difference = float(np.abs(found - expected).mean()) if found.shape == expected.shape else float("inf")
-        if difference > _LARGEST_MEAN_DIFFERENCE:
-            raise DataError(
-                f"the pixels must be Pillow's, but for {_LARGEST_MEAN_DIFFERENCE:g} of 255 on average, found "
-                f"{difference:.1f}; they are from {found.min(initial=255)} to {found.max(initial=0)}"
-            )
+    def compare(self, table: NDArray[np.void], device: torch.device) -> None:
+        """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
+        batch = list(zip(self._files, self._windows.reshape(-1, 4).tolist(), table.ravel(), strict=True))
+        for file, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
+            expected = codec.decode(os.fsdecode(file))[top:bottom, left:right].astype(np.int16)
+            above, beside = top - int(piece["top"]), left - int(piece["left"])
+            whole = _pixels_of(piece, device)
+            found = whole[above : above + bottom - top, beside : beside + right - left]
+            difference = float(np.abs(found - expected).mean()) if found.shape == expected.shape else float("inf")
+            if difference > _LARGEST_MEAN_DIFFERENCE:
+                raise DataError(
+                    f"the pixels must be Pillow's within {_LARGEST_MEAN_DIFFERENCE:g} of 255 on average, found a "
+                    f"difference of {difference:.1f}; they are from {found.min(initial=255)} to {found.max(initial=0)}."
+                )
 
 
 def _pixels_of(piece: np.void, device: torch.device) -> NDArray[np.uint8]:
@@ -314,10 +305,8 @@ def _remember(facts: Mapping[str, Any], choice: Choice) -> None:
     except (OSError, ValueError, AssertionError):
         content = {}
     content[_key(facts)] = {"choice": asdict(choice), "machine": dict(facts)}
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(file)
+        write(file, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         _log.info("The way to decode is not remembered: %s", error)
 
@@ -327,7 +316,7 @@ def _facts(device: int, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpus(),
         "threads": threads,
     }
     for package in _PACKAGES:
@@ -357,14 +346,9 @@ def _file() -> Path:
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
     """One process at a time: of several ranks one tries, and the others wait for its answer."""
-    try:
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_suffix(".lock").open("w")
-    except (OSError, ConfigError):  # nothing can be remembered; each tries for itself
-        yield
-        return
-    with lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ConfigError):  # nothing can be remembered or locked: each tries for itself
+            file = _file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(file.with_suffix(".lock")))
         yield
