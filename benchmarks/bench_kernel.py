@@ -52,10 +52,10 @@ class OneEdit:
 
 @dataclass(frozen=True)
 class Batch:
-    """A plan, its piece tables (originals, edits) and the tensors that hold their pixels."""
+    """A plan, its piece table and the tensors that hold the pixels."""
 
     plan: BatchPlan
-    tables: tuple[NDArray[np.void], NDArray[np.void]]
+    pieces: NDArray[np.void]  # (2, samples) of `mix.call.PIECE`
     pixels: tuple[torch.Tensor, torch.Tensor]  # (samples, height, width, 3) uint8
 
 
@@ -71,13 +71,13 @@ def make_batches(count: int, sets: int, device: torch.device) -> list[Batch]:
     batches = []
     for number in range(sets):
         plan = planner.batch(number, np.arange(count))
-        tables, kept = [], []
+        data, kept = [], []
         for size in (ORIGINAL, EDIT):
             pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, device=device)
-            data = (pixels.data_ptr() + np.arange(count) * pixels[0].numel()).astype(np.uint64)
-            tables.append(piece_table(data, np.tile(np.array(size, dtype=np.int32), (count, 1)), plan.box))
+            data.append((pixels.data_ptr() + np.arange(count) * pixels[0].numel()).astype(np.uint64))
             kept.append(pixels)
-        batches.append(Batch(plan, (tables[0], tables[1]), (kept[0], kept[1])))
+        shapes = np.array([ORIGINAL, EDIT], dtype=np.int32)[:, None].repeat(count, axis=1)
+        batches.append(Batch(plan, piece_table(np.stack(data), shapes), (kept[0], kept[1])))
     return batches
 
 
@@ -189,7 +189,7 @@ def on_gpu(options: argparse.Namespace, record: Record) -> None:
     pixels = [tensor[:CHECKED].cpu().numpy() for tensor in batches[0].pixels]
     checked = range(min(CHECKED, len(plan)))
     expected = [mixed_image(plan, row, pixels[0][row], pixels[1][row], fractals[row]) for row in checked]
-    tables = [gpu.upload(*batch.tables, row_table(batch.plan), device) for batch in batches]
+    tables = [gpu.upload(batch.pieces, row_table(batch.plan), device) for batch in batches]
 
     ceiling = copy_rate(device)
     record.set("copy_gigabytes_per_second", round(ceiling / 1e9, 1))
@@ -218,15 +218,13 @@ def time_kernel(
     out = pattern.view(getattr(torch, format.dtype)).view(memory)
     if format.channels_last:
         out = out.permute(0, 3, 1, 2)
-    scale, offset = format.scale_and_offset()
 
     def launch(table: gpu.DeviceTables) -> None:
-        name = f"mix_{format.dtype}_{layout_of(format)}"
-        gpu.launch(table, bank, out, output_size=OUTPUT, name=name, scale=scale, offset=offset)
+        gpu.launch(table, bank, out, format)
 
     def upload_and_launch(turn: int) -> None:
         batch = batches[turn % len(batches)]
-        launch(gpu.upload(*batch.tables, row_table(batch.plan), device))
+        launch(gpu.upload(batch.pieces, row_table(batch.plan), device))
 
     begin = time.perf_counter()
     launch(tables[0])
@@ -256,7 +254,7 @@ def on_cpu(options: argparse.Namespace, record: Record) -> None:
         for turn in range(2 + options.repeat):
             batch = batches[turn % len(batches)]
             begin = time.perf_counter()
-            mix(batch.plan, *batch.tables, bank, out=out, format=format, threads=options.threads)
+            mix(batch.plan, batch.pieces, bank, out=out, format=format, threads=options.threads)
             seconds.append(time.perf_counter() - begin)
         moved = sum(bytes_moved(batch.plan, format) for batch in batches) // len(batches)
         record.add(dtype=format.dtype, layout=layout_of(format), **times_of(seconds[2:], moved))

@@ -382,10 +382,10 @@ class _Mix:
         """NumPy images, layouts and fields to samples."""
         rows = self._rows(*rest)
         samples: list[NDArray[Any]] = [np.empty(0)] * len(rows)
-        for where, batch, seen, others in self._parts(rows, originals, edits, lambda image: image.ctypes.data):
+        for where, batch, pieces in self._parts(rows, originals, edits, lambda image: image.ctypes.data):
             out = np.empty(self._format.shape(len(where), self._size), dtype=self._format.storage)
             bank = None if self._bank is None else self._bank.images
-            call.mix(batch, seen, others, bank, out=out, format=self._format, threads=self._threads)
+            call.mix(batch, pieces, bank, out=out, format=self._format, threads=self._threads)
             for i, sample in zip(where, out, strict=True):
                 samples[i] = sample
         return samples
@@ -418,14 +418,14 @@ class _Mix:
             self._device_bank = gpu.device_bank(self._bank.path or self._bank, self._bank.images, device)
         memory_format = torch.channels_last if self._format.channels_last else torch.contiguous_format
         samples = [packed[0]] * len(rows)
-        for where, batch, seen, others in self._parts(rows, originals, edits, lambda image: image.data_ptr()):
+        for where, batch, pieces in self._parts(rows, originals, edits, lambda image: image.data_ptr()):
             out = torch.empty(
                 (len(where), 3, *self._size),
                 dtype=getattr(torch, self._format.dtype),
                 device=device,
                 memory_format=memory_format,
             )
-            call.mix_on_device(batch, seen, others, self._device_bank, out=out, format=self._format)
+            call.mix_on_device(batch, pieces, self._device_bank, out=out, format=self._format)
             for i, sample in zip(where, out, strict=True):
                 samples[i] = sample.permute(1, 2, 0) if self._format.channels_last else sample
         return samples
@@ -458,11 +458,11 @@ class _Mix:
 
     def _parts(
         self, rows: NDArray[np.void], originals: Sequence[Any], edits: Sequence[Any], address: Callable[[Any], int]
-    ) -> Iterator[tuple[NDArray[np.int64], BatchPlan, NDArray[np.void], NDArray[np.void]]]:
-        """The batch in parts of one seam width each, nearly always one: its samples, plan and piece tables."""
+    ) -> Iterator[tuple[NDArray[np.int64], BatchPlan, NDArray[np.void]]]:
+        """The batch in parts of one seam width each, nearly always one: its samples, plan and piece table."""
         mixed = rows["mask"] >= 0
-        original_pieces = _pieces("original", originals, np.ones(len(rows), dtype=np.bool_), rows["box"], address)
-        edit_pieces = _pieces("edit", edits, mixed, rows["box"], address)
+        sources = (("original", originals, np.ones_like(mixed)), ("edit", edits, mixed))
+        pieces = np.stack([_pieces(name, images, seen, address) for name, images, seen in sources])
         for width in np.unique(rows["seam_width"]):
             where = np.flatnonzero(rows["seam_width"] == width)
             part = rows[where]
@@ -481,7 +481,7 @@ class _Mix:
                 fractal_weight=part["fractal_weight"],
                 output_size=self._size,
             )
-            yield where, batch, original_pieces[where], edit_pieces[where]
+            yield where, batch, pieces[:, where]
 
 
 _IMAGE_REMEDY: Final = "decode with output_type=types.RGB and leave resizing, transposing and normalising to mix"
@@ -491,10 +491,9 @@ def _pieces(
     name: str,
     images: Sequence[Any],
     seen: NDArray[np.bool_],
-    boxes: NDArray[np.float64],
     address: Callable[[Any], int],
 ) -> NDArray[np.void]:
-    """The piece table of whole images; what is not seen is not looked at."""
+    """(n,) pieces of whole images; what is not seen is not looked at."""
     data = np.zeros(len(images), dtype=np.uint64)
     shapes = np.zeros((len(images), 2), dtype=np.int32)
     for i in np.flatnonzero(seen).tolist():
@@ -506,4 +505,4 @@ def _pieces(
                 f"the batch; {_IMAGE_REMEDY}"
             )
         data[i], shapes[i] = address(image), shape[:2]
-    return call.piece_table(data, shapes, boxes)
+    return call.piece_table(data, shapes)

@@ -172,8 +172,8 @@ def parts(dataset: DiffuseMixDataset, index: int, epoch: int, file: Path) -> Non
     """Visible parts: of each image only what its sample shows is decoded."""
     plan = dataset.planner.batch(epoch, [index])
     original, edit, fractal = sample(dataset, plan, 0)
-    sizes = [np.array([one.shape[:2]], np.int32) for one in (original, edit)]
-    windows = [one[0] for one in visible_parts(plan, *sizes)]
+    sizes = np.array([[original.shape[:2]], [edit.shape[:2]]], np.int32)
+    windows = visible_parts(plan, sizes)[:, 0]
     canvas = Canvas(9.4, 7.9)
     seen_side, seen_left, seen_top = 3.5, 9.4 - 3.5 - 0.42, 1.30
     seen = canvas.picture(
@@ -238,11 +238,10 @@ def decoded(dataset: DiffuseMixDataset, *, epochs: int) -> dict[str, float]:
     sums, count = np.zeros(3), 0
     for epoch in range(epochs):
         plan = dataset.planner.batch(epoch, np.arange(len(dataset)))
-        original_sizes = np.asarray(sizes[plan.original], np.int32)
-        edit_sizes = dataset.store.sizes(plan.edit)
-        whole = original_sizes.prod(1) + edit_sizes.prod(1)
-        windows = visible_parts(plan, original_sizes, edit_sizes)
-        plain = visible_parts(plan.unmixed(), original_sizes, edit_sizes)[0]
+        both = np.stack([np.asarray(sizes[plan.original], np.int32), dataset.store.sizes(plan.edit)])
+        whole = both.prod(2).sum(0)
+        windows = visible_parts(plan, both)
+        plain = visible_parts(plan.unmixed(), both)[0]
 
         def area(window: np.ndarray) -> np.ndarray:
             return (window[:, 2] - window[:, 0]) * (window[:, 3] - window[:, 1])

@@ -268,10 +268,11 @@ struct Workspace {
     std::vector<float> normalised;  // the same as it is stored, before the cast, and one float to spare
 };
 
-void open_piece(Source& source, const Piece& piece, const int out[2]) {
+void open_piece(Source& source, const Piece& piece, const Row& row, const int out[2]) {
     const int shape[4] = {piece.height, piece.width, piece.top, piece.left};
-    const int image[2] = {piece.image_height, piece.image_width};
-    source.open(piece.data, shape, image, piece.box, out, false, false);
+    const int h = piece.image_height, w = piece.image_width, image[2] = {h, w};
+    const double box[4] = {row.box[0] * h, row.box[1] * w, row.box[2] * h, row.box[3] * w};
+    source.open(piece.data, shape, image, box, out, false, false);
 }
 
 void store_values(const Batch& batch, const float* from, size_t at, int count) {
@@ -308,10 +309,10 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     const int height = out[0], width = out[1];
     const bool mixed = row.mask >= 0, horizontal = mask_is_horizontal(row.mask);
     Source &original = work.original, &edit = work.edit, &fractal = work.fractal;
-    open_piece(original, batch.originals[index], out);
+    open_piece(original, batch.originals[index], row, out);
     original.show(0, width);
     if (mixed) {
-        open_piece(edit, batch.edits[index], out);
+        open_piece(edit, batch.edits[index], row, out);
         const int axis = horizontal ? 1 : 0;
         work.weight.resize(out[axis]);
         for (int i = 0; i < out[axis]; ++i)
@@ -337,8 +338,9 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     }
     // Where a centre lies outside the image the value is 0, the fractal included. All sources lie alike in the crop.
     const Piece& piece = batch.originals[index].image_height > 0 ? batch.originals[index] : batch.edits[index];
-    const Axis rows = make_axis(piece.box[0], piece.box[2], height, piece.image_height);
-    const Axis columns = make_axis(piece.box[1], piece.box[3], width, piece.image_width);
+    const int image[2] = {piece.image_height, piece.image_width};
+    const Axis rows = make_axis(row.box[0] * image[0], row.box[2] * image[0], height, image[0]);
+    const Axis columns = make_axis(row.box[1] * image[1], row.box[3] * image[1], width, image[1]);
     int unused, inside_begin = 0, inside_end = width;
     while (inside_begin < width && !taps_of(columns, inside_begin, &unused)) ++inside_begin;
     while (inside_end > inside_begin && !taps_of(columns, inside_end - 1, &unused)) --inside_end;
@@ -383,12 +385,12 @@ void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bo
 
 }  // namespace
 
-// Returns 0, or 1 when memory ran out.
+// `pieces` is (2, count): originals, edits. Returns 0, or 1 when memory ran out.
 extern "C" __attribute__((visibility("default"))) int dali_diffusemix_mix(
-    const Piece* originals, const Piece* edits, const Row* rows, int64_t count, const uint8_t* bank, int bank_height,
-    int bank_width, void* out, int out_height, int out_width, int dtype, int channels_last, const float* scale,
-    const float* offset, int threads) {
-    Batch batch{originals, edits, rows, count, bank, bank_height, bank_width, out, out_height, out_width, dtype,
+    const Piece* pieces, const Row* rows, int64_t count, const uint8_t* bank, int bank_height, int bank_width,
+    void* out, int out_height, int out_width, int dtype, int channels_last, const float* scale, const float* offset,
+    int threads) {
+    Batch batch{pieces, pieces + count, rows, count, bank, bank_height, bank_width, out, out_height, out_width, dtype,
                 channels_last, {scale[0], scale[1], scale[2]}, {offset[0], offset[1], offset[2]}};
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};

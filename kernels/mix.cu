@@ -2,8 +2,9 @@
 //
 // The kernels are mix_{float32,float16,bfloat16,uint8}_{nchw,channels_last}. All take the same arguments:
 //
-//     originals, edits  const Piece*, (samples,) in device memory, mixing.PIECE; their `data` are device pointers
-//     rows              const Row*, (samples,) in device memory, mixing.ROW
+//     pieces            const Piece*, (2, samples) in device memory, mix.call.PIECE: originals, edits; their `data` are
+//                       device pointers
+//     rows              const Row*, (samples,) in device memory, mix.call.ROW
 //     bank              const uint8_t*, (count, bank_height, bank_width, 3) in device memory; null: no fractals
 //     bank_height, bank_width                int32
 //     out               the tensor's elements, contiguous; bfloat16 and float16 are their bits
@@ -48,8 +49,7 @@ constexpr int kOriginal = 0, kEdit = 1, kFractal = 2, kSources = 3;
 constexpr int kY = 0, kX = 1, kAxes = 2;
 
 struct Batch {
-    const Piece* __restrict__ originals;
-    const Piece* __restrict__ edits;
+    const Piece* __restrict__ pieces;
     const Row* __restrict__ rows;
     const uint8_t* __restrict__ bank;
     int bank_height, bank_width;
@@ -122,11 +122,11 @@ MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
             view.data = batch.bank + static_cast<size_t>(row.fractal) * view.size;
         }
     } else {
-        const Piece& piece = source == kOriginal ? batch.originals[sample] : batch.edits[sample];
+        const Piece& piece = batch.pieces[source * gridDim.z + sample];
         image = axis == kX ? piece.image_width : piece.image_height;
         place = axis == kX ? piece.left : piece.top;
         size = axis == kX ? piece.width : piece.height;
-        start = piece.box[axis], extent = piece.box[axis + 2];
+        start = row.box[axis] * image, extent = row.box[axis + 2] * image;
         if (j == 0 && axis == kY) {
             view.pitch = piece.width * 3;
             view.size = static_cast<uint32_t>(piece.height) * view.pitch;
@@ -345,11 +345,11 @@ MIX_FN void run(const Batch& batch, Tile& tile) {
 
 #define MIX_KERNEL(name, Element, channels_last)                                                                \
     extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)                                             \
-    name(const Piece* originals, const Piece* edits, const Row* rows, const uint8_t* bank, int bank_height,     \
-         int bank_width, void* out, int out_height, int out_width, float scale_red, float scale_green,          \
-         float scale_blue, float offset_red, float offset_green, float offset_blue) {                           \
+    name(const Piece* pieces, const Row* rows, const uint8_t* bank, int bank_height, int bank_width, void* out, \
+         int out_height, int out_width, float scale_red, float scale_green, float scale_blue, float offset_red, \
+         float offset_green, float offset_blue) {                                                               \
         __shared__ Tile tile;                                                                                   \
-        const Batch batch = {originals, edits, rows, bank, bank_height, bank_width, out, out_height, out_width, \
+        const Batch batch = {pieces, rows, bank, bank_height, bank_width, out, out_height, out_width,           \
                              {scale_red, scale_green, scale_blue}, {offset_red, offset_green, offset_blue}};    \
         run<Element, channels_last>(batch, tile);                                                               \
     }

@@ -1,6 +1,6 @@
 // The arithmetic of the mix, once, for host and device: filter weights, seam ramp, blend, normalise, cast.
 //
-// The specification is dali_diffusemix/mixing.py (resample_weights, edit_weight, mixed_image, encode); the two change
+// The specification is dali_diffusemix/mix/pixel.py (resample_weights, edit_weight, mixed_image, encode); the two change
 // together. Geometry is computed in double in the specification's order of operations, so that a pixel falls on the
 // same side of a seam or an edge everywhere; it is never contracted to fused multiply-adds. Pixels are float; device
 // compilers may contract them, which stays within the tests' tolerance.
@@ -27,17 +27,17 @@ typedef long int64_t;
 namespace mix {
 
 constexpr int kLeft = 0, kRight = 1, kTop = 2, kBottom = 3;  // positions in plan.MASKS; -1 is no mask
-constexpr int kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kUint8 = 3;  // positions in mixing.DTYPES
+constexpr int kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kUint8 = 3;  // positions in mix.tensor.DTYPES
 
-struct Piece {           // mixing.PIECE
+struct Piece {            // mix.call.PIECE
     const uint8_t* data;  // (height, width, 3), contiguous; null: no piece
     int32_t height, width;
-    int32_t top, left;  // where it lies in its image
+    int32_t top, left;  // its origin in its image
     int32_t image_height, image_width;
-    double box[4];  // the crop (top, left, height, width), image pixels; may leave the image
 };
 
-struct Row {          // mixing.ROW
+struct Row {          // mix.call.ROW
+    double box[4];     // the crop (top, left, height, width), relative to the image, which it may leave
     double span[4];    // the output within what mask and fractal span
     double seam_width;
     float fractal_weight;

@@ -38,7 +38,7 @@ namespace {
 
 using namespace jpeg;
 
-// Cuts what the window touches out of a sound file, in place, and moves the window along. Returns the bytes that are
+// Cuts what the window touches out of a safe file, in place, and moves the window along. Returns the bytes that are
 // left: `length` if the file cannot be cut or nothing would be gained. Piece i of its codes is [starts[i], starts[i + 1] -
 // 2), and a marker follows.
 int64_t cut(uint8_t *file, int64_t length, const Header &header, int32_t *window, const std::vector<int64_t> &starts) {
@@ -97,8 +97,8 @@ struct Batch {
     const int32_t *sizes;
     uint8_t *out;
     int64_t capacity;
-    int64_t *places;
-    uint8_t *sound;
+    int64_t *begins;
+    uint8_t *safe;
     int32_t *errors;
     std::atomic<int64_t> next{0}, used{0};
 
@@ -116,11 +116,11 @@ struct Batch {
     }
 
     void read_open(int64_t i, int file, int64_t offset, int64_t length, bool whole, std::vector<int64_t> &starts) {
-        const int64_t place = used.fetch_add(length);
+        const int64_t begin = used.fetch_add(length);
         lengths[i] = length;
-        if (place + length > capacity) return;  // the caller comes back with more room
-        places[i] = place;
-        uint8_t *to = out + place;
+        if (begin + length > capacity) return;  // the caller comes back with more room
+        begins[i] = begin;
+        uint8_t *to = out + begin;
         const int64_t bytes = read_bytes(i, file, offset, length, to);
         if (errors[i]) return;
         if (bytes < length && !whole) {
@@ -129,7 +129,7 @@ struct Batch {
         }
         lengths[i] = bytes;
         screen::Picture picture;
-        if (!screen::is_sound(to, bytes, picture, starts)) return;
+        if (!screen::is_safe(to, bytes, picture, starts)) return;
         const Header &header = picture.header;
         const int32_t *size = sizes + 2 * i;
         const bool swapped = picture.orientation > 4;
@@ -144,8 +144,8 @@ struct Batch {
         if (seen && header.sequential && header.interval && picture.orientation == 1) {
             lengths[i] = cut(to, bytes, header, window, starts);
         }
-        if (picture.pixels) places[i] += screen::strip_png(to, lengths[i], picture);
-        sound[i] = true;
+        if (picture.pixels) begins[i] += screen::strip_png(to, lengths[i], picture);
+        safe[i] = true;
     }
 
     void read(int64_t i, std::vector<int64_t> &starts) {
@@ -198,8 +198,8 @@ struct Batch {
 //     windows      (count, 4) top, left, bottom, right in pixels, empty: not looked at; in turn in what is to be decoded
 //     sizes        (count, 2) height and width that JPEGs and PNGs must have, upright; zeros: any
 //     out          (capacity) where to
-//     places       (count) where in `out` what is to be decoded begins
-//     sound        (count) zeros; in turn whether it is a JPEG or PNG about which decoders cannot disagree
+//     begins       (count) where in `out` what is to be decoded begins
+//     safe         (count) zeros; becomes true for a JPEG or PNG that DALI decodes as Pillow does
 //     errors       (count) zeros; in turn 0, an error number or one of those above
 //     threads      that read at once, at most
 //
@@ -207,11 +207,11 @@ struct Batch {
 // they were. Negative: there is no memory.
 extern "C" __attribute__((visibility("default"))) int64_t dali_diffusemix_read(
     int64_t count, const char *paths, const int64_t *path_starts, const int32_t *files, const int64_t *offsets,
-    int64_t *lengths, int32_t *windows, const int32_t *sizes, uint8_t *out, int64_t capacity, int64_t *places,
-    uint8_t *sound, int32_t *errors, int threads) {
+    int64_t *lengths, int32_t *windows, const int32_t *sizes, uint8_t *out, int64_t capacity, int64_t *begins,
+    uint8_t *safe, int32_t *errors, int threads) {
     try {
         Batch batch{count,   paths, path_starts, files,    offsets, lengths,
-                    windows, sizes, out,         capacity, places,  sound, errors};
+                    windows, sizes, out,         capacity, begins,  safe,  errors};
         batch.work(threads > 1);
         std::vector<std::thread> others;
         const int64_t left = count - std::min(batch.next.load(), count);

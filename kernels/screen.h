@@ -24,7 +24,7 @@ constexpr int64_t kMaxPixels = 89478485;  // `catalog.MAX_PIXELS`
 constexpr int kMaxScans = 64;
 constexpr int64_t kMaxText = 1 << 20;  // bytes: Pillow refuses a PNG whose profile or text inflates to more
 
-// What the grammar has found in a sound file.
+// What the grammar has found in a safe file.
 struct Picture {
     Header header;
     int orientation = 1;  // EXIF's, 1 to 8
@@ -183,7 +183,7 @@ struct Progress {
     }
 };
 
-// Whether a scan's header is sound. `component` gets the numbers of its tables.
+// Whether a scan's header is safe. `component` gets the numbers of its tables.
 inline bool take_scan(const uint8_t *content, int64_t bytes, Header &header, const Tables &tables, Progress *progress) {
     if (bytes < 1) return false;
     const int count = content[0];
@@ -265,7 +265,7 @@ inline bool take_scans(const uint8_t *file, int64_t length, Header &header, Tabl
 }
 
 // Whether a file is a JPEG that DALI decodes as Pillow does. `starts` is as `divide` leaves it if it is sequential.
-inline bool is_sound_jpeg(const uint8_t *file, int64_t length, Picture &picture, std::vector<int64_t> &starts) {
+inline bool is_safe_jpeg(const uint8_t *file, int64_t length, Picture &picture, std::vector<int64_t> &starts) {
     Header &header = picture.header;
     const uint8_t *at = file, *const end = file + length;
     if (length < 4 || at[0] != 0xFF || at[1] != kSoi) return false;
@@ -391,7 +391,7 @@ inline bool is_profile(const uint8_t *content, int64_t bytes) {
 
 // Whether a file is a PNG that DALI decodes as Pillow does: of 8 bits, grey or a palette, without frames or compressed
 // texts.
-inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) {
+inline bool is_safe_png(const uint8_t *file, int64_t length, Picture &picture) {
     if (length < 57 || std::memcmp(file, "\x89PNG\r\n\x1a\n\0\0\0\rIHDR", 16)) return false;
     const int64_t width = four_bytes(file + 16), height = four_bytes(file + 20);
     if (!width || !height || width > kMaxSide || height > kMaxSide || width * height > kMaxPixels) return false;
@@ -471,7 +471,7 @@ inline bool is_sound_png(const uint8_t *file, int64_t length, Picture &picture) 
     return false;
 }
 
-// Takes out of a sound PNG what is not its pixels (or their palette), in place: libpng finds fault with some of it and
+// Takes out of a safe PNG what is not its pixels (or their palette), in place: libpng finds fault with some of it and
 // says so, and nobody wants transparency. Returns where the file now begins; `length` is what is left of it.
 inline int64_t strip_png(uint8_t *file, int64_t &length, const Picture &picture) {
     constexpr int64_t kHead = 8 + 25;
@@ -484,8 +484,8 @@ inline int64_t strip_png(uint8_t *file, int64_t &length, const Picture &picture)
 }
 
 // Whether DALI decodes a file as Pillow does.
-inline bool is_sound(const uint8_t *file, int64_t length, Picture &picture, std::vector<int64_t> &starts) {
-    return is_sound_jpeg(file, length, picture, starts) || is_sound_png(file, length, picture);
+inline bool is_safe(const uint8_t *file, int64_t length, Picture &picture, std::vector<int64_t> &starts) {
+    return is_safe_jpeg(file, length, picture, starts) || is_safe_png(file, length, picture);
 }
 
 }  // namespace screen

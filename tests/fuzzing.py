@@ -266,7 +266,7 @@ def _decode_batch(folder: Path, contents: list[bytes], decoder: object, draw: Dr
     from dali_diffusemix.errors import DecodeError
     from dali_diffusemix.images.codec import decode
     from dali_diffusemix.images.reading import read
-    from dali_diffusemix.loading.decoder import Sources
+    from dali_diffusemix.loading.pieces import Pieces
 
     count = len(contents)
     expected: list[NDArray[np.uint8] | None] = []
@@ -279,34 +279,28 @@ def _decode_batch(folder: Path, contents: list[bytes], decoder: object, draw: Dr
         except DecodeError:
             expected.append(None)
             sizes[i] = _guessed(content)
-    places = [os.fsencode(folder / str(i)) for i in range(count)]
+    locations = [os.fsencode(folder / str(i)) for i in range(count)]
     whole = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
     windows = np.array([_window(draw, *size) for size in sizes.tolist()], dtype=np.int32)
-    sources = Sources(
-        originals=places,
-        edits=places,
-        original_windows=whole,
-        edit_windows=windows,
-        original_sizes=sizes,
-        edit_sizes=sizes,
-    )
-    sound = read(places, whole, sizes).sound
-    decoder.submit(lambda: sources)  # type: ignore[attr-defined]
+    safe = read(locations, whole, sizes).safe
+    pieces = Pieces.of(locations * 2, np.stack([whole, windows]), np.stack([sizes, sizes]))
+    decoder.submit(lambda: pieces)  # type: ignore[attr-defined]
+    decoded = decoder.fetch()  # type: ignore[attr-defined]
     verdicts = ["" for _ in range(count)]
-    for name, decoded, seen in zip(("whole", "window"), decoder.fetch(), (whole, windows), strict=True):  # type: ignore[attr-defined]
+    for row, (name, seen) in enumerate((("whole", whole), ("window", windows))):
         for i, (top, left, bottom, right) in enumerate(seen.tolist()):
-            pixels = expected[i]
-            if i in decoded.errors or pixels is None:
-                verdict = "refused" if i in decoded.errors and pixels is None else "shown by one"
+            pixels, error = expected[i], decoded.errors.get((row, i))
+            if error is not None or pixels is None:
+                verdict = "refused" if error is not None and pixels is None else "shown by one"
                 if verdict != "refused":
-                    verdict += f" ({decoded.errors[i]})" if i in decoded.errors else " (the loader)"
+                    verdict += f" ({error})" if error is not None else " (the loader)"
             else:
-                found = pixels_at(int(decoded.data[i]), (bottom - top, right - left, 3))
+                found = pixels_at(int(decoded.table["data"][row, i]), (bottom - top, right - left, 3))
                 same = np.array_equal(found, pixels[top:bottom, left:right])
                 verdict = "shown" if same else f"unequal in {name} {(top, left, bottom, right)} of {pixels.shape[:2]}"
             if verdicts[i] in ("", "shown", "refused"):
                 verdicts[i] = verdict
-    return list(zip(verdicts, sound.tolist(), strict=True))
+    return list(zip(verdicts, safe.tolist(), strict=True))
 
 
 def _guessed(content: bytes) -> tuple[int, int]:

@@ -19,7 +19,9 @@ from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 
 MODULES = (
-    *("dali_diffusemix.loading.loader", "dali_diffusemix.loading.decoder", "dali_diffusemix.loading.dali"),
+    *("dali_diffusemix.loading.loader", "dali_diffusemix.loading.batches", "dali_diffusemix.loading.cursor"),
+    *("dali_diffusemix.loading.samplers", "dali_diffusemix.loading.pieces", "dali_diffusemix.loading.memory"),
+    *("dali_diffusemix.loading.decoder", "dali_diffusemix.loading.dali"),
     *("dali_diffusemix.images.reading", "dali_diffusemix.mix.call", "dali_diffusemix.base.native"),
     *("dali_diffusemix.base.workers", "nvidia.dali.pipeline"),
 )

@@ -52,9 +52,11 @@ def plan_of(
     )
 
 
-def table(images: list[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> NDArray[np.void]:
-    data = np.array([image.ctypes.data if image.size else 0 for image in images], dtype=np.uint64)
-    return piece_table(data, np.array([image.shape[:2] for image in images], dtype=np.int32), boxes)
+def table(originals: list[NDArray[np.uint8]], edits: list[NDArray[np.uint8]] | None = None) -> NDArray[np.void]:
+    """The piece table of whole images; without edits no row is mixed."""
+    both = [originals, [NOTHING] * len(originals) if edits is None else edits]
+    data = np.array([[image.ctypes.data if image.size else 0 for image in images] for images in both], dtype=np.uint64)
+    return piece_table(data, np.array([[image.shape[:2] for image in images] for images in both], dtype=np.int32))
 
 
 def compare(result: NDArray[np.generic], expected: NDArray[np.generic], dtype: str) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base import gpu
 from dali_diffusemix.mix import IMAGENET, TensorFormat
-from dali_diffusemix.mix.call import ROW, mix, piece_table
+from dali_diffusemix.mix.call import mix, piece_table, row_table
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import DTYPES, DtypeName
 from dali_diffusemix.plan import MASKS, BatchPlan
@@ -150,8 +150,7 @@ def shim(tmp_path_factory: pytest.TempPathFactory) -> Shim:
 def run(
     shim: Shim,
     plan: BatchPlan,
-    originals: NDArray[np.void],
-    edits: NDArray[np.void],
+    pieces: NDArray[np.void],
     bank: NDArray[np.uint8] | None,
     format: TensorFormat,
     readable: Sequence[NDArray[np.uint8]],
@@ -167,9 +166,7 @@ def run(
     guarded = guarded.view(format.storage)
     begin = 32 + offset
     out = guarded[begin : begin + int(np.prod(shape))].reshape(shape)
-    rows = np.zeros(len(plan), dtype=ROW)
-    for name in ROW.names or ():
-        rows[name] = getattr(plan, name)
+    rows = row_table(plan)
     bank_shape = (0, 0) if bank is None else bank.shape[1:3]
     scale, shift = format.scale_and_offset()
     forbidden = shim.launch(
@@ -177,7 +174,7 @@ def run(
         (-(-width // 32), -(-height // 32), len(plan)),
         (THREADS, 1, 1),
         [
-            *(np.uint64(table.ctypes.data) for table in (originals, edits, rows)),
+            *(np.uint64(table.ctypes.data) for table in (pieces, rows)),
             np.uint64(0 if bank is None else bank.ctypes.data),
             *(np.int32(side) for side in bank_shape),
             np.uint64(out.ctypes.data),
@@ -201,7 +198,6 @@ class Pieces:
         self,
         generator: np.random.Generator,
         images: list[NDArray[np.uint8]],
-        box: NDArray[np.float64],
         *,
         cut: bool,
     ) -> None:
@@ -209,7 +205,7 @@ class Pieces:
         self.seen: list[NDArray[np.uint8]] = []  # the images, 0 where the piece does not lie
         count = len(images)
         data, shapes = np.zeros(count, dtype=np.uint64), np.zeros((count, 2), dtype=np.int32)
-        places, sizes = np.zeros((count, 2), dtype=np.int32), np.ones((count, 2), dtype=np.int32)
+        origins, sizes = np.zeros((count, 2), dtype=np.int32), np.ones((count, 2), dtype=np.int32)
         for row, image in enumerate(images):
             if image is NOTHING:
                 self.seen.append(NOTHING)
@@ -227,8 +223,8 @@ class Pieces:
             begin = int(generator.integers(0, 16))
             self.readable.append(wild[begin : begin + piece.size])
             self.readable[-1][:] = piece.reshape(-1)
-            data[row], shapes[row], places[row] = self.readable[-1].ctypes.data, piece.shape[:2], low
-        self.table = piece_table(data, shapes, box, places=places, image_sizes=sizes)
+            data[row], shapes[row], origins[row] = self.readable[-1].ctypes.data, piece.shape[:2], low
+        self.table = piece_table(data, shapes, origins=origins, image_sizes=sizes)  # (images,)
 
 
 @settings(max_examples=120, suppress_health_check=[HealthCheck.too_slow], deadline=None)
@@ -262,18 +258,19 @@ def test_the_grid_is_the_specification_and_the_cpu_kernel(
     generator = np.random.default_rng(seed)
     case = random_case(generator, count, out, largest, seam_width=seam_width, own_span=own_span)
     plan, bank = case.plan, case.bank
-    originals = Pieces(generator, case.originals, plan.box, cut=cut)
-    edits = Pieces(generator, case.edits, plan.box, cut=cut)
+    originals = Pieces(generator, case.originals, cut=cut)
+    edits = Pieces(generator, case.edits, cut=cut)
+    pieces = np.stack([originals.table, edits.table])
     format = TensorFormat(
         dtype=dtype, channels_last=channels_last, normalize=None if dtype == "uint8" or seed % 3 == 0 else IMAGENET
     )
     readable = originals.readable + edits.readable
-    result = run(shim, plan, originals.table, edits.table, bank, format, readable, offset=offset, descending=descending)
+    result = run(shim, plan, pieces, bank, format, readable, offset=offset, descending=descending)
     cut_case = replace(case, originals=originals.seen, edits=edits.seen)
     for row in range(count):
         compare(result[row], cut_case.expected(row, format), dtype)
     on_the_cpu = np.zeros_like(result)
-    mix(plan, originals.table, edits.table, bank, out=on_the_cpu, format=format)
+    mix(plan, pieces, bank, out=on_the_cpu, format=format)
     compare(result, on_the_cpu, dtype)
 
 
@@ -294,12 +291,12 @@ def test_every_kernel_writes_every_element_at_any_width_and_alignment(shim: Shim
     generator = np.random.default_rng(0)
     box = np.tile([0.0, 0, 1, 1], (2, 1))
     images = [pixels(generator, 9, 11) for _ in range(2)]
-    sources = Pieces(generator, [*images], box, cut=False)
+    sources = Pieces(generator, [*images], cut=False)
+    pieces = np.stack([sources.table, np.zeros_like(sources.table)])
     for height, width in [(1, 1), (2, 2), (1, 3), (3, 4), (2, 5), (33, 31), (32, 32), (1, 33), (31, 34), (2, 67)]:
         for flip in (False, True):
             plan = plan_of(2, (height, width), box=box, flip=np.full(2, flip))
-            none = np.zeros(2, dtype=sources.table.dtype)
-            result = run(shim, plan, sources.table, none, None, format, sources.readable, offset=width % 4)
+            result = run(shim, plan, pieces, None, format, sources.readable, offset=width % 4)
             for row, image in enumerate(images):
                 compare(result[row], encode(mixed_image(plan, row, image), format), format.dtype)
 
@@ -310,8 +307,8 @@ def test_a_training_batch(shim: Shim, format: TensorFormat) -> None:
     generator = np.random.default_rng(5)
     box = np.array([[0.02, 0.05, 0.9, 0.93], [0.3, 0.2, 0.31, 0.4]])
     mask = np.array([MASKS.index("right"), MASKS.index("top")], dtype=np.int8)
-    originals = Pieces(generator, [pixels(generator, 400, 350) for _ in mask], box, cut=False)
-    edits = Pieces(generator, [pixels(generator, 256, 256) for _ in mask], box, cut=False)
+    originals = Pieces(generator, [pixels(generator, 400, 350) for _ in mask], cut=False)
+    edits = Pieces(generator, [pixels(generator, 256, 256) for _ in mask], cut=False)
     bank = pixels(generator, 256, 256)[None]
     plan = plan_of(
         2,
@@ -324,7 +321,8 @@ def test_a_training_batch(shim: Shim, format: TensorFormat) -> None:
         fractal_weight=np.full(2, 0.2, dtype=np.float32),
         seam_width=20 / 256,
     )
-    result = run(shim, plan, originals.table, edits.table, bank, format, originals.readable + edits.readable)
+    pieces = np.stack([originals.table, edits.table])
+    result = run(shim, plan, pieces, bank, format, originals.readable + edits.readable)
     for row in range(2):
         expected = encode(mixed_image(plan, row, originals.seen[row], edits.seen[row], bank[0]), format)
         compare(result[row], expected, format.dtype)
@@ -336,8 +334,8 @@ def test_any_ratio(shim: Shim, size: tuple[int, int]) -> None:
     generator = np.random.default_rng(11)
     box = np.array([[0.0, 0, 1, 1], [0.1, 0.05, 0.85, 0.9], [0.4, 0.4, 0.01, 0.01], [-0.2, -0.1, 1.4, 1.3]])
     mask = np.array([-1, MASKS.index("right"), MASKS.index("top"), MASKS.index("left")], dtype=np.int8)
-    originals = Pieces(generator, [pixels(generator, *size) for _ in mask], box, cut=False)
-    edits = Pieces(generator, [pixels(generator, *size[::-1]) for _ in mask], box, cut=False)
+    originals = Pieces(generator, [pixels(generator, *size) for _ in mask], cut=False)
+    edits = Pieces(generator, [pixels(generator, *size[::-1]) for _ in mask], cut=False)
     bank = pixels(generator, 200, 90)[None]
     for out in ((35, 36), (3, 2)):
         plan = plan_of(
@@ -352,7 +350,7 @@ def test_any_ratio(shim: Shim, size: tuple[int, int]) -> None:
             seam_width=0.3,
         )
         readable = originals.readable + edits.readable
-        result = run(shim, plan, originals.table, edits.table, bank, TensorFormat(), readable)
+        result = run(shim, plan, np.stack([originals.table, edits.table]), bank, TensorFormat(), readable)
         for row in range(4):
             edit, fractal = (edits.seen[row], bank[0]) if row else (None, None)
             expected = encode(mixed_image(plan, row, originals.seen[row], edit, fractal), TensorFormat())
@@ -376,8 +374,9 @@ def test_a_pixel_falls_on_the_specifications_side_of_seam_and_edge(shim: Shim) -
     for start, extent, output in cases:
         box = np.tile([start, start, extent, extent], (4, 1))
         plan = plan_of(4, (output, output), box=box, mask=np.arange(4, dtype=np.int8))
-        originals, edits = (Pieces(generator, [image] * 4, box, cut=False) for image in (black, white))
-        result = run(shim, plan, originals.table, edits.table, None, format, originals.readable + edits.readable)
+        originals, edits = (Pieces(generator, [image] * 4, cut=False) for image in (black, white))
+        pieces = np.stack([originals.table, edits.table])
+        result = run(shim, plan, pieces, None, format, originals.readable + edits.readable)
         for row in range(4):
             np.testing.assert_array_equal(result[row], encode(mixed_image(plan, row, black, white), format))
 
@@ -395,10 +394,10 @@ def test_a_source_that_is_not_seen_is_never_read(shim: Shim, mask: int, seam_wid
         begin = 0.02 if side in ("left", "top") else 0.6
         box = np.array([[begin, begin, 0.3, 0.3]])
         plan = plan_of(1, (40, 37), box=box, mask=np.array([mask], dtype=np.int8), seam_width=seam_width)
-        seen = Pieces(generator, [image], box, cut=False)
-        unseen = piece_table(nowhere, np.array([image.shape[:2]], dtype=np.int32), box)
-        tables = (unseen, seen.table) if side == MASKS[mask] else (seen.table, unseen)
-        result = run(shim, plan, *tables, None, TensorFormat(), seen.readable)
+        seen = Pieces(generator, [image], cut=False)
+        unseen = piece_table(nowhere, np.array([image.shape[:2]], dtype=np.int32))
+        pieces = np.stack([unseen, seen.table] if side == MASKS[mask] else [seen.table, unseen])
+        result = run(shim, plan, pieces, None, TensorFormat(), seen.readable)
         expected = encode(mixed_image(plan, 0, image, image), TensorFormat())
         compare(result[0], expected, "float32")
 
@@ -408,11 +407,11 @@ def test_the_pieces_are_read_to_their_last_byte(shim: Shim) -> None:
     generator = np.random.default_rng(9)
     box = np.array([[0.0, 0, 1, 1]])
     plan = plan_of(1, (32, 32), box=box)
-    whole = Pieces(generator, [pixels(generator, 20, 30)], box, cut=False)
-    none = np.zeros(1, dtype=whole.table.dtype)
+    whole = Pieces(generator, [pixels(generator, 20, 30)], cut=False)
+    pieces = np.stack([whole.table, np.zeros_like(whole.table)])
     for part in (whole.readable[0][1:], whole.readable[0][:-1]):
         with pytest.raises(AssertionError, match="reads outside of the pieces"):
-            run(shim, plan, whole.table, none, None, TensorFormat(), [part])
+            run(shim, plan, pieces, None, TensorFormat(), [part])
 
 
 FAULTY = """

@@ -143,7 +143,7 @@ RUN = """
 import logging, signal, sys
 from pathlib import Path
 from engine_jobs import Start, Task
-from dali_diffusemix.engines.local import LocalEngine
+from dali_diffusemix.generate.engines.local import LocalEngine
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     folder = Path(sys.argv[1])
@@ -175,7 +175,7 @@ def closed_port() -> int:
 
 UNANSWERED = """
 import sys
-from dali_diffusemix.engines.ray import RayEngine
+from dali_diffusemix.generate.engines.ray import RayEngine
 list(RayEngine(address=sys.argv[1]).run(None, [1]))
 """
 

@@ -447,9 +447,9 @@ def test_the_gpus_tensors_are_mixed_as_the_cpus_arrays(
 ) -> None:
     """All of the branch but streams and DLPack, over tensors on the CPU, with the CPU's kernel in the GPU's place."""
 
-    def mix_on_cpu(plan: Any, originals: Any, edits: Any, bank: Any, *, out: torch.Tensor, format: Any) -> None:
+    def mix_on_cpu(plan: Any, pieces: Any, bank: Any, *, out: torch.Tensor, format: Any) -> None:
         view = out.permute(0, 2, 3, 1) if format.channels_last else out
-        call.mix(plan, originals, edits, bank and bank.images.numpy(), out=view.numpy(), format=format)
+        call.mix(plan, pieces, bank and bank.images.numpy(), out=view.numpy(), format=format)
 
     monkeypatch.setattr(call, "mix_on_device", mix_on_cpu)
     generator = np.random.default_rng(0)

@@ -31,10 +31,10 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     root, store, engine, batch_size = sys.argv[1:]
     if engine == "ray":
-        from dali_diffusemix.engines.ray import RayEngine
+        from dali_diffusemix.generate.engines.ray import RayEngine
         engine = RayEngine(workers=2)
     else:
-        from dali_diffusemix.engines.local import LocalEngine
+        from dali_diffusemix.generate.engines.local import LocalEngine
         engine = LocalEngine(("cpu",) * int(engine))
     sizes = dict(size=96, batch_size=int(batch_size), originals_per_shard=40)
     config = GenerateConfig(prompts=("autumn", "mosaic"), variants=3, **sizes)

@@ -11,8 +11,8 @@ import pytest
 from interrupting import Case, Thrown, make_case
 
 from dali_diffusemix import DiffuseMixDataset, EvalCrop
-from dali_diffusemix.loading.decoder import PieceDecoder, Sources
-from dali_diffusemix.loading.loader import sources_of
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.pieces import Pieces, request
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -35,16 +35,18 @@ def test_after_an_exception_at_any_line_every_batch_is_right(case: Case) -> None
 def test_an_error_comes_in_its_turn(photos: Path) -> None:
     """What cannot be begun while later batches are asked for takes none of those before with it."""
     dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
-    sources = sources_of(dataset, dataset.planner.batch(0, np.arange(4)), seen_only=True)
 
-    def gone() -> Sources:
+    def pieces() -> Pieces:
+        return request(dataset, dataset.planner.batch(0, np.arange(4)), visible_only=True)
+
+    def gone() -> Pieces:
         raise OSError("the storage does not answer")
 
     decoder = PieceDecoder(4, threads=1)
-    for make in (lambda: sources, gone, lambda: sources):
+    for make in (pieces, gone, pieces):
         decoder.submit(make)
-    originals, _ = decoder.fetch()
-    assert originals.data.all() and not originals.errors
+    decoded = decoder.fetch()
+    assert decoded.table["data"][0].all() and not decoded.errors
     with pytest.raises(OSError, match="does not answer"):
         decoder.fetch()
     decoder.close()
@@ -55,7 +57,7 @@ def test_what_was_thrown_passes_through(case: Case, monkeypatch: pytest.MonkeyPa
     loader = case.make()
     iterator = iter(loader)
     next(iterator)
-    decoder = iterator._progress.decoder
+    decoder = iterator._batches._decoder
     assert decoder is not None
 
     def thrown(*_: object) -> None:
@@ -64,7 +66,7 @@ def test_what_was_thrown_passes_through(case: Case, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch, pytest.raises(Thrown):
         patch.setattr("dali_diffusemix.loading.dali.Pipeline.outputs", thrown)
         next(iterator)
-    assert not decoder.intact and not loader._idle
+    assert not decoder.intact and not loader._maker._free
     with pytest.raises(RuntimeError, match="can only be closed"):
         decoder.fetch()
     with pytest.raises(StopIteration):

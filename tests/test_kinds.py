@@ -24,7 +24,8 @@ from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, Quara
 from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.images.codec import decode, encode
 from dali_diffusemix.images.reading import read
-from dali_diffusemix.loading.decoder import PieceDecoder, Sources
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.pieces import Pieces
 from dali_diffusemix.plan import Crop
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
@@ -70,25 +71,17 @@ def decoded(tmp_path: Path, content: bytes, windows: Windows) -> tuple[list[NDAr
     """Windows of one file by the decoder that the loader has, and whether DALI was given them."""
     (tmp_path / "file").write_bytes(content)
     count, size = len(windows), np.array(decode(content).shape[:2], dtype=np.int32)
-    places = [os.fsencode(tmp_path / "file")] * count
+    locations = [os.fsencode(tmp_path / "file")] * count
     sizes = np.tile(size, (count, 1))
     decoder = PieceDecoder(count, threads=2)
-    decoder.submit(
-        lambda: Sources(
-            originals=places,
-            edits=[None] * count,
-            original_windows=windows,
-            edit_windows=np.zeros_like(windows),
-            original_sizes=sizes,
-            edit_sizes=sizes,
-        )
-    )
-    pieces, _ = decoder.fetch()
+    windows = np.stack([windows, np.zeros_like(windows)])
+    decoder.submit(lambda: Pieces.of([*locations, *[None] * count], windows, np.stack([sizes, sizes])))
+    pieces = decoder.fetch()
     assert not pieces.errors
-    shapes = [(height, width, 3) for height, width in pieces.shapes.tolist()]
-    found = [pixels_at(*one).copy() for one in zip(pieces.data.tolist(), shapes, strict=True)]
+    shown = pieces.table[0]
+    found = [pixels_at(int(piece["data"]), (int(piece["height"]), int(piece["width"]), 3)).copy() for piece in shown]
     decoder.close()
-    return found, bool(read(places[:1], windows[:1], sizes[:1]).sound[0])
+    return found, bool(read(locations[:1], windows[0, :1], sizes[:1]).safe[0])
 
 
 def check(tmp_path: Path, content: bytes, windows: Windows | None = None, *, by_dali: bool | None = None) -> None:
@@ -168,7 +161,7 @@ def test_what_dali_is_given(tmp_path: Path, text: str, expected: bool) -> None:
     for i, name in enumerate(names):
         (tmp_path / str(i)).write_bytes(kinds[name])
     places = [os.fsencode(tmp_path / str(i)) for i in range(len(names))]
-    sound = read(places, np.zeros((len(names), 4), dtype=np.int32)).sound
+    sound = read(places, np.zeros((len(names), 4), dtype=np.int32)).safe
     assert [name for name, is_sound in zip(names, sound, strict=True) if is_sound != expected] == []
 
 
@@ -219,7 +212,7 @@ def test_of_a_png_dali_gets_the_pixels_alone(tmp_path: Path) -> None:
     for i, name in enumerate(names):
         (tmp_path / str(i)).write_bytes(kinds[name])
     batch = read([os.fsencode(tmp_path / str(i)) for i in range(len(names))], np.zeros((len(names), 4), dtype=np.int32))
-    assert batch.sound.all()
+    assert batch.safe.all()
     for name, image in zip(names, batch.images, strict=True):
         assert image is not None
         parts = odd.chunks(image.tobytes())
@@ -240,7 +233,7 @@ def test_how_long_a_profile_is_when_inflated(tmp_path: Path, level: int, strateg
         stream = deflate.compress(content) + deflate.flush()
         (tmp_path / str(i)).write_bytes(png(2, 8, before=chunk(b"iCCP", b"p\0\0" + stream)))
     places = [os.fsencode(tmp_path / str(i)) for i in range(len(contents))]
-    sound = read(places, np.zeros((len(places), 4), dtype=np.int32)).sound
+    sound = read(places, np.zeros((len(places), 4), dtype=np.int32)).safe
     assert sound.tolist() == [len(content) <= 1 << 20 for content in contents]
 
 
@@ -257,7 +250,7 @@ def test_a_chunk_damaged_behind_the_pixels_is_refused_by_both(tmp_path: Path) ->
         with pytest.raises(DecodeError):
             decode(content)
         (tmp_path / "file").write_bytes(content)
-        assert not read([os.fsencode(tmp_path / "file")], np.zeros((1, 4), dtype=np.int32)).sound[0]
+        assert not read([os.fsencode(tmp_path / "file")], np.zeros((1, 4), dtype=np.int32)).safe[0]
 
 
 def test_a_jpeg_cut_short_is_refused_whatever_is_seen_of_it(tmp_path: Path) -> None:
@@ -265,7 +258,7 @@ def test_a_jpeg_cut_short_is_refused_whatever_is_seen_of_it(tmp_path: Path) -> N
     content = encode(photograph(0, 200, 256), 90)
     (tmp_path / "file").write_bytes(content[:-100])
     batch = read([os.fsencode(tmp_path / "file")], np.array([(0, 0, 10, 10)], dtype=np.int32))
-    assert not batch.sound[0]
+    assert not batch.safe[0]
     with pytest.raises(DecodeError):
         decode(content[:-100])
 

@@ -311,7 +311,7 @@ def test_memory_is_used_again_once_nobody_holds_the_batch(photos: Path) -> None:
 def test_it_is_picklable_and_starts_nothing_in_the_constructor(photos: Path, edits: Path, bank: FractalBank) -> None:
     threads = set(threading.enumerate())
     loader = DiffuseMixLoader(mixed(photos, edits, bank), batch_size=11, device="cpu")
-    assert set(threading.enumerate()) <= threads and not loader._idle
+    assert set(threading.enumerate()) <= threads and not loader._maker._free
     again = pickle.loads(pickle.dumps(loader))
     for (a, _), (b, _) in zip(loader, again, strict=True):
         assert torch.equal(a, b)

@@ -257,8 +257,7 @@ def test_the_kernel_is_the_specification(
         dtype=dtype, channels_last=channels_last, normalize=None if dtype == "uint8" or seed % 3 == 0 else IMAGENET
     )
     result = np.zeros(format.shape(count, out), dtype=format.storage)
-    originals, edits = table(case.originals, case.plan.box), table(case.edits, case.plan.box)
-    mix(case.plan, originals, edits, case.bank, out=result, format=format, threads=threads)
+    mix(case.plan, table(case.originals, case.edits), case.bank, out=result, format=format, threads=threads)
     for row in range(count):
         compare(result[row], case.expected(row, format), dtype)
 
@@ -272,7 +271,7 @@ def test_the_kernel_gives_the_same_bits_on_any_number_of_threads() -> None:
     results = []
     for threads in (1, 2, 7, 32):
         result = np.zeros((9, 3, 33, 44), dtype=np.float32)
-        mix(plan, table(images, box), table(images, box), None, out=result, format=TensorFormat(), threads=threads)
+        mix(plan, table(images, images), None, out=result, format=TensorFormat(), threads=threads)
         results.append(result.tobytes())
     assert len(set(results)) == 1
 
@@ -291,14 +290,14 @@ def test_every_processor_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest
             subprocess.run(["g++", *flags.split(), f"-march={processor}", "-o", target, source], check=True)
             libraries.append(ctypes.CDLL(str(target)))
     case = random_case(np.random.default_rng(8), 24, (61, 75), 300, seam_width=0.1)
-    originals, edits = table(case.originals, case.plan.box), table(case.edits, case.plan.box)
+    pieces = table(case.originals, case.edits)
     for dtype in DTYPES:
         format = TensorFormat(dtype=dtype, normalize=None if dtype == "uint8" else IMAGENET)
         results = []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
             result = np.zeros(format.shape(24, (61, 75)), dtype=format.storage)
-            mix(case.plan, originals, edits, case.bank, out=result, format=format)
+            mix(case.plan, pieces, case.bank, out=result, format=format)
             results.append(result.tobytes())
         assert len(libraries) > 2 and len(set(results)) == 1, dtype
 
@@ -313,9 +312,9 @@ def test_pieces_that_hold_what_is_seen_give_what_whole_images_give(mask: int, se
     box = np.array([[0.2, 0.1, 0.7, 0.8]])
     plan = plan_of(1, (40, 48), box=box, mask=np.array([mask], dtype=np.int8), seam_width=seam_width)
     whole = np.zeros((1, 3, 40, 48), dtype=np.float32)
-    mix(plan, table([original], box), table([edit], box), None, out=whole, format=TensorFormat())
+    mix(plan, table([original], [edit]), None, out=whole, format=TensorFormat())
 
-    def cut(image: NDArray[np.uint8], shown: str) -> tuple[NDArray[np.uint8], NDArray[np.void]]:
+    def cut(image: NDArray[np.uint8], shown: str) -> tuple[NDArray[np.uint8], list[int]]:
         # The shown half, the seam's ramp and the filter's reach, generously.
         height, width = image.shape[:2]
         margin = 0.05 + seam_width / 2 + 0.04
@@ -323,22 +322,20 @@ def test_pieces_that_hold_what_is_seen_give_what_whole_images_give(mask: int, se
         rows, columns = (slice(None), slice(int(low * width), math.ceil(high * width)))
         if shown in ("top", "bottom"):
             rows, columns = (slice(int(low * height), math.ceil(high * height)), slice(None))
-        piece = np.ascontiguousarray(image[rows, columns])
-        place = [rows.start or 0, columns.start or 0]
-        return piece, piece_table(
-            np.array([piece.ctypes.data], dtype=np.uint64),
-            np.array([piece.shape[:2]], dtype=np.int32),
-            box,
-            places=np.array([place], dtype=np.int32),
-            image_sizes=np.array([image.shape[:2]], dtype=np.int32),
-        )
+        return np.ascontiguousarray(image[rows, columns]), [rows.start or 0, columns.start or 0]
 
     opposite = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
-    seen_original, original_table = cut(original, opposite[MASKS[mask]])
-    seen_edit, edit_table = cut(edit, MASKS[mask])
+    seen_original, original_origin = cut(original, opposite[MASKS[mask]])
+    seen_edit, edit_origin = cut(edit, MASKS[mask])
     assert seen_original.size < original.size and seen_edit.size < edit.size
+    pieces = piece_table(
+        np.array([[seen_original.ctypes.data], [seen_edit.ctypes.data]], dtype=np.uint64),
+        np.array([[seen_original.shape[:2]], [seen_edit.shape[:2]]], dtype=np.int32),
+        origins=np.array([[original_origin], [edit_origin]], dtype=np.int32),
+        image_sizes=np.array([[original.shape[:2]], [edit.shape[:2]]], dtype=np.int32),
+    )
     parts = np.zeros_like(whole)
-    mix(plan, original_table, edit_table, None, out=parts, format=TensorFormat())
+    mix(plan, pieces, None, out=parts, format=TensorFormat())
     np.testing.assert_array_equal(parts, whole)
 
 
@@ -361,7 +358,7 @@ def test_without_the_library_numpy_does_the_same(monkeypatch: pytest.MonkeyPatch
         if not available:
             monkeypatch.setattr(native, "library", lambda: None)
         result = np.zeros((3, 3, 21, 17), dtype=np.float32)
-        mix(plan, table(images, box), table(images, box), bank, out=result, format=TensorFormat())
+        mix(plan, table(images, images), bank, out=result, format=TensorFormat())
         results.append(result)
     np.testing.assert_allclose(*results, atol=FLOAT32_TOLERANCE)
 
@@ -371,19 +368,19 @@ def test_mix_says_what_does_not_fit() -> None:
     image = np.zeros((4, 4, 3), dtype=np.uint8)
     plan = plan_of(1, (2, 2), box=box, mask=np.array([0], dtype=np.int8), fractal=np.array([0]))
     good = np.zeros((1, 3, 2, 2), dtype=np.float32)
-    whole, none = table([image], box), table([NOTHING], box)
+    whole, none = table([image], [image]), table([NOTHING])
     for out in (
         np.zeros((1, 2, 2, 3), np.float32),
         np.zeros((1, 3, 2, 2)),
         np.zeros((1, 3, 2, 4), np.float32)[..., ::2],
     ):
         with pytest.raises(ConfigError, match="out must be contiguous float32 of shape"):
-            mix(plan, whole, whole, None, out=out, format=TensorFormat())
+            mix(plan, whole, None, out=out, format=TensorFormat())
     with pytest.raises(ConfigError, match="every mixed row one of its original or edit"):
-        mix(plan, none, none, None, out=good, format=TensorFormat())
+        mix(plan, none, None, out=good, format=TensorFormat())
     with pytest.raises(ConfigError, match="wants fractal 0, the bank holds 0"):
-        mix(plan, whole, whole, None, out=good, format=TensorFormat())
-    with pytest.raises(ConfigError, match="the plan has 1 rows, found 2 originals"):
-        mix(plan, table([image] * 2, np.tile(box, (2, 1))), whole, None, out=good, format=TensorFormat())
+        mix(plan, whole, None, out=good, format=TensorFormat())
+    with pytest.raises(ConfigError, match=r"pieces must be \(2, 1\), .* found \(2, 2\)"):
+        mix(plan, table([image] * 2), None, out=good, format=TensorFormat())
     with pytest.raises(ConfigError, match="threads must be at least 1"):
-        mix(plan_of(1, (2, 2), box=box), whole, none, None, out=good, format=TensorFormat(), threads=0)
+        mix(plan_of(1, (2, 2), box=box), whole, None, out=good, format=TensorFormat(), threads=0)

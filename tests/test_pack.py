@@ -450,7 +450,7 @@ def test_a_config_checks_itself(fields: dict[str, Any]) -> None:
 
 RUN = """
 import sys
-from dali_diffusemix.pack import PackConfig, pack
+from dali_diffusemix.store.pack import PackConfig, pack
 def progress(done, total):
     sys.stdout.write(f"{done}\\n")
     sys.stdout.flush()

@@ -429,7 +429,7 @@ def windows(dataset: DiffuseMixDataset, indices: list[int]) -> tuple[NDArray[np.
     assert dataset.store is not None
     sizes = dataset.catalog.sizes[plan.original]
     edit_sizes = np.where(plan.mixed[:, None], dataset.store.sizes(np.maximum(plan.edit, 0)), 0).astype(np.int32)
-    originals, edits = visible_parts(plan, sizes, edit_sizes)
+    originals, edits = visible_parts(plan, np.stack([sizes, edit_sizes]))
     return sizes, originals, edit_sizes, edits
 
 

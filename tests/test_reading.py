@@ -19,8 +19,9 @@ from dali_diffusemix.base import native
 from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.images import reading
 from dali_diffusemix.images.codec import decode, encode
-from dali_diffusemix.images.reading import IN_STORE, Batch, Extent, OpenFile, read
-from dali_diffusemix.loading.decoder import PieceDecoder, Sources
+from dali_diffusemix.images.reading import IN_STORE, Encoded, Extent, OpenFile, read
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.pieces import Pieces
 
 NO_WINDOW = np.zeros((1, 4), dtype=np.int32)
 
@@ -89,21 +90,13 @@ def test_dali_sees_the_same_and_less_of_it_is_read(tmp_path: Path) -> None:
     size = np.tile(np.array([[299, 401]], dtype=np.int32), (count, 1))
     place = os.fsencode(tmp_path / "photo.jpg")
     decoder = PieceDecoder(count, threads=2)
-    decoder.submit(
-        lambda: Sources(
-            originals=[place] * count,
-            edits=[None] * count,
-            original_windows=windows,
-            edit_windows=np.zeros_like(windows),
-            original_sizes=size,
-            edit_sizes=size,
-        )
-    )
-    originals, edits = decoder.fetch()
-    assert not originals.errors and not edits.data.any()
-    for i, (top, left, bottom, right) in enumerate(windows.tolist()):
-        shape = (*originals.shapes[i].tolist(), 3)
-        memory = (ctypes.c_uint8 * math.prod(shape)).from_address(int(originals.data[i]))
+    both = np.stack([windows, np.zeros_like(windows)])
+    decoder.submit(lambda: Pieces.of([place] * count + [None] * count, both, np.stack([size, size])))
+    pieces = decoder.fetch()
+    assert not pieces.errors and not pieces.table["data"][1].any()
+    for found, (top, left, bottom, right) in zip(pieces.table[0], windows.tolist(), strict=True):
+        shape = (int(found["height"]), int(found["width"]), 3)
+        memory = (ctypes.c_uint8 * math.prod(shape)).from_address(int(found["data"]))
         piece = np.ctypeslib.as_array(memory).reshape(shape)
         np.testing.assert_array_equal(piece, pixels[top:bottom, left:right])
     decoder.close()
@@ -241,7 +234,7 @@ def test_sizes_are_those_of_the_upright_image(tmp_path: Path, turn: int) -> None
     (tmp_path / "file").write_bytes(encoded(photograph(0, 30, 40), exif=exif))
     sizes = np.array([[30, 40], [40, 30]], dtype=np.int32)
     batch = read([os.fsencode(tmp_path / "file")] * 2, np.zeros((2, 4), dtype=np.int32), sizes)
-    assert list(batch.errors) == [1 if turn < 5 else 0] and batch.sound.sum() == 1
+    assert list(batch.errors) == [1 if turn < 5 else 0] and batch.safe.sum() == 1
 
 
 def test_what_is_sound(tmp_path: Path) -> None:
@@ -275,7 +268,7 @@ def test_what_is_sound(tmp_path: Path) -> None:
     names = [os.fsencode(tmp_path / str(i)) for i in range(len(sound) + len(unsound))]
     batch = read(names, np.zeros((len(names), 4), dtype=np.int32))
     assert not batch.errors
-    assert batch.sound.tolist() == [True] * len(sound) + [False] * len(unsound)
+    assert batch.safe.tolist() == [True] * len(sound) + [False] * len(unsound)
 
 
 def test_a_pipe_does_not_stop_it(tmp_path: Path) -> None:
@@ -302,7 +295,7 @@ def test_files_are_closed(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"x")
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
     places = [os.fsencode(tmp_path / "file")] * 50 + [Extent(OpenFile(tmp_path / "file"), 0, 1)]
-    batch: Batch | None = read(places, np.zeros((51, 4), dtype=np.int32))
+    batch: Encoded | None = read(places, np.zeros((51, 4), dtype=np.int32))
     del places, batch
     assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
     with pytest.raises(FileNotFoundError):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, FractalBank, MixSpec, RandomCrop, TrainCrop
-from dali_diffusemix.loading.loader import _Pieces, sources_of
+from dali_diffusemix.loading.pieces import request
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix import TensorFormat
 from dali_diffusemix.mix.call import mix, piece_table
@@ -85,17 +85,17 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
     loader = DiffuseMixLoader(dataset, 9, device="cpu", num_workers=2, visible_parts=visible_parts)
     upload = PieceUpload(CPU, 2)
     format = TensorFormat(normalize=None)
-    decoder = loader._take_decoder(9)
+    decoder = loader._maker.take_decoder(9)
     for step, (images, _) in enumerate(loader):
         plan = loader.plan(0, step)
-        decoder.submit(lambda plan=plan: sources_of(dataset, plan, seen_only=visible_parts))
-        pieces = _Pieces.of(plan, decoder.fetch())
-        moved, block = upload(pieces.table.ravel(), pieces.on_host.ravel())
+        decoder.submit(lambda plan=plan: request(dataset, plan, visible_only=visible_parts))
+        pieces = decoder.fetch()
+        moved, block = upload(pieces.table, pieces.on_host)
         assert pieces.on_host[pieces.table["data"] != 0].all()
-        assert content(moved) == content(pieces.table.ravel())
+        assert content(moved.ravel()) == content(pieces.table.ravel())
         del pieces
         out = np.empty(format.shape(len(plan), plan.output_size), dtype=format.storage)
-        mix(plan, *moved.reshape(2, -1), bank.images, out=out, format=format, threads=2)
+        mix(plan, moved, bank.images, out=out, format=format, threads=2)
         del block
         np.testing.assert_array_equal(out, images.numpy())
     decoder.close()

@@ -41,11 +41,11 @@ def test_parts_cover_what_is_shown_and_no_more_than_the_halo(
         box[:, 2:] = np.maximum(box[:, 2:], 1 / 8)
     span = np.tile([0.0, 0, 1, 1], (count, 1)) if own_span else None
     plan = plan_of(count, out, box=box, span=span, mask=mask, seam_width=seam_width)
-    sizes = [generator.integers(1, 120, (count, 2)).astype(np.int32) for _ in range(2)]
-    parts = visible_parts(plan, *sizes)
+    sizes = generator.integers(1, 120, (2, count, 2)).astype(np.int32)
+    parts = visible_parts(plan, sizes)
     for row in range(count):
         for is_edit in (False, True):
-            window, size = parts[is_edit][row], sizes[is_edit][row]
+            window, size = parts[int(is_edit), row], sizes[int(is_edit), row]
             if is_edit and mask[row] < 0:
                 assert not window.any()
                 continue
@@ -104,8 +104,7 @@ def test_most_of_the_pixels_are_not_decoded() -> None:
     from test_plan import planner
 
     plan = planner(5000, mix=MixSpec(probability=1)).batch(0, range(5000))
-    sizes = np.tile(np.array([[375, 500]], dtype=np.int32), (5000, 1))
-    parts = visible_parts(plan, sizes, sizes)
+    parts = visible_parts(plan, np.full((2, 5000, 2), (375, 500), dtype=np.int32))
     area = [((w[:, 2] - w[:, 0]) * (w[:, 3] - w[:, 1])).astype(np.int64) for w in parts]
     crop = (plan.box[:, 2] * 375) * (plan.box[:, 3] * 500)
     assert (sum(area) / crop).mean() < 1.1

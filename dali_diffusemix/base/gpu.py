@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dali_diffusemix.base.native import SampleFormat
 from dali_diffusemix.errors import MissingDependencyError
 
 _TILE: Final = 32  # output pixels of a block, both ways: kTile in kernels/mix.cu
@@ -144,49 +145,42 @@ def device_bank(key: object, images: NDArray[np.uint8], device: torch.device) ->
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """A batch's tables in device memory: originals, edits and rows. `upload` makes them."""
+    """A batch's pieces and rows in device memory. `upload` makes them."""
 
-    count: int
-    addresses: tuple[int, int, int]
+    count: int  # samples
+    pieces: int  # addresses
+    rows: int
     owner: object
 
 
-def mix(
-    originals: NDArray[np.void],
-    edits: NDArray[np.void],
-    rows: NDArray[np.void],
-    bank: DeviceBank | None,
-    out: torch.Tensor,
-    *,
-    output_size: tuple[int, int],
-    name: str,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-) -> None:
-    """Launch the mix kernel `name`; `mixing.mix_on_device` describes and checks the arguments."""
-    tables = upload(originals, edits, rows, out.device)
-    launch(tables, bank, out, output_size=output_size, name=name, scale=scale, offset=offset)
-    # `tables` goes now: torch gives its memory to nothing that could run before the kernel on this stream.
+def upload(pieces: NDArray[np.void], rows: NDArray[np.void], device: torch.device) -> DeviceTables:
+    """Copy a batch's tables to the device in one go, on torch's current stream, without waiting.
+
+    Args:
+        pieces: (2, n) of `mix.call.PIECE`: originals, edits.
+        rows: (n,) of `mix.call.ROW`.
+        device: Where.
+    """
+    staging = torch.empty(pieces.nbytes + rows.nbytes, dtype=torch.uint8, pin_memory=True)
+    view = staging.numpy()
+    view[: pieces.nbytes] = np.ascontiguousarray(pieces).reshape(-1).view(np.uint8)
+    view[pieces.nbytes :] = rows.view(np.uint8)
+    # torch does not use pinned memory again before a copy from it is done.
+    there = staging.to(device, non_blocking=True)
+    return DeviceTables(len(rows), there.data_ptr(), there.data_ptr() + pieces.nbytes, there)
 
 
-def launch(
-    tables: DeviceTables,
-    bank: DeviceBank | None,
-    out: torch.Tensor,
-    *,
-    output_size: tuple[int, int],
-    name: str,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
-) -> None:
-    """`mix` with tables that are on the device already."""
+def launch(tables: DeviceTables, bank: DeviceBank | None, out: torch.Tensor, format: SampleFormat) -> None:
+    """Launch the mix kernel on torch's current stream; `mix.call.mix_on_device` describes and checks the arguments."""
     import cupy
 
     device = out.device
-    height, width = output_size
+    height, width = out.shape[2:]
+    scale, offset = format.scale_and_offset()
     pixels = None if bank is None else bank.images
     arguments = (
-        *(np.uintp(table) for table in tables.addresses),
+        np.uintp(tables.pieces),
+        np.uintp(tables.rows),
         np.uintp(0 if pixels is None else pixels.data_ptr()),
         np.int32(0 if pixels is None else pixels.shape[1]),
         np.int32(0 if pixels is None else pixels.shape[2]),
@@ -197,25 +191,10 @@ def launch(
         *offset,
     )
     grid = (-(-width // _TILE), -(-height // _TILE), tables.count)
+    name = f"mix_{format.dtype}_{'channels_last' if format.channels_last else 'nchw'}"
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), _stream(stream, device.index):
         _kernel(device.index, name)(grid, (_THREADS, 1, 1), arguments)
-
-
-def upload(
-    originals: NDArray[np.void], edits: NDArray[np.void], rows: NDArray[np.void], device: torch.device
-) -> DeviceTables:
-    """Copy a batch's tables to the device in one go, on torch's current stream, without waiting."""
-    tables = (originals, edits, rows)
-    starts = np.cumsum([0, *(table.nbytes for table in tables)]).tolist()
-    staging = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-    view = staging.numpy()
-    for table, start in zip(tables, starts, strict=False):
-        view[start : start + table.nbytes] = table.view(np.uint8)
-    # torch does not use pinned memory again before a copy from it is done.
-    there = staging.to(device, non_blocking=True)
-    first = there.data_ptr()
-    return DeviceTables(len(rows), (first, first + starts[1], first + starts[2]), there)
 
 
 class Retained:

@@ -10,12 +10,32 @@ import functools
 import logging
 import os
 from importlib import resources
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 _FILE = "libdali_diffusemix.so"
+_DTYPES: Final = ("float32", "float16", "bfloat16", "uint8")  # as kernels/mix.cpp counts them
+
+
+class SampleFormat(Protocol):
+    """Type, layout and normalisation of the samples that a kernel writes; `mix.tensor.TensorFormat` is one."""
+
+    @property
+    def dtype(self) -> str:
+        """One of float32, float16, bfloat16 and uint8."""
+        ...
+
+    @property
+    def channels_last(self) -> bool:
+        """(height, width, 3) in memory; else (3, height, width)."""
+        ...
+
+    def scale_and_offset(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(3,) float32 each: value = pixel × scale + offset."""
+        ...
 
 
 def load() -> ctypes.CDLL:
@@ -41,20 +61,14 @@ def library() -> ctypes.CDLL | None:
 
 
 def mix(
-    originals: NDArray[np.void],
-    edits: NDArray[np.void],
+    pieces: NDArray[np.void],
     rows: NDArray[np.void],
     bank: NDArray[np.uint8] | None,
     out: NDArray[np.generic],
-    *,
-    output_size: tuple[int, int],
-    dtype: int,
-    channels_last: bool,
-    scale: NDArray[np.float32],
-    offset: NDArray[np.float32],
+    format: SampleFormat,
     threads: int,
 ) -> bool:
-    """Run the fused mix of kernels/mix.cpp; `mixing.mix` describes and checks the arguments.
+    """Run the fused mix of kernels/mix.cpp; `mix.call.mix` describes and checks the arguments.
 
     Returns:
         Whether it ran: False where the library was not built.
@@ -62,11 +76,15 @@ def mix(
     loaded = library()
     if loaded is None:
         return False
-    height, width = (0, 0) if bank is None else bank.shape[1:3]
+    bank_size = (0, 0) if bank is None else bank.shape[1:3]
+    out_size = out.shape[1:3] if format.channels_last else out.shape[2:]
+    scale, offset = format.scale_and_offset()
+    pieces = np.ascontiguousarray(pieces)
     short = loaded.dali_diffusemix_mix(
-        _address(originals), _address(edits), _address(rows), ctypes.c_int64(len(rows)),
-        None if bank is None else _address(bank), height, width,
-        _address(out), *output_size, dtype, int(channels_last), _address(scale), _address(offset), threads,
+        _address(pieces), _address(rows), ctypes.c_int64(len(rows)),
+        None if bank is None else _address(bank), *bank_size,
+        _address(out), *out_size, _DTYPES.index(format.dtype), int(format.channels_last),
+        _address(scale), _address(offset), threads,
     )  # fmt: skip
     if short:
         raise MemoryError("no memory for the working rows of the mix")
@@ -122,8 +140,8 @@ def read(
     windows: NDArray[np.int32],
     sizes: NDArray[np.int32],
     out: NDArray[np.uint8],
-    places: NDArray[np.int64],
-    sound: NDArray[np.bool_],
+    begins: NDArray[np.int64],
+    safe: NDArray[np.bool_],
     errors: NDArray[np.int32],
     threads: int,
 ) -> int:
@@ -139,7 +157,7 @@ def read(
         loaded.dali_diffusemix_read(
             ctypes.c_int64(len(files)), paths, _address(path_starts), _address(files), _address(offsets),
             _address(lengths), _address(windows), _address(sizes), _address(out), ctypes.c_int64(len(out)),
-            _address(places), _address(sound), _address(errors), threads,
+            _address(begins), _address(safe), _address(errors), threads,
         )
     )  # fmt: skip
     if needed < 0:

@@ -35,9 +35,9 @@ from dali_diffusemix.base.files import cache_folder
 from dali_diffusemix.errors import ConfigError, DataError
 from dali_diffusemix.images import codec
 from dali_diffusemix.loading.dali import GpuDecoding
-from dali_diffusemix.loading.decoder import Decoded, PieceDecoder, Sources
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.pieces import Pieces
 from dali_diffusemix.loading.upload import PieceUpload
-from dali_diffusemix.mix.call import piece_table
 
 _log = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ _PACKAGES: Final = (
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
     *("nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "torch", "dali-diffusemix"),
 )
-_CHILD: Final = "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.decoding import serve; serve(sys.argv[1])"
+_CHILD: Final = (
+    "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.loading.auto import serve; serve(sys.argv[1])"
+)
 
 # Of the photographs that are tried: ImageNet's usual size, half of them in tiles, as edit stores hold them.
 _HEIGHT, _WIDTH, _BATCH = 375, 500, 64
@@ -194,20 +196,19 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     upload = PieceUpload(device, threads)
 
     def fetch() -> tuple[NDArray[np.void], object]:
-        decoder.submit(lambda: sources)
-        decoded = decoder.fetch(upload.stream)
-        for one in decoded:
-            for error in one.errors.values():
-                raise error
-        table, copied = upload(np.concatenate([*map(_table, decoded)]), np.concatenate([d.on_host for d in decoded]))
-        return table, (copied, decoded)
+        decoder.submit(shown.pieces)
+        pieces = decoder.fetch(upload.stream)
+        for error in pieces.errors.values():
+            raise error
+        table, copied = upload(pieces.table, pieces.on_host)
+        return table, (copied, pieces)
 
     with tempfile.TemporaryDirectory() as folder, torch.cuda.device(device) if cuda else contextlib.nullcontext():
-        sources = _photographs(Path(folder))
+        shown = _Photographs(Path(folder))
         for _ in range(4):
-            decoder.submit(lambda: sources)
+            decoder.submit(shown.pieces)
         table, owner = fetch()
-        _compare(table, sources, device)
+        shown.compare(table, device)
         del owner
         for _ in range(3):
             fetch()
@@ -223,55 +224,45 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     return batches * _BATCH / elapsed
 
 
-def _photographs(folder: Path) -> Sources:
-    """A batch of files, of each a third to be decoded."""
-    draw = np.random.default_rng(0)
-    places, windows = list[bytes](), np.zeros((2 * _BATCH, 4), dtype=np.int32)
-    for row in range(2 * _BATCH):
-        coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        smooth = np.asarray(coarse.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
-        photograph = Image.fromarray(np.clip(smooth + draw.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8))
-        file = folder / f"{row}.jpg"
-        if row < _BATCH:
-            photograph.save(file, quality=90)
-        else:
-            file.write_bytes(codec.encode(photograph, 90))
-        places.append(os.fsencode(file))
-        top, left = draw.integers(0, _HEIGHT // 3), draw.integers(0, _WIDTH // 2)
-        windows[row] = (top, left, top + 2 * _HEIGHT // 3, left + _WIDTH // 2)
-    sizes = np.tile(np.array([[_HEIGHT, _WIDTH]], dtype=np.int32), (_BATCH, 1))
-    return Sources(
-        originals=places[:_BATCH],
-        edits=places[_BATCH:],
-        original_windows=windows[:_BATCH],
-        edit_windows=windows[_BATCH:],
-        original_sizes=sizes,
-        edit_sizes=sizes,
-    )
+class _Photographs:
+    """The files of a batch in a folder, and a window of each: about a third of it."""
 
+    def __init__(self, folder: Path) -> None:
+        draw = np.random.default_rng(0)
+        self._files = list[bytes]()
+        self._windows = np.zeros((2, _BATCH, 4), dtype=np.int32)
+        for row, sample in np.ndindex(2, _BATCH):
+            coarse = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+            smooth = np.asarray(coarse.resize((_WIDTH, _HEIGHT), Image.Resampling.BICUBIC)).astype(np.int16)
+            photograph = Image.fromarray(np.clip(smooth + draw.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8))
+            file = folder / f"{row}-{sample}.jpg"
+            if row == 0:
+                photograph.save(file, quality=90)
+            else:
+                file.write_bytes(codec.encode(photograph, 90))
+            self._files.append(os.fsencode(file))
+            top, left = draw.integers(0, _HEIGHT // 3), draw.integers(0, _WIDTH // 2)
+            self._windows[row, sample] = (top, left, top + 2 * _HEIGHT // 3, left + _WIDTH // 2)
 
-def _table(decoded: Decoded) -> NDArray[np.void]:
-    boxes = np.zeros((len(decoded.data), 4))
-    return piece_table(decoded.data, decoded.shapes, boxes, places=decoded.places, image_sizes=decoded.image_sizes)
+    def pieces(self) -> Pieces:
+        """The windows, to be decoded."""
+        sizes = np.broadcast_to(np.array([_HEIGHT, _WIDTH], dtype=np.int32), (2, _BATCH, 2))
+        return Pieces.of(self._files, self._windows, sizes)
 
-
-def _compare(table: NDArray[np.void], sources: Sources, device: torch.device) -> None:
-    """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
-    places = [*sources.originals, *sources.edits]
-    windows = np.concatenate([sources.original_windows, sources.edit_windows]).tolist()
-    batch = list(zip(places, windows, table, strict=True))
-    for place, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
-        assert isinstance(place, bytes)
-        expected = codec.decode(os.fsdecode(place))[top:bottom, left:right].astype(np.int16)
-        above, beside = top - int(piece["top"]), left - int(piece["left"])
-        whole = _pixels_of(piece, device)
-        found = whole[above : above + bottom - top, beside : beside + right - left]
-        difference = float(np.abs(found - expected).mean()) if found.shape == expected.shape else float("inf")
-        if difference > _LARGEST_MEAN_DIFFERENCE:
-            raise DataError(
-                f"the pixels must be Pillow's, but for {_LARGEST_MEAN_DIFFERENCE:g} of 255 on average, found "
-                f"{difference:.1f}; they are from {found.min(initial=255)} to {found.max(initial=0)}"
-            )
+    def compare(self, table: NDArray[np.void], device: torch.device) -> None:
+        """Raise DataError unless the pieces show what Pillow makes of the files, within what decoders differ."""
+        batch = list(zip(self._files, self._windows.reshape(-1, 4).tolist(), table.ravel(), strict=True))
+        for file, (top, left, bottom, right), piece in batch[:: len(batch) // 16]:
+            expected = codec.decode(os.fsdecode(file))[top:bottom, left:right].astype(np.int16)
+            above, beside = top - int(piece["top"]), left - int(piece["left"])
+            whole = _pixels_of(piece, device)
+            found = whole[above : above + bottom - top, beside : beside + right - left]
+            difference = float(np.abs(found - expected).mean()) if found.shape == expected.shape else float("inf")
+            if difference > _LARGEST_MEAN_DIFFERENCE:
+                raise DataError(
+                    f"the pixels must be Pillow's within {_LARGEST_MEAN_DIFFERENCE:g} of 255 on average, found a "
+                    f"difference of {difference:.1f}; they are from {found.min(initial=255)} to {found.max(initial=0)}."
+                )
 
 
 def _pixels_of(piece: np.void, device: torch.device) -> NDArray[np.uint8]:

@@ -207,8 +207,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         tensor = torch.empty(self._format.shape(len(plan), plan.output_size), dtype=torch.float32)
         mix(
             plan,
-            _whole_images(originals, plan.box),
-            _whole_images(edits, plan.box),
+            _whole_images(originals, edits),
             None if self.bank is None else self.bank.images,
             out=tensor.numpy(),
             format=self._format,
@@ -376,10 +375,11 @@ def _bytes_of(pair: ImagePair) -> int:
     return sum(0 if image is None else image.nbytes for image in pair)
 
 
-def _whole_images(images: Sequence[NDArray[np.uint8] | None], boxes: NDArray[np.float64]) -> NDArray[np.void]:
-    data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
-    shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
-    return piece_table(data, shapes, boxes)
+def _whole_images(*sources: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.void]:
+    """The piece table of whole originals and edits."""
+    data = [[0 if image is None else image.ctypes.data for image in images] for images in sources]
+    shapes = [[(0, 0) if image is None else image.shape[:2] for image in images] for images in sources]
+    return piece_table(np.array(data, dtype=np.uint64), np.array(shapes, dtype=np.int32))
 
 
 def _check_same_originals(root: str | Path, store: EditStore) -> None:

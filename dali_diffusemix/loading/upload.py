@@ -43,21 +43,22 @@ class PieceUpload:
         """The number of the CUDA stream on which pieces become ready; None for the CPU."""
         return None if self._stream is None else int(self._stream.cuda_stream)
 
-    def __call__(self, pieces: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
-        """Let work on torch's current stream read pieces, copying those that are not there. Waits for nothing.
+    def __call__(self, table: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
+        """Let work on torch's current stream read the pieces; copies those that are on the host. Waits for nothing.
 
         Args:
-            pieces: (n,) of `mixing.PIECE`.
-            on_host: (n,) whose addresses are the host's. These are copied, and not needed afterwards.
+            table: (2, n) of `mix.call.PIECE`.
+            on_host: (2, n) pieces in host memory. They are copied, and not needed afterwards.
 
         Returns:
-            The table with all addresses on the device, and what holds the memory of those that were copied: to be kept
-            until the work was begun.
+            The table with all addresses on the device, and the owner of the copies' memory: keep it until the work
+            was launched.
         """
-        rows = np.flatnonzero(on_host & (pieces["data"] != 0))
+        pieces = table.ravel()
+        rows = np.flatnonzero(on_host.ravel() & (pieces["data"] != 0))
         if not len(rows):
             self._hand_over()
-            return pieces, None
+            return table, None
         lengths = pieces["height"][rows].astype(np.int64) * pieces["width"][rows] * 3
         ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
         starts = ends - -(-lengths // _ALIGNMENT) * _ALIGNMENT
@@ -68,7 +69,7 @@ class PieceUpload:
         block = self._copied(staging, needed)
         moved = pieces.copy()
         moved["data"][rows] = np.uint64(block.data_ptr()) + starts.astype(np.uint64)
-        return moved, block
+        return moved.reshape(table.shape), block
 
     def _copied(self, staging: torch.Tensor, length: int) -> torch.Tensor:
         if self._stream is None:

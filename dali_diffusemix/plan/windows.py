@@ -10,9 +10,7 @@ from dali_diffusemix.plan.geometry import centre, seam_ramp
 from dali_diffusemix.plan.spec import MASKS
 
 
-def visible_parts(
-    plan: BatchPlan, original_sizes: NDArray[np.int32], edit_sizes: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def visible_parts(plan: BatchPlan, sizes: NDArray[np.int32]) -> NDArray[np.int32]:
     """Return the pixels of each source that its sample is made of: what is seen after crop and mask, and the halo.
 
         image                     seen: the crop, on this source's side of the seam
@@ -25,25 +23,23 @@ def visible_parts(
 
     Args:
         plan: n rows.
-        original_sizes: (n, 2) (height, width) of the originals, pixels.
-        edit_sizes: (n, 2) of the edits; any value where a row is not mixed.
+        sizes: (2, n, 2) (height, width) of the originals and of the edits, pixels; of an edit any value where a row is
+            not mixed.
 
     Returns:
-        Of the originals and of the edits (n, 4) int32 windows: top, left, bottom, right, pixels of that image. Empty,
-        all 0, where nothing of it is seen.
+        (2, n, 4) int32 windows: top, left, bottom, right, pixels of that image. Empty, all 0, where nothing of it is
+        seen.
     """
-    windows = []
-    for is_edit, sizes in ((False, original_sizes), (True, edit_sizes)):
-        window = np.empty((len(plan), 4), dtype=np.int32)
+    windows = np.empty((2, len(plan), 4), dtype=np.int32)
+    for is_edit, window, size in zip((False, True), windows, sizes, strict=True):
         empty = ~plan.mixed if is_edit else np.zeros(len(plan), dtype=np.bool_)
         for axis in (0, 1):
             first, last = _seen_outputs(plan, axis, is_edit)
-            begin, end = _taps(plan, axis, first, last, sizes[:, axis])
+            begin, end = _taps(plan, axis, first, last, size[:, axis])
             window[:, axis], window[:, axis + 2] = begin, end
             empty |= (first > last) | (begin >= end)
         window[empty] = 0
-        windows.append(window)
-    return windows[0], windows[1]
+    return windows
 
 
 def _first_output(

@@ -20,12 +20,15 @@ from dali_diffusemix.plan import MASKS
 DEVICE = torch.device("cuda", 0)
 
 
-def on_device(images: list[NDArray[np.uint8]], boxes: NDArray[np.float64]) -> tuple[NDArray[np.void], object]:
+def on_device(originals: list[NDArray[np.uint8]], edits: list[NDArray[np.uint8]]) -> tuple[NDArray[np.void], object]:
     """The piece table of images that lie on the device, and what keeps them."""
-    described = table(images, boxes)
-    tensors = [torch.from_numpy(np.array(image)).to(DEVICE) if image.size else None for image in images]
-    described["data"] = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    return described, tensors
+    pieces = table(originals, edits)
+    tensors = [
+        [torch.from_numpy(np.array(image)).to(DEVICE) if image.size else None for image in images]
+        for images in (originals, edits)
+    ]
+    pieces["data"] = [[0 if tensor is None else tensor.data_ptr() for tensor in source] for source in tensors]
+    return pieces, tensors
 
 
 def values(images: torch.Tensor, format: TensorFormat) -> NDArray[np.generic]:
@@ -60,13 +63,12 @@ def test_the_kernel_is_the_specification(dtype: DtypeName, channels_last: bool, 
     format = TensorFormat(dtype=dtype, channels_last=channels_last, normalize=normalize)
     for seed, (largest, seam_width) in enumerate(product((1, 3, 40, 400), (0.0, 20 / 256, 1.0))):
         case, mixed = reference(out, seed, largest, seam_width)
-        originals, kept = on_device(case.originals, case.plan.box)
-        edits, kept_too = on_device(case.edits, case.plan.box)
+        pieces, kept = on_device(case.originals, case.edits)
         images = empty(6, out, format)
         images.fill_(77)
-        mix_on_device(case.plan, originals, edits, gpu.DeviceBank(case.bank, DEVICE), out=images, format=format)
+        mix_on_device(case.plan, pieces, gpu.DeviceBank(case.bank, DEVICE), out=images, format=format)
         result = values(images, format)
-        del kept, kept_too
+        del kept
         for row in range(6):
             compare(result[row], encode(mixed[row], format), dtype)
 
@@ -90,18 +92,17 @@ def test_pieces_of_what_is_seen_are_enough(mask: int) -> None:
         where = [slice(None), slice(None)]
         where[axis] = slice(low, high)
         piece = torch.from_numpy(np.ascontiguousarray(image[tuple(where)])).to(DEVICE)
-        place = [0, 0]
-        place[axis] = low
+        origin = [0, 0]
+        origin[axis] = low
         described = piece_table(
             np.array([piece.data_ptr()], dtype=np.uint64),
             np.array([piece.shape[:2]], dtype=np.int32),
-            plan.box,
-            places=np.array([place], dtype=np.int32),
+            origins=np.array([origin], dtype=np.int32),
             image_sizes=np.array([image.shape[:2]], dtype=np.int32),
         )
         parts.append((described, piece))
     images = empty(1, (40, 48), TensorFormat())
-    mix_on_device(plan, parts[0][0], parts[1][0], None, out=images, format=TensorFormat())
+    mix_on_device(plan, np.stack([described for described, _ in parts]), None, out=images, format=TensorFormat())
     expected = encode(mixed_image(plan, 0, original, edit), TensorFormat())
     compare(values(images, TensorFormat())[0], expected, "float32")
 
@@ -118,10 +119,9 @@ def test_one_bank_for_each_device_and_process() -> None:
 
 def test_launches_are_ordered_on_the_current_stream_and_wait_for_nothing() -> None:
     case = random_case(np.random.default_rng(5), 6, (64, 64), 300)
-    originals, kept = on_device(case.originals, case.plan.box)
-    edits, kept_too = on_device(case.edits, case.plan.box)
+    pieces, kept = on_device(case.originals, case.edits)
     bank, images = gpu.DeviceBank(case.bank, DEVICE), empty(6, (64, 64), TensorFormat())
-    mix_on_device(case.plan, originals, edits, bank, out=images, format=TensorFormat())  # compiles
+    mix_on_device(case.plan, pieces, bank, out=images, format=TensorFormat())  # compiles
     torch.cuda.synchronize()
     expected = images.clone()
     stream = torch.cuda.Stream()
@@ -132,7 +132,7 @@ def test_launches_are_ordered_on_the_current_stream_and_wait_for_nothing() -> No
     try:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)  # about a tenth of a second of the device's time
-            mix_on_device(case.plan, originals, edits, bank, out=images, format=TensorFormat())
+            mix_on_device(case.plan, pieces, bank, out=images, format=TensorFormat())
             done = torch.cuda.Event()
             done.record()
         # Launched and not waited for: the device is still asleep.
@@ -142,7 +142,7 @@ def test_launches_are_ordered_on_the_current_stream_and_wait_for_nothing() -> No
     finally:
         torch.cuda.set_sync_debug_mode(mode)
     assert bool(same)
-    del kept, kept_too
+    del kept
 
 
 def test_a_source_of_which_nothing_is_seen_needs_no_piece() -> None:
@@ -155,9 +155,9 @@ def test_a_source_of_which_nothing_is_seen_needs_no_piece() -> None:
     image, edit = (generator.integers(0, 256, (60, 70, 3), dtype=np.uint8) for _ in range(2))
     for name, unseen in (("right", 0), ("left", 1)):
         plan.mask[:] = MASKS.index(name)
-        tables, kept = zip(*(on_device([source], plan.box) for source in (image, edit)), strict=True)
-        tables[unseen]["data"] = 0
+        pieces, kept = on_device([image], [edit])
+        pieces["data"][unseen] = 0
         images = empty(1, (33, 40), TensorFormat())
-        mix_on_device(plan, *tables, None, out=images, format=TensorFormat())
+        mix_on_device(plan, pieces, None, out=images, format=TensorFormat())
         compare(values(images, TensorFormat())[0], encode(mixed_image(plan, 0, image, edit), TensorFormat()), "float32")
         del kept

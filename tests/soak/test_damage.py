@@ -502,12 +502,11 @@ def unmixed(dataset: DiffuseMixDataset, index: int) -> np.ndarray:
     plan = dataset.planner.batch(0, [index]).unmixed()
     original = dataset.decode_original(int(plan.original[0]))
     pieces = piece_table(
-        np.array([original.ctypes.data], np.uint64), np.array([original.shape[:2]], np.int32), plan.box
+        np.array([[original.ctypes.data], [0]], np.uint64), np.array([[original.shape[:2]], [(0, 0)]], np.int32)
     )
-    nothing = piece_table(np.zeros(1, np.uint64), np.zeros((1, 2), np.int32), plan.box)
     format = TensorFormat(normalize=None)
     out = np.empty(format.shape(1, plan.output_size), dtype=np.float32)
-    mix(plan, pieces, nothing, None, out=out, format=format)
+    mix(plan, pieces, None, out=out, format=format)
     return out[0]
 
 

@@ -52,8 +52,8 @@ import logging, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_generate import config_of
-from dali_diffusemix.engines.local import LocalEngine
-from dali_diffusemix.engines.ray import RayEngine
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.generate.engines.ray import RayEngine
 from dali_diffusemix.generate import generate
 
 def main():
@@ -191,9 +191,9 @@ PEAK = """
 import json, sys
 from pathlib import Path
 from dali_diffusemix.catalog import Catalog
-from dali_diffusemix.engines.local import LocalEngine
+from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.report import write_report
+from dali_diffusemix.inspect.report import write_report
 root, store, catalog = sys.argv[1:]
 summary = generate(root, store, GenerateConfig(prompts=("autumn",), size=256), catalog=Catalog.open(catalog))
 # Not ru_maxrss, which a process inherits from the one that it was started by.

@@ -128,11 +128,11 @@ class Decoded:
     @classmethod
     def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan) -> list["Decoded"]:
         """Of every row of a plan, by `visible_parts`."""
-        original_sizes = np.asarray(dataset.catalog.sizes[plan.original])
-        edit_sizes = np.zeros_like(original_sizes)
+        sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
+        sizes[0] = dataset.catalog.sizes[plan.original]
         if dataset.store is not None and plan.mixed.any():
-            edit_sizes[plan.mixed] = dataset.store.sizes(plan.edit[plan.mixed])
-        originals, edits = visible_parts(plan, original_sizes, edit_sizes)
+            sizes[1, plan.mixed] = dataset.store.sizes(plan.edit[plan.mixed])
+        (originals, edits), (original_sizes, edit_sizes) = visible_parts(plan, sizes), sizes
         columns = (column.tolist() for column in (originals, original_sizes, edits, edit_sizes))
         return [
             cls(original=tuple(a), original_size=tuple(b), edit=tuple(c), edit_size=tuple(d))

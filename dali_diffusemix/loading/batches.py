@@ -1,0 +1,427 @@
+"""Batches: from sample indices to tensors. `BatchMaker` makes them, `Batches` keeps some of them under way.
+
+indices ─> plan ─> visible windows ─> read ─> decode ─> substitute ─> mix ─> batch_transform ─> deliver
+           └────── in the decoder's threads, ahead ─────┘└─────────── inside next() ────────────┘
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+
+from dali_diffusemix.base import gpu, native
+from dali_diffusemix.base.philox import draw
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.loading import auto
+from dali_diffusemix.loading.cursor import Run
+from dali_diffusemix.loading.dali import GpuDecoding
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.decoder import PieceDecoder
+from dali_diffusemix.loading.memory import BatchMemory
+from dali_diffusemix.loading.pieces import Pieces, request
+from dali_diffusemix.loading.quarantine import Failure, Quarantine, Substitution
+from dali_diffusemix.loading.samplers import BatchIndices, Order, Ranks
+from dali_diffusemix.loading.upload import PieceUpload
+from dali_diffusemix.mix.call import mix, mix_on_device
+from dali_diffusemix.mix.tensor import DtypeName, TensorFormat
+from dali_diffusemix.plan.batch import BatchPlan
+
+Batch = tuple[torch.Tensor, ...]
+BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
+
+DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.uint8: "uint8",
+}
+"""The types of a batch."""
+
+# Philox field of the batch transform of rank 0; the ranks follow. The plan's fields are small.
+_TRANSFORM: Final = 2**31
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """How batches are delivered; nothing here changes which samples they hold. `DiffuseMixLoader` documents it."""
+
+    device: torch.device
+    decode: auto.Decode
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    threads: int
+    prefetch_factor: int
+    return_index: bool
+    visible_parts: bool
+
+    def __post_init__(self) -> None:
+        if self.device.type not in ("cuda", "cpu"):
+            raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(self.device)!r}.")
+        if self.device.type == "cuda":
+            gpu.check_installed()
+        auto.check(self.decode, self.device)
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(map(str, DTYPES))}, found {self.dtype}.")
+        if self.memory_format not in (torch.contiguous_format, torch.channels_last):
+            raise ConfigError(
+                f"memory_format must be torch.contiguous_format or torch.channels_last, found {self.memory_format}."
+            )
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """Where the time of a loader's newest iterator went, in seconds since its first batch was requested.
+
+    Reading and decoding run beside training. On the CPU, mixing runs inside `next()`; on a GPU `mix` is the time to
+    launch it.
+    """
+
+    batches: int = 0
+    images: int = 0
+    total: float = 0.0
+    wait: float = 0.0
+    """Inside `next()`: training waited for the loader."""
+    idle: float = 0.0
+    """Part of `wait`: nothing was decoded yet."""
+    mix: float = 0.0
+    """Part of `wait`: mixing."""
+    read: float = 0.0
+    """Reading, in a thread of its own."""
+    decode: float = 0.0
+    """CPU time of DALI's threads, added up. Decoding on a GPU is not included."""
+    decoded_on: Literal["cpu", "gpu"] = "cpu"
+    """Where images are decoded; with decode="auto", the way that was chosen."""
+
+    @property
+    def bottleneck(self) -> Literal["loader", "training"]:
+        """The slower side: "loader" if training waits for more than a tenth of the time."""
+        return "loader" if self.wait > 0.1 * self.total else "training"
+
+
+class BatchMaker:
+    """Makes the batches of a loader, for any number of iterators; holds what they share.
+
+    Args:
+        dataset: Decides every sample.
+        delivery: How batches are delivered.
+        ranks: This process's rank, which seeds the batch transform.
+        batch_transform: Changes each batch.
+    """
+
+    def __init__(
+        self, dataset: DiffuseMixDataset, delivery: Delivery, ranks: Ranks, batch_transform: BatchTransform | None
+    ) -> None:
+        self.dataset = dataset
+        self.delivery = delivery
+        self.batch_transform = batch_transform
+        self.quarantine = Quarantine()
+        self.device = delivery.device  # with its number, once `prepare` was called
+        self._ranks = ranks
+        self._format = TensorFormat(
+            dtype=DTYPES[delivery.dtype],
+            channels_last=delivery.memory_format is torch.channels_last,
+            normalize=dataset.normalize,
+        )
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin without anything that cannot go to another process."""
+        self._way: GpuDecoding | None = None  # to decode; None is on the CPU
+        self._prepared = False
+        self._free: list[PieceDecoder] = []  # building one takes longer than a batch
+        self._substitution: Substitution[Pieces] | None = None
+        self._upload: PieceUpload | None = None
+        self._bank: gpu.DeviceBank | None = None
+        self._retained = gpu.Retained()
+        self._memory = BatchMemory()
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("dataset", "delivery", "batch_transform", "quarantine", "device", "_ranks", "_format")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def prepare(self) -> None:
+        """Begin an epoch: find the GPU, the first time also the way to decode. Raises MissingDependencyError."""
+        if self.device.type == "cuda":
+            gpu.check_available()
+            if self.device.index is None:
+                self.device = torch.device("cuda", torch.cuda.current_device())
+        if not self._prepared:
+            self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
+            self._prepared = True
+        self._substitution = None  # files may have been repaired since
+
+    @property
+    def decoded_on(self) -> Literal["cpu", "gpu"]:
+        """Where images are decoded."""
+        return "cpu" if self._way is None else "gpu"
+
+    def close(self) -> None:
+        """Release the free decoders and all memory; decoders in use stay."""
+        self._retained.wait()
+        self._memory = BatchMemory()
+        self._substitution = None
+        while self._free:
+            self._free.pop().close()
+        self._bank = self._upload = None
+
+    # --- decoders
+
+    def take_decoder(self, batch_size: int) -> PieceDecoder:
+        """A decoder for one iterator."""
+        with suppress(IndexError):  # each of several threads takes its own
+            while (decoder := self._free.pop()).inherited:
+                pass
+            return decoder
+        return PieceDecoder(
+            batch_size,
+            threads=self.delivery.threads,
+            ahead=1 + self.delivery.prefetch_factor,
+            device=None if self._way is None else self.device.index,
+            gpu=self._way,
+        )
+
+    def give_back(self, decoder: PieceDecoder) -> None:
+        """Take a decoder back: emptied, or closed if an exception has passed through it."""
+        if decoder.intact:
+            decoder.drain()
+            native.trim()
+            self._free.append(decoder)
+        else:
+            decoder.close()
+
+    # --- one batch
+
+    def deliver(self, planned: "_Planned", decoder: PieceDecoder, clock: "Clock") -> Batch:
+        """The decoder's oldest batch, as tensors on the device."""
+        begin = time.perf_counter()
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.device(self.device) if on_gpu else nullcontext():
+            pieces = decoder.fetch(self._uploader().stream if on_gpu else None)
+            clock.idle += time.perf_counter() - begin
+            plan = planned.plan if not pieces.errors else self._substituted(planned.plan, pieces, decoder)
+            begin = time.perf_counter()
+            images = self._mixed_on_gpu(plan, pieces) if on_gpu else self._mixed(plan, pieces)
+            clock.mix += time.perf_counter() - begin
+            labels = torch.from_numpy(self.dataset.labels_of(plan))
+            if on_gpu:
+                labels = labels.pin_memory().to(self.device, non_blocking=True)
+        batch: Batch = (images, labels)
+        if self.batch_transform is not None:
+            batch = self._transformed(self.batch_transform, images, labels, plan.epoch, planned.batch.step)
+        return (*batch, torch.from_numpy(plan.index.copy())) if self.delivery.return_index else batch
+
+    def _substituted(self, plan: BatchPlan, pieces: Pieces, decoder: PieceDecoder) -> BatchPlan:
+        """Replace the samples that cannot be made, in the pieces and in the plan that is returned."""
+
+        def decode(rows: BatchPlan) -> tuple[Pieces, Mapping[int, Failure]]:
+            found = decoder.decode_now(request(self.dataset, rows, visible_only=self.delivery.visible_parts))
+            return found, found.failures()
+
+        if self._substitution is None:
+            dataset = self.dataset
+            self._substitution = Substitution(
+                dataset.planner, dataset.name_of, dataset.on_error, size_of=lambda pieces: pieces.nbytes
+            )
+        rows = {}
+        found = self._substitution(plan, pieces.failures(), decode, self.quarantine)
+        for sample, (row, others) in found.items():
+            rows[sample] = row
+            pieces.replace(sample, others)
+        return plan.with_rows(rows)
+
+    def _mixed(self, plan: BatchPlan, pieces: Pieces) -> torch.Tensor:
+        buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
+        bank = self.dataset.bank
+        mix(
+            plan,
+            pieces.table,
+            None if bank is None else bank.images,
+            out=buffer,
+            format=self._format,
+            threads=self.delivery.threads,
+        )
+        images = torch.from_numpy(buffer).view(self.delivery.dtype)
+        return images.permute(0, 3, 1, 2) if self._format.channels_last else images
+
+    def _mixed_on_gpu(self, plan: BatchPlan, pieces: Pieces) -> torch.Tensor:
+        images = torch.empty(
+            (len(plan), 3, *plan.output_size),
+            dtype=self.delivery.dtype,
+            device=self.device,
+            memory_format=self.delivery.memory_format,
+        )
+        table, copied = self._uploader()(pieces.table, pieces.on_host)
+        mix_on_device(plan, table, self._device_bank(), out=images, format=self._format)
+        del copied  # only here: its memory must not go to work that could run before the mix
+        if self._way is not None:
+            self._retained.add(tuple(pieces.owners), self.device)
+        return images
+
+    def _uploader(self) -> PieceUpload:
+        self._upload = self._upload or PieceUpload(self.device, self.delivery.threads)
+        return self._upload
+
+    def _device_bank(self) -> gpu.DeviceBank | None:
+        bank = self.dataset.bank
+        if bank is not None and self._bank is None:
+            self._bank = gpu.device_bank(bank.path or bank, bank.images, self.device)
+        return self._bank
+
+    def _transformed(
+        self, transform: BatchTransform, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int
+    ) -> Batch:
+        words = draw(self.dataset.seed, epoch, [step], [_TRANSFORM + self._ranks()[0]])[0, 0].astype(np.uint64)
+        seed = int(words[0] << np.uint64(32) | words[1])
+        changed = transform(images, labels, torch.Generator(self.device).manual_seed(seed))
+        if isinstance(changed, str) or not (isinstance(changed, Sequence) and len(changed) == 2):
+            raise ConfigError(f"batch_transform must return (images, labels), found {type(changed).__name__}.")
+        return tuple(changed)
+
+
+@dataclass
+class Clock:
+    """Where the time of one iterator went."""
+
+    decoded_on: Literal["cpu", "gpu"]
+    batches: int = 0
+    images: int = 0
+    begin: float | None = None
+    end: float = 0.0
+    wait: float = 0.0
+    idle: float = 0.0
+    mix: float = 0.0
+    _decoder: PieceDecoder | None = None
+    _seconds: tuple[float, float] = (0.0, 0.0)  # of reading and decoding, as long as there is no decoder
+
+    def start(self, decoder: PieceDecoder) -> None:
+        """The iterator has taken a decoder, which worked for other iterators before."""
+        self._decoder, self._seconds = decoder, decoder.seconds()
+
+    def stop(self) -> None:
+        """The iterator gives its decoder back."""
+        self._seconds, self._decoder = self._spent(), None
+
+    def _spent(self) -> tuple[float, float]:
+        if self._decoder is None:
+            return self._seconds
+        read, decode = self._decoder.seconds()
+        return read - self._seconds[0], decode - self._seconds[1]
+
+    def count(self, batch: Batch, begin: float) -> None:
+        """Count a batch that was requested at `begin` and is delivered now."""
+        self.begin = begin if self.begin is None else self.begin
+        self.batches += 1
+        self.images += len(batch[0])
+        self.end = time.perf_counter()
+        self.wait += self.end - begin
+
+    def stats(self) -> LoaderStats:
+        """The figures so far."""
+        read, decode = self._spent()
+        return LoaderStats(
+            batches=self.batches,
+            images=self.images,
+            total=self.end - (self.begin or self.end),
+            wait=self.wait,
+            idle=self.idle,
+            mix=self.mix,
+            read=read,
+            decode=decode,
+            decoded_on=self.decoded_on,
+        )
+
+
+class Batches:
+    """The batches of one epoch from a run's position on, several of them under way. Nothing is read before `next`.
+
+    Args:
+        maker: Makes them.
+        order: What the epoch holds.
+        run: How far it is; it may move to another epoch until the first `next`.
+        batch_size: Samples per batch, unless a batch sampler decides it.
+    """
+
+    def __init__(self, maker: BatchMaker, order: Order, run: Run, batch_size: int | None) -> None:
+        self.run = run
+        self.clock = Clock(maker.decoded_on)
+        self._maker = maker
+        self._order = order
+        self._batch_size = batch_size
+        self._decoder: PieceDecoder | None = None
+        self._coming: Iterator[BatchIndices] = iter(())
+        self._under_way: deque[_Planned] = deque()
+
+    def next(self) -> Batch | None:
+        """Return the next batch; None after the last."""
+        begin = time.perf_counter()
+        if not self.run.started:
+            self.run.started = True
+            self._coming = self._order.batches(self.run.epoch, self.run.delivered)
+        self._submit()
+        if not self._under_way:
+            return None
+        assert self._decoder is not None
+        planned = self._under_way.popleft()
+        batch = self._maker.deliver(planned, self._decoder, self.clock)
+        self.run.delivered = planned.batch.delivered
+        self.clock.count(batch, begin)
+        return batch
+
+    @property
+    def exhausted(self) -> bool:
+        """True when `next` has returned the last batch, because it submits at least one more than it returns."""
+        return not self._under_way
+
+    @property
+    def inherited(self) -> bool:
+        """True in a process that was forked after the first `next`: the threads are not there."""
+        return self._decoder is not None and self._decoder.inherited
+
+    def close(self) -> None:
+        """End the run here and give the decoder back."""
+        self.run.running = False
+        self._under_way.clear()
+        decoder, self._decoder = self._decoder, None
+        if decoder is not None and not decoder.inherited:
+            self.clock.stop()
+            self._maker.give_back(decoder)
+
+    def _submit(self) -> None:
+        # As many batches are read ahead as are decoded ahead.
+        while len(self._under_way) < 1 + 2 * self._maker.delivery.prefetch_factor:
+            order = next(self._coming, None)
+            if order is None:
+                return
+            if self._decoder is None:
+                self._decoder = self._maker.take_decoder(self._batch_size or len(order.indices))
+                self.clock.start(self._decoder)
+            maker = self._maker
+            planned = _Planned(maker.dataset, self.run.epoch, order, visible_only=maker.delivery.visible_parts)
+            self._decoder.submit(planned)
+            self._under_way.append(planned)
+
+
+class _Planned:
+    """A batch under way. Called in the decoder's reading thread, it makes the plan and the pieces to decode.
+
+    It does not hold the maker, which would otherwise live as long as that thread works on it.
+    """
+
+    plan: BatchPlan
+
+    def __init__(self, dataset: DiffuseMixDataset, epoch: int, batch: BatchIndices, *, visible_only: bool) -> None:
+        self.batch = batch
+        self._dataset, self._epoch, self._visible_only = dataset, epoch, visible_only
+
+    def __call__(self) -> Pieces:
+        self.plan = self._dataset.planner.batch(self._epoch, self.batch.indices)
+        return request(self._dataset, self.plan, visible_only=self._visible_only)

@@ -1,0 +1,141 @@
+"""The cursor: which epoch comes next, how far the newest iterator is, and the state from which a run resumes.
+
+    iter()       begin(): a `Run` at the next epoch, or where a loaded state says; the epoch after it comes next
+    next()       run.started = True, then run.delivered = ...  for each batch
+    the end      finish(run): the run stands at the beginning of the epoch after it
+    set_epoch    the epoch of the next iter(); a run that was not asked for a batch yet moves along
+    state_dict   where the newest run stands; without one, the beginning of the next epoch
+
+Everything is counted in delivered batches, so what is read or decoded ahead does not count. The order (the loader's own
+or a user's sampler) says what an epoch holds; the cursor only says where in it the loader is.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+
+from dali_diffusemix.base.philox import check_seed
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.loading.samplers import Order
+
+_VERSION: Final = 1
+_REMEDIES: Final = {
+    "seed": "give the dataset this seed",
+    "length": "give the dataset the same originals, mix and, in an expanded epoch, edits",
+    "shuffle": "give the loader the same shuffle",
+    "fingerprint": "give the dataset the same originals: it covers their relative paths and labels",
+}
+
+
+class Identity(NamedTuple):
+    """What a state belongs to: a state of anything else is refused."""
+
+    seed: int
+    length: int  # samples in an epoch
+    shuffle: bool
+    fingerprint: str  # of the catalog
+
+
+@dataclass
+class Run:
+    """How far one iterator is."""
+
+    epoch: int
+    delivered: int  # positions of the order, by all ranks together; with a user's sampler, of its indices
+    sampler: object  # the order's state when the epoch began
+    started: bool = False  # a batch was asked for
+    running: bool = True  # until it is finished or closed
+
+
+class Cursor:
+    """The position of a loader.
+
+    Args:
+        order: What an epoch holds.
+        identity: What a state belongs to.
+        has_sampler: The order is a user's, and its state is part of a state.
+    """
+
+    def __init__(self, order: Order, identity: Identity, *, has_sampler: bool) -> None:
+        self._order = order
+        self._identity = identity
+        self._has_sampler = has_sampler
+        self._next = (0, 0)  # epoch and delivered positions that the next run begins with
+        self._newest: Run | None = None  # None: the next run decides, as after `load`
+
+    @property
+    def next_epoch(self) -> int:
+        """The epoch of the next `begin`."""
+        return self._next[0]
+
+    def begin(self) -> Run:
+        """Begin the next epoch, or resume where a loaded state says."""
+        epoch, delivered = self._next
+        self._next = epoch + 1, 0
+        self._newest = Run(epoch, delivered, self._order.begin())
+        return self._newest
+
+    def finish(self, run: Run) -> None:
+        """A run has delivered everything: a state taken from here on is the beginning of the epoch after it."""
+        if run is self._newest:
+            run.epoch, run.delivered, run.sampler = run.epoch + 1, 0, self._order.state()
+        run.running = False
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch of the next run. A position inside that epoch, as a loaded state gives it, is kept."""
+        check_seed(self._identity.seed, epoch)
+        run = self._newest
+        if run is not None and run.running and not run.started:
+            # DataLoader asks its sampler at the first `next`, and so do we.
+            self._next = run.epoch, run.delivered
+            if epoch != run.epoch:
+                run.epoch, run.delivered = epoch, 0
+        if epoch != self._next[0]:
+            self._next = epoch, 0
+        if run is not None and not run.running:
+            self._newest = None
+
+    def state(self) -> dict[str, Any]:
+        """The position as plain data, of the same size wherever it is."""
+        run = self._newest
+        epoch, delivered = self._next if run is None else (run.epoch, run.delivered)
+        identity = self._identity
+        state: dict[str, Any] = {
+            "version": _VERSION,
+            "seed": identity.seed,
+            "epoch": epoch,
+            "places": delivered,
+            "length": identity.length,
+            "shuffle": identity.shuffle,
+            "fingerprint": identity.fingerprint,
+        }
+        if self._has_sampler:
+            state["sampler"] = self._order.state() if run is None else run.sampler
+        return state
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Let the next run begin where a state was taken.
+
+        Raises:
+            ConfigError: it is no state of this version, it belongs to something else, or no batch begins there.
+        """
+        if not isinstance(state, Mapping) or state.get("version") != _VERSION:
+            found = state.get("version") if isinstance(state, Mapping) else type(state).__name__
+            raise ConfigError(f"state must be of version {_VERSION}, from a DiffuseMixLoader, found {found}.")
+        for name, remedy in _REMEDIES.items():
+            ours = getattr(self._identity, name)
+            if state.get(name) != ours:
+                raise ConfigError(f"{name} of the state is {state.get(name)!r}, here it is {ours!r}; {remedy}.")
+        if ("sampler" in state) != self._has_sampler:
+            there, here = ("a", "none") if "sampler" in state else ("no", "one")
+            raise ConfigError(
+                f"the state was taken with {there} sampler, this loader has {here}; give the loader the same sampler."
+            )
+        try:
+            epoch, delivered = int(state["epoch"]), int(state["places"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"state must hold whole numbers as epoch and places, found {dict(state)!r}.") from error
+        check_seed(self._identity.seed, epoch)
+        self._order.resume(delivered, state.get("sampler"))
+        self._next = epoch, delivered
+        self._newest = None

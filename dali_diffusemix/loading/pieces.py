@@ -1,0 +1,117 @@
+"""Pieces: one table for what a batch shows of its images, from the plan's windows to the mix.
+
+    request(dataset, plan)  ──>  Pieces: locations, windows  ──decoder──>  Pieces: pixels  ──> mix
+
+Of every array row 0 holds the originals and row 1 the edits, so the table goes into `mix` as it is.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.errors import DecodeError
+from dali_diffusemix.images.reading import Location
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.quarantine import Failure
+from dali_diffusemix.mix.call import PIECE
+from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.windows import visible_parts
+
+
+@dataclass(kw_only=True)
+class Pieces:
+    """What n samples show of their originals and edits: first where to find it, then its pixels.
+
+    A decoder fills in `table["data"]` and what it decoded more than asked, `on_host`, `owners` and `errors`.
+    """
+
+    locations: Sequence[Location | None]  # (2n,) of the originals, then of the edits; None: there is no image
+    table: NDArray[np.void]  # (2, n) of PIECE; data is 0 until it is decoded, height is 0 if nothing is shown
+    on_host: NDArray[np.bool_] = field(init=False)  # (2, n) `data` is in host memory; else on the decoder's device
+    owners: list[object] = field(default_factory=list)  # keep the memory of the pixels
+    errors: dict[tuple[int, int], DecodeError] = field(default_factory=dict)  # by row and sample; its data is 0
+
+    def __post_init__(self) -> None:
+        self.on_host = np.zeros(self.table.shape, dtype=np.bool_)
+
+    @classmethod
+    def of(cls, locations: Sequence[Location | None], windows: NDArray[np.int32], sizes: NDArray[np.int32]) -> Self:
+        """Pieces to decode.
+
+        Args:
+            locations: (2n,).
+            windows: (2, n, 4) top, left, bottom, right, upright pixels; empty where nothing is shown.
+            sizes: (2, n, 2) height and width of the upright images.
+        """
+        table = np.zeros(windows.shape[:2], dtype=PIECE)
+        table["top"], table["left"] = windows[..., 0], windows[..., 1]
+        table["height"], table["width"] = windows[..., 2] - windows[..., 0], windows[..., 3] - windows[..., 1]
+        table["image_height"], table["image_width"] = sizes[..., 0], sizes[..., 1]
+        return cls(locations=locations, table=table)
+
+    def __len__(self) -> int:
+        """Samples."""
+        return self.table.shape[1]
+
+    @property
+    def windows(self) -> NDArray[np.int32]:
+        """(2n, 4) top, left, bottom, right of the pieces in their images."""
+        pieces = self.table.ravel()
+        begin = np.stack([pieces["top"], pieces["left"]], axis=1)
+        return np.concatenate([begin, begin + np.stack([pieces["height"], pieces["width"]], axis=1)], axis=1)
+
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """(2n, 2) height and width of the images."""
+        pieces = self.table.ravel()
+        return np.stack([pieces["image_height"], pieces["image_width"]], axis=1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pixels."""
+        return int(3 * (self.table["height"].astype(np.int64) * self.table["width"]).sum())
+
+    def failures(self) -> dict[int, Failure]:
+        """Why samples cannot be made, by sample; of one whose original and edit failed, the original."""
+        kinds = {(sample, row): error for (row, sample), error in self.errors.items()}
+        failed: dict[int, Failure] = {}
+        for sample, row in sorted(kinds):
+            failed.setdefault(sample, Failure("edit" if row else "original", kinds[sample, row]))
+        return failed
+
+    def replace(self, sample: int, other: "Pieces") -> None:
+        """Put the only sample of other pieces in the place of one of these."""
+        self.table[:, sample], self.on_host[:, sample] = other.table[:, 0], other.on_host[:, 0]
+        self.owners.extend(other.owners)
+
+
+def request(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool) -> Pieces:
+    """The pieces of a batch to decode: the visible parts of its images, or the whole images."""
+    store = dataset.store
+    sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
+    sizes[0] = dataset.catalog.sizes[plan.original]
+    if store is not None and plan.mixed.any():
+        sizes[1, plan.mixed] = store.sizes(plan.edit[plan.mixed])
+    windows = visible_parts(plan, sizes) if visible_only else np.concatenate([np.zeros_like(sizes), sizes], axis=2)
+    return Pieces.of([*_originals(dataset, plan), *_edits(dataset, plan)], windows, sizes)
+
+
+def _originals(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location | None]:
+    packed, catalog = dataset.original_store, dataset.catalog
+    if packed is not None:
+        return packed.extents(plan.original)
+    root = os.fsencode(dataset.root)
+    return [root + b"/" + catalog.encoded_path(row) for row in plan.original.tolist()]
+
+
+def _edits(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location | None]:
+    locations: list[Location | None] = [None] * len(plan)
+    if dataset.store is not None:
+        mixed = np.flatnonzero(plan.mixed)
+        for sample, location in zip(mixed.tolist(), dataset.store.extents(plan.edit[mixed]), strict=True):
+            locations[sample] = location
+    return locations
