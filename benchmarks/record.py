@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dali_diffusemix import bench
+from dali_diffusemix.base.files import write as write_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,8 +68,6 @@ def write(path: Path | None, content: Mapping[str, Any], *, quiet: bool = False)
     record = {"machine": machine(), **content}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.tmp")
-        unfinished.write_text(json.dumps(record, indent=1) + "\n")
-        unfinished.replace(path)
+        write_file(path, (json.dumps(record, indent=1) + "\n").encode())
     if not quiet:
         print(json.dumps(content, indent=1))

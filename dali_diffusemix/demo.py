@@ -22,6 +22,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.files import new_folder, remove_temporary
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
@@ -135,7 +137,7 @@ def run_demo(
     with _writing(out):
         contact_sheet(dataset).save(sheet)
     display.line(f"Sheet        {sheet}")
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = cpus()
     with DiffuseMixLoader(dataset, batch_size=_BATCH, shuffle=True, num_workers=threads, device="cpu") as loader:
         images, labels = next(iter(loader))
         display.line(
@@ -237,23 +239,22 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
 
 def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callable[[int, int], None]) -> None:
     """Cut each class's photographs into overlapping pictures of 250 to 500 pixels a side; the same ones every time."""
-    unfinished = root.with_name(f".{root.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove_temporary(root.parent, f"{root.name}.*")
     done, total = 0, _CUTS * len(photographs)
-    for name, paths in photographs:
-        (unfinished / name).mkdir(parents=True)
-        images = [Image.open(path).convert("RGB") for path in paths]
-        draws = random.Random(name)
-        for cut in range(_CUTS):
-            image = images[cut % len(images)]
-            width, height = draws.randint(320, 500), draws.randint(250, 400)
-            width, height = min(width, image.width), min(height, image.height)
-            left, top = draws.randint(0, image.width - width), draws.randint(0, image.height - height)
-            picture = image.crop((left, top, left + width, top + height))
-            picture.save(unfinished / name / f"{name}-{cut}.jpg", quality=92)
-            done += 1
-            progress(done, total)
-    unfinished.replace(root)
+    with new_folder(root) as folder:
+        for name, paths in photographs:
+            (folder / name).mkdir()
+            images = [Image.open(path).convert("RGB") for path in paths]
+            draws = random.Random(name)
+            for cut in range(_CUTS):
+                image = images[cut % len(images)]
+                width, height = draws.randint(320, 500), draws.randint(250, 400)
+                width, height = min(width, image.width), min(height, image.height)
+                left, top = draws.randint(0, image.width - width), draws.randint(0, image.height - height)
+                picture = image.crop((left, top, left + width, top + height))
+                picture.save(folder / name / f"{name}-{cut}.jpg", quality=92)
+                done += 1
+                progress(done, total)
 
 
 def _index(display: Display, root: Path, location: Path) -> Catalog:

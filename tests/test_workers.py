@@ -65,3 +65,13 @@ def test_they_do_not_keep_the_interpreter() -> None:
     begin = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], timeout=30).returncode == 0
     assert time.monotonic() - begin < 20
+
+
+def test_map_keeps_the_order_and_raises_an_error_in_its_turn() -> None:
+    with Workers(3, "test") as workers:
+        assert list(workers.map(abs, range(-50, 0))) == list(range(50, 0, -1))
+        results = workers.map(lambda number: 1 // number, (2, 1, 0, 3))
+        assert (next(results), next(results)) == (0, 1)
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+    assert threads_of("test") == 0

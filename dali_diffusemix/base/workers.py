@@ -1,38 +1,40 @@
 """Threads for work that a Ctrl-C may interrupt at any moment.
 
-`concurrent.futures` takes locks in Python where a task is handed over and where its result is waited for. An exception
-that a signal throws there, in the main thread, can leave one held, and then the threads, or whoever ends them, wait for
-ever. Here tasks and results go through queues that are C's, whose calls an exception comes before or after.
+`concurrent.futures` takes locks in Python when a task is handed over and when its result is awaited. An exception that
+a signal raises there, in the main thread, can leave a lock held, and then threads wait for ever. Here tasks and results
+go through queues written in C, whose calls an exception comes before or after.
 """
 
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Self, TypeVar
 
 _T = TypeVar("_T")
+_Item = TypeVar("_Item")
 
 
 class Result(Generic[_T]):
-    """What a task will have given. One thread may ask for it."""
+    """The result of a task that may still be running. One thread may ask for it."""
 
     def __init__(self) -> None:
         self._box: SimpleQueue[tuple[_T | None, BaseException | None]] = SimpleQueue()
         self._found: tuple[_T | None, BaseException | None] | None = None
 
     def done(self) -> bool:
-        """Whether the task has ended."""
+        """True if the task has ended."""
         return self._found is not None or not self._box.empty()
 
     def error(self) -> BaseException | None:
-        """What the task raised; waits for its end."""
+        """The exception that the task raised, if any; waits for its end."""
         self._found = self._found or self._box.get()
         return self._found[1]
 
     def get(self) -> _T:
-        """What the task returned; waits for its end, and raises what it raised."""
+        """The value that the task returned; waits for its end, and raises its exception."""
         if (error := self.error()) is not None:
             raise error
         assert self._found is not None
@@ -40,11 +42,13 @@ class Result(Generic[_T]):
 
 
 class Workers:
-    """Some threads, begun with the first task, that end with `close`, with this object or with the interpreter.
+    """Threads that run tasks. They start with the first task and end with `close`, this object or the interpreter.
+
+    As a context manager it is closed at the end of the block.
 
     Args:
-        count: How many.
-        name: Of the threads.
+        count: The number of threads.
+        name: The beginning of their names.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -64,19 +68,33 @@ class Workers:
         self._tasks.put((result, function, arguments))
         return result
 
+    def map(self, function: Callable[[_Item], _T], items: Iterable[_Item]) -> Iterator[_T]:
+        """Have threads call a function with each item; yields the results in the items' order.
+
+        All tasks are submitted at once. The first exception of a task is raised in its turn.
+        """
+        results = deque([self.submit(function, item) for item in items])
+        return (results.popleft().get() for _ in range(len(results)))
+
     def drop(self) -> None:
-        """Drop tasks that have not begun: nobody may wait for them."""
+        """Drop the tasks that have not begun; nobody may wait for them."""
         with suppress(Empty):
             while True:
                 self._tasks.get_nowait()
 
     def close(self) -> None:
-        """Drop tasks that have not begun, and wait for the end of those that have."""
+        """Drop the tasks that have not begun, and wait for the end of those that have."""
         self.drop()
         _end(self._tasks, self._count)
         for thread in self._threads:
-            if thread.ident is not None:  # it was begun
+            if thread.ident is not None:  # it was started
                 thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def _end(tasks: "SimpleQueue[Any]", count: int) -> None:
@@ -89,7 +107,7 @@ def _work(tasks: "SimpleQueue[Any]") -> None:
         result, function, arguments = task
         try:
             result._box.put((function(*arguments), None))
-        except BaseException as error:  # it is whoever asks for it
+        except BaseException as error:  # it belongs to the thread that asks for the result
             result._box.put((None, error))
-        # While it waits, it holds nothing.
+        # A waiting thread holds nothing.
         del task, result, function, arguments

@@ -21,8 +21,6 @@ pickle executes nothing.
 import io
 import os
 import pickle
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix.base.files import new_folder
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog, default_location
 from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
@@ -396,18 +395,10 @@ def _write_images(root: Path, split: str, names: Sequence[str], images: NDArray[
     """Write all images or none, so that a folder that is there is whole."""
     try:
         (root / "png").mkdir(exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=root / "png"))
-        try:
+        with new_folder(root / "png" / split) as folder:
             for name, image in zip(names, images, strict=True):
-                (temporary / name).parent.mkdir(exist_ok=True)
-                Image.fromarray(np.ascontiguousarray(image)).save(temporary / name)
-            temporary.chmod(0o755)
-            temporary.rename(root / "png" / split)
-        except OSError:
-            # Another process, a rank of the same run for one, may have been quicker.
-            shutil.rmtree(temporary, ignore_errors=True)
-            if not (root / "png" / split).is_dir():
-                raise
+                (folder / name).parent.mkdir(exist_ok=True)
+                Image.fromarray(np.ascontiguousarray(image)).save(folder / name)
     except OSError as error:
         raise CatalogError(
             f"{str(root)!r}: the images cannot be written to png/ ({error}); they are needed as files: make the folder "

@@ -6,7 +6,6 @@ They run in processes of their own (`lanes`), and import there what they try.
 import contextlib
 import ctypes
 import importlib
-import math
 import os
 import platform
 import random
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import dali_diffusemix
+from dali_diffusemix.base.cpus import affinity, control_groups, cpus, quota
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, MissingDependencyError
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ _PACKAGES: Final = (
 )
 DALI: Final = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")
 CUPY: Final = ("cupy-cuda12x", "cupy-cuda13x", "cupy")
-_CGROUPS = Path("/sys/fs/cgroup")
 _COMPILER_SECONDS: Final = 10.0
 _VARIABLES: Final = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "LD_LIBRARY_PATH", "LD_PRELOAD")
 
@@ -85,9 +84,8 @@ def _package() -> dict[str, Any]:
 def _machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     sizes = {line.split(":")[0]: int(line.split()[1]) << 10 for line in _lines("/proc/meminfo") if line.endswith("kB")}
-    affinity = len(os.sched_getaffinity(0))
-    quotas = [int(quota) / int(period) for quota, period in _cgroup("cpu.max") if quota != "max"]
-    limits = [int(limit) for (limit,) in _cgroup("memory.max") if limit != "max"]
+    files = (group / name for group in control_groups("memory") for name in ("memory.max", "memory.limit_in_bytes"))
+    limits = [int(line) for file in files for line in _lines(file)[:1] if line.isdecimal()]
     try:
         distribution = platform.freedesktop_os_release().get("PRETTY_NAME")
     except OSError:
@@ -97,24 +95,14 @@ def _machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()),
         "processor": next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "unknown"),
-        "cores": min(affinity, *(max(1, math.ceil(quota)) for quota in quotas)) if quotas else affinity,
-        "affinity": affinity,
-        "quota": min(quotas, default=None),
+        "cores": cpus(),
+        "affinity": affinity(),
+        "quota": quota(),
         "memory": sizes["MemTotal"],
         "memory_available": sizes["MemAvailable"],
-        "memory_limit": min(limits, default=None),
+        "memory_limit": min((limit for limit in limits if limit < sizes["MemTotal"]), default=None),
         "shared_memory": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,
     }
-
-
-def _cgroup(name: str) -> Iterator[list[str]]:
-    """The fields of a control file (cgroup v2) of this process's group and of those above it."""
-    own = next((line[3:] for line in _lines("/proc/self/cgroup") if line.startswith("0::")), "/")
-    place = _CGROUPS / own.lstrip("/")
-    while place.is_relative_to(_CGROUPS):
-        if lines := _lines(place / name):
-            yield lines[0].split()
-        place = place.parent
 
 
 def _lines(path: str | Path) -> list[str]:

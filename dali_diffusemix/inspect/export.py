@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import encode
 from dali_diffusemix.images.formats import format_of
@@ -114,7 +115,7 @@ def export(
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = _Names(dataset, out)
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cpus()) as pool:
             for start in range(0, total, _BATCH):
                 places = range(start, min(total, start + _BATCH))
                 done[start : places.stop] = list(pool.map(write, places))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix import __version__
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.images.codec import decode
@@ -164,7 +165,7 @@ def _write_pages(
     groups = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 2])) + 1) if len(chosen) else []
     page: list[NDArray[np.int64]] = []
     done = number = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(cpus()) as pool:
         for place, group in enumerate(groups):
             page.append(group)
             if sum(len(one) + 1 for one in page) < _PER_PAGE and place + 1 < len(groups):

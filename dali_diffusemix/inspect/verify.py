@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.store import NOT_YET, VERDICTS, ShardFiles, UnfinishedStoreWarning, index_is_current, shard_files
@@ -74,7 +75,7 @@ def verify(
     shards, count = shard_files(path)
     problems: list[Problem] = []
     images = size = 0
-    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or cpus()) as pool:
         for done, (shard, found) in enumerate(zip(shards, pool.map(partial(_check, decoding), shards), strict=True)):
             problems += found.problems
             images += found.images

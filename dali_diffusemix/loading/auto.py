@@ -9,7 +9,6 @@ the GPU means DALI's mixed decoders, in one of the ways of `GpuDecoding`.
 
 import contextlib
 import ctypes
-import fcntl
 import hashlib
 import json
 import logging
@@ -31,7 +30,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix.base.files import cache_folder
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.files import cache_folder, locked, write
 from dali_diffusemix.errors import ConfigError, DataError
 from dali_diffusemix.images import codec
 from dali_diffusemix.loading.dali import GpuDecoding
@@ -305,10 +305,8 @@ def _remember(facts: Mapping[str, Any], choice: Choice) -> None:
     except (OSError, ValueError, AssertionError):
         content = {}
     content[_key(facts)] = {"choice": asdict(choice), "machine": dict(facts)}
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
-        unfinished.replace(file)
+        write(file, (json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         _log.info("The way to decode is not remembered: %s", error)
 
@@ -318,7 +316,7 @@ def _facts(device: int, threads: int) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": cpus(),
         "threads": threads,
     }
     for package in _PACKAGES:
@@ -348,14 +346,9 @@ def _file() -> Path:
 @contextlib.contextmanager
 def _locked() -> Iterator[None]:
     """One process at a time: of several ranks one tries, and the others wait for its answer."""
-    try:
-        file = _file()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = file.with_suffix(".lock").open("w")
-    except (OSError, ConfigError):  # nothing can be remembered; each tries for itself
-        yield
-        return
-    with lock:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, ConfigError):  # nothing can be remembered or locked: each tries for itself
+            file = _file()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locked(file.with_suffix(".lock")))
         yield

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.catalog.headers import Rejected
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
@@ -128,7 +129,7 @@ def pack(
         if progress is not None:
             progress(done, total)
         prepare = partial(_prepare, root, writer.catalog, config)
-        with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        with ThreadPoolExecutor(cpus()) as threads:
             for shard, rows in writer.shards().items():
                 if shard in finished:
                     continue

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import ConfigError, WorkerError
 from dali_diffusemix.generate.engines import Job, Report
 
@@ -41,7 +42,7 @@ def default_devices(accelerated: bool) -> tuple[str, ...]:
 
         if torch.cuda.is_available():
             return tuple(f"cuda:{place}" for place in range(torch.cuda.device_count()))
-    return ("cpu",) * len(os.sched_getaffinity(0))
+    return ("cpu",) * cpus()
 
 
 class LocalEngine:
@@ -191,7 +192,7 @@ class _Worker:
 def _threads_limited(workers: int) -> Iterator[None]:
     """Have processes begun in here share the processors, unless the user has said how many threads each has."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    each = str(max(1, len(os.sched_getaffinity(0)) // workers))
+    each = str(max(1, cpus() // workers))
     ours = [name for name in names if name not in os.environ]
     os.environ.update(dict.fromkeys(ours, each))
     try:
