@@ -227,13 +227,13 @@ def test_one_that_dies_or_hangs_costs_only_its_own_row() -> None:
         seconds=0.05,
         optional=tuple(factories),
         begin_together=True,
-        patience=3,
+        patience=6,
         each_round=lambda results, reasons: rounds.append((list(results), sorted(reasons))),
     )
-    assert time.monotonic() - begin < 40
+    assert time.monotonic() - begin < 60
     assert list(found) == ["waiting"] and len(found["waiting"].images_per_second) == 2
     assert f"found exit code {-signal.SIGSEGV}" in left_out["dying"]
-    assert "must end within 3 s" in left_out["hanging"]
+    assert "must end within 6 s" in left_out["hanging"]
     assert left_out["broken"] == "RuntimeError: it does not work"
     assert rounds == [(["waiting"], ["broken", "dying", "hanging"])] * 2
 

@@ -1,5 +1,6 @@
 """The contenders: this package's loader, plain DALI, and Pillow under DataLoader."""
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,25 +15,28 @@ from torch.utils.data import DataLoader, Dataset
 
 from dali_diffusemix.bench.material import Material
 from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.loading.auto import Decode
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.mix.pixel import edit_weight
 from dali_diffusemix.mix.tensor import IMAGENET_MEAN, IMAGENET_STD
 from dali_diffusemix.plan.batch import BatchPlan
 
-_QUEUE: Final = 2  # of batches; DALI's own, and longer ones are no faster
+__all__ = ["Contender", "Factory", "PillowCrops", "diffusemix", "pillow", "plain_dali", "plain_dali_batches"]
+
+_QUEUE: Final = 2  # batches that DALI prefetches: its default, and longer queues are no faster
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
     """Something that delivers batches."""
 
-    epoch: Callable[[], Iterator[int]]  # begins an epoch; gives the size of each batch as it arrives
-    ahead: int  # batches that it holds ready at most while nobody asks
+    epoch: Callable[[], Iterator[int]]  # begins an epoch; yields the size of each batch when it arrives
+    ahead: int  # batches that it prefetches at most
 
 
 Factory = Callable[[], Contender]
-"""Builds a contender, in the contender's own process: a module's function, or a `partial` of one."""
+"""Builds a contender, in a process of its own: a function of a module, or a `partial` of one."""
 
 
 def diffusemix(
@@ -42,10 +46,9 @@ def diffusemix(
     channels_last: bool = False,
     visible_parts: bool = True,
     prefetch_factor: int = 2,
-    decode: Any = None,
+    decode: Decode = "auto",
 ) -> Contender:
-    """This package's loader; `mixed`, or the plain images; `decode` is the loader's, where one is given."""
-    way: dict[str, Any] = {} if decode is None else {"decode": decode}
+    """Return this package's loader, with mixed or with plain images."""
     loader = DiffuseMixLoader(
         material.dataset(mixed=mixed),
         material.batch_size,
@@ -55,13 +58,13 @@ def diffusemix(
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         prefetch_factor=prefetch_factor,
         visible_parts=visible_parts,
-        **way,
+        decode=decode,
     )
     return Contender(epoch=lambda: (len(images) for images, _ in loader), ahead=prefetch_factor + 1)
 
 
 def plain_dali(material: Material, *, form: str = "region") -> Contender:
-    """DALI by itself, see `plain_dali_batches`."""
+    """Return DALI alone, see `plain_dali_batches`."""
     batches = plain_dali_batches(material, form=form)
     images_of_epoch = len(material.dataset(mixed=False).catalog) * material.epochs
 
@@ -69,7 +72,7 @@ def plain_dali(material: Material, *, form: str = "region") -> Contender:
         left = images_of_epoch
         while left > 0:
             images, _ = next(batches)
-            # The reader goes on into the next epoch, where the last batch of this one has room.
+            # The reader fills the last batch of an epoch with samples of the next one.
             yield min(left, len(images))
             left -= material.batch_size
 
@@ -79,13 +82,16 @@ def plain_dali(material: Material, *, form: str = "region") -> Contender:
 def plain_dali_batches(
     material: Material, *, form: str = "region", drop_last: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of DALI by itself, without end: decode, resize, crop_mirror_normalize. Crops of the same law, its own.
+    """Yield batches of DALI alone, without end: decode, resize, crop_mirror_normalize.
+
+    The crops follow the same law as `TrainCrop`, but DALI draws them.
 
     Args:
         material: The images.
-        form: What is decoded, and where. "region": the crop alone, on the device; "whole": the image, on the device,
-            cropped by the resize, as a hardware decoder wants it; "cpu": the crop alone, on the CPU, then copied.
-        drop_last: Leave out the part of a batch that an epoch of the reader ends with.
+        form: What is decoded, and where. "region": only the crop, on the device; "whole": the whole image, on the
+            device, cropped while resizing, which suits a hardware decoder; "cpu": only the crop, on the CPU, then
+            copied.
+        drop_last: Skip incomplete batches.
 
     Raises:
         ConfigError: There is no such form.
@@ -140,9 +146,9 @@ def plain_dali_batches(
 
 
 class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
-    """The reference way, a sample at a time, at its fastest in Pillow and NumPy: `resize(box=...)`, then NumPy's mix.
+    """Samples by Pillow and NumPy, one at a time, in the fastest way these have: `resize(box=...)`, then the mix.
 
-    A sample is a (3, size, size) float32 tensor, normalised, and its label. The crops are the dataset's.
+    A sample is a (3, size, size) float32 tensor, normalised, and its label. Crops are those of the dataset.
     """
 
     def __init__(self, material: Material, *, mixed: bool = False) -> None:
@@ -155,7 +161,7 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
         return len(self.dataset)
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Samples of a batch of indices, planned together."""
+        """Return the samples of a batch of indices, with one plan."""
         plan = self.dataset.planner.batch(self.dataset.epoch, indices)
         return [self._sample(plan, row) for row in range(len(plan))]
 
@@ -165,10 +171,12 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
             return self.sample(plan, row, original)
 
     def sample(self, plan: BatchPlan, row: int, original: Image.Image) -> tuple[torch.Tensor, int]:
-        """The sample of a row of a plan, whose original is given."""
+        """Return the sample of a row of a plan; `original` is its image."""
         sample = self.cropped(original, plan.box[row])
         if plan.edit[row] >= 0:
-            with contextlib.suppress(OSError, ValueError, SyntaxError, StoreError):  # a damaged edit: unmixed
+            with contextlib.suppress(
+                OSError, ValueError, SyntaxError, StoreError
+            ):  # a damaged edit gives an unmixed sample
                 sample = self._mixed(plan, row, sample)
         if plan.flip[row]:
             sample = sample[:, ::-1]
@@ -178,7 +186,7 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
     def _mixed(self, plan: BatchPlan, row: int, sample: NDArray[np.float32]) -> NDArray[np.float32]:
         store, bank = self.dataset.store, self.dataset.bank
         if store is None or bank is None:
-            raise ConfigError("mixed needs edits and fractals, found none; give both.")
+            raise ConfigError("mixed must have edits and fractals, found none; give both.")
         with Image.open(BytesIO(store.encoded(int(plan.edit[row])).tobytes())) as edit:
             m = edit_weight(int(plan.mask[row]), plan.seam_width, plan.span[row], self._size)[..., None]
             hybrid = m * self.cropped(edit, plan.box[row]) + (1 - m) * sample
@@ -188,7 +196,7 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
         return np.asarray((1 - weight) * hybrid + weight * self.cropped(fractal, plan.span[row]))
 
     def cropped(self, image: Image.Image, box: NDArray[np.float64]) -> NDArray[np.float32]:
-        """A relative box (top, left, height, width) of an image, as (size, size, 3) float32, 0 to 255."""
+        """Return a relative box (top, left, height, width) of an image, resized: (size, size, 3) float32, 0 to 255."""
         top, left, height, width = box * [image.height, image.width, image.height, image.width]
         region = (left, top, min(left + width, image.width), min(top + height, image.height))
         rgb = image if image.mode == "RGB" else image.convert("RGB")
@@ -196,7 +204,7 @@ class PillowCrops(Dataset[tuple[torch.Tensor, int]]):
 
 
 def pillow(material: Material, *, mixed: bool = False) -> Contender:
-    """Pillow under torch's DataLoader with worker processes that live over the epochs."""
+    """Return Pillow under torch's DataLoader, with persistent worker processes."""
     crops = PillowCrops(material, mixed=mixed)
     loader = DataLoader(
         crops,
@@ -211,4 +219,4 @@ def pillow(material: Material, *, mixed: bool = False) -> Contender:
         crops.dataset.set_epoch(crops.dataset.epoch + 1)
         return (len(images.to(material.device, non_blocking=True)) for images, _ in loader)
 
-    return Contender(epoch=epoch, ahead=material.num_workers * 2)  # 2: DataLoader's own prefetch_factor
+    return Contender(epoch=epoch, ahead=material.num_workers * 2)  # DataLoader's default prefetch_factor is 2

@@ -1,5 +1,9 @@
-"""Measuring contenders in turn, each in a process of its own."""
+"""Measurements of contenders in alternating turns, each in a process of its own.
 
+interleaved ──(name, seconds)──> process: _Stream of batches ──_Turn──> Measurement
+"""
+
+import contextlib
 import datetime
 import multiprocessing
 import os
@@ -19,33 +23,37 @@ from typing import Any, Final, Self
 
 import torch
 
+from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.bench.contenders import Contender, Factory
 from dali_diffusemix.bench.result import Measurement
 from dali_diffusemix.errors import DataError, DiffuseMixError
 
-_PACKAGES: Final = (
+__all__ = ["MemoryWatch", "cpu_seconds", "interleaved", "machine"]
+
+_SAMPLE_SECONDS: Final = 0.05  # between two readings of memory
+_PACKAGES: Final = (  # whose versions a record has
     *("torch", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x"),
     *("spdl", "webdataset"),
 )
 
 
-_SAMPLE_SECONDS: Final = 0.05  # between two looks at memory
+# CPU time and memory --------------------------------------------------------------------------------------------------
 
 
 def cpu_seconds() -> float:
-    """CPU time of this process and of those it started through multiprocessing, the ended ones included."""
+    """Return the CPU time of this process and of those it started through multiprocessing, ended ones included."""
     ended = resource.getrusage(resource.RUSAGE_CHILDREN)
     total = time.process_time() + ended.ru_utime + ended.ru_stime
     for child in multiprocessing.active_children():
         with contextlib.suppress(OSError):  # it has just ended
-            # After the name, which may hold anything: state is field 3, utime and stime are 14 and 15.
+            # Split after the name, which may hold any character: state is field 3, utime and stime are 14 and 15.
             fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
             total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return total
 
 
 def _memory_mib() -> float | None:
-    """Memory of this process and those it started; a page that several share counts once, in equal parts."""
+    """Return the memory of this process and those it started; a shared page counts once (PSS)."""
     total = 0
     for process in (os.getpid(), *(child.pid for child in multiprocessing.active_children())):
         try:
@@ -59,7 +67,7 @@ def _memory_mib() -> float | None:
 
 
 class MemoryWatch:
-    """Looks at the memory all the while: `with MemoryWatch() as watch: ...; watch.peak`, MiB."""
+    """Samples the memory in a thread: `with MemoryWatch() as watch: ...`, then `watch.peak` in MiB."""
 
     def __init__(self) -> None:
         self.peak = _memory_mib()
@@ -68,9 +76,9 @@ class MemoryWatch:
 
     def _watch(self) -> None:
         while self.peak is not None and not self._stop.wait(_SAMPLE_SECONDS):
-            self._look()
+            self._sample()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         if (now := _memory_mib()) is not None and self.peak is not None:
             self.peak = max(self.peak, now)
 
@@ -81,12 +89,15 @@ class MemoryWatch:
     def __exit__(self, *error: object) -> None:
         self._stop.set()
         self._thread.join()
-        self._look()
+        self._sample()
+
+
+# Turns and processes --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Turn:
-    """What a turn gave."""
+    """Images and costs of one turn."""
 
     images: int
     seconds: float
@@ -95,14 +106,14 @@ class _Turn:
 
 
 class _Stream:
-    """A contender's batches, epoch after epoch."""
+    """The batches of a contender, epoch after epoch."""
 
     def __init__(self, contender: Contender) -> None:
         self._contender = contender
         self._batches: Iterator[int] = iter(())
 
     def _take(self, batches: int) -> int:
-        """Take this many batches; returns their images."""
+        """Take this many batches; returns the number of their images."""
         images = 0
         for _ in range(batches):
             size = next(self._batches, None)
@@ -110,12 +121,12 @@ class _Stream:
                 self._batches = self._contender.epoch()
                 size = next(self._batches, 0)
             if size == 0:
-                raise DataError("an epoch must give at least one image, found none; look at the contender's own log.")
+                raise DataError("an epoch must give at least one image, found none; see the contender's own log.")
             images += size
         return images
 
     def turn(self, seconds: float | None) -> _Turn:
-        """Time whole batches for `seconds` at least, in steady state; or one whole epoch, from its beginning."""
+        """Time whole batches for at least `seconds`, in steady state; or, if that is None, one whole epoch."""
         if seconds is not None:
             self._take(self._contender.ahead)
         _synchronize()
@@ -124,7 +135,7 @@ class _Stream:
             self._batches = self._contender.epoch()
             images = self._take(1) + sum(self._batches)
         else:
-            # Batches of several workers arrive together, so they are counted together.
+            # Batches of several workers arrive together, so count them together.
             while time.perf_counter() - begin < seconds:
                 images += self._take(self._contender.ahead)
         _synchronize()
@@ -137,11 +148,11 @@ def _synchronize() -> None:
 
 
 def _serve(connection: Any, factories: Mapping[str, Factory]) -> None:
-    """A contender's process: answers (name, seconds, watch memory) with the turn, or with the error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    """Run in a contender's process: answers (name, seconds, watch memory) with the turn or the error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     os.dup2(2, 1)  # standard output is the parent's results
     warnings.simplefilter("ignore")  # the parent has shown them
-    multiprocessing.set_start_method(None, force=True)  # of DataLoader's workers: as in the user's own process
+    multiprocessing.set_start_method(None, force=True)  # DataLoader's workers start as in the user's process
     streams: dict[str, _Stream] = {}
     while True:
         try:
@@ -164,28 +175,28 @@ def _serve(connection: Any, factories: Mapping[str, Factory]) -> None:
 
 
 class _Process:
-    """The process in which contenders live."""
+    """The process in which one or more contenders run."""
 
     def __init__(self, factories: Mapping[str, Factory]) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        # Not a daemon: those may not have workers.
+        # Not a daemon: daemons may not have child processes.
         self._process = context.Process(target=_serve, args=(theirs, dict(factories)))
         self._process.start()
         theirs.close()
         self._open = True
 
     def ask(self, name: str, seconds: float | None, *, watched: bool) -> None:
-        """Begin a turn of a contender; `watched`, its memory too."""
-        with contextlib.suppress(OSError):  # it has ended, which `answer` says
+        """Start a turn of a contender; if `watched`, its memory is measured too."""
+        with contextlib.suppress(OSError):  # it has ended; `answer` reports that
             self._connection.send((name, seconds, watched))
 
     def answer(self, name: str, patience: float | None) -> _Turn:
-        """The turn that was asked for. Raises DiffuseMixError."""
+        """Wait for the turn that was asked for. Raises DiffuseMixError."""
         try:
             if patience is not None and not self._connection.poll(patience):
                 self._process.kill()
-                raise DiffuseMixError(f"{name}: a turn must end within {patience:g} s, found that this one did not.")
+                raise DiffuseMixError(f"{name}: a turn must end within {patience:g} s, found one that did not.")
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join(5)
@@ -194,7 +205,7 @@ class _Process:
                 self._process.join()
             raise DiffuseMixError(
                 f"{name}: its process must live to the end, found exit code {self._process.exitcode}; if it was killed "
-                "for memory, take a smaller batch_size or fewer num_workers. A script that calls this needs "
+                "for memory, use a smaller batch_size or fewer num_workers. A script that calls this needs "
                 "`if __name__ == '__main__':`."
             ) from error
         if isinstance(answer, DiffuseMixError):
@@ -203,7 +214,7 @@ class _Process:
         return answer
 
     def dismiss(self) -> None:
-        """Ask it to end, without waiting."""
+        """Ask the process to end, without waiting."""
         if self._open:
             self._connection.close()
         self._open = False
@@ -233,25 +244,25 @@ def interleaved(
     patience: float | None = None,
     each_round: Callable[[Mapping[str, Measurement], Mapping[str, str]], None] | None = None,
 ) -> tuple[dict[str, Measurement], dict[str, str]]:
-    """Run contenders in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike.
+    """Run contenders alternately, A B C A B C ..., so that a drifting speed of the machine affects all alike.
 
-    Each has a process of its own, begun by `spawn`: a script calls this under `if __name__ == "__main__":`. The first
-    round is not counted; in it the memory is measured.
+    Each runs in a process of its own, started by `spawn`: call this under `if __name__ == "__main__":` in a script. The
+    first round is not counted; it measures the memory.
 
     Args:
-        factories: Name to what builds the contender.
-        rounds: Counted turns of each.
-        seconds: Length of a turn at least, in steady state; None: a turn is a whole epoch from its beginning.
-        optional: Contenders that may fail or die; they are left out, with the reason.
-        together: All contenders share one process, for variants of one.
+        factories: Contender's name to its factory.
+        rounds: Counted turns of each contender.
+        seconds: Minimum length of a turn, in steady state; None: a turn is one whole epoch.
+        optional: Contenders that may fail; they are left out, with the reason.
+        together: All contenders share one process, as variants of one loader may.
         progress: Called after each turn.
-        begin_together: The uncounted turns of all contenders run at the same time, which saves their starts.
-        patience: Seconds that a turn may take, the uncounted one, which has the start in it, five times as many; the
-            process of a contender that takes longer is killed. None: any time.
-        each_round: Called after each counted round with what is known so far, as it is returned in the end.
+        begin_together: Run the uncounted turns at the same time, which saves time.
+        patience: Seconds after which a turn's process is killed, five times as many in the uncounted turn, which
+            includes the start; None: no limit.
+        each_round: Called after each counted round with the results so far, as they are returned in the end.
 
     Returns:
-        The measurements, and what was left out with the reason of each.
+        The measurements by contender, and the reason for each contender that was left out.
 
     Raises:
         DiffuseMixError: A contender that is not optional failed.
@@ -286,7 +297,7 @@ def interleaved(
                             raise
                         left_out[name] = str(error)
                         if not together:
-                            process.dismiss()  # what it holds of the machine is not taken from the rest
+                            process.dismiss()  # frees its memory for the others
                 if progress is not None:
                     progress()
             if turn and each_round is not None:
@@ -297,7 +308,7 @@ def interleaved(
 
 
 def _measurement(turns: Sequence[_Turn]) -> Measurement:
-    """What the turns gave, without the first, which is there for the memory."""
+    """Sum up the turns; the first one only gives the memory."""
     return Measurement(
         images_per_second=tuple(turn.images / turn.seconds for turn in turns[1:]),
         cpu_seconds_per_image=tuple(turn.cpu_seconds / turn.images for turn in turns[1:]),
@@ -305,12 +316,15 @@ def _measurement(turns: Sequence[_Turn]) -> Measurement:
     )
 
 
+# The machine ----------------------------------------------------------------------------------------------------------
+
+
 def machine() -> dict[str, Any]:
-    """The processor, the cores this process may use, the GPU where there is one, versions and date."""
+    """Describe this machine: processor, cores that this process may use, GPU if any, versions and date."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     found: dict[str, Any] = {
         "processor": next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "unknown"),
-        "cores": _cores(),
+        "cores": cpus(),
         "python": platform.python_version(),
         "versions": {},
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -322,7 +336,3 @@ def machine() -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = {"name": properties.name, "memory": properties.total_memory, "cuda": torch.version.cuda}
     return found
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))

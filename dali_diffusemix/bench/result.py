@@ -1,4 +1,4 @@
-"""What a comparison found, for machines and for people."""
+"""The result of a comparison, as JSON and as text."""
 
 import statistics
 import textwrap
@@ -6,22 +6,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-_PAYS: Final = 1.05  # the least gain that is advice
+__all__ = ["BenchResult", "Measurement", "Trial"]
 
-
+_PAYS: Final = 1.05  # the smallest gain that is advised
 _COLUMNS: Final = 80  # of the text
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A contender's counted rounds, one value a round."""
+    """The counted rounds of a contender, one value per round."""
 
     images_per_second: tuple[float, ...]
     cpu_seconds_per_image: tuple[float, ...]  # of the contender's process and its workers
-    peak_memory_mib: float | None = None  # of these together, in the uncounted round; None: it cannot be read here
+    peak_memory_mib: float | None = None  # of the same processes, in the uncounted round; None: unknown here
 
     def json(self) -> dict[str, Any]:
-        """Medians, the lowest and highest round, and all rounds."""
+        """Return medians, the lowest and the highest round, and all rounds."""
         rates = self.images_per_second
         return {
             "images_per_second": round(statistics.median(rates), 1),
@@ -35,9 +35,9 @@ class Measurement:
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A change that was tried, and its gain: images a second with it over those without, round by round."""
+    """A change that was tried, and its gain per round: images per second with it, over those without it."""
 
-    setting: str  # what it changes: one change at most of each is advised
+    setting: str  # at most one change of each setting is advised
     change: str
     gains: tuple[float, ...]
 
@@ -48,14 +48,14 @@ class Trial:
 
     @property
     def pays(self) -> bool:
-        """Whether it is worth doing: at least 1.05 in the middle, and a gain in every round."""
+        """True if it is worth doing: a median gain of at least 1.05, and a gain in every round."""
         return self.gain >= _PAYS and min(self.gains) > 1
 
     def __str__(self) -> str:
         return f"{self.change}: {self.gain:.2f}x"
 
     def json(self) -> dict[str, Any]:
-        """The change, its median gain, the lowest and the highest."""
+        """Return the change, its median gain, the lowest and the highest."""
         return {
             "change": self.change,
             "gain": round(self.gain, 3),
@@ -66,7 +66,7 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchResult:
-    """What `bench` found."""
+    """The result of `bench`."""
 
     machine: Mapping[str, Any]
     settings: Mapping[str, Any]
@@ -76,7 +76,7 @@ class BenchResult:
 
     @property
     def advice(self) -> tuple[Trial, ...]:
-        """The changes that pay, the best for each setting, greatest gain first."""
+        """The changes that pay: the best one for each setting, greatest gain first."""
         ranked = sorted((trial for trial in self.trials if trial.pays), key=lambda trial: -trial.gain)
         best: dict[str, Trial] = {}
         for trial in ranked:
@@ -84,7 +84,7 @@ class BenchResult:
         return tuple(best.values())
 
     def json(self) -> dict[str, Any]:
-        """One object for machines: machine, settings, results, left_out, tried, advice."""
+        """Return one JSON object: machine, settings, results, left_out, tried, advice."""
         return {
             "machine": dict(self.machine),
             "settings": dict(self.settings),
@@ -95,7 +95,7 @@ class BenchResult:
         }
 
     def lines(self) -> Iterator[str]:
-        """For people: a table of at most 80 columns, what was tried, and what to change."""
+        """Yield a text of at most 80 columns: a table, what was tried, and what to change."""
         settings = self.settings
         yield from textwrap.wrap(
             f"{settings['images']} of {settings['originals']} images, {settings['size']} px, batches of "

@@ -1,4 +1,4 @@
-"""`bench`: the whole comparison."""
+"""`bench`: the whole of a comparison, on one's own images."""
 
 import math
 import os
@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from dali_diffusemix.bench.changes import changes_of, contenders_of, packing, trials_of
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.bench import changes
 from dali_diffusemix.bench.contenders import Factory, diffusemix, pillow, plain_dali
-from dali_diffusemix.bench.material import Material, chosen_rows, decodable, extract, sampled
+from dali_diffusemix.bench.material import LEAST_BATCHES, Material, decodable, extract, random_rows, reduced
 from dali_diffusemix.bench.measure import interleaved, machine
 from dali_diffusemix.bench.result import BenchResult
 from dali_diffusemix.errors import ConfigError
@@ -19,10 +20,11 @@ from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.crops import TrainCrop
 
+__all__ = ["bench"]
+
 _Path = str | os.PathLike[str]
 
-
-_OURS: Final = ("diffusemix", "plain")
+_OURS: Final = ("diffusemix", "plain")  # may not fail
 
 
 def bench(
@@ -39,29 +41,29 @@ def bench(
     images: int = 2048,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> BenchResult:
-    """Compare this loader with others on one's own images, and try what could make it faster.
+) -> BenchResult:  # Twelve plain values with defaults, as options of a command: an object of them would only wrap them.
+    """Compare this loader with others on one's own images, and try changes that could make it faster.
 
-    The contenders are `diffusemix` (every sample mixed that has an edit), `plain` (this loader, nothing mixed),
-    `plain_dali`, `pillow_plain` and `pillow_mixed`; without edits the plain ones. Of a large folder a random sample is
-    used, the same for all and for the same seed. Tried are other numbers of workers, other values of prefetch_factor
-    and, where originals are much larger than a sample, packing them smaller.
+    The contenders are `diffusemix` (every sample that has an edit is mixed), `plain` (this loader, nothing mixed),
+    `plain_dali`, `pillow_plain` and `pillow_mixed`; without edits only the plain ones. A large folder is represented by
+    a random sample of it, the same for all contenders and for the same seed. Other values of num_workers and
+    prefetch_factor are tried and, if originals are much larger than a sample, packing them smaller.
 
-    Call it under `if __name__ == "__main__":`, for contenders run in processes of their own.
+    Call it under `if __name__ == "__main__":`, because contenders run in processes of their own.
 
     Args:
         root: The folder of originals, or a packed store.
         edits: The edit store.
         fractals: The fractal bank's file; needed with edits.
         batch_size: Samples per batch.
-        num_workers: Threads, and DataLoader's workers; None: the cores there are.
+        num_workers: Threads, or worker processes of DataLoader; None: one per core.
         device: "cpu", "cuda" or "cuda:N".
-        size: Pixels a side of a sample.
+        size: Side length of a sample in pixels.
         rounds: Counted turns of each contender.
-        seconds: Length of a turn, at least; half of that for what is tried.
-        images: Originals used at most; 32 batches at least.
-        seed: Of the sample and of the crops.
-        progress: Called with the turns done and the turns there are.
+        seconds: Minimum length of a turn; half of that for changes.
+        images: Maximum number of originals, but at least 32 batches.
+        seed: Seed of the random sample and of the crops.
+        progress: Called with the number of turns done, and of all turns.
 
     Raises:
         ConfigError: An argument breaks its rule.
@@ -69,7 +71,7 @@ def bench(
         MissingDependencyError: DALI, or what the device needs, is missing.
         DiffuseMixError: This package's loader failed, or its process ended. Others that fail are in `left_out`.
     """
-    num_workers = _cores() if num_workers is None else num_workers
+    num_workers = cpus() if num_workers is None else num_workers
     for name, value in (
         ("batch_size", batch_size),
         ("num_workers", num_workers),
@@ -77,7 +79,7 @@ def bench(
         ("images", images),
     ):
         if value < 1:
-            raise ConfigError(f"{name} must be at least 1, found {value}; give a greater one or leave it out.")
+            raise ConfigError(f"{name} must be at least 1, found {value}; give a larger one or leave it out.")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise ConfigError(f"device must be 'cpu', 'cuda' or 'cuda:N', found {device!r}; leave it out to have 'cpu'.")
     if not 0 < seconds < math.inf:
@@ -99,10 +101,10 @@ def bench(
             size=size,
             seed=seed,
         )
-        rows = chosen_rows(len(dataset), max(images, _LEAST_BATCHES * batch_size), seed)
+        rows = random_rows(len(dataset), max(images, LEAST_BATCHES * batch_size), seed)
         rows, undecodable = decodable(dataset, rows)
         if len(rows) < len(dataset):
-            material = sampled(material, dataset, rows, Path(scratch) / "sample", epoch=len(dataset))
+            material = reduced(material, dataset, rows, Path(scratch) / "sample", epoch=len(dataset))
         if dataset.original_store is not None:
             material = replace(material, files=extract(dataset.original_store, rows.tolist(), Path(scratch) / "files"))
 
@@ -118,8 +120,9 @@ def bench(
                 **contenders,
                 "pillow_mixed": partial(pillow, material, mixed=True),
             }
-        changes = changes_of(material, mixed) + packing(material, dataset, rows, Path(scratch) / "packing", mixed)
-        variants = contenders_of(changes)
+        tried = changes.settings(material, mixed)
+        tried += changes.packing(material, dataset, rows, Path(scratch) / "packing", mixed)
+        variants = changes.contenders_of(tried)
         done, total = 0, (1 + rounds) * (len(contenders) + len(variants))
 
         def step() -> None:
@@ -130,7 +133,7 @@ def bench(
 
         others = [name for name in contenders if name not in _OURS]
         results, left_out = interleaved(contenders, rounds=rounds, seconds=seconds, optional=others, progress=step)
-        tried, _ = interleaved(variants, rounds=rounds, seconds=seconds / 2, together=True, progress=step)
+        with_changes, _ = interleaved(variants, rounds=rounds, seconds=seconds / 2, together=True, progress=step)
     settings = {
         "root": str(root),
         "originals": len(dataset),
@@ -149,5 +152,5 @@ def bench(
         settings=settings,
         results=results,
         left_out=left_out,
-        trials=tuple(trials_of(changes, tried)),
+        trials=tuple(changes.trials_of(tried, with_changes)),
     )

@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import secrets
 import sys
 import time
 import warnings
@@ -26,6 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
 __all__ = ["Display", "Failure", "echo", "notice", "notices", "write_file"]
@@ -231,14 +231,9 @@ class _LoggedProgress:
 
 def write_file(file: Path, content: bytes) -> None:
     """Write a file whole or not at all. Raises ConfigError."""
-    unfinished = file.with_name(f".{secrets.token_hex(8)}.tmp")  # the name may be as long as names can be
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write(file, content)
     except OSError as error:
         raise ConfigError(
             f"{str(file)!r}: must be a file that can be written, found: {error}; name another."
