@@ -15,9 +15,11 @@ minus plan. With --packed the originals are packed as they are (`tiles`), or to 
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,13 +27,12 @@ import numpy as np
 from numpy.typing import NDArray
 from record import write
 
-import dali_diffusemix.loading.decoder as pipeline
-import dali_diffusemix.loading.loader as module
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.loading.loader import sources_of
-from dali_diffusemix.loading.samplers import BatchOrder
+from dali_diffusemix.loading import batches as module
+from dali_diffusemix.loading import decoder
+from dali_diffusemix.loading.pieces import Pieces, request
 from dali_diffusemix.store.pack import PackConfig, pack
 
 
@@ -63,20 +64,27 @@ def main() -> None:
         parts, whole = loader(True), loader(False)
         real = module.mix
 
-        def sources(order: BatchOrder) -> pipeline.Sources:
-            return sources_of(dataset, dataset.planner.batch(parts._next.epoch, order.indices), seen_only=True)
+        epochs = itertools.count()
+
+        def made(epoch: int, indices: Sequence[int]) -> Pieces:
+            return request(dataset, dataset.planner.batch(epoch, indices), visible_only=True)
+
+        def coming() -> Iterator[Callable[[], Pieces]]:
+            """The batches of another epoch, before they are planned."""
+            epoch = next(epochs)
+            parts.set_epoch(epoch)
+            for indices in parts.batch_sampler:
+                yield partial(made, epoch, indices)
 
         def plan_only() -> None:
-            for order in parts.next_orders():
-                sources(order)
-            parts.set_epoch(parts._next.epoch + 1)
+            for make in coming():
+                make()
 
         memory: list[NDArray[np.uint8] | None] = [None]
 
         def no_decode() -> None:
-            for order in parts.next_orders():
-                memory[0] = pipeline._read(partial(sources, order), memory[0]).memory
-            parts.set_epoch(parts._next.epoch + 1)
+            for make in coming():
+                memory[0] = decoder._read(make, memory[0]).encoded.memory
 
         def epoch(which: DiffuseMixLoader, *, mixed: bool = True) -> None:
             module.mix = real if mixed else lambda *arguments, **more: None

@@ -64,7 +64,7 @@ def main() -> None:
                     if turn:
                         seconds[name].append(time.thread_time() - begin)
                     memory = found.memory
-                    assert found.sound.all() if name == "sound" else not found.sound.any()
+                    assert found.safe.all() if name == "sound" else not found.safe.any()
             sound, unknown = (statistics.median(seconds[name]) / options.files * 1e6 for name in ("sound", "unknown"))
             results[kind] = {
                 "bytes": len(content),

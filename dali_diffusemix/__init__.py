@@ -24,10 +24,12 @@ if TYPE_CHECKING:
         StoreError,
     )
     from dali_diffusemix.fractals.bank import FractalBank
+    from dali_diffusemix.loading.batches import LoaderStats
     from dali_diffusemix.loading.dali import GpuDecoding
     from dali_diffusemix.loading.dataset import DiffuseMixDataset, RepeatedEpochWarning
-    from dali_diffusemix.loading.loader import DiffuseMixLoader, LoaderStats
+    from dali_diffusemix.loading.loader import DiffuseMixLoader
     from dali_diffusemix.loading.quarantine import Quarantined, QuarantineWarning
+    from dali_diffusemix.loading.seeding import globally_seeded
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
@@ -57,6 +59,7 @@ __all__ = [
     "StaleCatalogWarning",
     "StoreError",
     "TrainCrop",
+    "globally_seeded",
 ]
 
 _HOME = {
@@ -67,7 +70,7 @@ _HOME = {
     "EvalCrop": "plan",
     "FractalBank": "fractals",
     "GpuDecoding": "loading.dali",
-    "LoaderStats": "loading.loader",
+    "LoaderStats": "loading.batches",
     "MixSpec": "plan",
     "QuarantineWarning": "loading.quarantine",
     "Quarantined": "loading.quarantine",
@@ -75,6 +78,7 @@ _HOME = {
     "RepeatedEpochWarning": "loading.dataset",
     "StaleCatalogWarning": "catalog",
     "TrainCrop": "plan",
+    "globally_seeded": "loading.seeding",
 }
 
 

@@ -1,6 +1,6 @@
 """RandAugment, CutMix and MixUp of a batch, by kornia (pip install kornia), for the loader's `batch_transform=`.
 
-kornia draws from torch's global generator, which the loader has seeded for the batch, so runs repeat and resume.
+kornia draws from torch's global generator, so the transform is wrapped in `globally_seeded`: runs repeat and resume.
 """
 
 from collections.abc import Callable, Sequence
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.nn import functional
 
+from dali_diffusemix import globally_seeded
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
@@ -62,4 +63,4 @@ def batch_transform(names: Sequence[str], classes: int) -> Transform | None:
         ours, others = (functional.one_hot(one.long(), classes).float() for one in (ours, others))
         return images, ours + share[:, None] * (others - ours)
 
-    return transform
+    return globally_seeded(transform)

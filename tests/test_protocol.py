@@ -21,7 +21,16 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
-from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, EvalCrop, FractalBank, MixSpec, TrainCrop
+from dali_diffusemix import (
+    ConfigError,
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    EvalCrop,
+    FractalBank,
+    MixSpec,
+    TrainCrop,
+    globally_seeded,
+)
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -87,12 +96,11 @@ def test_the_order_is_the_one_that_dataloader_has(dataset: DiffuseMixDataset, ki
 
 
 def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
-    loader = loader_of(dataset, 5, shuffle=True, drop_last=True, prefetch_factor=3)
+    loader = loader_of(dataset, 5, shuffle=True, drop_last=True, prefetch_factor=3, return_index=True)
     assert (loader.batch_size, loader.drop_last, loader.num_workers, loader.prefetch_factor) == (5, True, 2, 3)
     assert loader.dataset is dataset and len(loader.sampler) == 30 and len(loader.batch_sampler) == 6  # type: ignore[arg-type]
     ahead = list(loader.batch_sampler)
     assert list(loader.sampler) == [i for batch in ahead for i in batch]
-    loader.return_index = True
     assert [indices.tolist() for _, _, indices in loader] == ahead
     assert list(loader.batch_sampler) != ahead  # of the next epoch
     loader.sampler.set_epoch(0)  # type: ignore[attr-defined]
@@ -106,14 +114,14 @@ def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
         ({"sampler": [1], "shuffle": True}, "sampler decides the order"),
         ({"batch_sampler": [[1]], "batch_size": 2}, "batch_sampler decides the batches"),
         ({"batch_sampler": [[1]], "drop_last": True}, "batch_sampler decides the batches"),
-        ({"sampler": [1], "rank": 0, "world_size": 1}, "rank and world_size cut the loader's own order"),
-        ({"rank": 1}, "rank and world_size go together"),
+        ({"sampler": [1], "rank": 0, "world_size": 1}, "rank and world_size divide the loader's own order"),
+        ({"rank": 1}, "rank and world_size must be given together"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size 2\), found 2"),
-        ({"batch_size": None}, "batch_size must be at least 1, found None"),
-        ({"collate_fn": list}, r"collate_fn has no meaning here.*batch_transform"),
+        ({"batch_size": None}, "batch_size must be a whole number, at least 1, found None"),
+        ({"collate_fn": list}, r"collate_fn has no effect here.*batch_transform"),
         (
             {"pin_memory": True},
-            "pin_memory has no meaning here, found True: batches lie on the loader's device already",
+            "pin_memory has no effect here, found True: batches are on the loader's device already",
         ),
         ({"persistent_workers": True}, "threads are always kept"),
         ({"worker_init_fn": print}, "the dataset's seed"),
@@ -179,7 +187,7 @@ def mixup(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
 
 
 def test_a_transform_is_a_function_of_the_step(dataset: DiffuseMixDataset) -> None:
-    options = {"shuffle": True, "batch_transform": mixup, "return_index": True}
+    options = {"shuffle": True, "batch_transform": globally_seeded(mixup), "return_index": True}
     torch.manual_seed(1)
     whole = delivered(iter(loader_of(dataset, **options)))
     first = loader_of(dataset, **options)
@@ -200,7 +208,7 @@ def test_a_transform_is_a_function_of_the_step(dataset: DiffuseMixDataset) -> No
 
 
 def test_what_a_transform_gives_is_checked(dataset: DiffuseMixDataset) -> None:
-    with pytest.raises(ConfigError, match=r"batch_transform must give \(images, labels\), found Tensor"):
+    with pytest.raises(ConfigError, match=r"batch_transform must return \(images, labels\), found Tensor"):
         next(iter(loader_of(dataset, batch_transform=lambda images, labels, generator: images)))  # type: ignore[arg-type,return-value]
 
 
@@ -354,7 +362,7 @@ def test_statistics_say_who_waits(
     photos: Path, edits: Path, bank: FractalBank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock()
-    monkeypatch.setattr("dali_diffusemix.loading.loader.time", clock)
+    monkeypatch.setattr("dali_diffusemix.loading.batches.time", clock)
     dataset = DiffuseMixDataset(photos, crop=TrainCrop(64), mix=MixSpec(probability=1), edits=edits, fractals=bank)
     loader = loader_of(dataset)
     assert loader.stats().batches == 0 and loader.stats().bottleneck == "training"

@@ -27,7 +27,7 @@ def content(table: NDArray[np.void]) -> list[bytes]:
 def described(images: list[NDArray[np.uint8] | None]) -> NDArray[np.void]:
     data = np.array([0 if image is None else image.ctypes.data for image in images], dtype=np.uint64)
     shapes = np.array([(0, 0) if image is None else image.shape[:2] for image in images], dtype=np.int32)
-    return piece_table(data, shapes.reshape(-1, 2), np.zeros((len(images), 4)))
+    return piece_table(data, shapes.reshape(-1, 2))
 
 
 @given(

@@ -15,8 +15,9 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderStateMixin
 
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.loading.batches import Batch
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
-from dali_diffusemix.loading.loader import Batch, DiffuseMixLoader
+from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.plan.order import Schedule
 
 # What a second loader that makes the last batch needs of the first.

@@ -13,8 +13,10 @@ from typing import Any, Protocol
 import torch
 
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.loading.batches import Batch
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
-from dali_diffusemix.loading.loader import Batch, DiffuseMixLoader
+from dali_diffusemix.loading.loader import DiffuseMixLoader
+from dali_diffusemix.loading.seeding import globally_seeded
 
 
 class Mixup(Protocol):
@@ -84,7 +86,7 @@ def prepare(loader: DiffuseMixLoader, mixup_fn: Mixup | None = None) -> TimmLoad
     if mixup_fn is not None:
         if loader.batch_transform is not None:
             raise ConfigError("mixup_fn becomes batch_transform, and the loader has one already: leave one of them out")
-        loader.batch_transform = _Mixing(mixup_fn)
+        loader.batch_transform = globally_seeded(_Mixing(mixup_fn))
     return TimmLoader(loader, mixup_fn)
 
 

@@ -152,7 +152,7 @@ class BatchMaker:
         """Begin an epoch: find the GPU, the first time also the way to decode. Raises MissingDependencyError."""
         if self.device.type == "cuda":
             gpu.check_available()
-            if self.device.index is None:
+            if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
         if not self._prepared:
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)

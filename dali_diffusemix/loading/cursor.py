@@ -63,6 +63,9 @@ class Cursor:
         self._next = (0, 0)  # epoch and delivered positions that the next run begins with
         self._newest: Run | None = None  # None: the next run decides, as after `load`
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_newest": None}  # iterators stay behind
+
     @property
     def next_epoch(self) -> int:
         """The epoch of the next `begin`."""

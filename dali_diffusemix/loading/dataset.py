@@ -3,7 +3,6 @@
 Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
 """
 
-import operator
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from dali_diffusemix.fractals.bank import FractalBank
 from dali_diffusemix.images.codec import decode_listed
 from dali_diffusemix.images.reading import IN_STORE
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
+from dali_diffusemix.loading.samplers import from_the_end
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan, Planner
@@ -333,15 +333,6 @@ def _check_kinds(crop: object, mix: object) -> None:
         raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size})")
     if mix is not None and not isinstance(mix, MixSpec):
         raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
-
-
-def from_the_end(indices: Sequence[int] | NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Indices as a list of `count` takes them, (n,): negative ones count from its end. Raises IndexError."""
-    found = np.fromiter(map(operator.index, indices), np.int64, len(indices))
-    wrong = (found < -count) | (found >= count)
-    if wrong.any():
-        raise IndexError(f"index {found[wrong][0]} is out of range for a dataset of {count} samples")
-    return np.where(found < 0, found + count, found)
 
 
 def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:

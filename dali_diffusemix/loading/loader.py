@@ -1,10 +1,8 @@
 """The loader: DataLoader's protocol. `batches` makes the tensors, `cursor` knows the position in the epoch."""
 
-import random
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -33,8 +31,11 @@ _NO_EFFECT: Final[dict[str, tuple[object, str]]] = {
     "in_order": (True, "batches always come in order"),
     "snapshot_every_n_steps": (1, "state_dict() is made when it is called, and costs nothing before"),
 }
-# The order and the batches follow from these, as in DataLoader.
-_FIXED: Final = ("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype")
+# The order, the batches and the threads follow from these.
+_FIXED: Final = (
+    *("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype", "num_workers"),
+    *("decode", "prefetch_factor", "return_index", "visible_parts"),
+)
 
 
 class DiffuseMixLoader:
@@ -382,42 +383,3 @@ def _check_others(others: Mapping[str, object]) -> None:
         neutral, remedy = _NO_EFFECT[name]
         if value != neutral:
             raise ConfigError(f"{name} has no effect here, found {value!r}: {remedy}. Leave it out.")
-
-
-def globally_seeded(transform: BatchTransform) -> BatchTransform:
-    """Wrap a batch transform that draws from the global generators of torch, NumPy or Python.
-
-    They are seeded for each call from the transform's generator, thus by (seed, epoch, step, rank), and restored
-    afterwards. Use it for torchvision's and kornia's transforms and timm's Mixup, which take no generator.
-    """
-    return _GloballySeeded(transform)
-
-
-class _GloballySeeded:
-    def __init__(self, transform: BatchTransform) -> None:
-        self._transform = transform
-
-    def __call__(
-        self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        with _seeded(generator.initial_seed(), images.device):
-            return self._transform(images, labels, generator)
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random number generators, and restore them afterwards."""
-    devices = [device] if device.type == "cuda" else []
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices, device_type="cuda"):
-        torch.default_generator.manual_seed(seed)
-        for there in devices:
-            with torch.cuda.device(there):
-                torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)

@@ -55,7 +55,7 @@ class Pieces:
 
     def __len__(self) -> int:
         """Samples."""
-        return self.table.shape[1]
+        return int(self.table.shape[1])
 
     @property
     def windows(self) -> NDArray[np.int32]:

@@ -22,6 +22,7 @@ from dali_diffusemix import (
     MixSpec,
     QuarantineWarning,
     TrainCrop,
+    globally_seeded,
 )
 from dali_diffusemix.loading import auto
 
@@ -307,7 +308,7 @@ def test_resume_and_transforms_on_the_device(photos: Path, edits: Path, bank: Fr
         return images + drawn + torch.rand((), device=images.device), labels
 
     def loader() -> DiffuseMixLoader:
-        return on_gpu(mixed(photos, edits, bank), 8, way, shuffle=True, batch_transform=noisy)
+        return on_gpu(mixed(photos, edits, bank), 8, way, shuffle=True, batch_transform=globally_seeded(noisy))
 
     first = loader()
     batches, states = [], []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from samples import training_set
 
-from dali_diffusemix import DiffuseMixLoader
+from dali_diffusemix import DiffuseMixLoader, globally_seeded
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -42,8 +42,8 @@ def transform(request: pytest.FixtureRequest) -> Any:
     if request.param == "RandomMosaic":  # images alone; the labels stay
         augmentation = pytest.importorskip("kornia.augmentation", reason="kornia is not installed")
         mosaic = augmentation.RandomMosaic(output_size=(24, 24))
-        return lambda images, labels, generator: (mosaic(images), labels)
-    return mixup if request.param == "mixup" else kornias(request.param)
+        return globally_seeded(lambda images, labels, generator: (mosaic(images), labels))
+    return mixup if request.param == "mixup" else globally_seeded(kornias(request.param))
 
 
 def make(data: Path, transform: Any, **options: Any) -> DiffuseMixLoader:
