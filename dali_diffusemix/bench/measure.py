@@ -31,6 +31,7 @@ from dali_diffusemix.errors import DataError, DiffuseMixError
 __all__ = ["MemoryWatch", "cpu_seconds", "interleaved", "machine"]
 
 _SAMPLE_SECONDS: Final = 0.05  # between two readings of memory
+_START: Final = 5  # the uncounted turn, which includes the start, may take so many times as long
 _PACKAGES: Final = (  # whose versions a record has
     *("torch", "numpy", "pillow", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x"),
     *("spdl", "webdataset"),
@@ -282,7 +283,7 @@ def interleaved(
             processes = {name: stack.enter_context(_Process({name: one})) for name, one in factories.items()}
         for turn in range(1 + rounds):
             at_once = begin_together and turn == 0
-            limit = None if patience is None else patience * (5 if turn == 0 else 1)
+            limit = None if patience is None else patience * (_START if turn == 0 else 1)
             if at_once:
                 for name, process in processes.items():
                     process.ask(name, seconds, watched=True)
