@@ -239,7 +239,7 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
 
 def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callable[[int, int], None]) -> None:
     """Cut each class's photographs into overlapping pictures of 250 to 500 pixels a side; the same ones every time."""
-    remove_temporary(root.parent, f"{root.name}.*")
+    remove_temporary(root.parent, root.name)
     done, total = 0, _CUTS * len(photographs)
     with new_folder(root) as folder:
         for name, paths in photographs:

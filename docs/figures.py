@@ -349,41 +349,56 @@ def plan(dataset: DiffuseMixDataset, epoch: int, file: Path) -> None:
     canvas.save(file)
 
 
-# Where things stand in the picture of the house: (left, top, width), title, modules, what they do.
+# The boxes in the picture of the house: (left, top, width), room, modules in it, what they do.
 OFFLINE = (
-    ((0.42, 1.00, 2.0), "photographs", (), "class folders"),
+    ((0.42, 1.00, 2.0), "your photographs", (), "class folders"),
     (
         (3.22, 1.00, 2.6),
-        "generate",
-        ("generate", "engines", "editors", "quality"),
+        "generate/",
+        ("generate.run", "generate.worker", "generate.editors", "generate.engines", "generate.quality"),
         "an engine runs an editor;\nverdicts",
     ),
-    ((6.62, 1.00, 2.36), "edits", ("store", "verify", "report", "export"), "tar shards and their index"),
-    ((0.42, 2.42, 2.0), "catalog", ("catalog", "layouts"), "rows, labels, sizes"),
-    ((3.22, 2.42, 2.6), "pack", ("pack", "store"), "originals in tar shards;\nor the folder as it is"),
-    ((6.62, 2.42, 2.36), "fractals", ("fractals",), "a bank of flames"),
+    (
+        (6.62, 1.00, 2.36),
+        "store/",
+        ("store.layout", "store.writer", "store.readers", "store.mirror"),
+        "edits in tar shards\nand their index",
+    ),
+    ((0.42, 2.42, 2.0), "catalog/", ("catalog.listing", "catalog.table"), "rows, labels, sizes"),
+    ((3.22, 2.42, 2.6), "store/pack", ("store.pack", "images.codec"), "originals in tar shards;\noptional"),
+    ((6.62, 2.42, 2.36), "fractals/", ("fractals.flame", "fractals.bank"), "a bank of flames"),
 )
 ONLINE = (
-    ((0.42, 4.86, 2.0), "plan", ("plan", "philox"), "(seed, epoch, index) to\nrows; what of them is seen"),
+    (
+        (0.42, 4.86, 2.0),
+        "plan/",
+        ("plan.batch", "plan.windows", "base.philox"),
+        "(seed, epoch, index) to\nrows and windows",
+    ),
     (
         (3.22, 4.86, 2.6),
-        "reading, pipeline",
-        ("reading", "pipeline", "decoding", "remote", "workers"),
-        "bytes cut to what is seen;\nDALI decodes",
+        "loading/decoder",
+        ("loading.decoder", "loading.dali", "images.reading"),
+        "reads and decodes the\nwindows, ahead",
     ),
     (
         (6.62, 4.86, 2.36),
-        "mixing",
-        ("mixing", "native", "upload", "gpu"),
+        "mix/",
+        ("mix.call", "mix.pixel", "base.native", "base.gpu"),
         "one call from pieces to\nthe tensor: CPU or GPU",
     ),
     (
         (0.42, 6.34, 2.0),
-        "dataset",
-        ("dataset", "quarantine", "pixels"),
-        "all that decides a sample;\nDataLoader: Pillow",
+        "loading/dataset",
+        ("loading.dataset", "loading.quarantine"),
+        "everything that decides\na sample",
     ),
-    ((3.22, 6.34, 2.6), "loader", ("loader", "samplers"), "order, ranks, resume,\nreading ahead"),
+    (
+        (3.22, 6.34, 2.6),
+        "loading/loader",
+        ("loading.loader", "loading.batches", "loading.cursor", "loading.samplers"),
+        "order, ranks, resuming,\nprefetching",
+    ),
     ((6.62, 6.34, 2.36), "your training loop", (), "images, labels"),
 )
 
@@ -402,7 +417,11 @@ def house(file: Path) -> None:
             )
             canvas.back.add_patch(box)
             canvas.text(left + width / 2, top + 0.22, title, 11, INK, weight="bold")
-            others = ", ".join(name for name in modules if name not in title)
+            others = ", ".join(
+                name.split(".")[1] if title.startswith(name.split(".")[0]) else name.replace(".", "/")
+                for name in modules
+                if name.replace(".", "/") != title
+            )
             canvas.text(left + width / 2, top + 0.62, what, 8.6, MUTED)
             if others:
                 canvas.text(left + width / 2, top + 0.92, others, 7.6, colour, style="italic")

@@ -528,9 +528,9 @@ def test_a_cache_that_cannot_be_written_costs_no_run(
     monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(put(tmp_path / "file")))
     with caplog.at_level(logging.WARNING):
         catalog = index(root)
-    assert "listed again next time" in caplog.text and "DALI_DIFFUSEMIX_CACHE names that of the cache" in caplog.text
+    assert "listed again next time" in caplog.text and "DALI_DIFFUSEMIX_CACHE sets the cache folder" in caplog.text
     assert rows(pickle.loads(pickle.dumps(catalog))) == rows(catalog)
-    with pytest.raises(CatalogError, match="cannot be written"):  # a place that was asked for
+    with pytest.raises(CatalogError, match="cannot be written"):  # a given location
         index(root, location=tmp_path / "file" / "catalog")
 
 
@@ -586,7 +586,7 @@ def test_an_opened_catalog_is_pickled_as_its_location(tmp_path: Path, monkeypatc
     assert rows(again) == rows(catalog)
     assert all(mapped(one.labels) and mapped(one.path_bytes) for one in (catalog, again))
     some(5000, seed=1).save(tmp_path / "here")
-    with pytest.raises(CatalogError, match="made anew while another process"):
+    with pytest.raises(CatalogError, match="replaced while another process"):
         pickle.loads(data)
     assert len(list(catalog.paths)) == 5000  # what was mapped stays
 
@@ -742,7 +742,7 @@ def test_a_list_of_files_is_read_below_its_root(root: Path, caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"labels": [0, 2]}, r"labels must lie in 0\.\.1, places in classes; found 2"),
+        ({"labels": [0, 2]}, r"labels must lie in 0\.\.1, indices into classes; found 2"),
         ({"labels": [0, -1]}, "labels must lie between 0 and 2147483647, found -1 to 0"),
         ({"labels": [0, 2**40]}, "labels must lie between"),
         ({"labels": [0.0, 1.0]}, "labels must be integers, found float64"),

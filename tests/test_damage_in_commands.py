@@ -117,14 +117,14 @@ def test_what_was_not_packed_is_an_unreadable_original(
         summary = generate(packed, edits, GenerateConfig(prompts=("autumn", "snowy"), size=64))
     assert summary.verdicts["unreadable original"] == 2
     catalog = EditStore.open(edits).catalog
-    ordered = OriginalStore.open(packed).in_order_of(catalog)
+    ordered = OriginalStore.open(packed).reindexed(catalog)
     missing = list(catalog.paths).index("c1/3.jpg")
     assert isinstance(ordered.extents(np.array([missing]))[0], DecodeError)
     with pytest.raises(DecodeError, match=r"'c1/3\.jpg' was left out when this store was packed"):
         ordered.encoded(missing)
     (root / "c0" / "new.jpg").write_bytes(encoded(photograph(9, 120, 160)))
     with pytest.raises(StoreError, match=r"lacks 1 of the \d originals asked for \(for one 'c0/new.jpg'\)"):
-        OriginalStore.open(packed).in_order_of(index(root, refresh=True))
+        OriginalStore.open(packed).reindexed(index(root, refresh=True))
 
 
 def run(*arguments: object) -> str:

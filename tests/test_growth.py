@@ -210,7 +210,7 @@ def test_parts_share_all_shards_and_overlap_only_where_their_locks_do(shards: in
     for one in parts[0]:
         for other in parts[1]:
             if set(segment.numbers(one)) & set(segment.numbers(other)):
-                ours, theirs = one.stretch(2**40), other.stretch(2**40)
+                ours, theirs = one.share(2**40), other.share(2**40)
                 assert max(ours.start, theirs.start) < min(ours.stop, theirs.stop)
 
 

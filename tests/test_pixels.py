@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.images.codec import FORMATS, _PillowHere, decode, decode_listed
+from dali_diffusemix.images.codec import _PillowHere, decode, decode_listed
+from dali_diffusemix.images.formats import FORMATS
 from dali_diffusemix.images.reading import read
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

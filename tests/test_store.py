@@ -407,8 +407,8 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     build(tmp_path, originals(10))
     before = content(tmp_path)
-    for name in (".store.json.1f.tmp", "catalog/.labels.npy.1f.tmp", "shards/.edits-000001.tar.1f.tmp"):
-        (tmp_path / name).write_bytes(b"half")
+    for name in (".store.json.{}.tmp", "catalog/.labels.npy.{}.tmp", "shards/.edits-000001.tar.{}.tmp"):
+        (tmp_path / name.format("0123abcd")).write_bytes(b"half")
     build(tmp_path, originals(10))
     assert content(tmp_path) == before
 
@@ -566,7 +566,7 @@ def test_other_originals_are_refused_with_the_difference(tmp_path: Path) -> None
         pass
     others = catalog_of([f"all/{row}.jpg".encode() for row in range(2, 13)])
     with pytest.raises(StoreError, match=r"of the 11 given it lacks 3 \(for one 'all/10.jpg'\)"):
-        EditStore.open(tmp_path).in_order_of(others)
+        EditStore.open(tmp_path).reindexed(others)
 
 
 @pytest.mark.parametrize("rows", [[*reversed(range(10))], [7, 2, 3], [0]], ids=str)
@@ -574,8 +574,8 @@ def test_edits_are_paired_with_originals_by_path(tmp_path: Path, rows: list[int]
     """Some of the store's originals, in any order, keep their edits; pickled, too."""
     build(tmp_path, originals(10))
     store = EditStore.open(tmp_path)
-    assert store.in_order_of(originals(10)) is store
-    some = store.in_order_of(catalog_of([f"all/{row}.jpg".encode() for row in rows]))
+    assert store.reindexed(originals(10)) is store
+    some = store.reindexed(catalog_of([f"all/{row}.jpg".encode() for row in rows]))
     for ordered in (some, pickle.loads(pickle.dumps(some))):
         assert ordered.starts[-1] == len(ordered)
         for place, row in enumerate(rows):

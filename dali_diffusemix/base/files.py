@@ -63,14 +63,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def remove_temporary(folder: Path, names: str = "*", *, seconds: float = 0) -> None:
-    """Remove what killed processes left of files and folders called `names` (a pattern) in a folder, if it is that old.
+    """Remove the temporary files and folders of `names` (a pattern) that killed processes left, if they are that old.
 
-    Younger files may belong to a running process, unless a lock excludes that.
+    Younger ones may belong to a running process, unless a lock excludes that.
     """
-    for temporary in folder.glob(f".{names}.tmp"):
-        with suppress(FileNotFoundError):  # another process was faster
+    for temporary in folder.glob(f".{names}.{'[0-9a-f]' * 8}.tmp"):
+        with suppress(OSError):  # another process was faster, or it stays: it harms nobody
             if time.time() - temporary.stat().st_mtime >= seconds:
                 shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def file_size(file: Path) -> int | None:
+    """Bytes of a file; None if there is none."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return None
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,6 +1,6 @@
-"""The catalog: which originals there are, in which order, of which class and size.
+"""The catalog: a list of the originals with class and size, made once from their headers.
 
-index("data/train")                      list a folder once, keep the result, open it ever after
+index("data/train")                      list a folder once and keep the result; later calls open it
 Catalog.from_arrays(paths, labels, ...)  any other layout (lists of files, CUB, several folders)
 read_layout("cub", "CUB_200_2011")       published datasets as they are unpacked
 """

@@ -1,4 +1,4 @@
-"""Published datasets as they are when unpacked: the images of a split, with their classes.
+"""Published datasets as they are unpacked: the images of a split, with their classes.
 
     root, catalog = read_layout("cub", "data/CUB_200_2011", "train")
     dataset = DiffuseMixDataset(root, catalog=catalog, crop=TrainCrop(224))
@@ -14,7 +14,7 @@
     aircraft        train val test      data/images/, data/variants.txt, data/images_variant_{train,val,test}.txt
     cub             train test          images/, images.txt, image_class_labels.txt, train_test_split.txt, classes.txt
 
-Splits may be joined: "train+val". Whatever lists name must be there, and lists must agree with each other. Reading a
+Splits may be joined: "train+val". Files that lists name must exist, and lists must agree with each other. Reading a
 pickle executes nothing.
 """
 
@@ -35,8 +35,6 @@ from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog, default_location
 from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
 
-__all__ = ["LAYOUTS", "Split", "read_layout"]
-
 
 class Split(NamedTuple):
     """Images of a dataset."""
@@ -47,7 +45,7 @@ class Split(NamedTuple):
 
 @dataclass(frozen=True)
 class _Listed:
-    """The images that lists name, in their order."""
+    """The images that lists name, in order."""
 
     paths: list[str]  # relative to the root, POSIX
     labels: list[int]
@@ -84,7 +82,7 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
     lists = [_READERS[layout](folder, part) for part in parts]
     classes = lists[0].classes
     for one, part in zip(lists, parts, strict=True):
-        if outside := [place for place, label in enumerate(one.labels) if not 0 <= label < len(classes)]:
+        if outside := [i for i, label in enumerate(one.labels) if not 0 <= label < len(classes)]:
             raise CatalogError(
                 f"{str(folder)!r}: labels of {part} must lie in the {len(classes)} classes, found number "
                 f"{one.labels[outside[0]]} (counted from 0) for {one.paths[outside[0]]!r}; the lists are damaged or of "
@@ -96,7 +94,7 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
 
 
 def _catalog(root: Path, key: str, paths: list[str], labels: list[int], classes: list[str]) -> Catalog:
-    """The catalog of listed files; sizes are read once and kept, as `index` keeps those of a folder."""
+    """The catalog of listed files; their sizes are read once and saved, as `index` does for a folder."""
     if not paths:
         raise CatalogError(
             f"{str(root)!r}: the lists name no images for {key}; they are damaged or of another version."
@@ -108,7 +106,7 @@ def _catalog(root: Path, key: str, paths: list[str], labels: list[int], classes:
         if same:
             return known
     except CatalogError:
-        pass  # not there yet, or damaged: it is made again
+        pass  # missing or damaged: it is made again
     missing = [path for path in paths if not (root / path).is_file()]
     if missing:
         raise CatalogError(
@@ -146,7 +144,7 @@ def _folder(root: Path, layout: str, parts: Sequence[str]) -> Split:
             odd = sorted(set(classes) ^ set(catalog.classes))
             raise CatalogError(
                 f"{str(root)!r}: the classes of {part}/ must be those of train/, found {len(catalog.classes)} and "
-                f"{len(classes)}, {odd[0]!r} in one of them alone; a folder is missing or too much."
+                f"{len(classes)}, {odd[0]!r} in one of them alone; a folder is missing or unexpected."
             )
     if len(parts) == 1:
         return Split(root / parts[0], splits[parts[0]])
@@ -177,7 +175,7 @@ def _not_the_layout(root: Path, name: str, layout: str) -> CatalogError:
 
 
 def _fields(root: Path, name: str, layout: str, count: int, *, separator: str | None = None) -> Iterator[list[str]]:
-    """The lines of a list, cut into so many fields; the last one may contain spaces."""
+    """The lines of a list, split into `count` fields; the last one may contain spaces."""
     for number, line in enumerate(_lines(root, name, layout), 1):
         fields = line.strip().split(separator, count - 1)
         if len(fields) != count:
@@ -259,7 +257,9 @@ def _matlab(file: Path, variable: str, root: Path, layout: str) -> NDArray[Any]:
         from scipy.io import loadmat
         from scipy.io.matlab import MatReadError
     except ImportError as error:
-        raise MissingDependencyError(f"layout {layout!r} reads .mat files with SciPy: pip install scipy") from error
+        raise MissingDependencyError(
+            f"layout {layout!r} reads .mat files with SciPy; run `pip install scipy`."
+        ) from error
     if not file.is_file():
         raise _not_the_layout(root, str(file.relative_to(root)), layout)
     try:
@@ -308,7 +308,7 @@ _SIDE: Final = 32
 
 
 class _Array:
-    """What stands for a NumPy array in a pickle: its fields, of which nothing is made on reading."""
+    """A NumPy array in a pickle: its fields, from which reading makes nothing."""
 
     state: tuple[Any, ...] = ()
 
@@ -319,7 +319,7 @@ class _Array:
         self.state = state
 
     def bytes(self, expected: tuple[int, ...]) -> NDArray[np.uint8]:
-        """The array, which must be uint8 and of this shape. Raises ValueError, TypeError, AttributeError."""
+        """The array if it is uint8 of this shape. Raises ValueError, TypeError, AttributeError."""
         _, shape, dtype, fortran, content = self.state
         if tuple(shape) != expected or dtype.kind != "u1" or fortran:
             raise ValueError(f"data must be uint8 of shape {expected}, found {dtype.kind!r} of shape {shape}")
@@ -336,7 +336,7 @@ class _Dtype:
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes in old pickles."""
+    """Bytes as Python 3 writes them in old pickles."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"text in {encoding!r}")
     return text.encode("latin1")
@@ -368,7 +368,7 @@ def _unpickled(root: Path, name: str) -> dict[str, Any]:
     try:
         found = _Unpickler(io.BytesIO(content), encoding="latin1").load()
         return {key.decode() if isinstance(key, bytes) else str(key): value for key, value in found.items()}
-    except Exception as error:  # a damaged pickle raises whatever its bytes happen to lead to
+    except Exception as error:  # a damaged pickle may raise anything
         raise CatalogError(
             f"{str(file)!r}: must be a file of the Python version of CIFAR-100 ({error}); fetch it again."
         ) from error
@@ -392,7 +392,7 @@ def _cifar100(root: Path, split: str) -> _Listed:
 
 
 def _write_images(root: Path, split: str, names: Sequence[str], images: NDArray[np.uint8]) -> None:
-    """Write all images or none, so that a folder that is there is whole."""
+    """Write all images or none, so that an existing folder is whole."""
     try:
         (root / "png").mkdir(exist_ok=True)
         with new_folder(root / "png" / split) as folder:

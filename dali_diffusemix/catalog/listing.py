@@ -1,9 +1,9 @@
 """Listing: from a folder of images to its catalog.
 
-    index("data/train")                      list a folder once, keep the result, open it ever after
+    index("data/train")     list a folder once and keep the result; later calls open it
 
-A folder is read as `torchvision.datasets.ImageFolder` reads it, root/class/**/image, in the same order. Only
-headers are read, and every visible file is either taken or reported with a reason (`Catalog.rejected`).
+A folder is read as `torchvision.datasets.ImageFolder` reads it, root/class/**/image, in the same order. Only headers
+are read, and every visible file is either taken or reported with a reason (`Catalog.rejected`).
 """
 
 import logging
@@ -18,11 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first, names
-from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning, default_location, is_catalog, read_headers
+from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first_reason, quoted
+from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning, default_location, is_catalog, read_listing
 from dali_diffusemix.errors import CatalogError, ConfigError
 
 _log = logging.getLogger(__name__)
+
+_MOST_LOOKED_FOR = 200_000  # originals
 
 
 def index(
@@ -33,15 +35,15 @@ def index(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Catalog:
-    """The catalog of root/class/**/image: opened if it was made before, else made and kept.
+    """The catalog of root/class/**/image: opened if it exists, else made and saved.
 
-    A file once listed keeps its row, label and size, even if it has vanished since; where the class folders have
-    changed, a StaleCatalogWarning says so. `refresh` lists anew: files still there keep their order and come first, new
-    ones follow in ImageFolder's order, vanished ones leave, all headers are read again.
+    A listed file keeps its row, label and size even if it vanishes; if class folders have changed, a
+    StaleCatalogWarning says so. `refresh` lists the folder again: known files come first in their order, new ones
+    follow in ImageFolder's order, vanished ones are dropped, and all headers are read.
 
-    `location` is the catalog's folder (`default_location` unless given), outside `root`; if the default one cannot be
-    written, a warning is logged and the catalog lives in memory only. `workers` threads read headers; `progress` is
-    called with the files done and the files there are.
+    `location` is the catalog's folder (by default `default_location`), outside `root`; if the default one cannot be
+    written, a warning is logged and the catalog stays in memory. `workers` threads read headers; `progress` is called
+    with the number of files done and of all files.
 
     Raises CatalogError: no such folder, no class folders, folders that are splits (train, val), a class without usable
     image, a damaged catalog, or a given location that cannot be written. ConfigError: a location inside the root.
@@ -78,8 +80,8 @@ def index(
 def list_images(root: str | os.PathLike[str]) -> Listing:
     """The files below root/class, in ImageFolder's order, without opening them.
 
-    Classes are the sorted sub-folders of the root; within one, folders are sorted by path and the files of each by
-    name. Links are followed, but not in circles. Hidden files and folders (a leading dot) are passed over.
+    Classes are the sorted subfolders of the root; in each, folders are sorted by path and their files by name. Links
+    are followed, except in circles. Hidden files and folders (a leading dot) are skipped.
 
     Raises CatalogError if there is no such folder, or no folder in it, or its folders are splits with classes in them.
     """
@@ -114,7 +116,7 @@ def list_images(root: str | os.PathLike[str]) -> Listing:
 
 
 def _scan(folder: Path | str) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
-    """The visible entries of a folder, by name, and which folder it is, by whatever path. Raises OSError."""
+    """The visible entries of a folder, by name, and its device and inode. Raises OSError."""
     with os.scandir(folder) as entries:
         visible = sorted(
             (entry for entry in entries if not entry.name.startswith(".")), key=operator.attrgetter("name")
@@ -124,7 +126,7 @@ def _scan(folder: Path | str) -> tuple[list[os.DirEntry[str]], tuple[int, int]]:
 
 
 def _is(test: Callable[[], bool]) -> bool:
-    """What `DirEntry.is_dir` or `is_file` says; False for a link to itself, or to where we may not look."""
+    """Like `DirEntry.is_dir` or `is_file`, but False on OSError: a link to itself or to a forbidden folder."""
     try:
         return test()
     except OSError:
@@ -179,14 +181,14 @@ def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -
     shared = any(inside[train] & inside[name] for name in splits if name != train)
     if shared or (inside[train] and len(splits) == len(classes)):
         raise CatalogError(
-            f"{str(root)!r}: its folders {names(sorted(splits))} must be classes, but they look like splits of a "
-            f"dataset: {train!r} holds folders of its own ({names(sorted(inside[train]))}). Which is meant? Give one "
+            f"{str(root)!r}: its folders {quoted(sorted(splits))} must be classes, but they look like splits of a "
+            f"dataset: {train!r} holds folders of its own ({quoted(sorted(inside[train]))}). Which is meant? Give one "
             f"of them, as {str(root / train)!r}. If they are classes, list them with Catalog.from_arrays."
         )
 
 
 def _folder_mtimes(root: Path, classes: Iterable[str]) -> dict[str, int]:
-    """When each class folder last changed, in nanoseconds; 0 where that cannot be told."""
+    """Class folder to its mtime, nanoseconds; 0 if it cannot be read."""
     mtimes = {}
     for name in classes:
         try:
@@ -197,7 +199,7 @@ def _folder_mtimes(root: Path, classes: Iterable[str]) -> dict[str, int]:
 
 
 def _warn_if_stale(catalog: Catalog, root: Path) -> None:
-    """One StaleCatalogWarning if class folders came, went or changed. A look at them alone, not at their files."""
+    """Warn once (StaleCatalogWarning) if class folders came, went or changed; their files are not looked at."""
     before = catalog.folder_mtimes
     if not before:
         return
@@ -211,17 +213,17 @@ def _warn_if_stale(catalog: Catalog, root: Path) -> None:
         warnings.warn(
             f"{str(root)!r} has changed since it was indexed ({len(changed)} class folders, {changed[0]!r} first); its "
             f"{len(catalog)} images are those of then. `dali-diffusemix index {shlex.quote(str(root))} --refresh` "
-            "lists it anew.",
+            "lists it again.",
             StaleCatalogWarning,
             stacklevel=3,
         )
 
 
 def warn_of_deleted(catalog: Catalog, root: Path) -> None:
-    """One StaleCatalogWarning if originals of an edit store's catalog are gone from their folder.
+    """Warn once (StaleCatalogWarning) if originals of an edit store's catalog are missing from their folder.
 
-    Looked into are the class folders that changed since they were listed; of a catalog that does not know, all folders.
-    Where that is very much, as after a copy of a large dataset, nothing is.
+    Searches the class folders that changed since they were listed, or all if the catalog has no mtimes; nothing if
+    they hold very many originals, as after a copy of a large dataset.
     """
     before = catalog.folder_mtimes
     rows = np.arange(len(catalog))
@@ -257,26 +259,23 @@ def warn_of_deleted(catalog: Catalog, root: Path) -> None:
         )
 
 
-_MOST_LOOKED_FOR = 200_000  # originals
-
-
 def _read_folder(
     root: Path, previous: Catalog | None, workers: int | None, progress: Callable[[int, int], None] | None
 ) -> Catalog:
-    """List a folder and read its headers; files that `previous` has come first, in its order."""
+    """List a folder and read its headers; files of `previous` come first, in its order."""
     listing = list_images(root)
     if previous is not None:
         rows = {path: row for row, path in enumerate(previous.paths)}
-        order = sorted(range(len(listing.paths)), key=lambda place: rows.get(listing.paths[place], len(rows)))
         paths, labels = listing.paths, listing.labels
-        listing = replace(listing, paths=[paths[place] for place in order], labels=[labels[place] for place in order])
-    catalog = read_headers(root, listing, workers, progress)
+        order = sorted(range(len(paths)), key=lambda i: rows.get(paths[i], len(rows)))
+        listing = replace(listing, paths=[paths[i] for i in order], labels=[labels[i] for i in order])
+    catalog = read_listing(root, listing, workers, progress)
     images = np.bincount(catalog.labels, minlength=len(catalog.classes))
     if not images.all():
         empty = [catalog.classes[label] for label in np.flatnonzero(images == 0)]
         raise CatalogError(
             f"{str(root)!r}: every class folder must hold at least one usable image, but {len(empty)} of "
-            f"{len(images)} hold none: {names(empty)}; remove them or add images. "
-            + first([one for one in catalog.rejected if one.path.split("/")[0] in set(empty)])
+            f"{len(images)} hold none: {quoted(empty)}; remove them or add images. "
+            + first_reason([one for one in catalog.rejected if one.path.split("/")[0] in set(empty)])
         )
     return catalog

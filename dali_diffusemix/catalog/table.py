@@ -1,11 +1,11 @@
-"""The catalog as a table: which originals there are, in which order, of which class and size.
+"""The catalog: a table of the originals, with path, class and size, in memory and on disk.
 
     Catalog.open(folder)                     open what was saved
     Catalog.from_arrays(paths, labels, ...)  any layout (lists of files, CUB, several folders)
 
-On disk a catalog is a folder: `catalog.json` says what there is and names four plain `.npy` arrays, which are
-memory-mapped: a million rows open in milliseconds, and all processes of a machine share them. An array file is named
-after its content and never changed; the JSON is replaced last, so a crash leaves the previous catalog in force.
+On disk a catalog is a folder: `catalog.json` names four plain `.npy` arrays, which are memory-mapped: a million rows
+open in milliseconds, and all processes of a machine share them. An array file is named after its content and never
+changed; the JSON is replaced last, so after a crash the previous catalog is in force.
 """
 
 import functools
@@ -16,7 +16,6 @@ import logging
 import operator
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -26,8 +25,8 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from dali_diffusemix.base.files import cache_folder, why_damaged
-from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first, names, read_sizes
+from dali_diffusemix.base.files import cache_folder, remove_temporary, why_damaged, write
+from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first_reason, quoted, read_sizes
 from dali_diffusemix.errors import CatalogError, ConfigError
 
 _log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ _log = logging.getLogger(__name__)
 _MAGIC = "dali_diffusemix.catalog"
 _VERSION = 1
 _JSON = "catalog.json"
-# Each is stored in its own file. N rows; little-endian on every machine.
+# Array to its type, one file each. N rows; little-endian on every machine.
 _ARRAYS: dict[str, np.dtype[Any]] = {
     "labels": np.dtype("<i4"),  # (N,)
     "sizes": np.dtype("<i4"),  # (N, 2) height, width
@@ -43,8 +42,7 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
     "path_offsets": np.dtype("<i8"),  # (N + 1,)
 }
 _ARRAY_FILE = re.compile(rf"(?:{'|'.join(_ARRAYS)})-[0-9a-f]{{16}}\.npy")
-_TEMPORARY = re.compile(rf"\.(?:{_ARRAY_FILE.pattern}|catalog\.json)\.[0-9a-f]{{8}}\.tmp")
-# What a killed process left behind is removed after this long; anything younger may belong to a living one.
+# Files that a killed process left are removed after this long; younger ones may belong to a running process.
 _ORPHAN_SECONDS = 3600.0
 
 
@@ -54,7 +52,7 @@ class StaleCatalogWarning(UserWarning):
 
 @dataclass(frozen=True)
 class _Origin:
-    """Where a catalog was opened from. It was checked when it was saved, and is not checked again."""
+    """The folder that a catalog was opened from. Its arrays were checked when they were saved."""
 
     folder: Path
     digest: str  # of catalog.json, which names the arrays by their content
@@ -65,13 +63,13 @@ class _Origin:
 class Catalog:
     """The originals: N rows of relative path, label and size. Immutable; its arrays are read-only.
 
-    A path is bytes, as the file system has it; as `str` it is what `os.fsdecode` makes of it, so that names that are
-    not UTF-8 come back unharmed. A catalog that was opened from disk is pickled as its location.
+    Paths are bytes, as the file system has them; as `str` they are what `os.fsdecode` gives, so names that are not
+    UTF-8 survive. A catalog that was opened from disk is pickled as its folder's path.
 
-    Raises ConfigError where the fields do not agree.
+    Raises ConfigError if the fields disagree.
     """
 
-    classes: tuple[str, ...]  # a label is a place in here
+    classes: tuple[str, ...]  # a label is an index into these
     labels: npt.NDArray[np.int32]  # (N,) int32
     sizes: npt.NDArray[np.int32]  # (N, 2) int32: height, width, as seen after the EXIF orientation
     path_bytes: npt.NDArray[np.uint8]  # (all paths end to end,) uint8
@@ -107,11 +105,11 @@ class Catalog:
     ) -> "Catalog":
         """The catalog of files that are not laid out as root/class/image.
 
-        `paths` are relative to the root, POSIX, without `.` or `..`; `labels` (N,) are places in `classes`; `sizes`
+        `paths` are relative to the root, POSIX, without `.` or `..`; `labels` (N,) are indices into `classes`; `sizes`
         (N, 2) are height and width with the EXIF orientation applied. Without sizes the headers below `root` are read,
         and files that cannot be used are left out, logged and listed in `rejected`.
 
-        Raises ConfigError for arguments that break a rule, CatalogError if no file at all can be used.
+        Raises ConfigError for arguments that break a rule, CatalogError if no file can be used.
         """
         encoded = [path if isinstance(path, bytes) else os.fsencode(path) for path in paths]
         for row, path in enumerate(encoded):
@@ -136,7 +134,7 @@ class Catalog:
         _check_labels(numbers, len(encoded), len(classes))
         names = [os.fsdecode(path) for path in encoded]
         listing = Listing(classes=tuple(classes), paths=names, labels=numbers.tolist(), rejected=[], folder_mtimes={})
-        return read_headers(existing_root(root), listing, workers, progress)
+        return read_listing(existing_root(root), listing, workers, progress)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -150,7 +148,7 @@ class Catalog:
 
         Raises:
             IndexError: There is no such row.
-            CatalogError: The path leads out of the root: somebody has changed the catalog.
+            CatalogError: The path leads out of the root: the catalog was tampered with.
         """
         row = range(len(self))[operator.index(row)]
         path = self.path_bytes[self.path_offsets[row] : self.path_offsets[row + 1]].tobytes()
@@ -158,7 +156,7 @@ class Catalog:
             where = "the catalog" if self._origin is None else str(self._origin.folder)
             raise CatalogError(
                 f"{where!r}: paths must be relative to the root, without empty parts, '.', '..' or NUL; row {row} has "
-                f"{os.fsdecode(path)!r}; do not use what it came with, or list the folder anew."
+                f"{os.fsdecode(path)!r}; do not use what it came with, or list the folder again."
             )
         return path
 
@@ -168,7 +166,7 @@ class Catalog:
 
     @property
     def paths(self) -> Sequence[str]:
-        """All paths, as a view that makes each string when it is asked for."""
+        """All paths, as a view that makes each string on access."""
         return _Paths(self)
 
     def take(self, rows: npt.ArrayLike) -> "Catalog":
@@ -190,9 +188,9 @@ class Catalog:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What is listed, in 64 hexadecimal digits: independent of row order, of mtimes, of sizes and of content.
+        """A hash of the paths and their classes, 64 hexadecimal digits, whatever the order, mtimes, sizes and content.
 
-        SHA-256 over the rows, sorted, joined by NUL; a row is the path, NUL, and the name of its class (UTF-8).
+        SHA-256 over the sorted rows, joined by NUL; a row is the path, NUL, and the name of its class (UTF-8).
         """
         if self._origin is not None:
             return self._origin.fingerprint
@@ -202,12 +200,12 @@ class Catalog:
         return hashlib.sha256(b"\0".join(rows)).hexdigest()
 
     def _encoded(self) -> Iterator[bytes]:
-        """Every path as bytes: a million in well under a second."""
+        """Every path as bytes; a million take well under a second."""
         everything, ends = self.path_bytes.tobytes(), self.path_offsets.tolist()
         return map(everything.__getitem__, map(slice, ends[:-1], ends[1:]))
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the catalog to a folder, in place of the one that may be there.
+        """Write the catalog to a folder, replacing one that is there.
 
         A reader, and a crash at any moment, finds either the old catalog or the new one. Raises CatalogError.
         """
@@ -221,17 +219,17 @@ class Catalog:
                 np.save(content, getattr(self, name).astype(dtype, copy=False), allow_pickle=False)
                 data = content.getbuffer()
                 files[name] = f"{name}-{hashlib.sha256(data).hexdigest()[:16]}.npy"
-                _write(folder / files[name], data)
-            _write(folder / _JSON, self._json(files).encode("ascii"))
+                write(folder / files[name], data)
+            write(folder / _JSON, self._json(files).encode("ascii"))
             _remove_stale(folder, before, keep=files.values())
         except OSError as error:
             raise CatalogError(
                 f"{str(folder)!r}: the catalog cannot be written ({error}); permit writing there, or choose another "
-                "folder (DALI_DIFFUSEMIX_CACHE names that of the cache)."
+                "folder (DALI_DIFFUSEMIX_CACHE sets the cache folder)."
             ) from error
 
     def _json(self, files: Mapping[str, str]) -> str:
-        # Pure ASCII: JSON escapes a lone surrogate (a byte that is not UTF-8) as \udcXX, and gives it back on reading.
+        # Pure ASCII: JSON escapes a lone surrogate (a byte that is not UTF-8) as \udcXX, and restores it on reading.
         return json.dumps(
             {
                 "magic": _MAGIC,
@@ -249,7 +247,7 @@ class Catalog:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Catalog":
-        """The catalog that `save` wrote, memory-mapped. Raises CatalogError."""
+        """Open a catalog that `save` wrote, memory-mapped. Raises CatalogError."""
         folder = Path(folder).absolute()
         text = _read_json(folder)
         try:
@@ -275,7 +273,7 @@ class Catalog:
         if version != _VERSION:
             raise CatalogError(
                 f"{str(file)!r}: 'version' must be {_VERSION}, found {version!r}; use the release of dali_diffusemix "
-                "that wrote it, or list the folder anew with `dali-diffusemix index ROOT --refresh`."
+                "that wrote it, or list the folder again with `dali-diffusemix index ROOT --refresh`."
             )
         try:
             count = int(stored["count"])
@@ -297,14 +295,14 @@ class Catalog:
         if offsets[0] != 0 or offsets[-1] != total:
             found = f"{offsets[0]} and {offsets[-1]}"
             raise _damaged(folder / names["path_offsets"], f"must run from 0 to {total}, found {found}")
-        # Some milliseconds for a million rows. Whoever trusts them later fails far from here.
+        # Some milliseconds for a million rows; without this, code far from here would fail.
         labels, sizes, classes = arrays["labels"], arrays["sizes"], len(fields["classes"])
         if (offsets[1:] < offsets[:-1]).any():
             raise _damaged(folder / names["path_offsets"], "must not go down, but does")
         if count and not 0 <= labels.min() <= labels.max() < classes:
             found = f"{labels.min()} to {labels.max()}"
             raise _damaged(
-                folder / names["labels"], f"must lie in 0 to {classes - 1}, places in classes, found {found}"
+                folder / names["labels"], f"must lie in 0 to {classes - 1}, indices into classes, found {found}"
             )
         if count and sizes.min() < 1:
             raise _damaged(folder / names["sizes"], f"must be 1 or more, found {sizes.min()}")
@@ -318,7 +316,7 @@ class Catalog:
 
 
 def default_location(root: str | os.PathLike[str]) -> Path:
-    """The folder that keeps the catalog of `root` unless another is given.
+    """The default folder for the catalog of `root`.
 
     It is catalogs/HASH in `cache_folder`; HASH is of the root's absolute path with links resolved.
     """
@@ -332,7 +330,7 @@ _IRREGULAR = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|\0")
 
 
 class _Paths(Sequence[str]):
-    """All paths of a catalog, each made when it is asked for."""
+    """All paths of a catalog, each made on access."""
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
@@ -357,14 +355,14 @@ class _Paths(Sequence[str]):
 
 
 def _join(paths: Sequence[bytes]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Paths end to end, (total,) uint8, and where each begins and ends, (N + 1,) int64."""
+    """Paths end to end, (total,) uint8, and their offsets, (N + 1,) int64."""
     offsets = np.zeros(len(paths) + 1, np.int64)
     np.cumsum(np.fromiter(map(len, paths), np.int64, len(paths)), out=offsets[1:])
     return np.frombuffer(b"".join(paths), np.uint8), offsets
 
 
 def _integers(name: str, values: npt.ArrayLike, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-    """The values as contiguous integers of `dtype`, never rounded or wrapped; a copy unless they are that already."""
+    """The values as contiguous integers of `dtype`, never rounded or wrapped; a copy if that is needed."""
     given = np.asarray(values)
     if given.size and given.dtype.kind not in "iu":
         raise ConfigError(f"{name} must be integers, found {given.dtype}.")
@@ -379,7 +377,7 @@ def _check_labels(labels: npt.NDArray[Any], count: int, classes: int) -> None:
     if not count:
         raise ConfigError("paths must name at least one image, found none.")
     if labels.max() >= classes:
-        raise ConfigError(f"labels must lie in 0..{classes - 1}, places in classes; found {labels.max()}.")
+        raise ConfigError(f"labels must lie in 0..{classes - 1}, indices into classes; found {labels.max()}.")
 
 
 def _check(catalog: Catalog) -> None:
@@ -428,26 +426,29 @@ def _reopen(folder: Path, digest: str) -> Catalog:
     catalog = Catalog.open(folder)
     if catalog._origin is None or catalog._origin.digest != digest:
         raise CatalogError(
-            f"{str(folder)!r}: the catalog was made anew while another process was using it; its rows may stand for "
+            f"{str(folder)!r}: the catalog was replaced while another process was using it; its rows may stand for "
             "other images now. Build the dataset again."
         )
     return catalog
 
 
-def read_headers(
+def read_listing(
     root: Path, listing: Listing, workers: int | None, progress: Callable[[int, int], None] | None
 ) -> Catalog:
-    """The files of a listing that can be used; the others are logged and rejected. CatalogError if all are."""
+    """The catalog of a listing: reads the headers, logs and rejects files that cannot be used.
+
+    Raises CatalogError if no file can be used.
+    """
     sizes, verdicts = read_sizes(root, listing.paths, workers, progress)
     rejected = sorted(listing.rejected + verdicts, key=operator.attrgetter("path"))
     usable = sizes[:, 0] > 0
     if not usable.any():
         raise CatalogError(
-            f"{str(root)!r}: there is no usable image of any class ({names(listing.classes)}); "
-            f"expected root/class/image.jpg. {first(rejected)}"
+            f"{str(root)!r}: there is no usable image of any class ({quoted(listing.classes)}); "
+            f"expected root/class/image.jpg. {first_reason(rejected)}"
         )
     if rejected:
-        _log.warning("%r: %s", str(root), first(rejected))
+        _log.warning("%r: %s", str(root), first_reason(rejected))
     taken = [os.fsencode(path) for path, use in zip(listing.paths, usable.tolist(), strict=True) if use]
     path_bytes, path_offsets = _join(taken)
     return Catalog(
@@ -465,10 +466,11 @@ def read_headers(
 
 
 def _damaged(file: Path, what: str) -> CatalogError:
-    return CatalogError(f"{str(file)!r}: {what}; list the folder anew with `dali-diffusemix index ROOT --refresh`.")
+    return CatalogError(f"{str(file)!r}: {what}; list the folder again with `dali-diffusemix index ROOT --refresh`.")
 
 
 def is_catalog(folder: Path) -> bool:
+    """True if a folder has a catalog, whole or damaged."""
     try:
         (folder / _JSON).stat()
     except OSError:
@@ -488,11 +490,11 @@ def _read_json(folder: Path) -> bytes:
 
 
 def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> npt.NDArray[Any]:
-    """Map one array, read-only; its length is free where `shape` is None. Raises CatalogError."""
+    """Map an array, read-only; `shape` None: of any length. Raises CatalogError."""
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # a header is a Python literal, which fails in many ways
-        # NumPy advises to unpickle what it does not know.
+        # NumPy advises to unpickle unknown content.
         why = "it is no array" if "allow_pickle" in str(error) else error
         raise _damaged(file, f"the array is missing or cut short ({why})") from error
     expected = (*array.shape[:1],) if shape is None else shape
@@ -502,40 +504,22 @@ def _map(file: Path, dtype: np.dtype[Any], shape: tuple[int, ...] | None) -> npt
 
 
 def _files_named(folder: Path) -> set[str]:
-    """The array files of the catalog that is there, if there is one that can be read."""
+    """The array files that a folder's catalog names, if it can be read."""
     try:
         return set(map(str, json.loads((folder / _JSON).read_bytes())["arrays"].values()))
     except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return set()
 
 
-def _write(file: Path, data: bytes | memoryview) -> None:
-    """Write a file whole or not at all: beside its place, to the disk, and only then into its place."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # elsewhere a folder cannot be opened, and need not be
-        descriptor = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def _remove_stale(folder: Path, before: set[str], keep: Iterable[str]) -> None:
-    """Remove the arrays of the catalog that was there before, and what processes that were killed have left."""
+    """Remove the arrays of the previous catalog, and what killed processes left."""
     kept = set(keep)
     for file in folder.iterdir():
-        if file.name in kept or not (_ARRAY_FILE.fullmatch(file.name) or _TEMPORARY.fullmatch(file.name)):
+        if file.name in kept or not _ARRAY_FILE.fullmatch(file.name):
             continue
         try:
             if file.name in before or time.time() - file.stat().st_mtime > _ORPHAN_SECONDS:
                 file.unlink()
         except OSError:
-            _log.debug("Not removed: %s", file, exc_info=True)  # somebody else did, or has it mapped (Windows)
+            _log.debug("Not removed: %s", file, exc_info=True)  # another process did, or has it mapped (Windows)
+    remove_temporary(folder, seconds=_ORPHAN_SECONDS)

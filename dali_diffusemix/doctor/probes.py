@@ -272,7 +272,8 @@ def _tried(formats: Sequence[str], decode: Callable[[bytes], object]) -> dict[st
 def _pillow() -> dict[str, Any]:
     from PIL import __version__, features
 
-    from dali_diffusemix.images.codec import FORMATS, decode
+    from dali_diffusemix.images.codec import decode
+    from dali_diffusemix.images.formats import FORMATS
 
     return {
         "version": __version__,

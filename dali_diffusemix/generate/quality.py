@@ -24,8 +24,6 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError, DataError
 
-__all__ = ["Judgement", "Thresholds", "judge"]
-
 _GRID = 32  # cells a side at most
 _NEAR = 0.05  # of black and of white
 _Floats = NDArray[np.float32]

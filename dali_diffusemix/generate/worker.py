@@ -106,7 +106,7 @@ class ShardWorker:
         self._editor: Editor = config.editor_config.load(config.prompts, device=device, batch_size=config.batch_size)
         self._catalog = Catalog.open(store / "catalog")
         packed = OriginalStore.find(root)
-        self._packed = None if packed is None else packed.in_order_of(self._catalog)
+        self._packed = None if packed is None else packed.reindexed(self._catalog)
         # Each processor has an editor of its own; beside a GPU some are free.
         self._threads = 1 if device == "cpu" else 4
         classes = self._catalog.classes

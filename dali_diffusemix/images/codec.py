@@ -1,6 +1,6 @@
-"""Pixels of any supported file: the one place where an image becomes an array by way of Pillow.
+"""The codec: decodes any supported file into RGB pixels with Pillow, and encodes JPEGs.
 
-Every conversion is on purpose: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
+Every conversion is explicit: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
 """
 
 import errno
@@ -21,28 +21,23 @@ from PIL import Image, UnidentifiedImageError
 
 from dali_diffusemix.base import native
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.images.formats import MAX_PIXELS, SUPPORTED, orientation
+from dali_diffusemix.images.formats import FORMATS, MAX_PIXELS, SUPPORTED, orientation
 
-__all__ = ["FORMATS", "RESTARTS", "ImageSource", "decode", "encode", "tile"]
-
-FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
-"""Pillow's names of the formats that are read; PPM is all of PNM."""
-
-# Where nobody handles Pillow's log, Python prints its errors about odd files: in every epoch.
+# Without a handler Python would print Pillow's errors about odd files, in every epoch.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 ImageSource: TypeAlias = bytes | NDArray[np.uint8] | str | os.PathLike[str] | BinaryIO
 """A file's content (as bytes or a (n,) array of them), its path, or the open file."""
 
 RESTARTS: Final = "tiles of at most 64 pixels"
-"""How `encode` sets restart markers, for the settings that a store records."""
+"""The restart markers that `encode` sets, for the settings that a store records."""
 
 MOST_BYTES: Final = 1 << 30
-"""Of a file; what is larger is no image, but takes the memory that reading it takes."""
+"""The largest file that is read; a larger one is hardly an image, and takes memory."""
 
-_UNIT, _TILE = 16, 64  # a JPEG's unit with subsampled colours; the most that a tile is wide: pixels
+_UNIT, _TILE = 16, 64  # pixels: a JPEG's unit with subsampled colours; the widest tile
 
-# EXIF orientation to what makes it upright.
+# EXIF orientation to the transposition that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -55,10 +50,10 @@ _UPRIGHT = {
 
 
 def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
-    """Return a JPEG of an RGB image, (height, width, 3) uint8, out of which `reading.read` can cut.
+    """Return a JPEG of an RGB image, (height, width, 3) uint8, from which `reading.read` can cut a part.
 
-    Colours are subsampled (4:2:0), and restart markers stand between tiles: 16 pixels high and at most 64 wide, as wide
-    as divides the image evenly. Smaller tiles are cut closer, but each costs some bytes.
+    Colours are subsampled (4:2:0). Restart markers separate tiles, 16 pixels high and at most 64 wide: the widest that
+    divide the image evenly. Smaller tiles would be cut closer, but each costs some bytes.
     """
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     units = -(-image.width // _UNIT)
@@ -69,13 +64,13 @@ def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
 
 
 def tile(content: bytes) -> bytes | None:
-    """Divide a JPEG into such tiles without loss: its coefficients stay what they are.
+    """Divide a JPEG into such tiles without loss: its coefficients do not change.
 
-    What programs have written about the picture is left out, but for the kind of its colours.
+    Metadata is dropped, except for the kind of colours.
 
     Returns:
-        The new file; None where that cannot be done: not a JPEG, progressive, damaged, turned by EXIF, or the library
-        was not built.
+        The new file; None if that cannot be done: not a JPEG, progressive, damaged, turned by EXIF, or the library was
+        not built.
     """
     try:
         with _quiet_pillow(), Image.open(io.BytesIO(content)) as image:
@@ -90,8 +85,8 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
     """Return the upright RGB pixels of an image: (height, width, 3) uint8, contiguous, read-only.
 
     The EXIF orientation is applied. Grey of 16 bits becomes floor(value / 257 + ½); colour of 16 bits keeps its high
-    byte. Alpha and transparent palette entries are dropped, as `Image.convert("RGB")` drops them; CMYK goes Pillow's
-    way, without a profile. Of several frames or pages the first counts. `bytes` are content, never a path.
+    byte. Alpha and transparent palette entries are dropped, as by `Image.convert("RGB")`; Pillow converts CMYK, without
+    a profile. Only the first frame or page is read. `bytes` are content, never a path.
 
     Raises:
         DecodeError: The file cannot be read, is none of `FORMATS`, is damaged or cut short, has more than
@@ -101,12 +96,12 @@ def decode(source: ImageSource) -> NDArray[np.uint8]:
 
 
 def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | None = None) -> NDArray[np.uint8]:
-    """Decode an image that must have the (height, width) that it is listed with.
+    """Decode an image whose (height, width) must be those in the catalog.
 
     Args:
         source: The image.
         size: (2,) its upright pixels.
-        remedy: What an error advises; to mend the file unless given.
+        remedy: The remedy in error messages; to repair the file unless given.
 
     Raises:
         DecodeError: As `decode`; or it has another size.
@@ -116,7 +111,7 @@ def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | No
         raise DecodeError(
             f"{_prefix(source)}must have the {size[0]} x {size[1]} pixels that it was listed with, found "
             f"{pixels.shape[0]} x {pixels.shape[1]}; "
-            f"{remedy or 'restore it, or list the folder anew (index --refresh)'}."
+            f"{remedy or 'restore it, or list the folder again (index --refresh)'}."
         )
     return pixels
 
@@ -125,7 +120,7 @@ def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
     try:
         with _quiet_pillow():
             if isinstance(source, str | os.PathLike):
-                # Opening a pipe would wait for somebody to write to it.
+                # Opening a pipe would wait for a writer.
                 with open(source, "rb", opener=_open_at_once) as file:
                     return _pixels(file)
             if isinstance(source, np.ndarray):
@@ -144,7 +139,7 @@ def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
             raise DecodeError(
                 f"{_prefix(source)}cannot be read ({error.strerror}); "
-                f"{remedy or 'restore it, permit reading it, or list the folder anew'}."
+                f"{remedy or 'restore it, permit reading it, or list the folder again'}."
             ) from error
         raise DecodeError(
             f"{_prefix(source)}cannot be decoded ({type(error).__name__}: {error}); "
@@ -160,7 +155,7 @@ def _open_at_once(path: str, flags: int) -> int:
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         what = "it has more than a GiB" if stat.S_ISREG(found.st_mode) else "it is not a file"
-        raise DecodeError(f"cannot be read ({what}); restore it, or list the folder anew.")
+        raise DecodeError(f"cannot be read ({what}); restore it, or list the folder again.")
     return descriptor
 
 
@@ -171,7 +166,7 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
             raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
         if image.format == "TIFF":
             _quiet_libraries()
-        # Loaded first: that turns a TIFF upright, and finds the EXIF of a PNG that lies behind the pixels.
+        # Loaded first: that turns a TIFF upright, and finds the EXIF behind the pixels of a PNG.
         image.load()
         turn = _UPRIGHT.get(orientation(image))
         upright = image if turn is None else image.transpose(turn)
@@ -179,7 +174,7 @@ def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
             return _eight_bits(np.asarray(upright))
         if upright.mode == "F":
             raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
-        # Pillow warns that a palette's alpha is lost, which is what we want.
+        # Pillow warns that a palette's alpha is lost, which is intended.
         upright.info.pop("transparency", None)
         pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
         pixels.flags.writeable = False
@@ -196,7 +191,7 @@ def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
         raise DecodeError(
             f"has grey values from {low} to {high}, outside the 0 to 65535 of 16 bits; convert it to 8 or 16 bits."
         )
-    # The same as floor(value / 257 + ½), in integers.
+    # floor(value / 257 + ½), in integers.
     narrow = ((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)
     pixels = np.repeat(narrow[..., None], 3, axis=2)
     pixels.flags.writeable = False
@@ -204,7 +199,7 @@ def _eight_bits(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
 
 
 def _prefix(source: ImageSource) -> str:
-    """How an error begins: with the name of the file. Of bytes in memory, the caller alone knows whose they are."""
+    """The beginning of an error message: the file's name. Only the caller knows the name of bytes in memory."""
     if isinstance(source, bytes | np.ndarray):
         return ""
     name = os.fspath(source) if isinstance(source, str | os.PathLike) else getattr(source, "name", source)
@@ -213,11 +208,11 @@ def _prefix(source: ImageSource) -> str:
 
 # Warnings of Pillow's ------------------------------------------------------------------------------------------------
 
-_quiet = threading.local()  # depth: how often this thread is in `_quiet_pillow`
+_quiet = threading.local()  # depth: how many times this thread is in `_quiet_pillow`
 
 
 class _PillowHere:
-    """In place of a filter's pattern of a module: Pillow's, in threads that are to be quiet."""
+    """A filter's pattern of modules that matches Pillow's in threads that are to be quiet."""
 
     def match(self, module: str) -> bool:
         return getattr(_quiet, "depth", 0) > 0 and module.startswith("PIL.")
@@ -228,10 +223,10 @@ _FILTER: Final = ("ignore", None, Warning, _PillowHere(), 0)
 
 @contextmanager
 def _quiet_pillow() -> Iterator[None]:
-    """Silence what Pillow warns of (odd EXIF, many pixels): either harmless or a DecodeError here.
+    """Silence Pillow's warnings (odd EXIF, many pixels): they are either harmless or a DecodeError here.
 
-    Filters belong to the process, and putting them back in a thread would undo what others have set meanwhile. So there
-    is one that stays and only looks at what its own thread does; whoever resets filters resets it too, until here.
+    Filters are process-wide, and restoring them in one thread would undo changes of another. So one filter stays
+    installed and matches only in threads that are in here; if somebody resets the filters, it is inserted again.
     """
     filters: list[Any] = warnings.filters  # type: ignore[assignment]
     if filters[:1] != [_FILTER]:

@@ -1,7 +1,4 @@
-"""Formats: what a file is, its size and its orientation, from its first bytes alone.
-
-Only headers are read. A file that cannot be used gets a reason: the rule, the value found and the remedy.
-"""
+"""Formats that are read, and what the header of a file tells: format, size, orientation, or why it cannot be used."""
 
 import re
 import struct
@@ -10,20 +7,23 @@ from typing import BinaryIO
 
 from PIL import ExifTags, Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "PPM", "WEBP")
+"""Pillow's names of the formats that are read; PPM is all of PNM."""
+SUPPORTED = "JPEG, PNG, BMP, TIFF, PNM and WebP"
+"""The same for messages."""
 MAX_PIXELS = 89_478_485
 """Images of more pixels are rejected. It is Pillow's own limit, above which it warns of a decompression bomb."""
-SUPPORTED = "JPEG, PNG, BMP, TIFF, PNM and WebP"
 # Beyond all metadata of 98 % of photographs (ImageNet), and little enough to fetch over a network.
 _HEADER_BYTES = 16384
-_START_BYTES = 4096  # that tell what a file is
+_START_BYTES = 4096  # enough to tell a format
 
 
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; from 5 on the sides are swapped.
 
-    Only EXIF in its own place counts (APP1, eXIf, the TIFF's tags): what DALI's decoders read. `exif_transpose` also
-    looks into XMP and into a PNG's text, which they do not. EXIF that cannot be parsed counts as none: the pixels are
-    as good as ever. Pillow applies a TIFF's when it loads the pixels, and finds a PNG's behind the pixels only then.
+    Only EXIF in APP1, eXIf and a TIFF's tags counts, as for DALI's decoders. `exif_transpose` also looks into XMP and
+    into a PNG's text. EXIF that cannot be parsed counts as none: the pixels are good. When Pillow loads the pixels, it
+    applies the orientation of a TIFF, and finds the EXIF behind the pixels of a PNG.
     """
     try:
         if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -37,15 +37,12 @@ def orientation(image: Image.Image) -> int:
     return int(value) if value in range(1, 9) else 1
 
 
-# Headers --------------------------------------------------------------------------------------------------------------
-
-
 class _Unusable(Exception):
     """The reason why a file cannot be used, as a sentence."""
 
 
 def read_size(path: str) -> tuple[int, int] | str:
-    """Height and width as seen after the EXIF orientation, from the header alone; else the reason why not."""
+    """Height and width after the EXIF orientation, from the header alone; or the reason why the file is unusable."""
     try:
         with Path(path).open("rb", buffering=_HEADER_BYTES) as file:
             return _measure(file)
@@ -86,7 +83,7 @@ def _measure(file: BinaryIO) -> tuple[int, int]:
     except UnidentifiedImageError as error:
         raise _Unusable(f"Its {name} header cannot be read; the file is damaged or cut short.") from error
     except ValueError as error:
-        # Pillow's protection against text that is a decompression bomb; the picture may be as good as any.
+        # Pillow's protection against text that is a decompression bomb; the picture may be good.
         if name == "PNG" and "MAX_TEXT" in str(error):
             raise _Unusable(
                 "unsupported: the text stored in this PNG (a workflow or a prompt, for instance) is larger than "
@@ -102,7 +99,7 @@ def _damaged_header(name: str, error: Exception) -> str:
 
 
 def format_of(start: bytes) -> str | None:
-    """Pillow's name for the format of a file that begins so. The ending of its name plays no part."""
+    """Pillow's name for the format of a file that begins like this; the name's ending does not matter."""
     if start.startswith(b"\xff\xd8\xff"):
         return "JPEG"
     if start.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -118,7 +115,7 @@ def format_of(start: bytes) -> str | None:
     return None
 
 
-# What is met in the place of images, by its beginning.
+# Beginnings of files that are found among images, and what they are.
 _OTHERS = (
     (rb"GIF8", "a GIF"),
     (rb"....ftyp(?:avif|avis)", "an AVIF image"),
@@ -141,7 +138,7 @@ _ANSWER = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:<\?xml|<Error\b|\{)", re.IGNORECA
 
 
 def _no_image(start: bytes) -> str:
-    """Why a file that begins so is none of the formats that are read."""
+    """The reason why a file that begins like this cannot be read."""
     if start.startswith(b"version https://git-lfs.github.com/"):
         return "It is a Git LFS pointer, not the image itself; run `git lfs pull` in its repository."
     if b"/annex/objects/" in start:
@@ -156,7 +153,7 @@ def _no_image(start: bytes) -> str:
     return f"unsupported: it begins with {start[:12]!r}; supported are {SUPPORTED}; convert it."
 
 
-# Frames of a JPEG that decoders do not read: lossless, differential, hierarchical.
+# JPEG frames that the decoders do not read.
 _RARE_FRAMES = {
     0xC3: "lossless",
     0xC5: "hierarchical",
@@ -167,13 +164,11 @@ _RARE_FRAMES = {
     0xCE: "hierarchical",
     0xCF: "lossless",
 }
-
-
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 
 
 def _unsupported_frame(start: bytes, file: BinaryIO) -> str | None:
-    """What no decoder here reads of a JPEG that begins so, as a sentence; None where that is not why."""
+    """The reason why no decoder here reads a JPEG that begins like this; None if there is none."""
     frame = _frame(start, file)
     if frame is None:
         return None
@@ -186,35 +181,35 @@ def _unsupported_frame(start: bytes, file: BinaryIO) -> str | None:
 
 
 def _frame(start: bytes, file: BinaryIO) -> tuple[int, int] | None:
-    """A JPEG's frame marker, without its FF, and the bits of a value; None where there is none."""
-    here, base, place = start, 0, 2  # a stretch of the file, where it begins, and where a marker is
+    """A JPEG's frame marker, without its FF, and the bits per value; None if it has none."""
+    window, base, offset = start, 0, 2  # bytes of the file, their offset, and that of the marker
     while True:
-        at = place - base
-        if at + 5 > len(here):
-            file.seek(place)
-            here, base, at = file.read(64), place, 0
-            if len(here) < 5:
+        at = offset - base
+        if at + 5 > len(window):
+            file.seek(offset)
+            window, base, at = file.read(64), offset, 0
+            if len(window) < 5:
                 return None
-        if here[at] != 0xFF:
+        if window[at] != 0xFF:
             return None
-        kind = here[at + 1]
+        kind = window[at + 1]
         if kind in _FRAMES:
-            return kind, here[at + 4]
+            return kind, window[at + 4]
         if kind == 0xFF:  # a fill byte
-            place += 1
+            offset += 1
         elif kind == 0x01 or 0xD0 <= kind <= 0xD7:  # without a segment
-            place += 2
+            offset += 2
         else:
-            size = here[at + 2] << 8 | here[at + 3]
+            size = window[at + 2] << 8 | window[at + 3]
             if kind == 0xDA or size < 2:
                 return None
-            place += 2 + size
+            offset += 2 + size
 
 
-def _exif_follows(file: BinaryIO, place: int) -> bool:
-    """Whether a PNG has EXIF from `place`, its first pixels, on. exiftool puts it there; Pillow finds it on loading."""
+def _exif_follows(file: BinaryIO, pixels: int) -> bool:
+    """True if a PNG has EXIF behind the offset of its first pixels, where exiftool puts it and `load` finds it."""
     back = file.tell()
-    file.seek(place)
+    file.seek(pixels)
     found = False
     while not found and len(head := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", head)

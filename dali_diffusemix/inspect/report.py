@@ -136,7 +136,7 @@ class _Originals:
         self._edits = edits
         self._root = None if root is None or not Path(root).is_dir() else Path(root)
         packed = None if self._root is None else OriginalStore.find(self._root)
-        self._packed = None if packed is None else packed.in_order_of(edits.catalog)
+        self._packed = None if packed is None else packed.reindexed(edits.catalog)
 
     @property
     def found(self) -> bool:

@@ -7,7 +7,6 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +14,18 @@ from pathlib import Path
 import numpy as np
 
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.store import NOT_YET, VERDICTS, ShardFiles, UnfinishedStoreWarning, index_is_current, shard_files
+from dali_diffusemix.store import (
+    NOT_YET,
+    VERDICTS,
+    DamagedShard,
+    ShardRecord,
+    UnfinishedStoreWarning,
+    index_is_current,
+    shard_records,
+)
 
 __all__ = ["Problem", "Verification", "verify"]
 
@@ -72,22 +80,22 @@ def verify(
         StoreError: There is no store at all.
     """
     path = Path(path).absolute()
-    shards, count = shard_files(path)
+    shards, count = shard_records(path)
     problems: list[Problem] = []
-    images = size = 0
-    with ThreadPoolExecutor(workers or cpus()) as pool:
-        for done, (shard, found) in enumerate(zip(shards, pool.map(partial(_check, decoding), shards), strict=True)):
+    images = 0
+    with Workers(workers or cpus(), "dali-diffusemix-verify") as pool:
+        for done, found in enumerate(pool.map(partial(_check, decoding), shards), 1):
             problems += found.problems
             images += found.images
-            size += sum(shard.sizes.values())
             if progress is not None:
-                progress(done + 1, len(shards))
+                progress(done, len(shards))
     problems += _check_whole(path)
+    records = [shard for shard in shards if isinstance(shard, ShardRecord)]
     return Verification(
         shards=len(shards),
-        missing=count - len(shards) + sum(bool(shard.verdicts.get(NOT_YET)) for shard in shards),
+        missing=count - len(shards) + sum(bool(record.verdicts[NOT_YET]) for record in records),
         images=images,
-        bytes=size,
+        bytes=sum(sum(record.sizes.values()) for record in records),
         problems=tuple(problems),
     )
 
@@ -95,7 +103,7 @@ def verify(
 def discard(path: str | os.PathLike[str], found: Verification) -> None:
     """Take away what says that damaged shards are finished. Raises StoreError where that is not permitted."""
     path = Path(path).absolute()
-    shards, _ = shard_files(path)
+    shards, _ = shard_records(path)
     for shard in shards:
         if shard.number in found.damaged:
             try:
@@ -110,8 +118,8 @@ class _Found:
     images: int
 
 
-def _check(decoding: bool, shard: ShardFiles) -> _Found:
-    if shard.error is not None:
+def _check(decoding: bool, shard: ShardRecord | DamagedShard) -> _Found:
+    if isinstance(shard, DamagedShard):
         return _Found([Problem(shard=shard.number, file=f"shards/{shard.json.name}", what=shard.error)], 0)
     problems = list(_check_files(shard))
     if problems:
@@ -125,7 +133,7 @@ def _check(decoding: bool, shard: ShardFiles) -> _Found:
         wanted = wanted[wanted["length"] > 0]
         if not len(wanted):
             continue
-        with shard.files[ending].open("rb") as tar:
+        with shard.file(ending).open("rb") as tar:
             for row in wanted:
                 data = os.pread(tar.fileno(), int(row["length"]), int(row["offset"]))
                 if decoding and (what := _undecodable(data, (int(row["height"]), int(row["width"])))):
@@ -137,7 +145,7 @@ def _check(decoding: bool, shard: ShardFiles) -> _Found:
     if len(rows) and rows["verdict"].max() >= len(VERDICTS):
         problems.append(_problem(shard, "npy", f"has verdict {rows['verdict'].max()}, of {len(VERDICTS)}"))
         return _Found(problems, images)
-    verdicts = {VERDICTS[place]: int((rows["verdict"] == place).sum()) for place in np.unique(rows["verdict"]).tolist()}
+    verdicts = {VERDICTS[code]: int((rows["verdict"] == code).sum()) for code in np.unique(rows["verdict"]).tolist()}
     if verdicts != {name: count for name, count in shard.verdicts.items() if count}:
         problems.append(_problem(shard, "npy", f"has verdicts {verdicts}, its .json says {dict(shard.verdicts)}"))
     return _Found(problems, images)
@@ -151,10 +159,10 @@ def _undecodable(data: bytes, size: tuple[int, int]) -> str | None:
     return None if found == size else f"must have {size[0]} x {size[1]} pixels, found {found[0]} x {found[1]}"
 
 
-def _check_files(shard: ShardFiles) -> Iterator[Problem]:
-    for ending, file in shard.files.items():
+def _check_files(shard: ShardRecord) -> Iterator[Problem]:
+    for ending in shard.sizes:
         try:
-            size, digest = _hashed(file)
+            size, digest = _hashed(shard.file(ending))
         except OSError as error:
             yield _problem(shard, ending, f"cannot be read ({error.strerror})")
             continue
@@ -173,9 +181,8 @@ def _hashed(file: Path) -> tuple[int, str]:
     return size, whole.hexdigest()
 
 
-def _problem(shard: ShardFiles, ending: str, what: str) -> Problem:
-    file = shard.files[ending]
-    return Problem(shard=shard.number, file=str(file.relative_to(file.parents[1])), what=what)
+def _problem(shard: ShardRecord, ending: str, what: str) -> Problem:
+    return Problem(shard=shard.number, file=str(shard.file(ending).relative_to(shard.store)), what=what)
 
 
 def _check_whole(path: Path) -> Iterator[Problem]:

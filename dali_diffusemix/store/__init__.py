@@ -1,29 +1,39 @@
-"""Stores: images on disk, made once by processes that may be killed at any moment, read ever after by many.
+"""Stores: images on disk, written once by processes that may be killed at any moment, then read by many.
 
 An edit store holds edits:
 
-    store.json                       what was asked for: settings, prompts, and the work ordered so far ("segments")
+    store.json                       the order: settings, prompts, and the work ordered so far ("segments")
     catalog/                         the originals; a row never shifts
     shards/edits-000000.tar          edits as WebDataset has them, one group for each original
                        .idx          DALI's index of the tar (`wds2idx`, v1.2)
                        .npy          one row for each edit, rejected ones too: `SHARD_ROW`
-                       .json         settings, sizes, hashes, verdicts; written last: a shard without it is not there
+                       .json         settings, sizes, hashes, verdicts; written last: without it a shard does not exist
     index.npy, starts.npy            derived from the shards: the accepted edits, sorted by original, prompt, variant
-    index.json                       of which shards they are derived
+    index.json                       the shards that they are derived from
 
-A segment is a box of work, originals x prompts x variants, cut into shards along the originals. Shards are numbered by
-the segments alone, never by when or where they were made, so that a later run knows which are missing.
+A segment is a box of work, originals x prompts x variants, cut into shards along the originals. The segments alone
+number the shards, whenever and wherever they are made, so a later run knows which are missing.
 
 A packed store holds originals, in shards of the same four files:
 
-    store.json                       settings, and how many originals make a shard
-    listed/                          the catalog of the folder that is packed, whose rows the shards name
+    store.json                       settings, and the number of originals per shard
+    listed/                          the catalog of the packed folder; the shards name its rows
     shards/originals-000000.tar      one member for each original (.idx, .npy: `ORIGINAL_SHARD_ROW`, .json)
-    catalog/                         derived: the originals that were packed, with the sizes that they have here
-    index.npy                        derived: where they lie, a row for each row of catalog/
-    index.json                       of which shards these are derived; written last: without it a store is unfinished
+    catalog/                         derived: the packed originals, with their packed sizes
+    index.npy                        derived: their locations, a row for each row of catalog/
+    index.json                       the shards that these are derived from; written last: without it a store is not
+                                     finished
 
-A store may be read where it lies behind a URL; `remote` then makes a copy of it in a local folder.
+A store at a URL can be read, too; `mirror` copies it into a local folder.
+
+layout     names, tables and JSON of both kinds
+shards     one shard, written and read
+index      one table of all shards
+catalogs   the store's originals and those given
+writer     the run that adds to a store
+readers    EditStore, OriginalStore
+mirror     copies of stores at URLs
+pack       makes packed stores
 """
 
 from dali_diffusemix.store.layout import (
@@ -40,8 +50,9 @@ from dali_diffusemix.store.layout import (
     Shard,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.readers import EditStore, OriginalStore, ShardFiles, index_is_current, shard_files
-from dali_diffusemix.store.writer import BegunShard, OriginalShardWriter, OriginalStoreWriter, ShardWriter, StoreWriter
+from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current, shard_records
+from dali_diffusemix.store.shards import BegunShard, DamagedShard, OriginalShardWriter, ShardRecord, ShardWriter
+from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter
 
 __all__ = [
     "DENIED",
@@ -54,16 +65,17 @@ __all__ = [
     "VERDICTS",
     "WHOLE",
     "BegunShard",
+    "DamagedShard",
     "EditStore",
     "OriginalShardWriter",
     "OriginalStore",
     "OriginalStoreWriter",
     "Part",
     "Shard",
-    "ShardFiles",
+    "ShardRecord",
     "ShardWriter",
     "StoreWriter",
     "UnfinishedStoreWarning",
     "index_is_current",
-    "shard_files",
+    "shard_records",
 ]

@@ -1,55 +1,50 @@
-"""What a store consists of: tables, names, and the JSON that describes it."""
+"""The layout of a store: names, versions, tables, and the JSON files that describe it."""
 
 import hashlib
 import io
 import itertools
 import json
 import math
-import os
 import re
-import secrets
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
-from dali_diffusemix.base.files import why_damaged
+from dali_diffusemix.base.files import why_damaged, write
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
-"""What decides a store's images besides the original, prompt and variant of each."""
+"""All that decides a store's images, besides the original, prompt and variant of each."""
 
 REJECTIONS = ("black", "white", "flat", "not a number", "unchanged", "structure_lost")
-"""Why quality rejects an edit."""
+"""The reasons why quality rejects an edit."""
 
 VERDICTS = ("accepted", "unreadable original", *REJECTIONS, "denied", "not made yet")
-"""What a verdict's number means. Only what was accepted is trained on; what is denied to a class is not made, and what
-is not made yet is left to the next run."""
+"""Verdicts by number. Only accepted edits are trained on. Edits that are denied to a class are not made; those not made
+yet are left to the next run."""
 
 ACCEPTED, UNREADABLE = VERDICTS[:2]
 DENIED, NOT_YET = VERDICTS[-2:]
-# The names that two verdicts had until version 0.1: shards keep the names that they were written with.
-_FORMER = {"too like the original": "unchanged", "too unlike the original": "structure_lost"}
 
 SHARD_ROW = np.dtype(
     [
         ("original", "<i8"),  # row of the store's catalog
-        ("prompt", "<i2"),  # place in the store's prompts
+        ("prompt", "<i2"),  # index into the store's prompts
         ("variant", "<i2"),
         ("seed", "<u8"),
         ("offset", "<i8"),  # of the JPEG in the tar; of one that quality rejected, in the tar under rejected/
         ("length", "<i4"),  # of the JPEG in bytes; 0: there is none
         ("height", "<i4"),
         ("width", "<i4"),
-        ("verdict", "u1"),  # place in VERDICTS
+        ("verdict", "u1"),  # index into VERDICTS
         ("score", "<f4"),  # of the verdict, see `quality`; NaN: none
     ]
 )
@@ -72,12 +67,12 @@ INDEX_ROW = np.dtype(
 
 ORIGINAL_SHARD_ROW = np.dtype(
     [
-        ("original", "<i8"),  # row of the catalog of what was listed
+        ("original", "<i8"),  # row of the catalog of the packed folder
         ("offset", "<i8"),  # of the file in the tar
         ("length", "<i4"),  # of the file in bytes; 0: there is none
         ("height", "<i4"),  # upright
         ("width", "<i4"),
-        ("verdict", "u1"),  # place in VERDICTS
+        ("verdict", "u1"),  # index into VERDICTS
     ]
 )
 """An original in its shard, packed or not."""
@@ -94,27 +89,27 @@ FILES = ("tar", "idx", "npy")
 Sizes: TypeAlias = dict[int, tuple[int, ...]]
 # prompt and variant are int16.
 MOST = 32768
-# The folder of what quality rejected: apart from the shards, so that whoever reads all tars there trains on none of it.
+# The folder of rejected edits: apart from the shards, so that a training that reads all tars there sees none of them.
 REJECTED = "rejected"
 
 
 class UnfinishedStoreWarning(UserWarning):
-    """A store is read of which shards are missing, or whose index is not up to date."""
+    """A store is read whose shards are not all there, or whose index is out of date."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What a store is of; all else of a store is alike."""
+    """File names, magic and row types of one kind of store."""
 
-    images: str  # what it holds, and how its shards' names begin
+    images: str  # what it holds; the names of its shards begin with this
     name: str
     magic: str  # of store.json
-    command: str  # what makes it
-    use: str  # what such a store is good for: the remedy where it is found in the other's place
+    command: str  # makes it
+    use: str  # how it is used: the remedy if it is given as the other kind
     listing: str  # the folder of the catalog whose rows its shards name
     shard_row: np.dtype[Any]
     index_row: np.dtype[Any]
-    tables: tuple[str, ...]  # that index.json vouches for
+    tables: tuple[str, ...]  # files whose hashes are in index.json
 
     def shard(self, number: int) -> str:
         """A shard's name."""
@@ -125,7 +120,8 @@ class Kind:
         return f"{self.shard(number)}.{ending}"
 
     def damaged(self, file: Path, what: str) -> StoreError:
-        return StoreError(f"{str(file)!r}: {what}; run `{self.command}` again, which makes it anew.")
+        """The error for a file that can be made again."""
+        return StoreError(f"{str(file)!r}: {what}; run `{self.command}` again to replace it.")
 
 
 EDITS = Kind(
@@ -153,38 +149,30 @@ ORIGINALS = Kind(
 
 
 def rejected_tar(store: Path, number: int) -> Path:
-    """Where a shard's edits are that quality rejected."""
+    """The tar of a shard's rejected edits."""
     return store / REJECTED / EDITS.file(number, "tar")
 
 
-def file_size(file: Path) -> int | None:
-    """Bytes; None: there is no such file."""
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-# What was asked for --------------------------------------------------------------------------------------------------
+# store.json -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A unit of work, of retry and of storage: some originals, each under every one of some prompts."""
+    """A unit of work, of retry and of storage: all edits of some originals under some prompts."""
 
     number: int
     rows: range  # of the catalog
-    prompts: tuple[int, ...]  # places in the store's prompts
+    prompts: tuple[int, ...]  # indices into the store's prompts
     variants: range
 
     def __len__(self) -> int:
-        """How many edits it has."""
+        """The number of its edits."""
         return len(self.rows) * len(self.prompts) * len(self.variants)
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one of several runs that share a store's work makes: of each segment's shards an equal stretch.
+    """Part `number` of `count` of a store's work: an equal share of consecutive shards of each segment.
 
     Raises ConfigError unless 1 ≤ number ≤ count.
     """
@@ -206,8 +194,8 @@ class Part:
             raise ConfigError(f"part must be i/n, such as 1/8, found {text!r}.")
         return cls(int(match[1]), int(match[2]))
 
-    def stretch(self, length: int) -> range:
-        """Its share of `length` places. Parts whose shares overlap, of whatever counts, may share shards."""
+    def share(self, length: int) -> range:
+        """Its share of `length` items. Parts whose shares overlap, whatever their counts, may share shards."""
         return range(length * (self.number - 1) // self.count, length * self.number // self.count)
 
 
@@ -216,7 +204,7 @@ WHOLE = Part()
 
 @dataclass(frozen=True, kw_only=True)
 class Segment:
-    """Work that was ordered at once."""
+    """A box of work that was ordered at once: originals x prompts x variants, cut into shards along the originals."""
 
     rows: range
     prompts: tuple[int, ...]
@@ -228,15 +216,15 @@ class Segment:
     def shard_count(self) -> int:
         return math.ceil(len(self.rows) / self.originals_per_shard)
 
-    def numbers(self, part: "Part") -> range:
-        """The shards that belong to a part. More segments change nothing of it."""
-        share = part.stretch(self.shard_count)
+    def numbers(self, part: Part) -> range:
+        """The shards of a part. They do not change when segments are added."""
+        share = part.share(self.shard_count)
         return range(self.first_shard, self.first_shard + self.shard_count)[share.start : share.stop]
 
     def shards(self) -> Iterator[Shard]:
-        for place in range(self.shard_count):
-            rows = self.rows[place * self.originals_per_shard : (place + 1) * self.originals_per_shard]
-            yield Shard(number=self.first_shard + place, rows=rows, prompts=self.prompts, variants=self.variants)
+        for index in range(self.shard_count):
+            rows = self.rows[index * self.originals_per_shard : (index + 1) * self.originals_per_shard]
+            yield Shard(number=self.first_shard + index, rows=rows, prompts=self.prompts, variants=self.variants)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -265,9 +253,9 @@ class Header:
     settings: Settings
     prompts: tuple[str, ...]
     segments: tuple[Segment, ...]
-    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of the classes whose originals it is not for
+    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes whose originals it is not applied to
     fingerprint: str  # of the catalog
-    growing: str | None = None  # fingerprint of the catalog that is taking its place
+    growing: str | None = None  # fingerprint of the catalog that is replacing it
 
     @property
     def shard_count(self) -> int:
@@ -279,11 +267,11 @@ class Header:
 
     @cached_property
     def slugs(self) -> tuple[str, ...]:
-        """The prompts as parts of file names: all different, and the same ever after, whatever prompts follow."""
+        """The prompts as parts of file names: all different, and unchanged when prompts are added."""
         slugs: list[str] = []
-        for place, prompt in enumerate(self.prompts):
+        for index, prompt in enumerate(self.prompts):
             slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:64]
-            slugs.append(slug if slug and slug not in slugs else f"{slug or 'prompt'}--{place}")
+            slugs.append(slug if slug and slug not in slugs else f"{slug or 'prompt'}--{index}")
         return tuple(slugs)
 
     def extended(
@@ -294,30 +282,30 @@ class Header:
         originals_per_shard: int,
         denied: Mapping[str, Sequence[str]],
     ) -> "Header":
-        """With the work that is still to be ordered until all rows have these variants of these prompts."""
+        """The header with the segments added that are missing until all rows have these variants of these prompts."""
         known = (*self.prompts, *(prompt for prompt in prompts if prompt not in self.prompts))
-        places = sorted(known.index(prompt) for prompt in prompts)
+        wanted = sorted(known.index(prompt) for prompt in prompts)
         segments = list(self.segments)
         bounds = {0, rows} | {bound for segment in segments for bound in (segment.rows.start, segment.rows.stop)}
         for start, stop in itertools.pairwise(sorted(bounds)):
             # Between two bounds every row has the same variants of a prompt, counted from 0.
-            ordered = dict.fromkeys(places, 0)
+            ordered = dict.fromkeys(wanted, 0)
             for segment in self.segments:
                 if start in segment.rows:
-                    for place in ordered.keys() & set(segment.prompts):
-                        ordered[place] = max(ordered[place], segment.variants.stop)
+                    for prompt in ordered.keys() & set(segment.prompts):
+                        ordered[prompt] = max(ordered[prompt], segment.variants.stop)
             for first in sorted(set(ordered.values())):
                 if first < variants:
                     segments.append(
                         Segment(
                             rows=range(start, stop),
-                            prompts=tuple(place for place in places if ordered[place] == first),
+                            prompts=tuple(prompt for prompt in wanted if ordered[prompt] == first),
                             variants=range(first, variants),
                             originals_per_shard=originals_per_shard,
                             first_shard=sum(segment.shard_count for segment in segments),
                         )
                     )
-        new = {prompt: tuple(denied[prompt]) for prompt in known if denied.get(prompt) and prompt not in self.denied}
+        new = {name: tuple(denied[name]) for name in known if denied.get(name) and name not in self.denied}
         return replace(self, prompts=known, segments=tuple(segments), denied={**self.denied, **new})
 
     def write(self, store: Path) -> None:
@@ -345,20 +333,20 @@ class Header:
             )
             number = 0
             for segment in header.segments:
-                rows, variants, places = segment.rows, segment.variants, range(len(header.prompts))
+                rows, variants = segment.rows, segment.variants
                 if not (
                     0 <= rows.start <= rows.stop < 2**62
                     and 0 <= variants.start < variants.stop <= MOST
                     and 1 <= segment.originals_per_shard < 2**62
                     and segment.first_shard == number
-                    and all(place in places for place in segment.prompts)
+                    and all(0 <= prompt < len(header.prompts) for prompt in segment.prompts)
                 ):
                     raise ValueError(f"segment {segment}")
                 number += segment.shard_count
         return header
 
     def check(self, store: Path, originals: int) -> None:
-        """Raise StoreError unless its work is on so many originals."""
+        """Raise StoreError if it names more originals than there are."""
         most = max((segment.rows.stop for segment in self.segments), default=0)
         if most > originals:
             raise StoreError(
@@ -372,7 +360,7 @@ class OriginalHeader:
     """The content of a packed store's store.json."""
 
     settings: Settings
-    originals: int  # that are listed
+    originals: int  # rows of the catalog of the packed folder
     originals_per_shard: int
 
     @property
@@ -404,7 +392,7 @@ class OriginalHeader:
         return header
 
     def check(self, store: Path, originals: int) -> None:
-        """Raise StoreError unless so many originals are listed."""
+        """Raise StoreError unless it is of this many originals."""
         if self.originals != originals:
             raise StoreError(
                 f"{str(store / 'store.json')!r}: 'originals' must be {originals}, as many as the store lists, found "
@@ -414,7 +402,7 @@ class OriginalHeader:
 
 @contextmanager
 def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
-    """The content of store.json; whatever is found wrong with it becomes a StoreError."""
+    """Read store.json; errors about its content in the block become a StoreError."""
     file = store / "store.json"
     other = ORIGINALS if kind is EDITS else EDITS
     remedy = "bring back a copy of it, or make a new store"
@@ -429,139 +417,47 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
         yield stored
 
 
-# What is derived ------------------------------------------------------------------------------------------------------
-
-
-def sizes_of(shards: Sequence[Sequence[Any]]) -> Sizes:
-    """The sizes in index.json, a number and then the bytes of each of FILES. Raises ValueError."""
-    sizes = {int(number): tuple(map(int, sizes)) for number, *sizes in shards}
-    for number, of_shard in sizes.items():
-        if not 0 <= number < 2**31 or len(of_shard) != len(FILES) or min(of_shard) < 0:
-            raise ValueError(f"shard {number} has sizes {of_shard}")
-    return sizes
-
-
-@dataclass(frozen=True, kw_only=True)
-class Record:
-    """The content of index.json: of what index.npy and starts.npy were derived."""
-
-    edits: int
-    originals: int
-    sizes: Sizes
-    not_yet: int = 0  # edits that these shards lack, for the run was stopped that made them
-
-    @classmethod
-    def read(cls, store: Path) -> "Record":
-        file = store / "index.json"
-        stored = read_json(file, INDEX, "remove it and run `dali-diffusemix generate` again")
-        with understood(file, "remove it and run `dali-diffusemix generate` again"):
-            return cls(
-                edits=int(stored["edits"]),
-                originals=int(stored["originals"]),
-                sizes=sizes_of(stored["shards"]),
-                not_yet=int(stored.get("not_yet", 0)),
-            )
-
-    def write(self, store: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-        shards = [[number, *sizes] for number, sizes in self.sizes.items()]
-        content = {"edits": self.edits, "originals": self.originals, "files": files, "shards": shards}
-        content |= {"not_yet": self.not_yet} if self.not_yet else {}
-        write_json(store / "index.json", INDEX, content)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """What a shard's .json says that others need."""
-
-    sizes: tuple[int, ...]  # bytes of each of FILES
-    hashes: Mapping[str, str]  # ending to SHA-256; "rejected" too, where there are such
-    rejected: int | None  # bytes of the tar of what quality rejected
-    verdicts: Counter[str]
-
-    @classmethod
-    def read(cls, kind: Kind, store: Path, number: int) -> "ShardRecord":
-        file = store / "shards" / kind.file(number, "json")
-        remedy = f"remove it and run `{kind.command}` again"
-        try:
-            stored = read_json(file, SHARD, remedy)
-        except FileNotFoundError as error:
-            raise StoreError(f"{str(file)!r}: has gone; run `{kind.command}` again.") from error
-        with understood(file, remedy):
-            files = stored["files"]
-            record = cls(
-                sizes=tuple(int(files[ending]["bytes"]) for ending in FILES),
-                hashes={str(ending): str(file["sha256"]) for ending, file in files.items()},
-                rejected=int(files["rejected"]["bytes"]) if "rejected" in files else None,
-                verdicts=Counter(
-                    {_FORMER.get(name, str(name)): int(count) for name, count in stored["verdicts"].items()}
-                ),
-            )
-            if not all(0 <= count < 2**31 for count in record.verdicts.values()):
-                raise ValueError(f"verdicts {dict(record.verdicts)}")
-            return record
-
-
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
-    """Turn what goes wrong with a disk into a StoreError that says what stays and how to go on."""
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of a disk into a StoreError that says what is kept and how to resume."""
     try:
         yield
     except (OSError, CatalogError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error  # without the remedy of catalogs
         raise StoreError(
-            f"{str(place)!r}: cannot be written ({cause}). Finished shards stay as they are; make room, or permit "
+            f"{str(path)!r}: cannot be written ({cause}). Finished shards stay as they are; make room, or permit "
             "writing, and run the same command again: it does the rest."
         ) from error
 
 
-@contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
-    """Write a file whole or not at all: beside its place, to the disk, and only then into its place."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")  # a run on another machine has its own
-    try:
-        with temporary.open("wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    descriptor = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_data(file: Path, data: bytes) -> dict[str, Any]:
-    """Write a file; gives what a JSON file says of it."""
-    with replacing(file) as stream:
-        stream.write(data)
+    """Write a file; returns its entry for a JSON file."""
+    write(file, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_table(file: Path, table: NDArray[Any]) -> dict[str, Any]:
+    """Write a .npy file; returns its entry for a JSON file."""
     content = io.BytesIO()
     np.save(content, table, allow_pickle=False)
     return write_data(file, content.getvalue())
 
 
 def write_json(file: Path, magic: str, content: Mapping[str, Any]) -> None:
-    with replacing(file) as stream:
-        stream.write(json.dumps({"magic": magic, "version": VERSION, **content}, indent=1).encode("ascii") + b"\n")
+    write(file, json.dumps({"magic": magic, "version": VERSION, **content}, indent=1).encode("ascii") + b"\n")
 
 
 def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None) -> dict[str, Any]:
-    """A JSON object of this kind and version. Raises FileNotFoundError, StoreError.
+    """Read a JSON object of this magic and version. Raises FileNotFoundError, StoreError.
 
     Args:
-        file: Where it is.
-        magic: Its kind.
-        remedy: What to do where it is damaged.
-        elsewhere: What to do where it is of another kind; the same unless given.
+        file: The file.
+        magic: The expected magic.
+        remedy: The remedy if it is damaged.
+        elsewhere: The remedy if it has another magic; by default the same.
     """
     try:
         data = file.read_bytes()
@@ -586,7 +482,7 @@ def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None)
 
 @contextmanager
 def understood(file: Path, remedy: str) -> Iterator[None]:
-    """Turn what goes wrong with a JSON file's content into a StoreError."""
+    """Turn errors about a JSON file's content into a StoreError."""
     try:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
@@ -594,11 +490,11 @@ def understood(file: Path, remedy: str) -> Iterator[None]:
 
 
 def load(kind: Kind, file: Path, dtype: np.dtype[Any], count: int, *, mapped: bool = False) -> NDArray[Any]:
-    """An array of `count` rows. Raises StoreError."""
+    """Load an array of `count` rows. Raises StoreError."""
     try:
         array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
     except Exception as error:  # a header is a Python literal, which fails in many ways
-        # NumPy advises to unpickle what it does not know.
+        # NumPy advises to unpickle unknown content.
         why = "it is no array" if "allow_pickle" in str(error) else error
         raise kind.damaged(file, f"is missing or cut short ({why})") from error
     if array.dtype != dtype or array.shape != (count,):

@@ -1,19 +1,19 @@
-"""Mirrors: a store behind a URL, copied file by file into a local folder that all processes of a machine share.
+"""Mirrors: a store at a URL, copied file by file into a local folder that all processes of a machine share.
 
     EditStore.open("s3://bucket/edits")      any URL that fsspec knows: s3, gs, https, file, memory
 
-The small files are fetched when a store is opened. A shard's tar is fetched when it is first needed, and ahead of
-use once training begins: all shards in order, and before them those that a reader waits for.
+The small files are fetched when a store is opened. A shard's tar is fetched on first use, and once training begins
+ahead of it: all shards in order, and first those that a reader waits for.
 
-    store.json, index.json, catalog/catalog.json, shards/*.json     fetched anew by each process
-    all else                                                        vouched for by one of these, with its SHA-256
+    store.json, index.json, catalog/catalog.json, shards/*.json     fetched by each process
+    all other files                                                 vouched for by one of these, with their SHA-256
 
-A file that is vouched for is in its place only while the JSON beside it is the one that it was checked against: where
-that has changed at the source, what it vouched for is removed before it is replaced. So what is there can be used, and
-whatever moment a process is killed at, the next one goes on from there, in the middle of a tar if need be.
+A file that is vouched for exists only beside the JSON that it was checked against: if the JSON has changed at the
+source, the files that it vouched for are removed before it is replaced. So every file that exists can be used, and a
+process can be killed at any moment: the next one resumes, even in the middle of a tar.
 
-    DALI_DIFFUSEMIX_MIRROR           folder that mirrors are made in; else mirrors/ in the user's cache folder
-    DALI_DIFFUSEMIX_MIRROR_LIMIT     bytes that the tars of one mirror may take; else there is no limit
+    DALI_DIFFUSEMIX_MIRROR           folder for mirrors; by default mirrors/ in the user's cache folder
+    DALI_DIFFUSEMIX_MIRROR_LIMIT     bytes that the tars of one mirror may take; by default there is no limit
 """
 
 import errno
@@ -28,17 +28,16 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from dali_diffusemix.catalog.table import default_location
+from dali_diffusemix.base.files import cache_folder, file_size, locked, remove_temporary, sync_folder, write
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, MissingDependencyError, StoreError
 from dali_diffusemix.images.reading import OpenFile
-
-__all__ = ["Mirror", "MirrorError", "MirrorLimitWarning", "is_url"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -47,15 +46,17 @@ _URL: Final = re.compile(r"(?:[A-Za-z0-9+.-]+::)*[A-Za-z][A-Za-z0-9+.-]*://")
 _SHARDS: Final = "shards"
 # Downloads at once. One connection to S3 gives some 50 MB/s.
 _THREADS: Final = 8
-# Bytes asked for at once. A connection that is cut costs what it had of them, so it is asked for less the next time.
+# Bytes per request. A request that is cut off is repeated with fewer.
 _MOST_BYTES: Final = 16 << 20
 _LEAST_BYTES: Final = 64 << 10
-# Tries of one request, and seconds before the second; each further wait is twice as long.
+# Attempts per request, and seconds before the second one; each further wait is twice as long.
 _TRIES: Final = 6
 _FIRST_WAIT = 0.5
-# Open tars, each a file descriptor, of which a process has 1024 as a rule.
+# Temporary files this old belong to a process that was killed.
+_OLD_SECONDS: Final = 3600
+# Open tars, each a file descriptor; a process usually may have 1024.
 _OPEN_TARS: Final = 200
-# Of its own, so that the program's own draws stay what they are.
+# A generator of its own, so that the program's own draws do not change.
 _jitter = random.SystemRandom()
 
 
@@ -64,27 +65,27 @@ class MirrorError(StoreError):
 
 
 class MirrorLimitWarning(UserWarning):
-    """A mirror may not grow as large as its store, so that shards are fetched again and again."""
+    """A mirror's limit is smaller than its store, so shards are fetched again and again."""
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
-    """Whether it is a URL and no local path. A `Path` never is: it makes `s3:/bucket` of `s3://bucket`."""
+    """True if it is a URL, not a local path. A `Path` never is: it turns `s3://bucket` into `s3:/bucket`."""
     return isinstance(path, str) and _URL.match(path) is not None
 
 
 class Mirror:
-    """A local folder that becomes a copy of a store: shards/NAME.json, .npy and .tar, and what lies beside shards/.
+    """A local folder that becomes a copy of a store: shards/NAME.json, .npy and .tar, and the files beside shards/.
 
-    Threads fetch tars; they are started when one is asked for, and end when nothing is left to fetch, with the process,
-    or soon after nobody holds the mirror. It may be used by many threads, and after a fork.
+    Threads fetch tars: they start when one is requested, and end when nothing is left to fetch, with the process, or
+    soon after the mirror is garbage. Many threads may use a mirror, also after a fork.
 
     Args:
-        url: Where the store lies, as fsspec has it. Credentials come from where its protocol looks for them.
-        folder: Where the copy is made; else one for each URL, in the folder that the module's head tells of.
-        limit: Bytes that its tars may take; else as the module's head tells. Tars in use are never removed for it.
+        url: The store, for fsspec. Credentials come from where its protocol looks for them.
+        folder: The copy; by default one per URL, see the module's docstring.
+        limit: Bytes that its tars may take; by default see the module's docstring. Tars in use are never removed.
 
     Raises:
-        ConfigError: the limit is no number of bytes.
+        ConfigError: The limit is no number of bytes.
     """
 
     def __init__(self, url: str, folder: str | os.PathLike[str] | None = None, limit: int | None = None) -> None:
@@ -93,19 +94,19 @@ class Mirror:
         self.limit = _default_limit() if limit is None else limit
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"limit must be at least 1 byte, found {self.limit}.")
-        self._sizes: dict[str, int] = {}  # bytes of the tar of each shard that may be asked for
+        self._sizes: dict[str, int] = {}  # bytes of the tar of each shard that may be requested
         self._checked: set[str] = set()  # shards whose .json this process has compared with the source's
         self._failed: dict[str, StoreError] = {}  # shards that are not what their .json says
-        self._opened: OrderedDict[str, OpenFile] = OrderedDict()  # the one used last stands last
+        self._opened: OrderedDict[str, OpenFile] = OrderedDict()  # the last one was used last
         self._begin()
         _mirrors.add(self)
 
     def _begin(self) -> None:
-        """What a forked process needs anew."""
+        """Set up what a forked process cannot share."""
         self._lock = threading.Lock()
         self._source: tuple[Any, str] | None = None  # fsspec's file system, and the store's path in it
         self._source_lock = threading.Lock()
-        self._pending: OrderedDict[str, bool] = OrderedDict()  # shards to fetch; whether somebody waits for it
+        self._pending: OrderedDict[str, bool] = OrderedDict()  # shards to fetch; True if a reader waits
         self._results: dict[str, Future[None]] = {}  # of shards that are pending or being fetched
         self._wanted: Counter[str] = Counter()  # shards that are being opened
         self._threads = 0
@@ -119,18 +120,22 @@ class Mirror:
 
     @contextmanager
     def opening(self) -> Iterator[None]:
-        """Keep the small files as they are while they are fetched and opened: one process at a time."""
+        """Exclude other processes while the small files are fetched and opened."""
+        folders = [self.folder, *(self.folder / name for name in ("catalog", _SHARDS))]
         with self._on_disk():
-            (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder / ".lock"):
+            for folder in folders:
+                folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder / ".lock"):
+            for folder in folders:
+                remove_temporary(folder, seconds=_OLD_SECONDS)
             yield
 
     def refresh(self, name: str, vouches_for: Sequence[str] = ()) -> bytes:
-        """Fetch a file anew; if it is not what it was, remove the files that it vouches for.
+        """Fetch a file again; if it has changed, remove the files that it vouches for.
 
         Raises:
-            FileNotFoundError: the source has no such file; nor has the mirror any longer, nor what it vouched for.
-            MirrorError: the source does not answer or refuses, or the file cannot be written.
+            FileNotFoundError: The source has no such file; it was removed here too, with the files that it vouches for.
+            MirrorError: The source does not answer or refuses, or the file cannot be written.
         """
         file = self.folder / name
         try:
@@ -143,18 +148,18 @@ class Mirror:
                 for other in (*vouches_for, name):
                     (self.folder / other).unlink(missing_ok=True)
                 if data is not None:
-                    _write(file, data)
+                    write(file, data)
         if data is None:
             assert missing is not None
             raise missing
         return data
 
     def copy(self, name: str, sha256: str = "") -> None:
-        """Fetch a file unless it is here. `sha256` is its hash, or how that begins; "": none is known.
+        """Fetch a file unless it is here. `sha256` is its hash, or the beginning of it; "" if it is unknown.
 
         Raises:
-            StoreError: the source has no such file, or one with another hash.
-            MirrorError: the source does not answer or refuses, or the file cannot be written.
+            StoreError: The source has no such file, or one with another hash.
+            MirrorError: The source does not answer or refuses, or the file cannot be written.
         """
         file = self.folder / name
         if file.is_file():
@@ -168,27 +173,27 @@ class Mirror:
             found = hashlib.sha256(data).hexdigest()
             if found.startswith(sha256):
                 with self._on_disk():
-                    _write(file, data)
+                    write(file, data)
                 return
         raise self._damaged(name, sha256, found)
 
     def copy_tables(self, shards: Sequence[str]) -> None:
-        """Fetch the .json and the .npy of these shards. Raises as `copy`."""
+        """Fetch the .json and the .npy of these shards. Raises like `copy`."""
 
         def copy_table(shard: str) -> None:
-            with self._on_disk(), _locked(self._file(shard, "lock")):
+            with self._on_disk(), locked(self._file(shard, "lock")):
                 self.copy(f"{_SHARDS}/{shard}.npy", self._recorded(shard, "npy")[1])
 
-        with ThreadPoolExecutor(_THREADS) as threads:
+        with Workers(_THREADS, "dali-diffusemix-mirror") as threads:
             list(threads.map(copy_table, shards))
 
     def listing(self) -> dict[str, int] | None:
-        """Name to size in bytes of all that lies in the shards' folder; None if the source does not list its files."""
+        """Name to size in bytes of the files in the shards' folder; None if the source does not list its files."""
         files, root = self._files()
         try:
             entries = self._try(_SHARDS, lambda _: files.ls(f"{root}/{_SHARDS}", detail=True))
         except (FileNotFoundError, NotImplementedError, MirrorError) as error:
-            # Many servers give files, but no lists of them, and some users may read, but not list.
+            # Many servers cannot list files, and some users may read but not list.
             if isinstance(error, MirrorError) and not _refuses(error.__cause__):
                 raise
             return None
@@ -198,7 +203,7 @@ class Mirror:
     # Shards -------------------------------------------------------------------------------------------------------
 
     def expect(self, sizes: Mapping[str, int]) -> None:
-        """Say which shards may be asked for, in order, and the bytes of the tar of each."""
+        """Set the shards that may be requested, in order, with the bytes of their tars."""
         self._sizes = dict(sizes)
         total = sum(sizes.values())
         if self.limit is not None and total > self.limit:
@@ -211,7 +216,7 @@ class Mirror:
             )
 
     def prefetch(self, first: Sequence[str]) -> None:
-        """Fetch all shards in the background, and `first` before all others, several at once."""
+        """Fetch all shards in the background, `first` before the others."""
         with self._lock:
             missing = [shard for shard in first if shard not in self._opened]
         if missing:
@@ -221,11 +226,11 @@ class Mirror:
             self._request(list(self._sizes), waited_for=False)
 
     def open(self, shard: str) -> OpenFile:
-        """A shard's tar, checked; waits until it is here.
+        """Open a shard's tar, checked; waits until it is here.
 
         Raises:
-            StoreError: the source has no such tar, or one of another size or hash than the store's.
-            MirrorError: the source does not answer or refuses, or the disk is full.
+            StoreError: The source has no such tar, or one of another size or hash.
+            MirrorError: The source does not answer or refuses, or the disk is full.
         """
         with self._lock:
             if (opened := self._opened.get(shard)) is not None:
@@ -235,7 +240,7 @@ class Mirror:
         try:
             while True:
                 self._request([shard], waited_for=True)[0].result()
-                # Another process may have made room with it before it could be opened; then once more.
+                # Another process may have removed it to make room before it could be opened: fetch it again.
                 if (opened := self._opened_now(shard)) is not None:
                     return opened
         finally:
@@ -243,7 +248,7 @@ class Mirror:
                 self._wanted[shard] -= 1
 
     def close(self) -> None:
-        """Stop fetching, and let go of open tars. What was fetched stays; a mirror that is closed fetches no more."""
+        """Stop fetching for good, and close the tars. Fetched files stay."""
         with self._lock:
             self._closed.set()
             self._opened.clear()
@@ -253,12 +258,12 @@ class Mirror:
 
     def _opened_now(self, shard: str) -> OpenFile | None:
         tar = self._file(shard, "tar")
-        with self._on_disk(), _locked(self._file(shard, "lock")):
-            if shard not in self._checked or _size(tar) != self._sizes[shard]:
+        with self._on_disk(), locked(self._file(shard, "lock")):
+            if shard not in self._checked or file_size(tar) != self._sizes[shard]:
                 return None
             opened = OpenFile(tar)
             if self.limit is not None:
-                os.utime(opened.descriptor)  # when it was used last
+                os.utime(opened.descriptor)  # the time of its last use
         with self._lock:
             opened = self._opened.setdefault(shard, opened)
             if len(self._opened) > _OPEN_TARS:
@@ -266,7 +271,7 @@ class Mirror:
         return opened
 
     def _request(self, shards: Sequence[str], *, waited_for: bool) -> list["Future[None]"]:
-        """Have these shards fetched, in this order; those that somebody waits for before all others."""
+        """Have these shards fetched, in this order; before all others if a reader waits for them."""
         with self._lock:
             if self._closed.is_set():
                 raise self._is_closed()
@@ -285,7 +290,7 @@ class Mirror:
             return [self._results[shard] for shard in shards]
 
     def _fetch_next(self) -> bool:
-        """Fetch the next shard; False: there was none."""
+        """Fetch the next shard; False if there is none."""
         with self._lock:
             if not self._pending:
                 self._threads -= 1
@@ -295,7 +300,7 @@ class Mirror:
         try:
             self._fetch(shard, waited_for)
         except Exception as error:
-            # Who asked for it gets it. If nobody did yet, somebody will, and it is tried again.
+            # Readers that wait for it get the error. If none does yet, the next one has it fetched again.
             _log.debug("%s: shard %s was not fetched.", self.url, shard, exc_info=True)
             failure = error
         with self._lock:
@@ -307,14 +312,14 @@ class Mirror:
         return True
 
     def _fetch(self, shard: str, waited_for: bool) -> None:
-        """Bring a tar into its place. What nobody waits for is left to whoever fetches it, and never costs another."""
+        """Fetch a tar. One that no reader waits for is left to a process that fetches it, and evicts no other."""
         if (failed := self._failed.get(shard)) is not None:
             raise StoreError(str(failed))
         tar = self._file(shard, "tar")
-        with self._on_disk(), _locked(self._file(shard, "lock"), wait=waited_for) as held:
-            if not held or (shard in self._checked and _size(tar) == self._sizes[shard]):
+        with self._on_disk(), locked(self._file(shard, "lock"), wait=waited_for) as held:
+            if not held or (shard in self._checked and file_size(tar) == self._sizes[shard]):
                 return
-            if _size(tar) != self._sizes[shard] and not self._make_room(shard, evict=waited_for):
+            if file_size(tar) != self._sizes[shard] and not self._make_room(shard, evict=waited_for):
                 self._leave_the_rest()
                 return
             try:
@@ -327,7 +332,7 @@ class Mirror:
             self._checked.add(shard)
 
     def _leave_the_rest(self) -> None:
-        """There is no room for what nobody waits for."""
+        """Drop the requests that no reader waits for: there is no room for them."""
         with self._lock:
             for shard in [shard for shard, waited_for in self._pending.items() if not waited_for]:
                 del self._pending[shard]
@@ -336,25 +341,25 @@ class Mirror:
     def _fetch_checked(self, shard: str, tar: Path) -> None:
         part = self._file(shard, "part")
         sha256 = found = ""
-        for _ in range(2):  # what a process that was killed has left may be damaged: then from its beginning
+        for _ in range(2):  # the part that a killed process left may be damaged: then from the beginning
             size, sha256 = self._recorded(shard, "tar")
             if size != self._sizes[shard]:
                 raise StoreError(
                     f"{self.url}/{_SHARDS}/{shard}.tar: was changed since the store was opened: it must have "
                     f"{self._sizes[shard]} bytes, found {size}; open the store again."
                 )
-            if _size(tar) == size:
+            if file_size(tar) == size:
                 return
             found = self._receive(f"{_SHARDS}/{shard}.tar", part, size)
             if found == sha256:
                 part.replace(tar)
-                _sync(tar.parent)
+                sync_folder(tar.parent)
                 return
             part.unlink()
         raise self._damaged(f"{_SHARDS}/{shard}.tar", sha256, found)
 
     def _recorded(self, shard: str, ending: str) -> tuple[int, str]:
-        """Bytes and SHA-256 of one of a shard's files, as the source has them; whoever asks holds the shard's lock."""
+        """Bytes and SHA-256 of a shard's file, from the source's .json. The caller holds the shard's lock."""
         name = f"{_SHARDS}/{shard}.json"
         parts = [f"{_SHARDS}/{self._file(shard, other).name}" for other in ("tar", "npy", "part")]
         try:
@@ -367,9 +372,9 @@ class Mirror:
         return size, sha256
 
     def _receive(self, name: str, part: Path, size: int) -> str:
-        """Go on with a download where it ended, to its end; gives the SHA-256 of all of it."""
+        """Resume a download and finish it; returns the SHA-256 of the whole file."""
         sha256 = hashlib.sha256()
-        if (_size(part) or 0) > size:
+        if (file_size(part) or 0) > size:
             part.unlink()
         with part.open("a+b") as stream:
             stream.seek(0)
@@ -389,22 +394,22 @@ class Mirror:
         return sha256.hexdigest()
 
     def _make_room(self, shard: str, *, evict: bool) -> bool:
-        """Take room for a tar, from the tars used least recently if need be; False: there is none."""
+        """Reserve room for a tar; with `evict`, remove the least recently used ones. False if there is no room."""
         if self.limit is None:
             return True
-        with _locked(self.folder / ".room.lock"):
+        with locked(self.folder / ".room.lock"):
             others: dict[str, tuple[float, int]] = {}  # last use, bytes
             with os.scandir(self.folder / _SHARDS) as entries:
                 for entry in entries:
                     other, _, ending = entry.name.strip(".").rpartition(".")
                     if ending in ("tar", "part") and other != shard:
                         found = entry.stat()
-                        # What is being fetched will be as large as it must be.
+                        # A tar that is being fetched counts with its final size.
                         others[other] = found.st_mtime, self._sizes.get(other, found.st_size)
             room = self.limit - sum(size for _, size in others.values())
             with self._lock:
-                places = {other: place for place, other in enumerate(self._opened)}
-            for other in sorted(others, key=lambda other: (places.get(other, -1), others[other][0])):
+                last_used = {other: rank for rank, other in enumerate(self._opened)}
+            for other in sorted(others, key=lambda other: (last_used.get(other, -1), others[other][0])):
                 if room >= self._sizes[shard] or not evict:
                     break
                 if self._evict(other):
@@ -415,8 +420,8 @@ class Mirror:
         return True
 
     def _evict(self, shard: str) -> bool:
-        """Remove a tar that nobody here is using; False: somebody is, or is fetching it."""
-        with _locked(self._file(shard, "lock"), wait=False) as held, self._lock:
+        """Remove a tar; False if this process uses it, or another fetches it."""
+        with locked(self._file(shard, "lock"), wait=False) as held, self._lock:
             if not held or self._wanted[shard]:
                 return False
             if (opened := self._opened.pop(shard, None)) is not None:
@@ -451,7 +456,7 @@ class Mirror:
                 except ValueError as error:
                     raise StoreError(f"{self.url}: the URL cannot be used ({error}); correct it.") from error
                 if hasattr(files, "retries"):
-                    files.retries = 1  # it is tried again here
+                    files.retries = 1  # `_try` repeats
                 self._source = files, root.rstrip("/")
             return self._source
 
@@ -461,7 +466,7 @@ class Mirror:
         return self._try(name, lambda _: bytes(files.cat_file(f"{root}/{name}")))
 
     def _read_range(self, name: str, start: int, size: int, step: int, attempt: int) -> bytes:
-        """Some bytes of a file from `start` on, the fewer the more attempts have failed. At least one."""
+        """At least one byte of a file from `start` on; fewer bytes after each failed attempt."""
         files, root = self._files()
         end = min(size, start + max(_LEAST_BYTES, step >> attempt))
         try:
@@ -469,11 +474,11 @@ class Mirror:
         except FileNotFoundError as error:
             raise self._missing(name) from error
         except Exception as error:
-            # What servers say to a range that lies beyond the end.
+            # Servers answer so to a range beyond the end.
             if start == 0 or (getattr(error, "errno", 0) != errno.EINVAL and getattr(error, "status", 0) != 416):
                 raise
             data = b""
-        if len(data) > end - start:  # a server that knows no ranges gives the whole file
+        if len(data) > end - start:  # a server without ranges sends the whole file
             data = data[start:size]
         if not data:
             raise StoreError(
@@ -483,7 +488,7 @@ class Mirror:
         return data
 
     def _try(self, name: str, call: Callable[[int], _T]) -> _T:
-        """Call with the number of attempts that have failed, until one does not."""
+        """Call with the number of failed attempts until one succeeds. Raises MirrorError."""
         failure: Exception | None = None
         for attempt in range(_TRIES):
             if attempt and self._closed.wait(_FIRST_WAIT * 2 ** (attempt - 1) * _jitter.uniform(0.5, 1.5)):
@@ -508,7 +513,7 @@ class Mirror:
 
     @contextmanager
     def _on_disk(self) -> Iterator[None]:
-        """Turn what goes wrong with the local disk into a MirrorError."""
+        """Turn errors of the local disk into a MirrorError."""
         try:
             yield
         except OSError as error:
@@ -537,7 +542,7 @@ _of_parent: list[object] = []  # connections that a forked process must not clos
 
 
 def _after_fork() -> None:
-    """Threads, connections and held locks are the parent's."""
+    """Set mirrors up again: threads, connections and held locks are the parent's."""
     for mirror in _mirrors:
         _of_parent.append(mirror._source)
         mirror._begin()
@@ -548,13 +553,13 @@ if hasattr(os, "register_at_fork"):
 
 
 def _work(reference: "weakref.ref[Mirror]") -> None:
-    """Fetch until nothing is left, or nobody holds the mirror."""
+    """Fetch until nothing is left or the mirror is garbage."""
     while (mirror := reference()) is not None and mirror._fetch_next():
         del mirror
 
 
 def _refuses(error: BaseException | None) -> bool:
-    """Whether asking again would give the same answer."""
+    """True if the source refuses access, so that another attempt would fail too."""
     # botocore's errors are known by their names: it need not be installed.
     if type(error).__name__ in ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"):
         return True
@@ -565,7 +570,7 @@ def _default_folder(url: str) -> Path:
     key = hashlib.sha256(url.encode()).hexdigest()[:16]
     if own := os.environ.get("DALI_DIFFUSEMIX_MIRROR"):
         return Path(own).absolute() / key
-    return default_location(os.curdir).parents[1].absolute() / "mirrors" / key
+    return cache_folder().absolute() / "mirrors" / key
 
 
 def _default_limit() -> int | None:
@@ -576,49 +581,3 @@ def _default_limit() -> int | None:
         raise ConfigError(
             f"DALI_DIFFUSEMIX_MIRROR_LIMIT must be a number of bytes, found {given!r}; write 200 GB as 200000000000."
         ) from error
-
-
-@contextmanager
-def _locked(file: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock; the system lets go of it when the process ends. Gives whether it is held."""
-    import fcntl  # not on every system, and only mirrors need it
-
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            held = True
-        except BlockingIOError:
-            held = False
-        yield held
-    finally:
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # processes that were forked in between hold the descriptor too
-        os.close(descriptor)
-
-
-def _size(file: Path) -> int | None:
-    """Bytes of a file; None: there is none."""
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-def _write(file: Path, data: bytes) -> None:
-    """Write a file whole or not at all. Whoever does so holds the lock of its place."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync(file.parent)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,9 +1,9 @@
-"""Packing: from a folder of originals to a packed store, which is read in their place.
+"""Packing: from a folder of originals to a packed store that replaces it.
 
-    as it is:   file --decoded, to know that it can be--> the same bytes; of most JPEGs the same coefficients, in tiles
+    as it is:   file --decoded, to check it--> the same bytes; for most JPEGs the same coefficients, in tiles
     smaller:    file --decode, upright--> RGB --longest side to max_side--> JPEG
 
-A shard is the unit of work: a run that is killed loses at most its open shard.
+A shard is the unit of work: a killed run loses at most its open shard.
 """
 
 import logging
@@ -12,7 +12,6 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.headers import Rejected
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
@@ -31,27 +31,25 @@ from dali_diffusemix.images.codec import RESTARTS, decode, encode, tile
 from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter, index_is_current
 from dali_diffusemix.store.mirror import is_url
 
-__all__ = ["PackConfig", "PackSummary", "pack"]
-
 _log = logging.getLogger(__name__)
 
 _LEFT_OUT: Final = "It could not be decoded when it was packed; copy it again or remove it."
 _DEFAULT_QUALITY: Final = 90
-# Read and held at once; few, for an original may have any size.
+# Originals in memory at once; few, since they may have any size.
 _BATCH: Final = 32
-_MOST_SIDE: Final = 65500  # of a JPEG, in libjpeg
+_MOST_SIDE: Final = 65500  # libjpeg's limit
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
     """How to pack. With neither `max_side` nor `quality` no pixel changes.
 
-    Raises ConfigError where a field breaks its rule.
+    Raises ConfigError if a field breaks its rule.
     """
 
-    max_side: int | None = None  # pixels; an image whose longest side exceeds it is made smaller
-    quality: int | None = None  # of the JPEGs, 1 to 100; 90 where only max_side is given
-    tiled: bool = True  # JPEGs are divided into tiles, which loading can cut out; False leaves files' bytes as they are
+    max_side: int | None = None  # pixels; larger images are scaled down so that their longest side has this
+    quality: int | None = None  # of the JPEGs, 1 to 100; 90 if only max_side is given
+    tiled: bool = True  # divide JPEGs into tiles, which loading can cut out; False keeps files' bytes
     originals_per_shard: int = 512
 
     def __post_init__(self) -> None:
@@ -67,7 +65,7 @@ class PackConfig:
             raise ConfigError("tiled=False leaves files as they are: leave it out, or max_side and quality.")
 
     def settings(self) -> dict[str, str | int | None]:
-        """What a packed store records: all that decides a packed original besides its file."""
+        """The settings that a packed store records: all that decides a packed original besides its file."""
         settings: dict[str, str | int | None] = {"max_side": self.max_side, "quality": self.quality}
         if self.quality is not None:
             settings |= {"resize": "lanczos", "subsampling": "4:2:0"}
@@ -76,12 +74,12 @@ class PackConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PackSummary:
-    """What a run did."""
+    """The result of a run."""
 
     originals: int  # in the store
     bytes: int  # of all their files
-    left_out: tuple[Rejected, ...]  # by this or an earlier run: they could not be decoded
-    made: int  # originals that this run looked at, left out or not
+    left_out: tuple[Rejected, ...]  # by this or an earlier run, since they could not be decoded
+    made: int  # originals that this run read, including those left out
     seconds: float
 
 
@@ -93,26 +91,26 @@ def pack(
     catalog: Catalog | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackSummary:
-    """Pack a folder's originals; go on where an earlier run ended, however it ended.
+    """Pack a folder's originals. Call again to resume an interrupted run.
 
     Args:
         root: The folder of originals.
         store: The packed store, a folder outside `root`.
-        config: How to pack; as they are unless given.
-        catalog: The originals to pack, with paths relative to `root`; unless given, `index(root)`.
-        progress: Called with the originals done, those of earlier runs included, and the originals there are.
+        config: How to pack; by default pixels do not change.
+        catalog: The originals to pack, with paths relative to `root`; by default `index(root)`.
+        progress: Called with the number of originals done, also by earlier runs, and of all originals.
 
     Raises:
         ConfigError: The store lies inside the root, or the root is a packed store.
         CatalogError: The originals cannot be listed.
         StoreError: The store is of other originals or settings, another run writes to it, none of the originals can be
-            decoded, or the disk is full: then finished shards stay, and the same call goes on from there.
+            decoded, or the disk is full: then finished shards stay, and the same call resumes.
     """
     begin = time.perf_counter()
     for name, given in (("root", root), ("store", store)):
         if isinstance(given, str) and is_url(given):
             raise ConfigError(
-                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
             )
     root, store = Path(root).absolute(), Path(store).absolute()
     config = config or PackConfig()
@@ -129,7 +127,7 @@ def pack(
         if progress is not None:
             progress(done, total)
         prepare = partial(_prepare, root, writer.catalog, config)
-        with ThreadPoolExecutor(cpus()) as threads:
+        with Workers(cpus(), "dali-diffusemix-pack") as threads:
             for shard, rows in writer.shards().items():
                 if shard in finished:
                     continue
@@ -144,7 +142,7 @@ def pack(
                         made += len(batch)
                         if progress is not None:
                             progress(done + made, total)
-        if made or not _is_current(store):  # so that a finished store is never unfinished for a moment
+        if made or not _is_current(store):  # a finished store is never unfinished, not even for a moment
             writer.finish(_LEFT_OUT)
     packed_store = OriginalStore.open(store)
     return PackSummary(
@@ -173,7 +171,7 @@ class _Packed:
 
 
 def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Packed | None:
-    """What to store of an original; None, and a line in the log, if it cannot be read."""
+    """An original as it is stored; None, with a warning in the log, if it cannot be read."""
     path = catalog.path(row)
     try:
         content = (root / path).read_bytes()
@@ -195,13 +193,13 @@ def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Pac
 
 
 def _tiled(content: bytes, pixels: NDArray[np.uint8]) -> bytes:
-    """A JPEG in tiles, where that can be done without changing a pixel; else the file as it is."""
+    """A JPEG in tiles, if that changes no pixel; else the file as it is."""
     tiled = tile(content)
     return tiled if tiled is not None and np.array_equal(decode(tiled), pixels) else content
 
 
 def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:
-    """The size of an image whose longest side is at most `max_side`: whole pixels, halves up, at least 1."""
+    """The size of an image scaled to a longest side of at most `max_side`: whole pixels, halves up, at least 1."""
     longest = max(height, width)
     if max_side is None or longest <= max_side:
         return height, width
@@ -211,6 +209,6 @@ def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:
 
 
 def _extension(path: str) -> str:
-    """A file's own extension, in small letters; WebDataset and DALI tell the kinds of files by it."""
+    """A file's own extension, in small letters; WebDataset and DALI tell file types by it."""
     match = re.search(r"\.([A-Za-z0-9]+)\Z", path)
     return match[1].lower() if match else "img"

@@ -26,8 +26,6 @@ from numpy.typing import NDArray
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.generate.editors import TEMPLATE, EditTask
 
-__all__ = ["SCHEDULERS", "DiffusersConfig", "DiffusersEditor"]
-
 _log = logging.getLogger(__name__)
 
 SCHEDULERS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {

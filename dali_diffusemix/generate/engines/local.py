@@ -23,8 +23,6 @@ from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.errors import ConfigError, WorkerError
 from dali_diffusemix.generate.engines import Job, Report
 
-__all__ = ["LocalEngine", "default_devices"]
-
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 10.0  # seconds that a worker has to end by itself, when all is done

@@ -9,8 +9,6 @@ from typing import Any
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, MissingDependencyError, WorkerError
 from dali_diffusemix.generate.engines import Job, Report
 
-__all__ = ["RayEngine"]
-
 _log = logging.getLogger(__name__)
 
 _PATIENCE = 60.0  # seconds until it is said that no worker has begun
