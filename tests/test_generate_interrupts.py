@@ -138,7 +138,7 @@ def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_
 def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command += "from dali_diffusemix.cli import main; main()"
-    options = ["--variants", "20", "--batch-size", "1", "--workers", "1"]  # 14,400 edits
+    options = ["--variants", "20", "--batch-size", "1", "--device", "cpu"]  # 14,400 edits
     store = tmp_path / "edits"
     with subprocess.Popen(
         [sys.executable, "-c", command, "generate", str(originals), str(store), *options],
@@ -152,7 +152,7 @@ def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 130
-    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to go on", said)
+    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to resume", said)
     assert found is not None and int(found[1]) > 0, said
 
 

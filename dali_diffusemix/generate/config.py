@@ -146,6 +146,11 @@ class PromptFile:
             raise ConfigError(f"prompts: {str(file)!r} must be a TOML file, found: {error}.") from error
         if unknown := sorted(set(content) - {"prompts", "template", "deny"}):
             raise ConfigError(f"prompts: {str(file)!r} may have prompts, template and [deny], found {unknown[0]!r}.")
+        return cls.parse(content, file)
+
+    @classmethod
+    def parse(cls, content: Mapping[str, object], file: str | os.PathLike[str]) -> "PromptFile":
+        """Take these three keys of a file that was read. Raises ConfigError."""
         template, deny = content.get("template"), content.get("deny", {})
         if not (template is None or isinstance(template, str)) or not isinstance(deny, dict):
             raise ConfigError(f"prompts: {str(file)!r}: template must be a string and [deny] a table.")
