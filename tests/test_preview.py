@@ -106,7 +106,7 @@ def expected(dataset: DiffuseMixDataset, indices: list[int], row: int) -> dict[s
     edit = decode(dataset.store.encoded(int(plan.edit[row])))
     fractal = dataset.bank.images[plan.fractal[row]]
     down, right = (-1 if flipped else 1 for flipped in plan.fractal_flip[row])
-    alone = resample(fractal[::down, ::right], plan.span[row] * np.tile(fractal.shape[:2], 2), plan.output_size)
+    alone = resample(fractal[::down, ::right], plan.span[row], plan.output_size)
     images = {
         "hybrid": mixed_image(plan, row, original, edit),
         "fractal": alone[:, :: -1 if plan.flip[row] else 1],

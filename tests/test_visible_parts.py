@@ -55,7 +55,7 @@ def test_parts_cover_what_is_shown_and_no_more_than_the_halo(
             lines = []
             for axis in (0, 1):
                 start, extent_ = box[row, axis] * size[axis], box[row, axis + 2] * size[axis]
-                weights = resample_weights(start, extent_, out[axis], int(size[axis]))
+                weights = resample_weights(box[row, axis], box[row, axis + 2], out[axis], int(size[axis]))
                 lines.append(needed(weights, shown[axis]))
                 if window.any():
                     begin, end = window[axis], window[axis + 2]
