@@ -49,8 +49,8 @@ def bench(
     a random sample of it, the same for all contenders and for the same seed. Other values of num_workers and
     prefetch_factor are tried and, if originals are much larger than a sample, packing them smaller.
 
-    Call it under `if __name__ == "__main__":`, because contenders run in processes of their own. More than ten arguments:
-    they are plain values with defaults, the options of the command, and an object of them would only wrap them.
+    Call it under `if __name__ == "__main__":`, because contenders run in processes of their own. More than ten
+    arguments, because they are the options of the command: an object of them would only wrap plain values.
 
     Args:
         root: The folder of originals, or a packed store.
