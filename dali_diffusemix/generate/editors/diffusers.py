@@ -154,7 +154,7 @@ class DiffusersEditor:
         for task in tasks:
             if task.prompt not in self._texts:
                 raise ConfigError(
-                    f"prompt must be one of {list(self._texts)}, found {task.prompt!r}; name it when the editor is loaded."
+                    f"prompt must be one of {list(self._texts)}, found {task.prompt!r}; name it in `load`."
                 )
         edits: dict[int, NDArray[Any]] = {}
         # Images of one size make a batch.
