@@ -206,7 +206,7 @@ def main() -> None:
             }
             left_out[size] = dict(reasons)
             content = {"settings": settings, "model": options.model, "results": results, "left_out": left_out}
-            write(options.out, content, quiet=True)
+            write(options.out, {"benchmark": "bench_overhead", **content}, quiet=True)
 
         for size in map(int, options.sizes.split(",")):
             made: dict[str, Callable[[], Batches]] = {

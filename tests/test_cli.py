@@ -19,11 +19,13 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from material import write_photographs
 from PIL import Image
 
 import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
+from dali_diffusemix.cli import display
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.generate.editors import PROMPTS
 from dali_diffusemix.store import EditStore
@@ -53,13 +55,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def make_images(root: Path, classes: int = 3, images: int = 4) -> Path:
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        (root / f"class {label}").mkdir(parents=True)
-        for number in range(images):
-            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            small.resize((128, 96), Image.Resampling.BICUBIC).save(root / f"class {label}" / f"{number}.jpg")
-    return root
+    return write_photographs(root, [f"class {label}" for label in range(classes)], images)
 
 
 @pytest.fixture
@@ -300,9 +296,8 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("generate", root, tmp_path / "e", "--prompts", "autumn,fog"), "these are 'autumn'"),
         (("generate", root, tmp_path / "e", "--editor", "magic"), "model must be a folder or a hub id"),
         (("generate", root, tmp_path / "e", "--editor", tmp_path), "must be a saved pipeline with a model_index.json"),
-        (("generate", root, tmp_path / "e", "--editor", "a/b", "--scheduler", "magic"), "scheduler must be one of"),
         (("generate", root, tmp_path / "e", "--part", "3/2"), "part must be i/n"),
-        (("generate", root, tmp_path / "e", "--quality", 101), "quality must be a whole number from 1 to 100"),
+        (("generate", root, tmp_path / "e", "--retry", 101), "retry must be a whole number from 0 to 100"),
         (("generate", root, edits, "--size", 64), "give another folder"),
         (("generate", root, root / "edits"), "store must lie outside the root"),
         (("generate", root, tmp_path / "file" / "e"), "cannot be written"),
@@ -321,7 +316,7 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         ),
         (
             ("preview", root, *drawing, "--preset", "release,paper", "--indices", "1,30"),
-            "give rows of the catalog\n--indices names originals",
+            "give rows of the catalog\nWith several presets, --indices names originals",
         ),
         (("demo", "--out", root), "name another with --out"),
         (("demo", "--out", tmp_path / "file" / "demo"), "name another with --out"),
@@ -355,18 +350,18 @@ def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "found", "remedy"),
     [
-        ("--epochs 0-x", "'0-x' is not epochs", "write 0-5 or 0,3,7"),
-        ("--epochs 5-3", "'5-3' is not epochs", "write 0-5 or 0,3,7"),
-        ("--epochs 0-1000000000", "is more than 100 epochs", "draw fewer at once"),
+        ("--epochs 0-x", "'0-x' must be epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 5-3", "'5-3' must be epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 0-1000000000", "must be at most 100 epochs", "draw fewer at once"),
         ("--epochs 1 --epoch 2", "--epoch is for one epoch", "leave it out beside --epochs"),
-        ("--epochs 1 --parts", "--epochs and --parts are drawn on sheets of their own", "leave one of them out"),
+        ("--epochs 1 --parts", "--epochs and --parts draw different sheets", "leave one of them out"),
         ("--parts --preset paper,release", "--parts and --preset with several names", "leave one of them out"),
         ("--preset paper,paper", "'paper,paper' must be one of paper, release", "or both as paper,release"),
         ("--out sheet.tiff", "'sheet.tiff' must end in .png or .jpg", "for an animation in .webp or .gif"),
         ("--out sheet", "found 'no ending'", "must end in .png or .jpg"),
-        ("--out x.webp", ".webp is an animation over epochs", "name them, as --epochs 0-11"),
-        ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as --indices 5"),
-        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as --indices 5"),
+        ("--out x.webp", ".webp is an animation over epochs", "name them, as in --epochs 0-11"),
+        ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as in --indices 5"),
+        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as in --indices 5"),
     ],
 )
 def test_a_wrong_picture_is_refused_before_anything_is_read(options: str, found: str, remedy: str) -> None:
@@ -482,7 +477,7 @@ def test_a_closed_pipe_is_no_error_to_speak_of(root: Path) -> None:
 
 
 def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")

@@ -4,6 +4,7 @@ import json
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -189,6 +190,18 @@ def test_a_samplers_state_is_that_of_the_epochs_beginning() -> None:
     resumed = cursor_of(other)
     resumed.load(first.state())
     assert advance(other, resumed.begin(), BATCHES) == epochs[1][2:]
+
+
+def test_threads_that_begin_at_once_get_runs_of_their_own() -> None:
+    cursor, interval = cursor_of(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            runs = list(threads.map(lambda _: cursor.begin(), range(400)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert len({id(run) for run in runs}) == 400
+    assert sorted(run.epoch for run in runs) == list(range(400))
 
 
 def test_a_pickled_cursor_begins_the_next_epoch() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from material import encoded, photograph
+from material import encoded, photograph, write_photograph
 
 from dali_diffusemix import (
     DecodeError,
@@ -24,7 +24,8 @@ from dali_diffusemix import (
     TrainCrop,
     cli,
 )
-from dali_diffusemix.bench import BenchResult, _decodable, bench
+from dali_diffusemix.bench import BenchResult, bench
+from dali_diffusemix.bench.material import decodable
 from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.errors import DataError
 from dali_diffusemix.generate import GenerateConfig, generate
@@ -53,8 +54,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "train"
     for place in range(8):
         file = folder / f"c{place % 2}" / f"{place}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 120, 160)))
+        write_photograph(file, place, 120, 160)
     index(folder)
     file = folder / "c1" / "3.jpg"
     content = WAYS[request.param](file.read_bytes())
@@ -121,7 +121,7 @@ def test_what_was_not_packed_is_an_unreadable_original(
     assert isinstance(ordered.extents(np.array([missing]))[0], DecodeError)
     with pytest.raises(DecodeError, match=r"'c1/3\.jpg' was left out when this store was packed"):
         ordered.encoded(missing)
-    (root / "c0" / "new.jpg").write_bytes(encoded(photograph(9, 120, 160)))
+    write_photograph(root / "c0" / "new.jpg", 9, 120, 160)
     with pytest.raises(StoreError, match=r"lacks 1 of the \d originals asked for \(for one 'c0/new.jpg'\)"):
         OriginalStore.open(packed).reindexed(index(root, refresh=True))
 
@@ -173,7 +173,7 @@ def test_bench_leaves_out_what_cannot_be_decoded(
     assert set(result.results) == {"diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"}
     assert not result.left_out and result.settings["undecodable"] == 1 and result.settings["images"] == 7
     assert "1 left out: they cannot be decoded" in list(result.lines())
-    rows, undecodable = _decodable(dataset_of(packed, edits, bank), np.arange(8))
+    rows, undecodable = decodable(dataset_of(packed, edits, bank), np.arange(8))
     assert len(rows) == 7 and undecodable == 1
     for file in root.rglob("*.jpg"):
         file.write_bytes(b"")
@@ -230,7 +230,7 @@ def test_an_original_deleted_from_a_folder_with_edits_is_said(photos: Path, tmp_
     generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=32))
     options = {"edits": tmp_path / "edits", "fractals": bank, "mix": MixSpec.paper(), "crop": TrainCrop(16)}
     DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
-    (root / "ants" / "new.jpg").write_bytes(encoded(photograph(1, 40, 40)))  # a new one is no matter
+    write_photograph(root / "ants" / "new.jpg", 1, 40, 40)  # a new one is no matter
     DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
     (root / "bees" / "04.jpg").unlink()
     with pytest.warns(

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from material import encoded, photograph
+from material import encoded, photograph, write_photograph
 
 from dali_diffusemix import EditStore
 from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
@@ -51,9 +51,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("interrupts") / "train"
-    (root / "ants").mkdir(parents=True)
     for place in range(COUNT):
-        (root / "ants" / f"{place:02}.jpg").write_bytes(encoded(photograph(place, 60, 80)))
+        write_photograph(root / "ants" / f"{place:02}.jpg", place, 60, 80)
     (root / "ants" / "03.jpg").write_bytes(encoded(photograph(3, 60, 80))[:900])  # a verdict, kept as any other
     return root
 
@@ -139,7 +138,7 @@ def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_
 def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command += "from dali_diffusemix.cli import main; main()"
-    options = ["--variants", "20", "--batch-size", "1", "--workers", "1"]  # 14,400 edits
+    options = ["--variants", "20", "--batch-size", "1", "--device", "cpu"]  # 14,400 edits
     store = tmp_path / "edits"
     with subprocess.Popen(
         [sys.executable, "-c", command, "generate", str(originals), str(store), *options],
@@ -153,7 +152,7 @@ def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 130
-    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to go on", said)
+    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to resume", said)
     assert found is not None and int(found[1]) > 0, said
 
 

@@ -212,7 +212,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
         if reason:
             assert f"cannot be read ({reason})" in str(batch.errors[row]) and str(tmp_path) in str(batch.errors[row])
     assert "short at byte 50" in str(batch.errors[5]) and batch.errors[6] is gone
-    for row, remedy in ((0, "restore it, or list the folder anew"), (5, IN_STORE)):
+    for row, remedy in ((0, "restore it, or run `index --refresh`"), (5, IN_STORE)):
         assert str(batch.errors[row]).endswith(remedy)
 
 
@@ -224,7 +224,7 @@ def test_an_image_of_another_size_is_another_image(tmp_path: Path, form: str) ->
     place = os.fsencode(tmp_path / "file")
     sizes = np.array([[30, 40], [40, 30], [0, 0], [30, 41], [60, 80]], dtype=np.int32)
     batch = read([place] * 5, np.zeros((5, 4), dtype=np.int32), sizes)
-    assert sorted(batch.errors) == [1, 3, 4] and "has not the size that it was listed with" in str(batch.errors[3])
+    assert sorted(batch.errors) == [1, 3, 4] and "its size differs from the catalog" in str(batch.errors[3])
 
 
 @pytest.mark.parametrize("turn", [1, 3, 6, 8])

@@ -23,14 +23,14 @@ _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 class GenerateConfig:
     """Which edits to make, and how.
 
+    More than ten fields, because each of them decides the bytes of the store, and the store records them.
+
     Raises ConfigError if a field breaks its rule.
     """
 
     editor: str | EditorConfig = "procedural"  # or a model for `DiffusersConfig`: hub id or local folder
     prompts: tuple[str, ...] = PROMPTS  # without the template
-    denied: Mapping[str, tuple[str, ...]] = field(
-        default_factory=dict
-    )  # prompt to patterns of classes that it is not applied to
+    denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of denied classes
     size: int = 256  # side of a stored edit in pixels; with resize="keep" the square root of its pixel count
     edit_size: int | None = None  # the same for the image given to the editor; None: as stored
     resize: Literal["squash", "keep"] = "squash"  # to a square, as in the released code; or keep the aspect ratio
@@ -148,6 +148,11 @@ class PromptFile:
             raise ConfigError(f"prompts: {str(file)!r} must be a TOML file, found: {error}.") from error
         if unknown := sorted(set(content) - {"prompts", "template", "deny"}):
             raise ConfigError(f"prompts: {str(file)!r} may have prompts, template and [deny], found {unknown[0]!r}.")
+        return cls.parse(content, file)
+
+    @classmethod
+    def parse(cls, content: Mapping[str, object], file: str | os.PathLike[str]) -> "PromptFile":
+        """Take these three keys of a file that was read. Raises ConfigError."""
         template, deny = content.get("template"), content.get("deny", {})
         if not (template is None or isinstance(template, str)) or not isinstance(deny, dict):
             raise ConfigError(f"prompts: {str(file)!r}: template must be a string and [deny] a table.")

@@ -1,10 +1,10 @@
-"""Where a loader on a GPU decodes: `decode="auto"` tries the ways on this machine, once, and remembers the fastest.
+"""decode="auto": measures the ways to decode for a GPU on this machine, once, and remembers the fastest.
 
     way ──> a process of its own, with a time limit ──> images/s, or why it does not work
-                 (a vendor's library may crash it, or answer success with wrong pixels)
+                 (a vendor's library may crash it, or report success with wrong pixels)
 
-On the CPU means: the CPU loader's decoder, whose pixels are Pillow's, and one copy of what a batch shows to the GPU. On
-the GPU means DALI's mixed decoders, in one of the ways of `GpuDecoding`.
+"cpu" is the CPU loader's decoder, whose pixels are Pillow's, plus one copy of the visible parts to the GPU per batch.
+The other ways are settings of DALI's mixed decoders (`GpuDecoding`).
 """
 
 import contextlib
@@ -42,7 +42,7 @@ from dali_diffusemix.loading.upload import PieceUpload
 _log = logging.getLogger(__name__)
 
 Decode: TypeAlias = Literal["auto", "cpu", "gpu"] | GpuDecoding
-"""What a loader is told: "gpu" is `GpuDecoding()`."""
+"""A loader's `decode` argument; "gpu" is `GpuDecoding()`."""
 
 WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "cpu": None,
@@ -50,11 +50,11 @@ WAYS: Final[Mapping[str, GpuDecoding | None]] = {
     "gpu, regions": GpuDecoding(regions=True),
     "gpu, edits on the cpu": GpuDecoding(hardware_load=0.9, edits_on_cpu=True),
 }
-"""What "auto" tries; None is the CPU."""
+"""The ways that "auto" measures; None is the CPU."""
 
-_SECONDS: Final = 60.0  # that a trial may take
+_SECONDS: Final = 60.0  # for one trial
 _TIMED: Final = 1.0  # seconds of decoding that are timed
-_GAIN: Final = 1.1  # over the CPU, whose pixels are exact, that a GPU's decoder must have to be chosen
+_GAIN: Final = 1.1  # over the CPU, whose pixels are exact, for a GPU's decoder to be chosen
 _PACKAGES: Final = (
     *("nvidia-dali-cuda120", "nvidia-dali-cuda130", "nvidia-nvimgcodec-cu12", "nvidia-nvimgcodec-cu13"),
     *("nvidia-nvjpeg-cu12", "nvidia-nvjpeg", "torch", "dali-diffusemix"),
@@ -63,19 +63,19 @@ _CHILD: Final = (
     "import sys; sys.path[:] = sys.argv[2:]; from dali_diffusemix.loading.auto import serve; serve(sys.argv[1])"
 )
 
-# Of the photographs that are tried: ImageNet's usual size, half of them in tiles, as edit stores hold them.
+# The photographs: ImageNet's usual size, half of them in tiles, as edit stores hold them.
 _HEIGHT, _WIDTH, _BATCH = 375, 500, 64
-# nvJPEG's inverse transform and chroma upsampling are not libjpeg-turbo's; of 255, on average over a piece.
+# Of 255, on average over a piece: nvJPEG's inverse transform and chroma upsampling differ from libjpeg-turbo's.
 _LARGEST_MEAN_DIFFERENCE: Final = 8.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What was found on a machine."""
+    """The measurements on a machine, and the way that was chosen."""
 
     way: str  # of WAYS
-    images_per_second: Mapping[str, float]  # by way; an original and an edit are one
-    errors: Mapping[str, str]  # of the ways that do not work
+    images_per_second: Mapping[str, float]  # by way; an original and an edit count as one
+    errors: Mapping[str, str]  # by way: why it does not work
 
     def __str__(self) -> str:
         found = [f"{way} {rate:.0f} images/s" for way, rate in self.images_per_second.items()]
@@ -84,17 +84,17 @@ class Choice:
 
 
 def check(decode: Decode, device: torch.device) -> None:
-    """Raise ConfigError unless it can be said of a loader on this device."""
+    """Raise ConfigError unless a loader on this device can decode so."""
     if not isinstance(decode, GpuDecoding) and decode not in ("auto", "cpu", "gpu"):
         raise ConfigError(
-            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'"
+            f"decode must be 'auto', 'cpu', 'gpu' or a GpuDecoding, found {decode!r}; leave it out for 'auto'."
         )
     if device.type == "cpu" and decode not in ("auto", "cpu"):
-        raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out")
+        raise ConfigError(f"decode must be 'auto' or 'cpu' for device='cpu', found {decode!r}; leave it out.")
 
 
 def resolve(decode: Decode, device: torch.device, threads: int) -> GpuDecoding | None:
-    """How a loader decodes for a device; None is on the CPU. Tries it out if it must."""
+    """The way to decode for a device; None is on the CPU. "auto" may measure first."""
     if isinstance(decode, GpuDecoding):
         return decode
     if decode == "gpu":
@@ -107,15 +107,15 @@ def resolve(decode: Decode, device: torch.device, threads: int) -> GpuDecoding |
 
 
 def choose(device: int, threads: int) -> Choice:
-    """The fastest way to decode for a GPU, from the user's cache, else by trying; processes wait for each other."""
+    """The fastest way to decode for a GPU, from the user's cache or measured; processes wait for each other."""
     facts = _facts(device, threads)
     with _locked():
         known = remembered(facts)
         if known is None:
             name = torch.cuda.get_device_name(device)
-            _log.warning("Trying how to decode for %s; this is done once on a machine, and takes a minute.", name)
+            _log.warning("Measuring the ways to decode for %s: once per machine, about a minute.", name)
             known = _tried(device, threads)
-            if known.images_per_second:  # else something is wrong with the machine, and may be mended
+            if known.images_per_second:  # otherwise something on the machine is broken, and may be repaired
                 _remember(facts, known)
     return known
 
@@ -128,14 +128,14 @@ def _tried(device: int, threads: int) -> Choice:
             errors[name] = answer["error"]
         else:
             rates[name] = answer["images_per_second"]
-    # Where nothing works, loading on the CPU will say why.
+    # If nothing works, loading on the CPU will report why.
     best = max(rates, key=rates.__getitem__, default="cpu")
     way = best if rates.get(best, 0) >= _GAIN * rates.get("cpu", 0) else "cpu"
     return Choice(way=way, images_per_second=rates, errors=errors)
 
 
 def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
-    """Try a way in a process of its own."""
+    """Measure a way in a process of its own."""
     request = json.dumps({"way": way, "device": device, "threads": threads})
     with (
         tempfile.TemporaryDirectory(prefix="dali-diffusemix-") as folder,
@@ -165,8 +165,8 @@ def _trial(way: str, device: int, threads: int) -> dict[str, Any]:
 
 
 def serve(request: str) -> None:
-    """Try a way, as asked in JSON, and print what came of it as JSON; what libraries print goes elsewhere."""
-    signal.alarm(math.ceil(_SECONDS) + 5)  # ends it if nobody is left who would
+    """Measure a way, requested in JSON, and print the result as JSON; what libraries print goes to stderr."""
+    signal.alarm(math.ceil(_SECONDS) + 5)  # in case the parent is gone
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         asked = json.loads(request)
@@ -175,10 +175,10 @@ def serve(request: str) -> None:
             answer: dict[str, Any] = {
                 "images_per_second": round(rate(WAYS[asked["way"]], device, asked["threads"], _TIMED), 1)
             }
-        except Exception as error:  # of any kind: it is the answer
+        except Exception as error:  # of any kind: it is the result
             answer = {"error": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
         answers.write(json.dumps(answer))
-    # Without tearing down what was loaded, which may fail too.
+    # Without tearing down the libraries, which may fail too.
     os._exit(0)
 
 
@@ -186,10 +186,10 @@ def rate(way: GpuDecoding | None, device: torch.device, threads: int, seconds: f
     """Decode photographs for a device until `seconds` have passed.
 
     Returns:
-        Samples per second: of each a part of an original and a part of an edit.
+        Samples per second, each a part of an original and a part of an edit.
 
     Raises:
-        DataError: The pixels are not Pillow's.
+        DataError: the pixels are not Pillow's.
     """
     cuda = device.type == "cuda"
     decoder = PieceDecoder(_BATCH, threads=threads, ahead=3, device=device.index if way else None, gpu=way)

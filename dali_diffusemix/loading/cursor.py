@@ -10,6 +10,7 @@ Everything is counted in delivered batches, so what is read or decoded ahead doe
 or a user's sampler) says what an epoch holds; the cursor only says where in it the loader is.
 """
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
@@ -62,9 +63,14 @@ class Cursor:
         self._has_sampler = has_sampler
         self._next = (0, 0)  # epoch and delivered positions that the next run begins with
         self._newest: Run | None = None  # None: the next run decides, as after `load`
+        self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_newest": None}  # iterators stay behind
+        return {**self.__dict__, "_newest": None, "_lock": None}  # iterators stay behind
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
 
     @property
     def next_epoch(self) -> int:
@@ -73,10 +79,11 @@ class Cursor:
 
     def begin(self) -> Run:
         """Begin the next epoch, or resume where a loaded state says."""
-        epoch, delivered = self._next
-        self._next = epoch + 1, 0
-        self._newest = Run(epoch, delivered, self._order.begin())
-        return self._newest
+        with self._lock:  # several threads may begin: each gets an epoch and a run of its own
+            epoch, delivered = self._next
+            self._next = epoch + 1, 0
+            run = self._newest = Run(epoch, delivered, self._order.begin())
+        return run
 
     def finish(self, run: Run) -> None:
         """A run has delivered everything: a state taken from here on is the beginning of the epoch after it."""

@@ -26,14 +26,14 @@ _ENDS: Final = ("start", "end")
 
 @dataclass(frozen=True, kw_only=True)
 class GpuDecoding:
-    """How a GPU decodes: by DALI's mixed decoders, which use nvJPEG and the GPU's JPEG engine.
+    """Settings of decoding on a GPU, by DALI's mixed decoders, which use nvJPEG and the GPU's JPEG engine.
 
     Args:
-        regions: Decode of each image only the window that its sample shows. False: whole images, which is all that a
-            JPEG engine can do; of a JPEG with restart markers, as edit stores and packed stores hold, that is the part
-            that was cut out of it on reading.
-        hardware_load: The share of a batch that the JPEG engine decodes, where there is one; 0 to 1.
-        edits_on_cpu: Decode edits on the CPU, which has cores for that beside a GPU that decodes the originals.
+        regions: Decode only the windows that samples show. False: decode whole images, which is all that a JPEG engine
+            can do; of JPEGs with restart markers, as edit stores and packed stores hold, only the part that was cut
+            out on reading.
+        hardware_load: The share of a batch that the JPEG engine decodes, if there is one; 0 to 1.
+        edits_on_cpu: Decode edits on the CPU while the GPU decodes the originals.
         fancy_upsampling: Interpolate colours as libjpeg-turbo does.
     """
 
@@ -45,15 +45,15 @@ class GpuDecoding:
     def __post_init__(self) -> None:
         for name in ("regions", "edits_on_cpu", "fancy_upsampling"):
             if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}; give one of them")
+                raise ConfigError(f"{name} must be True or False, found {getattr(self, name)!r}; give one of them.")
         if not isinstance(self.hardware_load, int | float) or not 0 <= self.hardware_load <= 1:
             raise ConfigError(
-                f"hardware_load must be a number from 0 to 1, found {self.hardware_load!r}; leave it out for 0.65"
+                f"hardware_load must be a number from 0 to 1, found {self.hardware_load!r}; leave it out for 0.65."
             )
 
 
 def dali() -> tuple[Any, Any, Any]:
-    """DALI's (fn, pipeline_def, types). Raises MissingDependencyError where it is not installed."""
+    """DALI's (fn, pipeline_def, types). Raises MissingDependencyError if it is not installed."""
     try:
         _import_dali()
         from nvidia.dali import fn, pipeline_def, types
@@ -67,7 +67,7 @@ def dali() -> tuple[Any, Any, Any]:
 
 
 def _import_dali() -> None:
-    """Import DALI to the end: a Ctrl-C in its midst, which goes to the main thread, would leave a half for good."""
+    """Import DALI in a thread, because a Ctrl-C in the main thread would leave a half-imported DALI for good."""
     if "nvidia.dali.pipeline" in sys.modules or threading.current_thread() is not threading.main_thread():
         return
     thread = threading.Thread(target=_import_here, name="dali-diffusemix-import", daemon=True)
@@ -76,61 +76,61 @@ def _import_dali() -> None:
 
 
 def _import_here() -> None:
-    with suppress(ImportError):  # who imports it next says why
+    with suppress(ImportError):  # the next import reports it
         import nvidia.dali.fn  # noqa: F401
 
 
-# DALI's threads do not live on in a forked process, and whoever shuts a pipeline down or destroys it there waits for
-# them for ever: DALI itself at the process's end, for one. So pipelines that a process inherits are left alone.
+# DALI's threads do not exist in a forked process, and shutting down or destroying a pipeline there waits for them for
+# ever; DALI itself would do so when the process exits. So inherited pipelines are left alone.
 _pipelines: weakref.WeakSet["Pipeline"] = weakref.WeakSet()
 
 
 def _disown_pipelines() -> None:
     for ours in list(_pipelines):
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(ours))  # nothing destroys it, nor what it holds
-        registry: set[Any] = getattr(type(ours.pipeline), "_pipes", set())  # what DALI shuts down at the end
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(ours))  # keeps it, and what it holds, from being destroyed
+        registry: set[Any] = getattr(type(ours.pipeline), "_pipes", set())  # what DALI shuts down on exit
         registry -= {one for one in registry if one() is ours.pipeline}
     _pipelines.clear()
     gate.reopen()
 
 
 class _Gate:
-    """Keeps threads out of DALI at the interpreter's end: DALI shuts its pipelines down then, whoever is inside."""
+    """Keeps threads out of DALI when the interpreter exits: DALI then shuts down even pipelines that are in use."""
 
     def __init__(self) -> None:
         self._registered = False
         self.reopen()
 
     def reopen(self) -> None:
-        """In a forked process, which has none of the threads that may hold locks."""
+        """Begin again in a forked process, which has none of the threads that may hold locks."""
         self._closed = False
         self._locks: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def lock(self) -> Any:
-        """A lock for `through`; one of threads, so that a thread which lost it to an exception may go on."""
+        """A lock for `through`; reentrant, so that a thread which an exception took out of it may enter again."""
         lock = threading.RLock()
         self._locks.add(lock)
         return lock
 
     @contextmanager
     def through(self, lock: Any) -> Iterator[None]:
-        """Around calls of DALI, one thread at a time for each lock."""
+        """Guards calls of DALI: one thread at a time per lock."""
         if not self._registered:
-            dali()  # what is registered after it is called before it
+            dali()  # handlers run in reverse order: ours before DALI's
             atexit.register(self._close)
             self._registered = True
         if self._closed:
             if threading.current_thread().daemon:
-                threading.Event().wait()  # for ever, as Python does with daemons that outlive it
-            raise RuntimeError("the interpreter ends, and DALI with it: close loaders before")
+                threading.Event().wait()  # for ever, as Python does with daemon threads on exit
+            raise RuntimeError("the interpreter is exiting and DALI with it: close loaders before")
         with lock:
             yield
 
     def _close(self) -> None:
-        """No threads are left but daemons: those inside come out, and go no further."""
+        """Only daemon threads are left: wait until they are outside, and keep them there."""
         self._closed = True
         for lock in list(self._locks):
-            lock.acquire(timeout=10)  # never to be released
+            lock.acquire(timeout=10)  # never released
 
 
 gate = _Gate()
@@ -152,13 +152,13 @@ class Pipeline:
                 "jpeg_fancy_upsampling": gpu.fancy_upsampling,
             }
 
-        # A queue of one: more batches than that may be scheduled, and unlike a longer queue it does not ask for several
-        # before the first is handed out.
+        # A queue of one: more batches may be scheduled, and unlike a longer queue it does not request several before it
+        # returns the first.
         @pipeline_def(  # type: ignore[untyped-decorator]
             batch_size=batch_size, num_threads=threads, device_id=device, prefetch_queue_depth=1
         )
         def pieces() -> Any:
-            # It is not copied: who feeds it keeps it.
+            # Not copied: the caller keeps it.
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1, no_copy=True)
             number = fn.external_source(name="number", dtype=types.INT64, ndim=0)
             if not self.regions:
@@ -173,10 +173,10 @@ class Pipeline:
         _pipelines.add(self)
 
     def schedule(self, images: Sequence[NDArray[np.uint8] | None], windows: NDArray[np.int32]) -> int:
-        """Have images decoded, of each its window (top, left, bottom, right) where the pipeline decodes windows.
+        """Start to decode images, or their windows (top, left, bottom, right) if the pipeline decodes windows.
 
         Returns:
-            The number to ask `outputs` for.
+            The batch's number, for `outputs`.
         """
         self._scheduled += 1
         self.pipeline.feed_input("encoded", images)
@@ -188,14 +188,14 @@ class Pipeline:
         return self._scheduled
 
     def outputs(self, number: int, stream: int | None = None) -> Any:
-        """The decoded images of the oldest batch that was scheduled, a list of DALI's. `stream` will wait for them.
+        """The decoded images of the oldest scheduled batch, as DALI's TensorList. `stream` waits for them.
 
         Raises:
             RuntimeError: DALI cannot decode one of them, or has mistaken the batch for another.
         """
         share = self.pipeline.share_outputs
         outputs, numbers = share() if stream is None else share(cuda_stream=stream)
-        # Outputs outlive this: DALI's default executor only learns that the next may be made.
+        # The outputs stay valid: DALI's default executor only learns that it may make the next.
         self.pipeline.release_outputs()
         found = np.asarray(numbers.as_tensor())
         if len(found) != len(outputs) or (found != number).any():
@@ -206,10 +206,10 @@ class Pipeline:
 def decode_by_dali(
     image: NDArray[np.uint8], size: tuple[int, int], *, device: int | None, gpu: GpuDecoding | None = None
 ) -> NDArray[np.uint8]:
-    """What DALI alone makes of a whole encoded image, in the way in which `PieceDecoder` has it decoded.
+    """The pixels that DALI alone makes of a whole encoded image, decoded as in `PieceDecoder`.
 
     Args:
-        image: (n,) the file's content; sound.
+        image: (n,) the file's content; safe for DALI.
         size: (height, width) of its pixels.
         device, gpu: As `PieceDecoder` has them.
 

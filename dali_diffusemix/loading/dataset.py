@@ -1,6 +1,6 @@
-"""The dataset: everything that decides a sample. Takes ImageFolder's place under any DataLoader.
+"""The dataset: everything that decides a sample. Replaces ImageFolder under any DataLoader.
 
-Here a sample is decoded by Pillow and mixed by the same function as in `DiffuseMixLoader`, which see for speed.
+Samples are decoded by Pillow here and mixed by the same call as in `DiffuseMixLoader`, which is faster.
 """
 
 import os
@@ -34,17 +34,17 @@ from dali_diffusemix.store.mirror import MirrorError, is_url
 _Path = str | os.PathLike[str]
 ImagePair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
 
-# The shared cells: the epoch, samples served in it by the main process and by each worker, and a bit for each original,
-# whether it was found in it that it cannot be decoded.
+# The shared cells: the epoch, the samples that the main process and each worker served in it, and one bit per original
+# that is set once the original was found undecodable in this epoch.
 _EPOCH: Final = 0
 _SLOTS: Final = 257
 _FAILED: Final = 1 + _SLOTS
 
 
 class RepeatedEpochWarning(UserWarning):
-    """A DataLoader went through the dataset twice without `set_epoch`: the second time gives the same samples.
+    """A DataLoader drew an epoch twice without `set_epoch`: the second pass repeats the samples of the first.
 
-    Not of a dataset whose epochs are all the same, as for validation.
+    Never given for a dataset whose epochs are all the same, as for validation.
     """
 
 
@@ -55,29 +55,29 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
 
     Args:
-        root: Folder of originals, root/class/**/image, or a packed store of them, which may be a URL.
-        catalog: The originals to use, for other layouts: paths relative to `root`. Else the edit store's catalog;
-            without edits, the packed store's, or the one in the user's cache folder, made on first use.
-        edits: Edit store, or its folder or URL. Needed where `mix` is given.
-        fractals: Fractal bank, or its file. Needed where `mix` blends fractals.
+        root: Folder of originals, root/class/**/image, or a packed store of originals, which may be a URL.
+        catalog: The originals to use, for other layouts: paths relative to `root`. Default: the edit store's catalog;
+            without edits, the packed store's, or the one in the user's cache folder, which is made on first use.
+        edits: Edit store, or its folder or URL. Required with `mix`.
+        fractals: Fractal bank, or its file. Required if `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation.
         crop: How to crop, and the output size.
-        normalize: (mean, std) for values in [0, 1]; None leaves [0, 1].
+        normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³².
-        on_error: What to do about an image that cannot be read or decoded: "substitute" gives for a failed edit the
-            original unmixed and for a failed original the sample of the next index (the one after the last is the
-            first), and logs it in `quarantine`; "raise" raises DecodeError.
+        on_error: What to do with an image that cannot be read or decoded. "substitute": for a failed edit, use the
+            original unmixed; for a failed original, use the sample of the next index (the first follows the last);
+            log it in `quarantine`. "raise": raise DecodeError.
 
     Raises:
         CatalogError: the folder holds no images, or its catalog cannot be used.
-        StoreError: the edit store, the packed store or the bank cannot be used, or is of other originals.
-        ConfigError: arguments do not fit together.
+        StoreError: the edit store, the packed store or the bank cannot be used, or belongs to other originals.
+        ConfigError: an argument breaks a rule, or arguments contradict each other.
     """
 
     quarantine: Quarantine
-    """The images that could not be read or decoded by this object in this process, by path; a loader has its own."""
+    """The images that this object could not read or decode in this process, by path; a loader has its own."""
 
-    original_store: OriginalStore | None  # row r of the catalog is its image r; None: the originals are files
+    original_store: OriginalStore | None  # its image r is row r of the catalog; None: originals are files
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         _check_kinds(crop, mix)
         self.root = root if isinstance(root, str) and is_url(root) else Path(root)
         if isinstance(self.root, Path) and not self.root.is_dir():
-            raise CatalogError(f"{str(root)!r}: there is no such folder; give that of the originals.")
+            raise CatalogError(f"{str(root)!r}: there is no such folder; give the folder of the originals.")
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
@@ -149,9 +149,9 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
     @property
     def samples(self) -> Sequence[tuple[str, int]]:
-        """(path, label) of every original; a view that makes each pair when it is looked at.
+        """(path, label) of every original, as a view that makes each pair on access.
 
-        Of a packed store a path tells which original it is: there is no such file.
+        With a packed store, a path identifies the original; there is no such file.
         """
         return _Samples(self.root, self.catalog)
 
@@ -160,18 +160,18 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     @property
     def targets(self) -> list[int]:
         """Label of every original."""
-        # Made once, for loops over it ask for it each time.
+        # Made once: loops access it for every sample.
         if self._targets is None:
             self._targets = self.catalog.labels.tolist()
         return self._targets
 
     @property
     def epoch(self) -> int:
-        """The epoch that `dataset[i]` gives samples of."""
+        """The epoch of the samples that `dataset[i]` returns."""
         return int(self._cells[_EPOCH])
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; call it before each one, as with DistributedSampler. Running workers see it too."""
+        """Set the epoch; call it before each one, as with DistributedSampler. Running workers see it too."""
         check_seed(self.seed, epoch)
         self._cells[1:] = 0
         self._cells[_EPOCH] = epoch
@@ -183,13 +183,13 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return self._samples_of(from_the_end([index], len(self)))[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
-        """Samples of a batch of indices. DataLoader calls this rather than `dataset[i]` for each."""
+        """The samples of a batch of indices. DataLoader calls this instead of `dataset[i]`."""
         checked = from_the_end(indices, len(self))
         self._count(len(checked))
         return self._samples_of(checked)
 
     def path_of(self, original: int) -> str:
-        """Path of an original, by its row in the catalog; of a packed store the name of none of its files."""
+        """Path of an original, by its row in the catalog; with a packed store, there is no such file."""
         return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
 
     def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
@@ -199,7 +199,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
         plan = self.planner.batch(self.epoch, indices)
         images, failures = self.decode_all(plan)
-        if self._substitution is not None:  # it may know better of what could be made
+        if self._substitution is not None:  # it may have remembered a failure of one of these
             self._substitution.correct(plan.epoch, np.delete(plan.index, list(failures)))
         if failures:
             plan, images = self._substituted(plan, images, failures)
@@ -212,14 +212,14 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             out=tensor.numpy(),
             format=self._format,
         )
-        # Copies, so that a sample kept does not keep its batch.
+        # Copies, so that one sample does not keep the memory of its batch.
         samples = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
         return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
 
     def _substituted(
         self, plan: BatchPlan, images: list[ImagePair], failures: Mapping[int, Failure]
     ) -> tuple[BatchPlan, list[ImagePair]]:
-        """The same with what takes the place of samples that cannot be made."""
+        """The plan and images with substitutes for the samples that failed."""
         if self._substitution is None:
             self._substitution = Substitution(
                 self.planner, self.name_of, self.on_error, size_of=_bytes_of, told=self._is_known_to_fail
@@ -230,18 +230,18 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             return pairs[0], failed
 
         found = self._substitution(plan, failures, decode, self.quarantine)
-        for place, (_, pair) in found.items():
-            images[place] = pair
-        return plan.with_rows({place: row for place, (row, _) in found.items()}), images
+        for row, (_, pair) in found.items():
+            images[row] = pair
+        return plan.with_rows({row: substitute for row, (substitute, _) in found.items()}), images
 
     def decode_all(self, plan: BatchPlan) -> tuple[list[ImagePair], dict[int, Failure]]:
         """The original and the edit of each row of a plan, (height, width, 3) uint8, None where there is none.
 
         Returns:
-            These pairs, and by place what failed, the original if both did.
+            The pairs, and what failed by row: the original if both did.
         """
         pairs, failures = [], {}
-        for place, (original, edit, mixed) in enumerate(
+        for row, (original, edit, mixed) in enumerate(
             zip(plan.original.tolist(), plan.edit.tolist(), plan.mixed.tolist(), strict=True)
         ):
             pair: ImagePair = (None, None)
@@ -255,20 +255,20 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             except DecodeError as error:
                 if kind == "original":
                     self._note_original(original, failed=True)
-                failures[place] = Failure(kind, error)
+                failures[row] = Failure(kind, error)
             pairs.append(pair)
         return pairs, failures
 
     def _note_original(self, original: int, *, failed: bool) -> None:
-        """Tell the other processes whether an original could be decoded, if they do not know."""
+        """Record for the other processes whether an original could be decoded, if they do not know."""
         word, bit = divmod(original, 64)
         cells = self._cells.numpy()[_FAILED:].view(np.uint64)
         mask = np.uint64(1) << np.uint64(bit)
-        if bool(cells[word] & mask) != failed:  # one that is lost to another process costs a decode
+        if bool(cells[word] & mask) != failed:  # an update lost to another process only costs a decode
             cells[word] = cells[word] | mask if failed else cells[word] & ~mask
 
     def _is_known_to_fail(self, index: int) -> bool:
-        """Whether some process found that a sample's original cannot be decoded."""
+        """True if some process could not decode the original of a sample."""
         count = len(self.catalog)
         original = index
         if index >= count:
@@ -278,7 +278,7 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return bool(int(self._cells[_FAILED + word]) >> bit & 1)
 
     def name_of(self, row: BatchPlan, kind: Kind) -> str:
-        """What the quarantine calls the original or the edit of a plan of one row."""
+        """Name of the original or the edit of a plan of one row, for the quarantine."""
         path = self.path_of(int(row.original[0]))
         if kind == "original" or self.store is None:
             return path
@@ -292,8 +292,8 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         """An original's upright pixels, (height, width, 3) uint8, by its row in the catalog.
 
         Raises:
-            DecodeError: it cannot be decoded, or has another size than it is listed with.
-            MirrorError: of a packed store at a URL: the source does not answer.
+            DecodeError: it cannot be decoded, or its size differs from the catalog's.
+            MirrorError: the source of a packed store at a URL does not answer.
         """
         path, size = self.path_of(original), self.catalog.sizes[original]
         if self.original_store is None:
@@ -301,17 +301,17 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         return _decode_stored(self.original_store, original, size, path)
 
     def _count(self, samples: int) -> None:
-        """Notice that an epoch is drawn a second time: under DataLoader nobody else can."""
+        """Warn if an epoch is drawn a second time: under DataLoader nothing else can notice it."""
         worker = get_worker_info()
         slot = 1 + (0 if worker is None else 1 + worker.id % (_SLOTS - 1))
-        # Each process writes its own cell, so nothing is lost between them.
+        # Each process writes a cell of its own, so no count is lost.
         self._cells[slot] += samples
         epoch = self.epoch
         if self._varies and int(self._cells[1:_FAILED].sum()) > len(self) and self._warned_of != epoch:
             self._warned_of = epoch
             warnings.warn(
                 f"epoch {epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
-                "before each epoch (DiffuseMixLoader does it by itself)",
+                "before each epoch (DiffuseMixLoader counts epochs itself).",
                 RepeatedEpochWarning,
                 stacklevel=2,
             )
@@ -327,16 +327,16 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
 
 
 def _check_kinds(crop: object, mix: object) -> None:
-    """Refuse what is easily given in place of a crop and of a mix, for it would fail far from here."""
+    """Refuse values that are easily mistaken for a crop or a mix, and would fail far from here."""
     if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
         size = crop if isinstance(crop, int) else 224
-        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size})")
+        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size}).")
     if mix is not None and not isinstance(mix, MixSpec):
-        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets")
+        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets.")
 
 
 def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
-    """Whether a crop draws anything for images of these sizes, (n, 2): else all epochs are the same."""
+    """True if a crop draws anything for images of these sizes, (n, 2); otherwise all epochs are the same."""
     drawn = False
 
     def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -349,7 +349,7 @@ def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
 
 
 def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
-    """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError where its source does not answer."""
+    """An edit's pixels, (height, width, 3) uint8. Raises DecodeError; MirrorError if its source does not answer."""
     return _decode_stored(store, edit, store.sizes(np.array([edit]))[0], f"{store.path}: edit {edit}")
 
 
@@ -357,7 +357,7 @@ def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.
     try:
         return decode_listed(store.encoded(row), size, IN_STORE)
     except MirrorError:
-        raise  # nothing is wrong with the image
+        raise  # the image may be fine
     except (DecodeError, StoreError) as error:
         raise DecodeError(f"{name}: {error}") from error
 
@@ -374,18 +374,18 @@ def _whole_images(*sources: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.vo
 
 
 def _check_same_originals(root: str | Path, store: EditStore) -> None:
-    """Refuse edits of another folder: none of a spread of their originals is there."""
+    """Refuse the edits of another folder: none of a sample of their originals is there."""
     rows = np.unique(np.linspace(0, len(store.catalog) - 1, 32).astype(np.int64))
     if not any(Path(root, store.catalog.path(int(row))).is_file() for row in rows):
         raise StoreError(
-            f"{store.path}: the edits are of other originals: {root} has none of {len(rows)} that were looked for, "
+            f"{store.path}: the edits belong to other originals: {root} has none of {len(rows)} that were looked for, "
             f"such as {store.catalog.path(int(rows[0]))!r}; give the folder that they were generated from, or generate "
-            "edits for this one"
+            "edits for this one."
         )
 
 
 class _Samples(Sequence[tuple[str, int]]):
-    """ImageFolder's list of (path, label), without holding a million strings."""
+    """ImageFolder's list of (path, label) that holds no million strings."""
 
     def __init__(self, root: str | Path, catalog: Catalog) -> None:
         self._root, self._catalog = root, catalog

@@ -1,11 +1,11 @@
-"""What happens to a sample whose image cannot be read or decoded, and the log of such images.
+"""The quarantine: substitutes for samples whose image cannot be read or decoded, and the log of such images.
 
-Substitution is a function of the file and of (seed, epoch, index), never of what happened before: a failed edit gives
-the original unmixed, a failed original the sample of the next index with that index's own row and label. So a damaged
-file changes the samples that it is in and no others, in every rank, worker and resumed run alike.
+A substitute is a function of the file and of (seed, epoch, index), never of what happened before: for a failed edit the
+original unmixed, for a failed original the sample of the next index with that index's own row and label. So a damaged
+file changes the samples that show it and no others, on every rank, in every worker and in resumed runs.
 
-What failed is remembered for the rest of an epoch: a run of n damaged files then costs n decodes, and not n for each of
-its samples. That saves time and changes no sample, for a sample that failed fails again.
+Failures are remembered for the rest of an epoch: n damaged files in a row then cost n decodes, instead of n per sample.
+That changes no sample, because a sample that failed would fail again.
 """
 
 import threading
@@ -24,16 +24,16 @@ Kind = Literal["original", "edit"]
 OnError = Literal["substitute", "raise"]
 _Pieces = TypeVar("_Pieces")
 
-_MOST: Final = 1000  # in a row: then perhaps it is not files that are damaged, but storage that is gone
-_SPREAD: Final = 64  # others that are tried then
-_AHEAD: Final = 16  # tried at once in a long run
-_EPOCHS: Final = 2  # that are remembered
-_KEPT: Final = 64 * 2**20  # bytes of substitutes that are kept, to be used again
-_WARNED: Final = 100  # images named by warnings
+_MOST: Final = 1000  # failures in a row after which the storage may be gone
+_SPREAD: Final = 64  # samples that are tried then
+_AHEAD: Final = 16  # rows that are decoded at once in a long run of failures
+_EPOCHS: Final = 2  # epochs that are remembered
+_KEPT: Final = 64 * 2**20  # bytes of substitutes that are kept for reuse
+_WARNED: Final = 100  # images that get a warning each
 
 
 class QuarantineWarning(UserWarning):
-    """An image could not be read or decoded, and another sample took its sample's place."""
+    """An image could not be read or decoded, and its sample was replaced."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Quarantined:
     path: str
     kind: Kind
     reason: str
-    epoch: int  # of the first sample that it was in
+    epoch: int  # of the first sample that showed it
     index: int  # of that sample
-    count: int = 1  # samples of the plan that it was in so far
+    count: int = 1  # samples that showed it so far
 
 
 class Quarantine(Mapping[str, Quarantined]):
-    """Path to what became of it. A log: nothing depends on it."""
+    """A log of damaged images by path. Nothing depends on it."""
 
     def __init__(self) -> None:
         self._found: dict[str, Quarantined] = {}
@@ -67,7 +67,7 @@ class Quarantine(Mapping[str, Quarantined]):
         return f"<Quarantine of {len(self)} images: {list(self)[:3]}{'...' if len(self) > 3 else ''}>"
 
     def add(self, kind: Kind, path: str, reason: str, epoch: int, index: int) -> None:
-        """Log an image; a `QuarantineWarning` where it is new, for the first 100 images."""
+        """Log an image; each of the first 100 images gives a `QuarantineWarning` when it is new."""
         known = self._found.get(path)
         if known is not None:
             self._found[path] = replace(known, count=known.count + 1)
@@ -76,13 +76,13 @@ class Quarantine(Mapping[str, Quarantined]):
         if len(self._found) > _WARNED:
             if len(self._found) == _WARNED + 1:
                 warnings.warn(
-                    f"more than {_WARNED} images could not be read or decoded; further ones are replaced without a "
-                    "warning each: `quarantine` has all of them, with their reasons",
+                    f"more than {_WARNED} images could not be read or decoded; the samples of further "
+                    "ones are replaced without a warning; `quarantine` lists all of them with their reasons.",
                     QuarantineWarning,
                     stacklevel=2,
                 )
             return
-        instead = "its original is used unmixed" if kind == "edit" else "the sample of the next index takes its place"
+        instead = "its original is used unmixed" if kind == "edit" else "the sample of the next index replaces it"
         warnings.warn(
             f"{kind} {path!r} is left out of sample {index} of epoch {epoch}, {instead}: {reason}",
             QuarantineWarning,
@@ -91,25 +91,27 @@ class Quarantine(Mapping[str, Quarantined]):
 
 
 def check_on_error(on_error: str) -> None:
-    """Raise ConfigError unless it is one of the two."""
+    """Raise ConfigError unless on_error is one of its two values."""
     if on_error not in ("substitute", "raise"):
-        raise ConfigError(f"on_error must be 'substitute' or 'raise', found {on_error!r}")
+        raise ConfigError(f"on_error must be 'substitute' or 'raise', found {on_error!r}.")
 
 
 class Failure(NamedTuple):
-    """Why a sample cannot be made."""
+    """The image of a sample that failed, and why."""
 
     kind: Kind
     error: DecodeError
 
 
 class _Facts(Generic[_Pieces]):
-    """What is known of an epoch's samples: two bytes for each, and the latest substitutes."""
+    """The known failures of an epoch, two bytes per sample, and the latest substitutes."""
 
     def __init__(self, samples: int) -> None:
-        self.originals = bytearray(samples)  # by index: whether the sample cannot be made at all
-        self.edits = bytearray(samples)  # whether it can be made unmixed alone
-        self._made: dict[int, tuple[BatchPlan, _Pieces, int]] = {}  # with the bytes of the pieces; last used last
+        self.originals = bytearray(samples)  # by index: set if the sample cannot be made at all
+        self.edits = bytearray(samples)  # set if it can only be made unmixed
+        self._made: dict[
+            int, tuple[BatchPlan, _Pieces, int]
+        ] = {}  # with the size of the pieces in bytes; last used last
         self._size = 0  # bytes of all of them
         self._lock = threading.Lock()  # iterators in several threads
 
@@ -117,15 +119,15 @@ class _Facts(Generic[_Pieces]):
         return self.originals if kind == "original" else self.edits
 
     def following(self, index: int) -> Iterator[int]:
-        """The samples after one that are not known to fail, round the end of the epoch, up to it."""
+        """The samples after one that are not known to fail, in circular order."""
         for start, stop in ((index + 1, len(self.originals)), (0, index)):
-            place = self.originals.find(_UNKNOWN, start, stop)
-            while place >= 0:
-                yield place
-                place = self.originals.find(_UNKNOWN, place + 1, stop)
+            sample = self.originals.find(_UNKNOWN, start, stop)
+            while sample >= 0:
+                yield sample
+                sample = self.originals.find(_UNKNOWN, sample + 1, stop)
 
     def made(self, index: int) -> tuple[BatchPlan, _Pieces] | None:
-        """A substitute that is kept."""
+        """A kept substitute, or None."""
         with self._lock:
             kept = self._made.pop(index, None)
             if kept is None:
@@ -148,14 +150,14 @@ _TOLD: Final = 2  # by another process, which has logged it
 
 
 class Substitution(Generic[_Pieces]):
-    """Finds the samples that take the place of those that cannot be made, or raises, as `on_error` says.
+    """Finds substitutes for samples that cannot be made, or raises, as `on_error` says.
 
     Args:
-        planner: Whose rows they are.
-        name_of: Names the image of a row of a plan of 1 sample.
+        planner: Makes the rows of substitutes.
+        name_of: Returns the name of the image of a plan of one row.
         on_error: "substitute" or "raise".
-        size_of: How many bytes pieces have.
-        told: Whether another process has found that the original of a sample cannot be decoded.
+        size_of: Returns the size of pieces in bytes.
+        told: Returns True if another process could not decode the original of a sample.
     """
 
     def __init__(
@@ -181,17 +183,17 @@ class Substitution(Generic[_Pieces]):
         decode: Callable[[BatchPlan], tuple[_Pieces, Mapping[int, Failure]]],
         log: Quarantine,
     ) -> dict[int, tuple[BatchPlan, _Pieces]]:
-        """Return what takes the place of samples of a batch: by place the row, of 1 sample, and its pieces.
+        """Return the substitutes for samples of a batch: by row of the batch, the plan of one row and its pieces.
 
         Args:
             plan: The batch.
-            failures: By place, what failed; of a sample of which both failed, the original.
-            decode: Makes the pieces of a plan's rows; says by place what failed.
-            log: Where every failure is logged.
+            failures: The failures by row; the original's if both images failed.
+            decode: Makes the pieces of a plan's rows; returns them and the failures by row.
+            log: Gets every failure.
 
         Raises:
-            DecodeError: with on_error="raise"; or no sample of the epoch can be made, or none of 1,000 in a row and
-                none of others all over the epoch.
+            DecodeError: with on_error="raise"; or no sample of the epoch can be made; or none of 1,000 in a row and
+                none of a sample of the whole epoch.
         """
         facts = self._epochs.get(plan.epoch)
         if facts is None:
@@ -199,17 +201,17 @@ class Substitution(Generic[_Pieces]):
                 del self._epochs[next(iter(self._epochs))]
             facts = self._epochs[plan.epoch] = _Facts(len(self._planner))
         search = _Search(self, facts, decode, log)
-        rows = {place: plan.row(place) for place in sorted(failures)}
-        for place, row in rows.items():  # all of them first: then none is decoded again as another's substitute
-            search.note(row, failures[place])
-        return {place: search.instead_of(row, failures[place].kind) for place, row in rows.items()}
+        rows = {row: plan.row(row) for row in sorted(failures)}
+        for row, sample in rows.items():  # all of them first, so that none is decoded again as another's substitute
+            search.note(sample, failures[row])
+        return {row: search.instead_of(sample, failures[row].kind) for row, sample in rows.items()}
 
     def forget(self) -> None:
-        """Begin anew: files may have been mended since."""
+        """Forget all failures: files may have been repaired since."""
         self._epochs.clear()
 
     def correct(self, epoch: int, indices: NDArray[np.int64]) -> None:
-        """Forget what is known, if these samples, (n,), that could be made, were known to fail: a file was mended."""
+        """Forget an epoch's failures if one of these samples, (n,), could be made but was known to fail."""
         facts = self._epochs.get(epoch)
         if facts is not None and any(facts.originals[index] for index in indices.tolist()):
             del self._epochs[epoch]
@@ -232,7 +234,7 @@ class _Search(Generic[_Pieces]):
         self._log = log
 
     def note(self, row: BatchPlan, failure: Failure) -> None:
-        """Log what failed, once for each sample; raise it, if that is asked for."""
+        """Log a failure once per sample; with on_error="raise", raise it."""
         kind, error = failure
         name, index = self._whole._name_of(row, kind), int(row.index[0])
         if self._whole._on_error == "raise":
@@ -245,12 +247,12 @@ class _Search(Generic[_Pieces]):
         self._last = f"{name!r}: {error}"
 
     def instead_of(self, row: BatchPlan, kind: Kind) -> tuple[BatchPlan, _Pieces]:
-        """What takes the place of a sample that failed, after that was noted."""
+        """The substitute for a sample whose failure was noted."""
         found = self._made(row.unmixed()) if kind == "edit" else None
         return found or self._following(row.epoch, int(row.index[0]))
 
     def _made(self, row: BatchPlan) -> tuple[BatchPlan, _Pieces] | None:
-        """A sample, unmixed if its edit fails; None if its original does."""
+        """A sample, unmixed if its edit fails; None if its original fails."""
         while True:
             pieces, failures = self._decode(row)
             if not failures:
@@ -261,7 +263,7 @@ class _Search(Generic[_Pieces]):
             row = row.unmixed()
 
     def _following(self, epoch: int, index: int) -> tuple[BatchPlan, _Pieces]:
-        """The first sample after one that can be made."""
+        """The first sample after this one that can be made."""
         tried, ahead, asked = 0, 1, False
         candidates = self._facts.following(index)
         while chosen := self._next(candidates, ahead):
@@ -282,7 +284,8 @@ class _Search(Generic[_Pieces]):
         else:
             tried = len(self._planner)
         raise DecodeError(
-            f"none of {tried} samples in a row could be made. Is the storage there? The last: {self._last}"
+            f"none of {tried} samples in a row could be made. Check that the storage is there. "
+            f"The last failure: {self._last}."
         )
 
     def _next(self, candidates: Iterator[int], count: int) -> list[int]:
@@ -299,24 +302,24 @@ class _Search(Generic[_Pieces]):
     def _plan(self, epoch: int, indices: list[int]) -> BatchPlan:
         plan = self._planner.batch(epoch, indices)
         edits = self._facts.edits
-        unmixed = {place: plan.row(place).unmixed() for place, index in enumerate(indices) if edits[index]}
+        unmixed = {row: plan.row(row).unmixed() for row, index in enumerate(indices) if edits[index]}
         return plan.with_rows(unmixed) if unmixed else plan
 
     def _promising(self, plan: BatchPlan) -> Iterator[BatchPlan]:
-        """Of several rows, decoded at once to find out, those whose original does not fail; of one, that."""
+        """The rows whose original can be decoded; several rows are decoded at once to find out, one is not."""
         if len(plan) == 1:
             yield plan
             return
         _, failures = self._decode(plan)
-        for place in range(len(plan)):
-            row = plan.row(place)
-            if place in failures and failures[place].kind == "original":
-                self.note(row, failures[place])
+        for i in range(len(plan)):
+            row = plan.row(i)
+            if i in failures and failures[i].kind == "original":
+                self.note(row, failures[i])
             else:
-                yield row  # decoded again, so that it holds no memory but its own
+                yield row  # decoded again, so that it keeps no memory but its own
 
     def _any_elsewhere(self, epoch: int) -> bool:
-        """Whether any of some samples all over the epoch can be made, of those that are not known to fail."""
+        """True if any of a sample of the epoch can be made, leaving out known failures."""
         spread = np.unique(np.linspace(0, len(self._planner) - 1, _SPREAD).astype(np.int64))
         for index in (one for one in spread.tolist() if not self._facts.originals[one]):
             _, failures = self._decode(self._planner.batch(epoch, [index]).unmixed())

@@ -1,13 +1,13 @@
-"""Decoded pieces from the host's memory to a GPU's: one asynchronous copy for a batch.
+"""Upload of decoded pieces to a GPU: one asynchronous copy per batch.
 
-    pieces, wherever they are ──> one block of page-locked memory ──> one block on the GPU
+    pieces in host memory ──> one block of page-locked memory ──> one block on the GPU
            copied by threads, off the GIL            on a stream of its own, beside training
 
-What a GPU decodes becomes ready on the same stream. It has no other work: DALI orders what it does next behind the
-stream that its outputs were handed to, and would wait for training if that were training's.
+What a GPU decodes becomes ready on the same stream. It has no other work: DALI orders its next work behind the stream
+that its outputs were handed to, and would wait for training if that were the training stream.
 
-torch's allocators own both blocks: page-locked memory is used again once the copy from it is done, the GPU's once the
-work that read it is. Blocks are as large as the largest batch so far, so that they fit each other.
+torch's allocators own both blocks: page-locked memory is reused when the copy from it is done, the GPU's when the work
+that reads it is done. Blocks are as large as the largest batch so far, so that they can replace each other.
 """
 
 from typing import Final
@@ -26,8 +26,8 @@ class PieceUpload:
     """Copies the pieces of batches to a device.
 
     Args:
-        device: Where to. The CPU stands in for a GPU in tests: all is done but the page-locking and the streams.
-        threads: That copy into the page-locked block.
+        device: The target. Tests use the CPU in place of a GPU: everything runs but page-locking and streams.
+        threads: Threads that copy into the page-locked block.
     """
 
     def __init__(self, device: torch.device, threads: int) -> None:
@@ -78,11 +78,11 @@ class PieceUpload:
             block = torch.empty(len(staging), dtype=torch.uint8, device=self._device)
             block[:length].copy_(staging[:length], non_blocking=True)
         self._hand_over()
-        # Its memory is free for other copies once what the current stream does with it is done.
+        # Its memory is free for other copies when the current stream is done with it.
         block.record_stream(torch.cuda.current_stream(self._device))
         return block
 
     def _hand_over(self) -> None:
-        """Have the current stream wait for what is ready by now."""
+        """Make the current stream wait for what was submitted so far."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
