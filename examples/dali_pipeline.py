@@ -1,10 +1,10 @@
-"""DiffuseMix inside a DALI pipeline of one's own, on the CPU: prints the batches' shape and the images/s.
+"""DiffuseMix inside your own DALI pipeline, on the CPU. Prints the shape of a batch and the images/s.
 
     dali-diffusemix generate data/train cache/edits --editor procedural --prompts autumn,snowy
     dali-diffusemix fractals cache/fractals.npy --count 64
     python examples/dali_pipeline.py data/train cache/edits cache/fractals.npy
 
-The samples are those of DiffuseMixLoader(shuffle=True) over the same files, which is the faster way to get them.
+The samples are those of DiffuseMixLoader(shuffle=True) over the same files; the loader is faster.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from dali_diffusemix.plan import Schedule
 SEED = 0
 SIZE = (224, 224)
 
-# What is decoded in the place of an edit where a sample has none: a 1 x 1 picture (PNM).
+# Decoded instead of an edit if a sample has none: a 1 x 1 image (PNM).
 NO_EDIT = np.frombuffer(b"P6\n1 1\n255\n\0\0\0", dtype=np.uint8)
 
 
 class Originals:
-    """What to read: DALI calls it for every batch, with the batch's number and the epoch's."""
+    """The inputs of a batch. DALI calls it for every batch, with the numbers of batch and epoch."""
 
     def __init__(self, root: Path, store: EditStore, batch_size: int) -> None:
         self._root, self._catalog = root, store.catalog
@@ -46,7 +46,7 @@ class Originals:
 
 
 class Edits:
-    """Reads the edits that the plan names. DALI calls it for every batch."""
+    """Read the edits that the plan names. DALI calls it for every batch."""
 
     def __init__(self, store: EditStore) -> None:
         self._store = store

@@ -1,15 +1,54 @@
-"""Small real data for the tests: photographs in a class tree, a store of their edits, a bank of fractals."""
+"""Small real data for the tests: photographs in a class tree, a store of their edits, a bank of fractals.
 
+`make test` shares the tests out among as many processes as there are cores (pytest-xdist). Each process has its own
+copy of the data, so that a test may damage a file for a moment; only what takes seconds to make is common to all, by
+`once`.
+"""
+
+import fcntl
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# One thread for each of several processes: more only wait for each other. Before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
-from material import MakeStore, encoded, photograph
+from material import MakeStore, shared, write_photograph
 
 from dali_diffusemix.fractals import FractalBank, render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
+
+Make = Callable[[Path], object]
+
+
+@pytest.hookimpl(optionalhook=True)  # which pytest without pytest-xdist has not
+def pytest_xdist_auto_num_workers() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Make], Path]:
+    """(name, make) to a folder that `make` filled, in whichever process of the run asked first."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+
+    def made(name: str, make: Make) -> Path:
+        folder, done = common / f"once {name}", common / f"once {name}.done"
+        with (common / f"once {name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,10 +64,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of 3 classes with 11 photographs each, of odd and even sizes."""
     root = tmp_path_factory.mktemp("photos")
     for label, name in enumerate(("ants", "bees", "cats")):
-        (root / name).mkdir()
         for i in range(11):
-            image = photograph(label * 100 + i, 60 + 7 * i, 95 - 6 * i + label)
-            (root / name / f"{i:02}.jpg").write_bytes(encoded(image, quality=90))
+            write_photograph(root / name / f"{i:02}.jpg", label * 100 + i, 60 + 7 * i, 95 - 6 * i + label, quality=90)
     return root
 
 
@@ -46,6 +83,14 @@ def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
 def edits(photos: Path, make_store: MakeStore) -> Path:
     """A store with two edits of each photograph."""
     return make_store(photos)
+
+
+@pytest.fixture(scope="session")
+def imagenet_edits(once: Callable[[str, Make], Path]) -> tuple[Path, Path]:
+    """256 photographs of ImageNet, which must not be changed, and a store with an edit of each."""
+    root = shared("imagenet_sample")
+    config = GenerateConfig(prompts=("sunset",), size=128)
+    return root, once("imagenet", lambda folder: generate(root, folder / "edits", config)) / "edits"
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from material import encoded, photograph
+from material import write_photograph
 
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, MixSpec, TrainCrop
 from dali_diffusemix.fractals import render_bank
@@ -115,9 +115,8 @@ def make_case(folder: Path, pieces: str) -> Case:
     """12 originals whose pieces are all of one "equal" size, which no shape betrays; or "mixed", with edits."""
     for i in range(13):
         file = folder / "train" / f"{i % 3}" / f"{i}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
         size = (40, 40) if pieces == "equal" else (40 + 3 * i, 70 - 2 * i)
-        file.write_bytes(encoded(photograph(i, *size)))
+        write_photograph(file, i, *size)
     if pieces == "equal":
         dataset = DiffuseMixDataset(folder / "train", crop=EvalCrop(32), normalize=None)
     else:

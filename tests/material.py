@@ -1,12 +1,11 @@
-"""Photographs for the tests: real ones where they lie beside the repository, else made up."""
+"""Photographs for the tests: real ones if they are beside the repository, else synthetic ones."""
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -18,6 +17,8 @@ MakeStore = Callable[..., Path]
 
 
 def shared(name: str) -> Path:
+    import pytest  # which distribution/installed.py does without
+
     folder = SHARED / name
     if not folder.is_dir():
         pytest.skip(f"{folder} is not here")
@@ -38,3 +39,20 @@ def encoded(image: NDArray[np.uint8] | Image.Image, format: str = "JPEG", **opti
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
     picture.save(file, format, **options)
     return file.getvalue()
+
+
+def write_photograph(file: Path, seed: int, height: int, width: int, **options: object) -> None:
+    """Write a JPEG or, if the suffix is .png, a PNG; `options` are those of Pillow's `save`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    form = "PNG" if file.suffix == ".png" else "JPEG"
+    file.write_bytes(encoded(photograph(seed, height, width), form, **options))
+
+
+def write_photographs(
+    root: Path, classes: Sequence[str], count: int, height: int = 96, width: int = 128, *, seed: int = 0
+) -> Path:
+    """Write CLASS/0.jpg, CLASS/1.jpg and so on below `root`, and return it."""
+    for label, name in enumerate(classes):
+        for number in range(count):
+            write_photograph(root / name / f"{number}.jpg", seed + 1000 * label + number, height, width)
+    return root

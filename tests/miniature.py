@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from material import encoded, photograph
 from PIL import Image
 from scipy.io import savemat
 
@@ -14,19 +15,15 @@ TRAIN, TEST = 4, 2  # images of each class
 
 
 def picture(seed: int, label: int, size: int = 48) -> Image.Image:
-    """A gradient whose colour tells the class, and a disc at a random place."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[:size, :size] / size
-    centre, radius = rng.uniform(0.3, 0.7, 2), rng.uniform(0.15, 0.3)
-    disc = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < radius**2
-    pixels = np.stack([y, x, (x + y) / 2], axis=-1) * 120 + rng.uniform(0, 30, (size, size, 1))
-    pixels[disc, label % 3] = 240
-    return Image.fromarray(pixels.astype(np.uint8))
+    """A dark photograph with a square whose colour tells the class."""
+    pixels = photograph(seed, size, size) // 2
+    pixels[size // 4 : -size // 4, size // 4 : -size // 4] = np.eye(3, dtype=np.uint8)[label % 3] * 240
+    return Image.fromarray(pixels)
 
 
 def save(file: Path, seed: int, label: int, size: int = 48) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    picture(seed, label, size).save(file, quality=92)
+    file.write_bytes(encoded(picture(seed, label, size), quality=92))
 
 
 def folder(root: Path) -> Path:

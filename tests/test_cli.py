@@ -19,6 +19,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from material import write_photographs
 from PIL import Image
 
 import dali_diffusemix
@@ -54,13 +55,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
 
 
 def make_images(root: Path, classes: int = 3, images: int = 4) -> Path:
-    rng = np.random.default_rng(0)
-    for label in range(classes):
-        (root / f"class {label}").mkdir(parents=True)
-        for number in range(images):
-            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            small.resize((128, 96), Image.Resampling.BICUBIC).save(root / f"class {label}" / f"{number}.jpg")
-    return root
+    return write_photographs(root, [f"class {label}" for label in range(classes)], images)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from material import encoded, photograph
+from material import encoded, photograph, write_photograph
 
 from dali_diffusemix import (
     DecodeError,
@@ -54,8 +54,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     folder = tmp_path / "train"
     for place in range(8):
         file = folder / f"c{place % 2}" / f"{place}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 120, 160)))
+        write_photograph(file, place, 120, 160)
     index(folder)
     file = folder / "c1" / "3.jpg"
     content = WAYS[request.param](file.read_bytes())
@@ -122,7 +121,7 @@ def test_what_was_not_packed_is_an_unreadable_original(
     assert isinstance(ordered.extents(np.array([missing]))[0], DecodeError)
     with pytest.raises(DecodeError, match=r"'c1/3\.jpg' was left out when this store was packed"):
         ordered.encoded(missing)
-    (root / "c0" / "new.jpg").write_bytes(encoded(photograph(9, 120, 160)))
+    write_photograph(root / "c0" / "new.jpg", 9, 120, 160)
     with pytest.raises(StoreError, match=r"lacks 1 of the \d originals asked for \(for one 'c0/new.jpg'\)"):
         OriginalStore.open(packed).reindexed(index(root, refresh=True))
 
@@ -231,7 +230,7 @@ def test_an_original_deleted_from_a_folder_with_edits_is_said(photos: Path, tmp_
     generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=32))
     options = {"edits": tmp_path / "edits", "fractals": bank, "mix": MixSpec.paper(), "crop": TrainCrop(16)}
     DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
-    (root / "ants" / "new.jpg").write_bytes(encoded(photograph(1, 40, 40)))  # a new one is no matter
+    write_photograph(root / "ants" / "new.jpg", 1, 40, 40)  # a new one is no matter
     DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
     (root / "bees" / "04.jpg").unlink()
     with pytest.warns(

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import encoded, photograph, shared
+from material import shared, write_photograph
 from torch.utils.data import DataLoader
 
 from dali_diffusemix import (
@@ -220,7 +220,7 @@ def test_a_real_folder_as_people_have_it(tmp_path: Path) -> None:
 
 def test_edits_of_other_originals_are_refused(tmp_path: Path, edits: Path) -> None:
     (tmp_path / "dogs").mkdir()
-    (tmp_path / "dogs" / "a.jpg").write_bytes(encoded(photograph(0, 50, 50)))
+    write_photograph(tmp_path / "dogs" / "a.jpg", 0, 50, 50)
     with pytest.raises(StoreError, match="the edits are of other originals"):
         DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits)
     catalog = Catalog.from_arrays(["dogs/a.jpg"], [0], ["dogs"], [(50, 50)])
@@ -260,7 +260,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: str) -> None:
     root = tmp_path / "train"
     (root / "a b").mkdir(parents=True)
     file = root / "a b" / 'it\'s "odd".jpg'
-    file.write_bytes(encoded(photograph(1, 200, 150)))
+    write_photograph(file, 1, 200, 150)
     dataset = DiffuseMixDataset(root, crop=RandomCrop(32, padding=4), on_error="raise")
     assert dataset[0][0].shape == (3, 32, 32)
     if damage == "gone":

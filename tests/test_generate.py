@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from material import write_photograph
 from PIL import Image
 
 from dali_diffusemix.catalog import Catalog, index
@@ -48,10 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def put(file: Path, seed: int) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(seed)
-    blocks = rng.integers(0, 256, (4, 5, 3), np.uint8)
-    Image.fromarray(blocks).resize((50, 40), Image.Resampling.BICUBIC).save(file, quality=95)
+    write_photograph(file, 100 + seed, 40, 50, quality=95)  # of seeds from 100 on, all edits are accepted
 
 
 def counted(summary: Summary) -> dict[str, int]:
@@ -335,7 +333,8 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     ).returncode:
         pytest.skip("mounting a small disk is not permitted here")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    # Lazily: a test that failed may still hold files open, and what stays mounted breaks every later run.
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_full_disk_keeps_what_is_finished_and_a_read_only_one_can_be_read(

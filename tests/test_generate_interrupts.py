@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from material import encoded, photograph
+from material import encoded, photograph, write_photograph
 
 from dali_diffusemix import EditStore
 from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
@@ -51,9 +51,8 @@ if __name__ == "__main__":
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("interrupts") / "train"
-    (root / "ants").mkdir(parents=True)
     for place in range(COUNT):
-        (root / "ants" / f"{place:02}.jpg").write_bytes(encoded(photograph(place, 60, 80)))
+        write_photograph(root / "ants" / f"{place:02}.jpg", place, 60, 80)
     (root / "ants" / "03.jpg").write_bytes(encoded(photograph(3, 60, 80))[:900])  # a verdict, kept as any other
     return root
 

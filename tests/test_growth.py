@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from material import encoded, photograph
+from material import write_photograph
 
 from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.errors import ConfigError, StoreError
@@ -34,7 +33,7 @@ CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_sha
 
 def put(root: Path, name: str, seed: int) -> None:
     (root / name).parent.mkdir(parents=True, exist_ok=True)
-    (root / name).write_bytes(encoded(photograph(seed, 40, 50)))
+    write_photograph(root / name, seed, 40, 50)
 
 
 @pytest.fixture
@@ -129,45 +128,61 @@ def test_originals_that_vanished_keep_their_edits(root: Path, tmp_path: Path, ba
 
 
 GROW = """
-import os, sys
+import os, shutil, signal, sys
 from pathlib import Path
-from dali_diffusemix.store import layout
 from dali_diffusemix import catalog
 from dali_diffusemix.generate import GenerateConfig, generate
+root, before, folder = sys.argv[1:]
+left = [0]
 # Ends, as a killed process does, at the given replacement of a file.
-left = [int(sys.argv[3])]
 def counting(replace):
     def one(self, target):
         if left[0] == 0:
-            os.kill(os.getpid(), 9)
+            os.kill(os.getpid(), signal.SIGKILL)
         left[0] -= 1
         return replace(self, target)
     return one
 Path.replace = counting(Path.replace)
 os.replace = (lambda replace: lambda a, b, **o: counting(lambda s, t: replace(s, t, **o))(a, b))(os.replace)
-generate(sys.argv[1], sys.argv[2], GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3))
+# Forks of one process, which has imported everything: a new one would take a second each time.
+moment, killed = 0, True
+while killed:
+    shutil.copytree(before, Path(folder, f"killed{moment}"))
+    child = os.fork()
+    if child == 0:
+        left[0] = moment
+        try:
+            config = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3)
+            generate(root, Path(folder, f"killed{moment}"), config)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    moment, killed = moment + 1, code != 0
+print(moment)
 """
 
 
 def test_killed_while_it_grows_a_store_can_be_read_and_gone_on_with(root: Path, tmp_path: Path) -> None:
+    """At every replacement of a file."""
     generate(root, tmp_path / "before", CONFIG)
     before = edits_of(tmp_path / "before")
     put(root, "ants/00.jpg", 50)
     index(root, refresh=True)
-    subprocess.run(["cp", "-r", tmp_path / "before", tmp_path / "whole"], check=True)
+    shutil.copytree(tmp_path / "before", tmp_path / "whole")
     generate(root, tmp_path / "whole", CONFIG)
-    whole, moment, killed = content(tmp_path / "whole"), 0, True
-    while killed:
+    whole = content(tmp_path / "whole")
+    command = [sys.executable, "-c", GROW, root, tmp_path / "before", tmp_path]
+    moments = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert moments > 8
+    for moment in range(moments):
         store = tmp_path / f"killed{moment}"
-        subprocess.run(["cp", "-r", tmp_path / "before", store], check=True)
-        killed = subprocess.run([sys.executable, "-c", GROW, root, store, str(moment)]).returncode == -signal.SIGKILL
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnfinishedStoreWarning)
             assert before.items() <= edits_of(store).items()
         generate(root, store, CONFIG)
         assert content(store) == whole
-        moment += 1
-    assert moment > 8
 
 
 # Parts ----------------------------------------------------------------------------------------------------------------

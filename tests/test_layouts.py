@@ -33,7 +33,7 @@ def test_train_and_test(layout: str, made):
         for path, label, size in zip(split.catalog.paths, split.catalog.labels, split.catalog.sizes, strict=True):
             with Image.open(split.root / path) as image:
                 assert (image.height, image.width) == tuple(size)
-                # The disc's colour tells the class.
+                # The square's colour tells the class.
                 bright = (np.asarray(image).astype(int) > 200).reshape(-1, 3).sum(axis=0)
             assert bright.argmax() == label, path
     ours = {str(train.root / path) for path in train.catalog.paths}

@@ -15,7 +15,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from material import MakeStore, encoded, photograph, shared
+from material import MakeStore, encoded, photograph, write_photograph
 from PIL import Image
 from torch.utils.data import DataLoader, Subset
 
@@ -64,12 +64,6 @@ CROPS: list[Callable[[float], Crop]] = [
     lambda flip: RandomCrop((80, 96), resize=120, padding=9, flip=flip),
     lambda flip: EvalCrop(96),
 ]
-
-
-@pytest.fixture(scope="module")
-def imagenet_edits(make_store: MakeStore) -> tuple[Path, Path]:
-    root = shared("imagenet_sample")
-    return root, make_store(root, prompts=("sunset",), size=128)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +342,7 @@ def test_another_dataset_is_refused_with_what_to_write() -> None:
 def test_a_damaged_original_is_named_and_the_loader_lives_on(tmp_path: Path, damage: str) -> None:
     (tmp_path / "train" / "a").mkdir(parents=True)
     for i in range(12):
-        (tmp_path / "train" / "a" / f"{i:02}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+        write_photograph(tmp_path / "train" / "a" / f"{i:02}.jpg", i, 90, 80)
     dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(32), on_error="raise")
     file = tmp_path / "train" / "a" / "07.jpg"
     content = file.read_bytes()

@@ -20,7 +20,7 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from material import MakeStore, encoded, photograph
+from material import MakeStore, encoded, photograph, write_photograph
 from PIL import Image
 
 from dali_diffusemix import (
@@ -289,7 +289,7 @@ def damaged(tmp_path: Path) -> Path:
     root = tmp_path / "train"
     (root / "a").mkdir(parents=True)
     for i in range(8):
-        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 50 + i, 60)))
+        write_photograph(root / "a" / f"{i}.jpg", i, 50 + i, 60)
     index(root)
     for i, data in ((1, b""), (4, (root / "a" / "4.jpg").read_bytes()[:900])):
         (root / "a" / f"{i}.jpg").write_bytes(data)

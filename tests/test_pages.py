@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from material import write_photographs
 
 from dali_diffusemix import cli
 
@@ -45,14 +44,8 @@ def lines(shell: str) -> Iterator[list[str]]:
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A user's folder: photographs in class folders, and nothing else."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 3)):
-        for label in ("ants", "bees"):
-            folder = tmp_path / "data" / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                small = Image.fromarray(rng.integers(0, 256, (5, 7, 3), dtype=np.uint8))
-                small.resize((140, 100), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=95)
+    for split, count, seed in (("train", 8, 0), ("val", 3, 100)):
+        write_photographs(tmp_path / "data" / split, ("ants", "bees"), count, seed=seed)
     monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
     monkeypatch.chdir(tmp_path)
     return tmp_path

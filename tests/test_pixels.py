@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import encoded, photograph
+from material import encoded, photograph, write_photograph
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -189,7 +189,7 @@ def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_a_file_of_a_terabyte_is_not_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jpg"
-    file.write_bytes(encoded(photograph(1, 20, 30)))
+    write_photograph(file, 1, 20, 30)
     os.truncate(file, 1 << 40)  # a hole
     with pytest.raises(DecodeError, match="it has more than a GiB"):
         decode(file)

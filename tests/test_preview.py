@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from material import write_photograph
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -54,17 +55,14 @@ ODD_CLASS = b"caf\xc3\xa9 \xff \xe9\x9b\xaa, and a name that is far too long for
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """root/, edits/ and a bank: four classes of five images, one of an odd name."""
     folder = tmp_path_factory.mktemp("preview")
-    rng = np.random.default_rng(0)
     for name in (b"ants", b"bees", b"cats", ODD_CLASS):
         path = folder / "root" / name.decode("utf-8", "surrogateescape")
-        path.mkdir(parents=True)
         for number in range(5):
-            small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-            small.resize((160 + 9 * number, 120), Image.Resampling.BICUBIC).save(path / f"{number}.png")
+            write_photograph(path / f"{number}.png", 10 * len(name) + number, 120, 160 + 9 * number)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALI_DIFFUSEMIX_CACHE", str(folder / "cache"))
         generate(folder / "root", folder / "edits", GenerateConfig(prompts=("autumn", "a sketch with crayon"), size=64))
-    np.save(folder / "bank.npy", rng.integers(0, 256, (3, 48, 48, 3), dtype=np.uint8))
+    np.save(folder / "bank.npy", np.random.default_rng(0).integers(0, 256, (3, 48, 48, 3), dtype=np.uint8))
     return folder
 
 
@@ -108,7 +106,7 @@ def expected(dataset: DiffuseMixDataset, indices: list[int], row: int) -> dict[s
     edit = decode(dataset.store.encoded(int(plan.edit[row])))
     fractal = dataset.bank.images[plan.fractal[row]]
     down, right = (-1 if flipped else 1 for flipped in plan.fractal_flip[row])
-    alone = resample(fractal[::down, ::right], plan.span[row] * np.tile(fractal.shape[:2], 2), plan.output_size)
+    alone = resample(fractal[::down, ::right], plan.span[row], plan.output_size)
     images = {
         "hybrid": mixed_image(plan, row, original, edit),
         "fractal": alone[:, :: -1 if plan.flip[row] else 1],

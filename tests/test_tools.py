@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from browsing import browse
 from click.testing import CliRunner, Result
-from material import encoded, photograph
+from material import write_photograph
 from PIL import Image
 
 from dali_diffusemix.catalog import index
@@ -47,8 +47,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for place in range(10):
         name = f"{NASTY}.jpg" if place == 4 else f"photo.{place}.jpg"
         file = root / ("ants", "bees", NASTY)[place % 3] / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 60 + 3 * place, 80), quality=92))
+        write_photograph(file, place, 60 + 3 * place, 80, quality=92)
     index(root)
     file = root / "ants" / "photo.3.jpg"
     file.write_bytes(file.read_bytes()[:900])

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from material import MakeStore, shared
 from mixing_cases import plan_of
 from numpy.typing import NDArray
 
@@ -56,7 +55,7 @@ def test_parts_cover_what_is_shown_and_no_more_than_the_halo(
             lines = []
             for axis in (0, 1):
                 start, extent_ = box[row, axis] * size[axis], box[row, axis + 2] * size[axis]
-                weights = resample_weights(start, extent_, out[axis], int(size[axis]))
+                weights = resample_weights(box[row, axis], box[row, axis + 2], out[axis], int(size[axis]))
                 lines.append(needed(weights, shown[axis]))
                 if window.any():
                     begin, end = window[axis], window[axis + 2]
@@ -85,18 +84,12 @@ def epoch(dataset: DiffuseMixDataset, *, visible: bool, batch_size: int = 64) ->
 )
 @pytest.mark.parametrize("mix", [MixSpec(probability=1), MixSpec(probability=1, seam_width=0.2, order="crop_then_mix")])
 def test_parts_change_no_bit_of_a_sample(
-    make_store: MakeStore, bank: FractalBank, crop: Crop, mix: MixSpec, imagenet: tuple[Path, Path]
+    bank: FractalBank, crop: Crop, mix: MixSpec, imagenet_edits: tuple[Path, Path]
 ) -> None:
     """DALI's decoder gives the same bytes for a region, so on the CPU not even rounding differs, at the seam or off."""
-    root, edits = imagenet
+    root, edits = imagenet_edits
     dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, mix=mix, crop=crop, normalize=None)
     assert torch.equal(epoch(dataset, visible=True), epoch(dataset, visible=False))
-
-
-@pytest.fixture(scope="module")
-def imagenet(make_store: MakeStore) -> tuple[Path, Path]:
-    root = shared("imagenet_sample")
-    return root, make_store(root, prompts=("sunset",), size=128)
 
 
 def test_most_of_the_pixels_are_not_decoded() -> None:

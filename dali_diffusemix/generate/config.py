@@ -23,6 +23,8 @@ _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 class GenerateConfig:
     """Which edits to make, and how.
 
+    More than ten fields, because each of them decides the bytes of the store, and the store records them.
+
     Raises ConfigError where a field breaks its rule.
     """
 

@@ -27,6 +27,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.windows import visible_parts
 
 if TYPE_CHECKING:
     import torch
@@ -189,9 +190,10 @@ def _check_tables(plan: BatchPlan, pieces: NDArray[np.void], fractals: int) -> N
         raise ConfigError(
             f"pieces must be (2, {len(plan)}), the originals and the edits of the plan's rows, found {pieces.shape}"
         )
-    # A source of which a sample shows nothing needs no piece: which, only the plan's visible_parts knows.
+    # A source of which a sample shows nothing needs no piece. Rows with one of two pieces are believed to know which.
     originals, edits = pieces["data"]
-    if not np.where(plan.mixed, originals | edits, originals).all():
+    without = np.flatnonzero(np.where(plan.mixed, originals | edits, originals) == 0).tolist()
+    if any(visible_parts(plan.row(row), np.ones((2, 1, 2), dtype=np.int32)).any() for row in without):
         raise ConfigError("every row needs a piece of its original, and every mixed row one of its original or edit")
     if len(plan) and plan.fractal.max() >= fractals:
         raise ConfigError(f"the plan wants fractal {plan.fractal.max()}, the bank holds {fractals}")

@@ -52,8 +52,8 @@ def check_installed(sdist: Path, wheel: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="dali-diffusemix-dist-") as scratch:
         home, empty = Path(scratch, "venv"), Path(scratch, "empty")
         empty.mkdir()
-        for file in (ROOT / "tests" / "distribution" / "installed.py", ROOT / "tests" / "typed_user.py"):
-            shutil.copy(file, empty)
+        for name in ("distribution/installed.py", "material.py", "typed_user.py"):
+            shutil.copy(ROOT / "tests" / name, empty)
         venv.create(home, with_pip=False)
         environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_"))}
         environment["DALI_DIFFUSEMIX_CACHE"] = str(Path(scratch, "cache"))

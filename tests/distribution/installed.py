@@ -1,4 +1,4 @@
-"""Uses the package as it was installed: python installed.py library|numpy, in a folder with nothing else in it.
+"""Uses the package as it was installed: python installed.py library|numpy, beside a copy of material.py.
 
 check.py runs it, with the library and then without; both must give the same samples. Nothing but the package and what
 it depends on is installed: no DALI, no pytest.
@@ -13,7 +13,7 @@ from importlib import metadata, resources
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from material import write_photographs
 from torch.utils.data import DataLoader
 
 import dali_diffusemix
@@ -44,15 +44,6 @@ def check_files() -> None:
     assert {"mix.cu", "mix_pixel.cuh", "flame.cuh", "jpeg.h", "mix.cpp", "read.cpp"} <= kernels, kernels
 
 
-def make_images() -> None:
-    rng = np.random.default_rng(0)
-    for number in range(8):
-        folder = Path("train", "ants" if number % 2 else "bees")
-        folder.mkdir(parents=True, exist_ok=True)
-        pixels = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
-        pixels.resize((96, 72), Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
-
-
 def samples() -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
     crop, mix = TrainCrop(32), MixSpec.paper()
     dataset = DiffuseMixDataset("train", edits="edits", fractals="fractals.npy", crop=crop, mix=mix, seed=0)
@@ -77,7 +68,7 @@ def main() -> None:
     version = metadata.version("dali-diffusemix")
     assert version == dali_diffusemix.__version__ and version in run("--version")
     if sys.argv[1] == "library":
-        make_images()
+        write_photographs(Path("train"), ("ants", "bees"), 4)
         assert "8 images in 2 classes" in run("index", "train")
         run("generate", "train", "edits", "--editor", "procedural", "--prompts", "autumn,snowy", "--size", "48")
         run("fractals", "fractals.npy", "--count", "2", "--size", "32")

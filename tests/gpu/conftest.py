@@ -1,6 +1,8 @@
 """Tests that need a GPU. Without one they skip, with the reason; with DALI_DIFFUSEMIX_NEED_GPU=1 that is an error."""
 
+import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if reason is not None:
         for item in ours:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """One test at a time has the GPU, of all processes of a run."""
+    with Path(__file__).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(lock, fcntl.LOCK_UN)  # a process that the test left may have the file open, too

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from material import MakeStore, encoded, photograph, shared
+from material import encoded, photograph, write_photograph
 from PIL import Image
 
 from dali_diffusemix import (
@@ -100,12 +100,13 @@ def test_the_same_samples_as_on_the_cpu(
 
 @pytest.mark.parametrize("mix", [True, False])
 @pytest.mark.parametrize("way", [*WAYS])
-def test_the_same_photographs_as_on_the_cpu(make_store: MakeStore, bank: FractalBank, way: str, mix: bool) -> None:
-    root = shared("imagenet_sample")
+def test_the_same_photographs_as_on_the_cpu(
+    imagenet_edits: tuple[Path, Path], bank: FractalBank, way: str, mix: bool
+) -> None:
+    root, edits = imagenet_edits
     options = {"crop": TrainCrop(224), "normalize": None}
     if mix:
-        store = make_store(root, prompts=("sunset",), size=128)
-        dataset = mixed(root, store, bank, mix=MixSpec(probability=1), **options)
+        dataset = mixed(root, edits, bank, mix=MixSpec(probability=1), **options)
     else:
         dataset = DiffuseMixDataset(root, mix=None, **options)  # type: ignore[arg-type]
     images = torch.cat([images.cpu() for images, _ in on_gpu(dataset, 64, way)])
@@ -155,7 +156,7 @@ def test_a_damaged_original_is_substituted_as_on_the_cpu(tmp_path: Path, way: st
     root = tmp_path / "train" / "a"
     root.mkdir(parents=True)
     for i in range(9):
-        (root / f"{i}.jpg").write_bytes(encoded(photograph(i, 190, 180)))
+        write_photograph(root / f"{i}.jpg", i, 190, 180)
     dataset = DiffuseMixDataset(tmp_path / "train", crop=EvalCrop(48), normalize=None)
     content = bytearray((root / "4.jpg").read_bytes())
     middle = len(content) * 2 // 3
@@ -289,7 +290,7 @@ def test_a_file_that_the_gpu_cannot_decode_goes_another_way(tmp_path: Path, way:
     root = tmp_path / "train"
     (root / "a").mkdir(parents=True)
     for i in range(6):
-        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+        write_photograph(root / "a" / f"{i}.jpg", i, 90, 80)
     # DALI 2.4 cannot read a lossless WebP with EXIF on the CPU either; Pillow can.
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -324,7 +325,7 @@ def test_a_missing_original_is_substituted_on_the_device(tmp_path: Path, way: st
     root = tmp_path / "train"
     (root / "a").mkdir(parents=True)
     for i in range(9):
-        (root / "a" / f"{i}.jpg").write_bytes(encoded(photograph(i, 90, 80)))
+        write_photograph(root / "a" / f"{i}.jpg", i, 90, 80)
     dataset = DiffuseMixDataset(root, crop=EvalCrop(48), normalize=None)
     (root / "a" / "4.jpg").unlink()
     with pytest.warns(QuarantineWarning):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from browsing import browse
-from material import encoded, photograph
+from material import write_photograph
 
 from dali_diffusemix.catalog import Catalog, index
 from dali_diffusemix.generate import GenerateConfig, generate
@@ -84,8 +84,7 @@ def command(tmp_path: Path, tiny_model: Path, root: Path) -> Callable[[Path, str
 def root(tmp_path: Path) -> Path:
     for place in range(EDITS // len(PROMPTS)):
         file = tmp_path / "train" / f"class{place % 4}" / f"{place:04}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 90, 120)))
+        write_photograph(file, place, 90, 120)
     index(tmp_path / "train")
     return tmp_path / "train"
 
@@ -208,7 +207,7 @@ def test_memory_does_not_depend_on_the_number_of_images(tmp_path: Path, measured
     paths = []
     for place in range(40):
         paths.append(f"class/{place}.jpg")
-        (tmp_path / "train" / paths[-1]).write_bytes(encoded(photograph(place, 375, 500)))
+        write_photograph(tmp_path / "train" / paths[-1], place, 375, 500)
     found: dict[int, dict[str, Any]] = {}
     for count in (500, 5000):
         # The same files again and again, under as many names as there are edits.
@@ -234,8 +233,7 @@ def test_five_thousand_procedural_edits(tmp_path: Path, measured: Measured) -> N
     """The command as people type it, all cores: at least 60 images/s at 256 px."""
     for place in range(625):
         file = tmp_path / "train" / f"class{place % 5}" / f"{place}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 375, 500)))
+        write_photograph(file, place, 375, 500)
     program = Path(sys.executable).with_name("dali-diffusemix")
     prompts = "autumn,snowy,sunset,watercolor art,rainbow,aurora,mosaic,ukiyo-e"
     arguments = ["generate", tmp_path / "train", tmp_path / "edits", "--prompts", prompts, "--json"]
@@ -254,8 +252,7 @@ def test_a_gallery_of_ten_thousand_edits(tmp_path: Path, browser: Any, measured:
     """Opens at once, is filtered, and all of it can be scrolled through, in a real Chromium."""
     for place in range(1250):
         file = tmp_path / "train" / f"class{place % 10}" / f"{place}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(place, 64, 80)))
+        write_photograph(file, place, 64, 80)
     config = GenerateConfig(prompts=PROCEDURAL[:8], size=64)
     generate(tmp_path / "train", tmp_path / "edits", config, engine=LocalEngine(("cpu", "cpu")))
     begin = time.monotonic()

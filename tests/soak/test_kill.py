@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from material import MakeStore, encoded, photograph
+from material import MakeStore, write_photograph
 from training import Training, check_all_lines, delivered, kill_somewhere, runs
 
 from dali_diffusemix import FractalBank
@@ -25,8 +25,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, make_store: MakeStore, ba
     root = tmp_path_factory.mktemp("kill") / "train"
     for i in range(227):
         file = root / f"class{i % 3}" / f"{i:03}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(encoded(photograph(i, 50 + i % 37, 90 - i % 41), quality=90))
+        write_photograph(file, i, 50 + i % 37, 90 - i % 41, quality=90)
     return root, make_store(root), bank.path
 
 

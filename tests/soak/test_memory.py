@@ -71,14 +71,13 @@ def main() -> None:
 
 def photographs(root: Path) -> None:
     """IMAGES photographs of sizes as mixed as photographs have."""
-    from material import encoded, photograph
+    from material import write_photograph
 
     draw = np.random.default_rng(0)
     for i in range(IMAGES):
         file = root / f"class{i % 5}" / f"{i:03}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
         height, width = draw.integers(60, 420, 2)
-        file.write_bytes(encoded(photograph(i, int(height), int(width)), quality=90))
+        write_photograph(file, i, int(height), int(width), quality=90)
 
 
 @pytest.mark.parametrize("way", ["loader", "breaks", "damaged", "dataset"])

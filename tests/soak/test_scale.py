@@ -118,15 +118,14 @@ def test_four_ranks_open_an_index_of_imagenets_size(
 
 def imagenet(root: Path) -> Catalog:
     """ImageNet's names; the first file is there, by which a dataset sees that it has the right folder."""
-    from material import encoded, photograph
+    from material import write_photograph
 
     draw = np.random.default_rng(0)
     labels = np.sort(draw.integers(0, CLASSES, ORIGINALS)).astype(np.int32)
     classes = [f"n{1440764 + 7 * label:08}" for label in range(CLASSES)]
     paths = [f"{classes[label]}/{classes[label]}_{row}.JPEG" for row, label in enumerate(labels.tolist())]
     file = root / paths[0]
-    file.parent.mkdir(parents=True)
-    file.write_bytes(encoded(photograph(0, 40, 50)))
+    write_photograph(file, 0, 40, 50)
     return Catalog.from_arrays(paths, labels, classes, draw.integers(200, 600, (ORIGINALS, 2)))
 
 
