@@ -17,6 +17,7 @@ from test_cli import PROGRAM
 
 import dali_diffusemix
 from dali_diffusemix import doctor
+from dali_diffusemix.base import cpus
 from dali_diffusemix.doctor import Answer, Report, advice, lanes, probes
 from dali_diffusemix.doctor.lanes import Lane
 from dali_diffusemix.doctor.probes import EXTRAS, PROBES
@@ -269,7 +270,9 @@ def test_a_kernel_that_was_not_built_or_is_old(tmp_path: Path, report: Report, m
 
 
 def test_a_container_s_limits(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(cpus, "_GROUPS", tmp_path)
+    monkeypatch.setattr(cpus, "_OWN", tmp_path / "own")
+    (tmp_path / "own").write_text("0::/\n")
     affinity = len(os.sched_getaffinity(0))
     assert probes._machine()["quota"] is None and probes._machine()["cores"] == affinity
     (tmp_path / "cpu.max").write_text("max 100000\n")

@@ -41,7 +41,7 @@ def bench(
     images: int = 2048,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> BenchResult:  # Twelve plain values with defaults, as options of a command: an object of them would only wrap them.
+) -> BenchResult:
     """Compare this loader with others on one's own images, and try changes that could make it faster.
 
     The contenders are `diffusemix` (every sample that has an edit is mixed), `plain` (this loader, nothing mixed),
@@ -49,7 +49,8 @@ def bench(
     a random sample of it, the same for all contenders and for the same seed. Other values of num_workers and
     prefetch_factor are tried and, if originals are much larger than a sample, packing them smaller.
 
-    Call it under `if __name__ == "__main__":`, because contenders run in processes of their own.
+    Call it under `if __name__ == "__main__":`, because contenders run in processes of their own. More than ten
+    arguments, because they are the options of the command: an object of them would only wrap plain values.
 
     Args:
         root: The folder of originals, or a packed store.
