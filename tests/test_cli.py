@@ -538,12 +538,12 @@ def test_the_demo_takes_some_of_a_users_folder(root: Path, tmp_path: Path, monke
     monkeypatch.setattr(demo, "_MOST_ORIGINALS", 6)
     before = sorted(root.rglob("*"))
     shown = run("demo", root, "--out", tmp_path / "demo")
-    assert "Photographs  12 in 3 classes, of which the demo takes 6" in shown.stdout
+    assert "Photographs  12 in 3 classes; the demo uses 6" in shown.stdout
     store = EditStore.open(tmp_path / "demo" / "edits")
     assert np.bincount(store.catalog.labels).tolist() == [2, 2, 2]
     assert sorted(root.rglob("*")) == before
     other = run("demo", make_images(tmp_path / "other"), "--out", tmp_path / "demo", "--keep", code=1)
-    assert "leave --keep out" in other.stderr
+    assert "omit --keep" in other.stderr
 
 
 def test_the_demo_names_the_packages_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

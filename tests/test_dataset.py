@@ -239,7 +239,7 @@ def test_a_catalog_takes_other_layouts(tmp_path: Path, photos: Path) -> None:
 
 
 def test_missing_parts_are_named(photos: Path, edits: Path, bank: FractalBank, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mix needs edits"):
+    with pytest.raises(ConfigError, match="edits must be given with mix"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), mix=MixSpec.paper())
     with pytest.raises(ConfigError, match="needs a fractal bank"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), mix=MixSpec.paper(), edits=edits)
