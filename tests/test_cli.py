@@ -290,9 +290,9 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("index", tmp_path / "none"), "expected one with root/class/image.jpg"),
         (("index", tmp_path / "empty"), "move the images of each class to a folder of its own"),
         (("index", root, "--refresh", "--workers", 0), "workers must be"),
-        (("fractals", bank), "Name another file"),
+        (("fractals", bank), "name another file"),
         (("fractals", tmp_path / "f.npy", "--size", 7), "size must lie in 16 to 1024, found 7"),
-        (("fractals", tmp_path / "file" / "f.npy"), "Name another place"),
+        (("fractals", tmp_path / "file" / "f.npy"), "name another file"),
         (("generate", root, tmp_path / "e", "--prompts", "autumn,fog"), "these are 'autumn'"),
         (("generate", root, tmp_path / "e", "--editor", "magic"), "model must be a folder or a hub id"),
         (("generate", root, tmp_path / "e", "--editor", tmp_path), "must be a saved pipeline with a model_index.json"),
@@ -428,7 +428,7 @@ def test_a_folder_that_may_not_be_written_is_named() -> None:
         Path(folder).chmod(0o755)
     assert result.returncode == 1
     assert result.stderr.startswith(f"Error: fractal bank {bank}: ") and "Permission denied" in result.stderr
-    assert "Name another place" in result.stderr and "Traceback" not in result.stderr
+    assert "name another file" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_an_interrupt_is_code_130_and_leaves_nothing_half_done(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.files import write
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import DataError, DecodeError
 from dali_diffusemix.images.reading import Location, read
@@ -120,7 +120,7 @@ def decodable(dataset: DiffuseMixDataset, rows: NDArray[np.int64]) -> tuple[NDAr
             return True
         return False
 
-    with ThreadPoolExecutor(cpus()) as pool:
+    with Workers(cpus(), "dali-diffusemix-bench") as pool:
         failed = [row for row, failing in zip(suspect, pool.map(fails, suspect), strict=True) if failing]
     if len(failed) == len(rows):
         raise DataError(

@@ -14,13 +14,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import encode
 from dali_diffusemix.images.formats import format_of
@@ -116,7 +116,7 @@ def export(
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = _Names(dataset, out)
-        with ThreadPoolExecutor(cpus()) as pool:
+        with Workers(cpus(), "dali-diffusemix-export") as pool:
             for start in range(0, total, _BATCH):
                 indices = range(start, min(total, start + _BATCH))
                 done[start : indices.stop] = list(pool.map(write, indices))

@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from PIL import Image
 
 from dali_diffusemix import __version__
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.images.codec import decode
@@ -167,7 +167,7 @@ def _write_pages(
     groups = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 2])) + 1) if len(chosen) else []
     page: list[NDArray[np.int64]] = []
     done = number = 0
-    with ThreadPoolExecutor(cpus()) as pool:
+    with Workers(cpus(), "dali-diffusemix-report") as pool:
         for index, group in enumerate(groups):
             page.append(group)
             if sum(len(one) + 1 for one in page) < _PER_PAGE and index + 1 < len(groups):
@@ -188,7 +188,7 @@ def _write_page(
     originals: _Originals,
     page: list[NDArray[np.int64]],
     tables: Mapping[int, NDArray[np.void]],
-    pool: ThreadPoolExecutor,
+    pool: Workers,
 ) -> dict[str, Any]:
     catalog = edits.catalog
     thumbnails: list[Callable[[], NDArray[np.uint8] | None]] = []
