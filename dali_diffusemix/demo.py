@@ -38,7 +38,7 @@ from dali_diffusemix.plan.crops import TrainCrop
 from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MixSpec
 
-__all__ = ["PHOTOGRAPHS", "DemoResult", "Display", "run_demo"]
+__all__ = ["PHOTOGRAPHS", "DemoDisplay", "DemoResult", "run_demo"]
 
 PHOTOGRAPHS: Final = {
     "astronaut": (("skimage", "data/astronaut.png"),),
@@ -63,7 +63,7 @@ _MARKER: Final = "demo.json"
 _MAGIC: Final = "dali_diffusemix.demo"
 
 
-class Display(Protocol):
+class DemoDisplay(Protocol):
     """Shows results and progress of the demonstration."""
 
     def line(self, text: str) -> None:
@@ -97,7 +97,11 @@ class DemoResult:
 
 
 def run_demo(
-    display: Display, *, folder: str | os.PathLike[str] | None = None, out: str | os.PathLike[str], keep: bool = False
+    display: DemoDisplay,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str],
+    keep: bool = False,
 ) -> DemoResult:
     """Run every step from photographs to batches.
 
@@ -226,13 +230,13 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
         for package, file in files:
             spec = importlib.util.find_spec(package)
             folders = [] if spec is None else spec.submodule_search_locations or []
-            path = next((one for folder in folders if (one := Path(folder) / file).is_file()), None)
-            if path is None:
+            found_files = [path for folder in folders if (path := Path(folder) / file).is_file()]
+            if not found_files:
                 raise MissingDependencyError(
                     f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
                     "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
                 )
-            paths.append(path)
+            paths.append(found_files[0])
         found.append((name, paths))
     return found
 
@@ -257,7 +261,7 @@ def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callab
                 progress(done, total)
 
 
-def _index(display: Display, root: Path, location: Path) -> Catalog:
+def _index(display: DemoDisplay, root: Path, location: Path) -> Catalog:
     with display.progress("Reading headers", "images") as progress:
         catalog = index(root, location=location, progress=progress)
     found = len(catalog)
@@ -272,7 +276,7 @@ def _index(display: Display, root: Path, location: Path) -> Catalog:
     return catalog
 
 
-def _fractals(display: Display, path: Path) -> FractalBank:
+def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
     if path.exists():
         bank = FractalBank.open(path)
         display.line(f"Fractals     {len(bank)} kept")

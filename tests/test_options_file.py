@@ -171,3 +171,13 @@ def test_the_command_line_says_what_only_the_file_has() -> None:
         assert f"{option} is an option of the file only; write it there as {name}, and give --config" in result.stderr
     assert re.search("No such option.*--more", run("generate", "--more", code=2).stderr)
     assert "give the file as --config" in run("generate", "a", "b", "--prompts", "prompts.toml", code=2).stderr
+
+
+def test_files_in_the_documents_are_read(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    for page in ("generation", "imagenet"):
+        blocks = re.findall(r"^```toml\n(.*?)^```$", (docs / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+        assert blocks
+        for text in blocks:
+            content = read_options(file(tmp_path, text))
+            _config_of(GenerateOptions(**content), PromptFile.parse({"prompts": content["prompts"]}, ""))

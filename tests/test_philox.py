@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from importlib import resources
 from itertools import pairwise, permutations
 from pathlib import Path
 
@@ -137,5 +138,5 @@ def test_all_draws_are_in_the_register() -> None:
     sources = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
     drawing = {name for name, text in sources.items() if re.search(r"\b(philox4x32|draw|Permutation)\(", text)}
     assert drawing - {"base/philox.py"} == {"plan/batch.py", "plan/order.py", "loading/batches.py", "fractals/flame.py"}
-    flame = (package / "kernels" / "flame.cpp").read_text("utf-8")
+    flame = (resources.files("dali_diffusemix.kernels") / "flame.cpp").read_text("utf-8")
     assert re.findall(r"kKey = (\w+);", flame) == [f"0x{philox.FLAME:X}"]

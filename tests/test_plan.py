@@ -412,7 +412,7 @@ def test_a_batch_of_256_is_planned_in_about_a_millisecond() -> None:
     plans.batch(0, indices)
     times = []
     for epoch in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         plans.batch(epoch, indices)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 5e-3

@@ -1,4 +1,4 @@
-"""What a command shows: results on standard output; progress, warnings and errors on standard error."""
+"""Output of commands: results on standard output; progress, warnings and errors on standard error."""
 
 import contextlib
 import json
@@ -28,7 +28,7 @@ from rich.text import Text
 from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
-__all__ = ["Display", "Failure", "echo", "notice", "notices", "write_file"]
+__all__ = ["CommandError", "Display", "echo", "notice", "notices", "write_file"]
 
 _LINE_SECONDS: Final = 30.0  # between two lines of progress in a log
 
@@ -45,7 +45,7 @@ def echo(text: str, *, nl: bool = True) -> None:
     except OSError as error:
         sys.stdout = None  # otherwise the interpreter tries again when it exits, and complains
         message = f"standard output must take what is printed, found: {error.strerror}; make room, or name another file"
-        raise Failure(DiffuseMixError(message)) from error
+        raise CommandError(DiffuseMixError(message)) from error
 
 
 def notice(kind: str, message: str, style: str) -> None:
@@ -72,7 +72,7 @@ def _escaped(character: str) -> str:
 # Warnings and errors --------------------------------------------------------------------------------------------------
 
 
-class Failure(click.ClickException):
+class CommandError(click.ClickException):
     """An error of this package: its message and notes are shown, without a traceback."""
 
     exit_code = 1
@@ -115,7 +115,7 @@ def notices() -> Iterator[None]:
 
 
 class Display:
-    """Results and progress of one command: a `demo.Display`."""
+    """Results and progress of one command: a `demo.DemoDisplay`."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json

@@ -170,7 +170,7 @@ def _rejected(verdicts: Mapping[str, int]) -> int:
 
 
 def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
-    """What to make; `written` are the prompts of the file, of which the command line may have chosen others."""
+    """The edits to make; `written` are the prompts of the file, of which the command line may have chosen others."""
     from dali_diffusemix.generate.config import GenerateConfig
     from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from dali_diffusemix.cli.display import Failure, echo, notice, notices
+from dali_diffusemix.cli.display import CommandError, echo, notice, notices
 from dali_diffusemix.errors import DiffuseMixError
 
 __all__ = ["main"]
@@ -36,7 +36,7 @@ class _Group(click.Group):
             with notices():
                 return super().invoke(ctx)
         except DiffuseMixError as error:
-            raise Failure(error) from error
+            raise CommandError(error) from error
         except KeyboardInterrupt as error:
             resumed = ctx.invoked_subcommand in _RESUMED
             again = "run the same command again to resume." if resumed else "nothing is kept of it."
