@@ -1,21 +1,21 @@
-"""Which ways to decode for a GPU work on this host, and how fast: DALI's operators alone.
+"""Ways to decode for a GPU with DALI's operators alone: which ones work on this host, and how fast.
 
     decode_probe.py PHOTOGRAPHS --out FOLDER
 
-Independent of this package's decoder. Each way is a process of its own, for it may crash: it decodes small batches of
-each kind of image, prints a line of JSON before and after each, and compares the pixels with Pillow's. A process that
-dies or hangs is begun again behind the kind that ended it. First all ways decode at once; then each is timed by itself:
-batches of 128, whole files and JPEGs that were cut along their restart markers, encoded bytes in memory.
+The probe does not use this package's decoder. Each way runs in a process of its own, because it may crash: it decodes
+small batches of each kind of image, prints a line of JSON before and after each, and compares the pixels with Pillow's.
+A process that dies or hangs is restarted after the kind that ended it. First all ways decode in parallel; then each is
+timed alone: batches of 128, whole files and JPEGs cut along their restart markers, encoded bytes in memory.
 
     cpu_whole, cpu_region          decoded on the CPU, then copied to the GPU
-    gpu_whole, _0, _100            DALI's mixed decoder, the hardware decoder's share as it is by default, 0 and 1
+    gpu_whole, _0, _100            DALI's mixed decoder, with the default share of the hardware decoder, 0 and 1
     gpu_whole_fancy                with libjpeg-turbo's upsampling of colours (jpeg_fancy_upsampling)
     gpu_region, gpu_region_0       the same of windows alone (image_slice)
     kernels                        DALI's own kernels: resize and crop_mirror_normalize, against the same on the CPU
 
-FOLDER gets decode-probe.jsonl, every line, and choice.json: which ways work, what is wrong with the rest, the fastest.
-A way works that decodes the kinds in `NEEDED` as Pillow does, within what decoders may differ. Black or constant
-pictures where Pillow sees something are found, and so is a decoder that delivers something for a damaged file.
+FOLDER gets decode-probe.jsonl with every line, and choice.json: the ways that work, what is wrong with the others, the
+fastest one. A way works if it decodes the kinds in `NEEDED` like Pillow, within the tolerance of decoders. The probe
+also finds black or constant pictures where Pillow has others, and decoders that deliver an image for a damaged file.
 """
 
 import argparse
@@ -94,20 +94,20 @@ def cut(files: Sequence[Path], folder: Path) -> list[Item]:
     from dali_diffusemix.images.reading import read
 
     folder.mkdir(parents=True, exist_ok=True)
-    places, windows, expected = [], [], []
+    locations, windows, expected = [], [], []
     for number, file in enumerate(files):
         with Image.open(file) as image:
             content = encode(image.convert("RGB"), 90)
         target = folder / f"{number}-{os.getpid()}.jpg"
         target.write_bytes(content)
         found = item(content)
-        places.append(os.fsencode(target))
+        locations.append(os.fsencode(target))
         windows.append(found.window)
         top, left, bottom, right = found.window
         expected.append(decode(content)[top:bottom, left:right])
-    batch = read(places, np.array(windows, dtype=np.int32))
-    for place in places:
-        Path(os.fsdecode(place)).unlink()
+    batch = read(locations, np.array(windows, dtype=np.int32))
+    for location in locations:
+        Path(os.fsdecode(location)).unlink()
     return [
         Item(np.array(image), window.astype(np.int32), pixels)
         for image, window, pixels in zip(batch.images, batch.windows, expected, strict=True)

@@ -1,4 +1,4 @@
-"""What the host is: versions, driver, cores, memory, libraries for video and JPEG, and how fast its memory copies.
+"""The host: versions, driver, cores, memory, libraries for video and JPEG, and the speed of memory copies.
 
 The device copy counts bytes read plus bytes written, 1 GiB; the copies from the host are of 256 MiB, pinned and not.
 """

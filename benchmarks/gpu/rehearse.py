@@ -1,4 +1,4 @@
-"""The calls of a GPU host, rehearsed here: the CPU in the GPU's place, no network, every step killed once.
+"""The calls of a GPU host, rehearsed on this machine: on the CPU, without a network, each step killed once.
 
     prepare.sh FOLDER PHOTOGRAPHS BUNDLE
     rehearse.py FOLDER --python PYTHON --out RECORD

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What a GPU is to show, in short steps, for a host that is lent for minutes and may be lost at any moment.
+"""Everything that needs a GPU, in short steps, for a host that is available for minutes and may be lost at any time.
 
     suite.py STEP... --out FOLDER     steps or groups of them: a b c d e f g; without any, all
 
-Each step is a process, with a log and a time limit of its own. When the limit is over, the process and all that it
-started are killed. A step that fails, crashes or hangs never stops the next. After each step what there is goes into
-one small archive, written under another name and renamed: whatever happens, the last one is whole. With --resume, steps
-that passed are not taken again. With --deadline, a step is not begun whose limit does not fit into what is left.
+Each step is a process with its own log and time limit. After the limit, the process and all that it started are killed.
+A step that fails, crashes or hangs never stops the next one. After each step, all results are packed into one small
+archive, which is written under another name and renamed, so that the last archive is always complete. With --resume,
+steps that passed are skipped. With --deadline, a step is skipped if its limit exceeds the time left.
 
-Needs nothing but Python. `--device cpu` is the rehearsal: the same steps, smaller, as far as they go without a GPU.
+It needs only Python. `--device cpu` is the rehearsal: the same steps, smaller, as far as possible without a GPU.
 """
 
 import argparse
