@@ -9,8 +9,9 @@ INSTALLED := $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
 
+# On all cores; TESTS= gives pytest arguments of its own. A test by itself: .venv/bin/python -m pytest tests/test_plan.py
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal $(TESTS)
 
 # A quarter of an hour: kills, damage, memory, a million rows, Ray, a browser. Leaves a record; SOAK= gives pytest arguments of its own.
 SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json

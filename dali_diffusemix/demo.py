@@ -35,7 +35,7 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.mix.tensor import IMAGENET_STD
 from dali_diffusemix.plan.crops import TrainCrop
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MixSpec
 
 __all__ = ["PHOTOGRAPHS", "DemoDisplay", "DemoResult", "run_demo"]
@@ -230,13 +230,13 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
         for package, file in files:
             spec = importlib.util.find_spec(package)
             folders = [] if spec is None else spec.submodule_search_locations or []
-            found_files = [path for folder in folders if (path := Path(folder) / file).is_file()]
-            if not found_files:
+            path = next((one for folder in folders if (one := Path(folder) / file).is_file()), None)
+            if path is None:
                 raise MissingDependencyError(
                     f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
                     "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
                 )
-            paths.append(found_files[0])
+            paths.append(path)
         found.append((name, paths))
     return found
 
@@ -291,8 +291,8 @@ def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
 
 def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
     """Compare DALI and Pillow; returns the number of samples and the largest difference in steps of 1/255."""
-    order = Schedule(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
-    batches = [order.indices(0, order.places(step)).tolist() for step in range(len(order))]
+    order = EpochOrder(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
+    batches = [order.indices(0, order.positions(step)).tolist() for step in range(len(order))]
     deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
     count, largest = 0, 0.0
     loader.set_epoch(0)

@@ -20,7 +20,7 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_diffusemix import EditStore, FractalBank, MixSpec, TrainCrop
 from dali_diffusemix import fn as dmx
-from dali_diffusemix.plan import Schedule
+from dali_diffusemix.plan import EpochOrder
 
 SEED = 0
 SIZE = (224, 224)
@@ -35,12 +35,12 @@ class Originals:
     def __init__(self, root: Path, store: EditStore, batch_size: int) -> None:
         self._root, self._catalog = root, store.catalog
         self._edits = np.diff(store.starts)
-        self._schedule = Schedule(length=len(self._catalog), batch_size=batch_size, shuffle=True, seed=SEED)
+        self._order = EpochOrder(length=len(self._catalog), batch_size=batch_size, shuffle=True, seed=SEED)
 
     def __call__(self, batch: types.BatchInfo) -> tuple[Any, ...]:
-        if batch.iteration == len(self._schedule):
+        if batch.iteration == len(self._order):
             raise StopIteration
-        index = self._schedule.indices(batch.epoch_idx, self._schedule.places(batch.iteration))
+        index = self._order.indices(batch.epoch_idx, self._order.positions(batch.iteration))
         paths = [np.frombuffer(os.fsencode(self._root / self._catalog.path(i)), dtype=np.uint8) for i in index]
         return paths, index, self._edits[index], np.full(len(index), batch.epoch_idx), self._catalog.labels[index]
 

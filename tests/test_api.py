@@ -39,7 +39,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "integrations.accelerate": None,
     "integrations.timm": None,
     "mix": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
-    "plan": ("PLAN_VERSION", "Schedule"),
+    "plan": ("PLAN_VERSION", "EpochOrder"),
     "store": ("OriginalStore",),
     "store.pack": ("PackConfig", "PackSummary", "pack"),
 }

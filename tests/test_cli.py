@@ -131,9 +131,10 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert all(f"\n  {command} " in result.stdout for command in COMMANDS)
     seconds = []
     for _ in range(3):
-        begin = time.perf_counter()
+        begin = os.times()
         process("--help")
-        seconds.append(time.perf_counter() - begin)
+        end = os.times()  # of the processor: what else runs on the machine does not count
+        seconds.append(end.children_user + end.children_system - begin.children_user - begin.children_system)
     assert min(seconds) < 0.5
 
 

@@ -187,7 +187,7 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_halved(
     assert max(map(difference, made, expected)) <= 1
     hook.remove()
     editor._pipeline.unet.register_forward_pre_hook(room_for(0))
-    with pytest.raises(ConfigError, match="one edit fits into the GPU's memory"):
+    with pytest.raises(ConfigError, match="one edit fits in the GPU's memory"):
         editor.edit(images, tasks())
 
 

@@ -236,12 +236,13 @@ def stamps(store: Path) -> dict[str, tuple[int, int]]:
 
 
 def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_twice(tmp_path: Path) -> None:
+    """Four times; `make soak` kills ten times, with a diffusion editor and several workers."""
     root, rng = tmp_path / "train", random.Random(0)
-    for row in range(100):
+    for row in range(40):
         put(root / "ants" / f"{row}.jpg", row)
     config = GenerateConfig(prompts=PROMPTS[:4], size=48, originals_per_shard=2, batch_size=1)
     finished: dict[str, tuple[int, int]] = {}
-    for kill in range(10):
+    for kill in range(4):
         with subprocess.Popen(command(root, tmp_path / "killed", config), stdout=subprocess.PIPE) as run:
             assert run.stdout is not None
             if kill:  # else at its very beginning
@@ -253,12 +254,12 @@ def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_tw
         now = stamps(tmp_path / "killed")
         assert finished.items() <= now.items()
         finished = now
-    assert 0 < len(finished) < 50
+    assert 0 < len(finished) < 20
     subprocess.run(command(root, tmp_path / "killed", config), check=True, stdout=subprocess.DEVNULL)
     assert finished.items() <= stamps(tmp_path / "killed").items()
     generate(root, tmp_path / "whole", config)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
-    assert len(EditStore.open(tmp_path / "killed")) >= 390  # quality rejects a few of these blots
+    assert len(EditStore.open(tmp_path / "killed")) == 160
 
 
 def test_a_second_run_makes_nothing_and_a_larger_one_the_rest(root: Path, tmp_path: Path) -> None:
@@ -362,7 +363,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     for row in range(20):
         put(tmp_path / "train" / "ants" / f"{row}.jpg", row)
     catalog = index(tmp_path / "train")
-    many = Catalog.from_arrays([catalog.path(row % 20) for row in range(2000)], [0] * 2000, ["ants"], [[40, 50]] * 2000)
+    many = Catalog.from_arrays([catalog.path(row % 20) for row in range(1000)], [0] * 1000, ["ants"], [[40, 50]] * 1000)
     resident: list[int] = []  # pages
 
     def measure(done: int, total: int) -> None:
@@ -371,7 +372,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     config = GenerateConfig(prompts=("sunset",), size=32, originals_per_shard=100)
     generate(tmp_path / "train", tmp_path / "store", config, catalog=many, progress=measure)
     growth = (resident[-1] - resident[len(resident) // 5]) * os.sysconf("SC_PAGE_SIZE")
-    assert growth < 4 * 2**20  # 1,600 decoded originals have 9 MiB, their edits as much
+    assert growth < 4 * 2**20  # 800 decoded originals have 4.6 MiB, their edits 2.3 MiB
 
 
 # Refusals ------------------------------------------------------------------------------------------------------------

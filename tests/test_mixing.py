@@ -379,7 +379,7 @@ def test_mix_says_what_does_not_fit() -> None:
             mix(plan, whole, None, out=out, format=TensorFormat())
     with pytest.raises(ConfigError, match="every mixed row one of its original or edit"):
         mix(plan, none, None, out=good, format=TensorFormat())
-    with pytest.raises(ConfigError, match="wants fractal 0, the bank holds 0"):
+    with pytest.raises(ConfigError, match=r"plan\.fractal must be below the bank's 0, found 0"):
         mix(plan, whole, None, out=good, format=TensorFormat())
     with pytest.raises(ConfigError, match=r"pieces must be \(2, 1\), .* found \(2, 2\)"):
         mix(plan, table([image] * 2), None, out=good, format=TensorFormat())

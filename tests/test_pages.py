@@ -1,12 +1,16 @@
 """Every code block of the README and the guides: Python is run, commands are run or at least taken."""
 
 import functools
+import io
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +57,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @functools.cache
 def usage_of(script: str) -> str:
-    command = [sys.executable, str(ROOT / script), "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    """What --help prints, run in this process: most of what scripts import has been imported here."""
+    before = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), redirect_stdout(io.StringIO()) as shown:
+        warnings.simplefilter("ignore")  # of other packages, when they are imported
+        patch.setattr(sys, "argv", [script, "--help"])
+        patch.syspath_prepend(str((ROOT / script).parent))
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert not ended.value.code
+    for name in set(sys.modules) - before:
+        if str(ROOT) in str(getattr(sys.modules[name], "__file__", None)) and not name.startswith("dali_diffusemix"):
+            del sys.modules[name]
+    return shown.getvalue()
 
 
 def run_command(words: list[str]) -> None:

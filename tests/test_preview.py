@@ -39,10 +39,10 @@ from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image, resample
 from dali_diffusemix.plan import (
     MASKS,
     Crop,
+    EpochOrder,
     EvalCrop,
     MixSpec,
     RandomCrop,
-    Schedule,
     TrainCrop,
     visible_parts,
 )
@@ -197,7 +197,7 @@ def test_chosen_samples_are_mixed_and_spread_over_classes(folder: Path) -> None:
     plan = dataset.planner.batch(0, chosen)
     assert plan.mixed.all()
     assert np.bincount(dataset.labels_of(plan), minlength=4).tolist() == [2, 2, 2, 2]
-    order = Schedule(length=len(dataset), batch_size=20, shuffle=True, seed=0).indices(0, np.arange(20)).tolist()
+    order = EpochOrder(length=len(dataset), batch_size=20, shuffle=True, seed=0).indices(0, np.arange(20)).tolist()
     places = [order.index(index) for index in chosen]
     assert places == sorted(places)
     assert spread_indices(dataset, rows=2) == chosen[:2]

@@ -156,29 +156,30 @@ def dataset_of(root: Path, count: int) -> DiffuseMixDataset:
 
 
 def seconds(loader: DiffuseMixLoader) -> float:
-    begin = time.perf_counter()
+    """Of the processors: what else runs on the machine does not count."""
+    begin = time.process_time()
     for _ in loader:
         pass
-    return time.perf_counter() - begin
+    return time.process_time() - begin
 
 
 @quiet
 def test_damaged_files_in_a_row_take_no_longer_than_spread_ones(tmp_path: Path) -> None:
-    """200 of 1,000 in a row and 20 spread ones, in turn; the better of several epochs, for the machine may be busy."""
+    """80 of 400 in a row and 8 spread ones, in turn; the best of several epochs."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
     loaders = {}
-    for name, damaged in (("spread", range(7, 1000, 50)), ("in a row", range(100, 300))):
-        content = folder(tmp_path / name, 1000)
+    for name, damaged in (("spread", range(7, 400, 50)), ("in a row", range(100, 180))):
+        content = folder(tmp_path / name, 400)
         for place in damaged:
             (tmp_path / name / f"x/{place:05}.jpg").write_bytes(content[: len(content) * 2 // 3])
-        dataset = dataset_of(tmp_path / name, 1000)
+        dataset = dataset_of(tmp_path / name, 400)
         loaders[name] = DiffuseMixLoader(dataset, 50, num_workers=2, device="cpu", shuffle=True)
     best = dict.fromkeys(loaders, 1e9)
-    for _ in range(6):
+    for _ in range(4):
         for name, loader in loaders.items():
             best[name] = min(best[name], seconds(loader))
     assert best["in a row"] <= 1.5 * best["spread"], best
-    assert {name: len(loader.quarantine) for name, loader in loaders.items()} == {"spread": 20, "in a row": 200}
+    assert {name: len(loader.quarantine) for name, loader in loaders.items()} == {"spread": 8, "in a row": 80}
 
 
 @quiet

@@ -130,8 +130,10 @@ def locked(file: Path, part: range | None = None, *, wait: bool = True) -> Itera
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again: $DALI_DIFFUSEMIX_CACHE, else dali-diffusemix in $XDG_CACHE_HOME or
-    ~/.cache. Raises ConfigError where there is no home folder either.
+    """The user's cache folder.
+
+    $DALI_DIFFUSEMIX_CACHE, else dali-diffusemix in $XDG_CACHE_HOME or ~/.cache. Raises ConfigError if there is no home
+    folder either.
     """
     if own := os.environ.get("DALI_DIFFUSEMIX_CACHE"):
         return Path(own)

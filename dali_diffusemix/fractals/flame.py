@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base import native
 from dali_diffusemix.base.cpus import cpus
-from dali_diffusemix.base.philox import philox4x32, uniform
+from dali_diffusemix.base.philox import FLAME, philox4x32, uniform
 from dali_diffusemix.errors import ConfigError
 
 _Floats = NDArray[np.floating[Any]]  # float32 throughout
 
-_KEY: Final = 0x464C414D  # "FLAM": keeps these draws apart from the plan's, whose key ends in the epoch
 _GENOME: Final = 2**32 - 1  # counter word 1, where an orbit has its step
 _START: Final = 2**32 - 2
 _CLOUD: Final = 1024  # points that are sorted together; kernels/flame.cpp has the same number
@@ -80,7 +79,7 @@ class _FlameDraws:
 
     def __init__(self, seed: int, index: int, attempt: int) -> None:
         counter = np.array([(i, _GENOME, index, attempt) for i in range(128)], dtype=np.uint32)
-        self._values: Iterator[float] = iter(uniform(philox4x32(counter, (seed, _KEY))).ravel().tolist())
+        self._values: Iterator[float] = iter(uniform(philox4x32(counter, (seed, FLAME))).ravel().tolist())
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * next(self._values)
@@ -255,7 +254,7 @@ def _play_numpy(
     x, y, c = points[:, 0], points[:, 1], points[:, 2]
     for step in range(first_step, first_step + steps):
         counter[:, 1] = step
-        words = philox4x32(counter, (flame.seed, _KEY))
+        words = philox4x32(counter, (flame.seed, FLAME))
         bits = words.reshape(clouds, -1, 4).swapaxes(1, 2).reshape(clouds, _CLOUD)
         draw = _unit(bits)
         choice = (draw[..., None] >= flame.maps[1:, _THRESHOLD]).sum(-1, dtype=np.uint8)
@@ -312,7 +311,7 @@ def _start(flame: _Flame) -> _Floats:
     counter = np.zeros((_POINTS * 3 // 4, 4), np.uint32)
     counter[:, 0] = np.arange(len(counter))
     counter[:, 1:] = _START, flame.index, flame.attempt
-    points = _unit(philox4x32(counter, (flame.seed, _KEY))).reshape(-1, 3, _CLOUD)
+    points = _unit(philox4x32(counter, (flame.seed, FLAME))).reshape(-1, 3, _CLOUD)
     points[:, :2] = 2 * points[:, :2] - 1
     return points
 

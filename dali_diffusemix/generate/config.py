@@ -21,7 +21,7 @@ _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Which edits to make, and how.
+    """The edits to make: editor, prompts, sizes, quality.
 
     More than ten fields, because each of them decides the bytes of the store, and the store records them.
 

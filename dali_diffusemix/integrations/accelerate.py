@@ -18,7 +18,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.batches import Batch
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 
 # Attributes that a second loader, which makes the last batch, takes from the first.
 _DELIVERY: Final = (
@@ -131,7 +131,7 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
             return batch
         length, size = len(self.dataset), -(-left // count)
         places = (length - left + np.arange(size) + size * loader.rank) % length
-        order = Schedule(length=length, batch_size=1, shuffle=loader.shuffle, seed=self.dataset.seed)
+        order = EpochOrder(length=length, batch_size=1, shuffle=loader.shuffle, seed=self.dataset.seed)
         last = DiffuseMixLoader(
             self.dataset,
             # Empty batches are skipped but counted, because a batch transform draws by the step.

@@ -81,7 +81,7 @@ class RayEngine:
                     f"address must be that of a Ray cluster that answers, found {self.address!r}: {error}."
                 ) from error
         try:
-            yield from _Run(ray, self, start, jobs).reports()
+            yield from _RayRun(ray, self, start, jobs).reports()
         finally:
             if ours:
                 ray.shutdown()
@@ -109,7 +109,7 @@ class _Actor:
         yield from self._work(job)
 
 
-class _Run:
+class _RayRun:
     """One call of `RayEngine.run`."""
 
     def __init__(self, ray: Any, engine: RayEngine, start: Callable[[str], Any], jobs: Sequence[Any]) -> None:

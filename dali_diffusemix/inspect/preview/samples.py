@@ -15,7 +15,7 @@ from dali_diffusemix.loading.quarantine import Failure, Substitution
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan, Planner
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -39,14 +39,14 @@ def spread_indices(dataset: DiffuseMixDataset, *, epoch: int = 0, rows: int = 8)
 def _spread(dataset: DiffuseMixDataset, planner: Planner, epoch: int, rows: int) -> list[int]:
     if not 1 <= rows <= MOST_ROWS:
         raise ConfigError(f"rows must lie in 1 to {MOST_ROWS}, found {rows}.")
-    order = Schedule(length=len(planner), batch_size=512, shuffle=True, seed=dataset.seed)
+    order = EpochOrder(length=len(planner), batch_size=512, shuffle=True, seed=dataset.seed)
     share = math.ceil(rows / len(dataset.classes))
     shown: Counter[int] = Counter()
     chosen: list[int] = []
     further: list[int] = []  # mixed, of classes with enough samples
     plain: list[int] = []
     for step in range(len(order)):
-        plan = planner.batch(epoch, order.indices(epoch, order.places(step)))
+        plan = planner.batch(epoch, order.indices(epoch, order.positions(step)))
         columns = (plan.index, dataset.labels_of(plan), plan.mixed)
         for index, label, mixed in zip(*(column.tolist() for column in columns), strict=True):
             if not mixed:
