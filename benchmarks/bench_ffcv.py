@@ -21,7 +21,7 @@ and how a batch lies in memory (`--layout`):
 
 --batches-ahead is 1 by default, the fastest of 1, 2 and 3 (FFCV's default) on the machine of the records.
 
-`images_per_second` counts whole epochs. FFCV allocates its batches anew in every epoch, which a long epoch hides:
+`images_per_second` counts whole epochs. FFCV allocates its batches again in every epoch, which a long epoch hides:
 `steady_images_per_second` starts when each of them has been used once: the figure to compare with.
 
 FFCV needs an environment of its own (compiled against OpenCV and libturbojpeg; here Debian 12, Python 3.11):

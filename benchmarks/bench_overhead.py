@@ -1,4 +1,4 @@
-"""What mixing adds to a training step: A_O = (T_mix - T_plain) / T_plain, the measure of the paper's Figure 4.
+"""The time that mixing adds to a training step: A_O = (T_mix - T_plain) / T_plain, the measure of the paper's Figure 4.
 
 Method: one model trains on batches from each source alternately (A B C A B C ...): `--skip` steps are not counted,
 because the source has decoded ahead meanwhile, then `--steps` are counted, as seconds per step including the next

@@ -1,4 +1,4 @@
-"""What `quality` accepts and rejects: scores of good and of bad edits of real photographs.
+"""The verdicts of `quality`: scores of good and of bad edits of real photographs.
 
 Method: photographs, chosen at random from a folder and squashed to `--size`. Good edits are procedural, of all nine
 prompts; none is from a diffusion model. Bad edits are made:

@@ -41,7 +41,7 @@ def loads(library: str) -> str:
 
 
 def fastest(work: Callable[[], None], wait: Callable[[], None], times: int = 8) -> float:
-    """Seconds of the fastest of some runs."""
+    """Return the seconds of the fastest of some runs."""
     work()
     wait()
     taken = []
@@ -54,7 +54,7 @@ def fastest(work: Callable[[], None], wait: Callable[[], None], times: int = 8) 
 
 
 def copies(device: str) -> dict[str, float]:
-    """Gigabytes a second."""
+    """Return gigabytes per second."""
     import torch
 
     cuda = device != "cpu"

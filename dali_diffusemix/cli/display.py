@@ -1,4 +1,4 @@
-"""What a command shows: results on standard output; progress, warnings and errors on standard error."""
+"""Output of commands: results on standard output; progress, warnings and errors on standard error."""
 
 import contextlib
 import json

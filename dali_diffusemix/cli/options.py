@@ -1,4 +1,4 @@
-"""What a command is given: types and callbacks of options, and what a shell completes for them."""
+"""Input of commands: types and callbacks of options, and their completion by a shell."""
 
 import os
 from collections.abc import Callable, Iterable
