@@ -230,13 +230,13 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
         for package, file in files:
             spec = importlib.util.find_spec(package)
             folders = [] if spec is None else spec.submodule_search_locations or []
-            found_files = [path for folder in folders if (path := Path(folder) / file).is_file()]
-            if not found_files:
+            path = next((one for folder in folders if (one := Path(folder) / file).is_file()), None)
+            if path is None:
                 raise MissingDependencyError(
                     f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
                     "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
                 )
-            paths.append(found_files[0])
+            paths.append(path)
         found.append((name, paths))
     return found
 

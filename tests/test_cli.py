@@ -317,7 +317,7 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         ),
         (
             ("preview", root, *drawing, "--preset", "release,paper", "--indices", "1,30"),
-            "give rows of the catalog\nWith several presets, --indices names originals",
+            "show the same originals.\nWith several presets, --indices names originals",
         ),
         (("demo", "--out", root), "name another with --out"),
         (("demo", "--out", tmp_path / "file" / "demo"), "name another with --out"),

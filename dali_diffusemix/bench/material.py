@@ -29,7 +29,7 @@ _READ: Final = 64  # originals that are read at once
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """Input of every contender of a comparison: images, crops, batches, threads, device."""
+    """The work of every contender in a comparison: images, crops, batches, threads, device."""
 
     root: Path  # for this package's loader: a folder, or a packed store
     files: Path  # for the others: a folder of the same images as files; the root itself if that is a folder

@@ -170,7 +170,7 @@ def _rejected(verdicts: Mapping[str, int]) -> int:
 
 
 def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
-    """The edits to make; `written` are the prompts of the file, of which the command line may have chosen others."""
+    """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
     from dali_diffusemix.generate.config import GenerateConfig
     from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 
@@ -191,7 +191,7 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
 
 
 def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
-    """Where to run."""
+    """Return the engine that runs the work."""
     from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
     from dali_diffusemix.generate.engines.ray import RayEngine
 

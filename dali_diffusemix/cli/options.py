@@ -1,4 +1,4 @@
-"""Types and callbacks of options, and their completion by a shell."""
+"""Input of commands: types and callbacks of options, and their completion by a shell."""
 
 import os
 from collections.abc import Callable, Iterable
