@@ -219,23 +219,22 @@ def test_another_global_batch_is_refused(ranks: dict[int, list[dict[str, Any]]])
 
 
 def test_a_killed_training_goes_on(folders: tuple[Path, ...], tmp_path: Path) -> None:
-    """Three kills, at random steps and times."""
+    """At a random step and time; `make soak` kills it twenty times, and trains on with fewer processes."""
     import numpy as np
     from training import Training, check_all_lines, delivered, kill_somewhere, runs
 
     def training(out: str, *more: object) -> Training:
-        return Training([*folders, tmp_path / out, "--epochs", 4, "--batch-size", 4, "--shuffle", *more])
+        return Training([*folders, tmp_path / out, "--epochs", 2, "--batch-size", 4, "--shuffle", *more])
 
     training("whole").finish()
     expected = delivered(tmp_path / "whole")
     draw = np.random.default_rng()
-    for _ in range(3):
-        killed = training("killed", "--pause", 0.05)
-        kill_somewhere(killed, tmp_path / "killed", draw, steps=(2, 8))
+    killed = training("killed", "--pause", 0.05)
+    kill_somewhere(killed, tmp_path / "killed", draw, steps=(2, 8))
     training("killed").finish()
 
     assert delivered(tmp_path / "killed") == expected
-    assert [len(batch) for batch in expected.values()] == 4 * (8 * [4] + [1])
+    assert [len(batch) for batch in expected.values()] == 2 * (8 * [4] + [1])
     check_all_lines(tmp_path / "killed", expected)
     (whole,) = runs(tmp_path / "whole")
     for run in runs(tmp_path / "killed"):

@@ -416,7 +416,7 @@ def test_mixes_that_do_not_match_are_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="use `matching_indices`"):
         presets_sheet(dataset, BOTH, indices={"paper": [5]})
     bare = DiffuseMixDataset(folder / "root", crop=TrainCrop(32))
-    with pytest.raises(ConfigError, match="found mix without edits"):
+    with pytest.raises(ConfigError, match="edits must be given with mix"):
         presets_sheet(bare, BOTH)
 
 

@@ -186,7 +186,8 @@ class _Stopping:
     """Handles Ctrl-C while edits are made: the first one creates a file that workers look for."""
 
     def __init__(self, store: Path, engine: Engine) -> None:
-        self.file = store / f".stop.{secrets.token_hex(4)}.tmp"
+        # Beside the shards, where only a run that has the whole store removes temporary files of others.
+        self.file = store / "shards" / f".stop.{secrets.token_hex(4)}.tmp"
         self.asked = False
         self._engine = engine
         self._ours = False

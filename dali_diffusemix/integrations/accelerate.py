@@ -22,7 +22,7 @@ from dali_diffusemix.plan.order import EpochOrder
 
 # Attributes that a second loader, which makes the last batch, takes from the first.
 _DELIVERY: Final = (
-    *("num_workers", "device", "dtype", "memory_format"),
+    *("num_workers", "device", "decode", "dtype", "memory_format"),
     *("prefetch_factor", "batch_transform", "return_index", "visible_parts"),
 )
 
@@ -130,12 +130,12 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         if not self._even or left <= count or left % count == 0:
             return batch
         length, size = len(self.dataset), -(-left // count)
-        places = (length - left + np.arange(size) + size * loader.rank) % length
+        positions = (length - left + np.arange(size) + size * loader.rank) % length
         order = EpochOrder(length=length, batch_size=1, shuffle=loader.shuffle, seed=self.dataset.seed)
         last = DiffuseMixLoader(
             self.dataset,
             # Empty batches are skipped but counted, because a batch transform draws by the step.
-            batch_sampler=[*([[]] * (len(self) - 1)), order.indices(epoch, places).tolist()],
+            batch_sampler=[*([[]] * (len(self) - 1)), order.indices(epoch, positions).tolist()],
             **{name: getattr(loader, name) for name in _DELIVERY},
         )
         last.quarantine = loader.quarantine

@@ -289,7 +289,7 @@ def _pixels_of(piece: np.void, device: torch.device) -> NDArray[np.uint8]:
 
 
 def remembered(facts: Mapping[str, Any]) -> Choice | None:
-    """What was found on a machine of these facts before."""
+    """The remembered measurements on such a machine; None if there are none."""
     try:
         known = json.loads(_file().read_text()).get(_key(facts))
         return None if known is None else Choice(**known["choice"])
@@ -312,7 +312,7 @@ def _remember(facts: Mapping[str, Any], choice: Choice) -> None:
 
 
 def _facts(device: int, threads: int) -> dict[str, Any]:
-    """What the answer depends on."""
+    """The facts that the measurements depend on."""
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver(),

@@ -45,7 +45,7 @@ DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """How batches are delivered; nothing here changes which samples they hold. `DiffuseMixLoader` documents it."""
+    """Settings of delivery, none of which changes the samples. `DiffuseMixLoader` documents them."""
 
     device: torch.device
     decode: auto.Decode
@@ -105,7 +105,7 @@ class BatchMaker:
 
     Args:
         dataset: Decides every sample.
-        delivery: How batches are delivered.
+        delivery: Settings of delivery.
         ranks: This process's rank, which seeds the batch transform.
         batch_transform: Changes each batch.
     """
@@ -342,8 +342,8 @@ class Batches:
 
     Args:
         maker: Makes them.
-        order: What the epoch holds.
-        run: How far it is; it may move to another epoch until the first `next`.
+        order: The batches of the epoch.
+        run: The position; it may move to another epoch until the first `next`.
         batch_size: Samples per batch, unless a batch sampler decides it.
     """
 

@@ -142,7 +142,7 @@ class RandomCrop:
     resize: int | tuple[int, int] | None = field(default=None, kw_only=True)
     """The image is first resized: an int is its shorter side, a pair (height, width) is exact; None leaves it."""
     padding: int = field(default=0, kw_only=True)
-    """How far the box may leave the (resized) image on every side, pixels."""
+    """Margin by which the box may leave the (resized) image on every side, pixels."""
     flip: float = field(default=0.5, kw_only=True)
     """Probability of a left-right flip."""
 

@@ -23,7 +23,7 @@ def check_number(name: str, value: float, low: float, high: float) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class MixSpec:
-    """How originals, edits and fractals are mixed. `paper()` and `release()` are the two known settings.
+    """Settings of the mix of originals, edits and fractals. `paper()` and `release()` are the two known ones.
 
     Source: Islam et al., "DiffuseMix: Label-Preserving Data Augmentation with Diffusion Models", CVPR 2024.
     """

@@ -23,6 +23,7 @@ from typing import Any, Final
 import numpy as np
 import pytest
 from material import encoded, photograph
+from test_tampered import exchange_values, make_stores
 
 from dali_diffusemix import (
     DecodeError,
@@ -541,3 +542,12 @@ def test_originals_and_their_edits_damaged_together(
             found.check_sample(index, reference, index)
     assert sorted(entry.count for entry in found.quarantine.values()) == [1, 1]
     check_other_ways(elsewhere, here, "always", found, [299, 300, 301, 302], False)
+
+
+# --- stores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["edits", "packed"])
+def test_any_value_in_any_json(photos: Path, tmp_path: Path, kind: str, measured: Callable[..., None]) -> None:
+    stores = make_stores(photos, tmp_path / "stores")
+    measured(values=exchange_values(photos, stores, tmp_path / "here", kind, first=0, every=1))

@@ -4,12 +4,18 @@ DALI_DIFFUSEMIX_SOAK_KILLS (20) is how often one process is killed, DALI_DIFFUSE
 """
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from material import MakeStore, write_photograph
+import torch
+from material import MakeStore, shared, write_photograph
+from test_training import EXAMPLES, environment, rows, sets, torchrun
 from training import Training, check_all_lines, delivered, kill_somewhere, runs
 
 from dali_diffusemix import FractalBank
@@ -107,3 +113,33 @@ def test_one_of_four_processes_dies(material: tuple[Path, ...], tmp_path: Path, 
     assert [run.world_size for run in runs(out)] == [4, 2]
     assert delivered(out) == expected
     check_all_lines(out, expected)
+
+
+def test_the_trainer_of_the_examples(tmp_path: Path, measured: Callable[..., None]) -> None:
+    """examples/train.py in two processes, killed once."""
+    data, out = shared("ants_bees"), tmp_path / "killed"
+    common = [str(EXAMPLES / "recipes/flowers5.toml"), "--data", str(data), "--workers", "1"]
+    common += ["--device", "cpu", "--cache", str(tmp_path / "cache"), "--checkpoint-every", "4", "--log-every", "1"]
+    common += sets(
+        *("data.test_share=0.0", "data.held_out=0.0", "data.test=val", "train.updates=24", "train.batch_size=16"),
+        *("train.validate_every=12", "model.width=8", "edits.size=64", 'edits.prompts=["autumn"]', "fractals.count=4"),
+    )
+    subprocess.run([sys.executable, str(EXAMPLES / "train.py"), *common, "--prepare"], check=True, timeout=300)
+    subprocess.run(torchrun(*common, "--out", str(tmp_path / "whole")), check=True, env=environment(), timeout=300)
+    process = subprocess.Popen(torchrun(*common, "--out", str(out)), env=environment(), start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not (out / "train.csv").exists() or len(rows(out / "train.csv")) < 10:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert 0 < state["step"] < 24
+    measured(killed_after_step=state["step"])
+    subprocess.run(torchrun(*common, "--out", str(out)), check=True, env=environment(), timeout=300)
+    assert len(rows(out / "train.csv")) == 24
+    for name in ("train.csv", "valid.csv"):
+        assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
+    weights = [torch.load(one / "last.pt", weights_only=True)["model"] for one in (out, tmp_path / "whole")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
