@@ -262,7 +262,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def choice(out: Path) -> dict[str, str | None]:
-    """Return this package's fastest way to decode and plain DALI's fastest form, by the loader benchmark or the probe."""
+    """Return the fastest way to decode of this package and of plain DALI, by the loader benchmark or the probe."""
     probed = read(out / "choice.json")
     rates = {name: row["images_per_second"] for name, row in read(out / "loader.json").get("results", {}).items()}
 
