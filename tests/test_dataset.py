@@ -224,7 +224,7 @@ def test_a_real_folder_as_people_have_it(tmp_path: Path) -> None:
 def test_edits_of_other_originals_are_refused(tmp_path: Path, edits: Path) -> None:
     (tmp_path / "dogs").mkdir()
     write_photograph(tmp_path / "dogs" / "a.jpg", 0, 50, 50)
-    with pytest.raises(StoreError, match="the edits are of other originals"):
+    with pytest.raises(StoreError, match="the edits belong to other originals"):
         DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits)
     catalog = Catalog.from_arrays(["dogs/a.jpg"], [0], ["dogs"], [(50, 50)])
     with pytest.raises(StoreError, match="built from other originals"):
