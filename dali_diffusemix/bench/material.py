@@ -78,7 +78,7 @@ def extract(store: OriginalStore, rows: Sequence[int], folder: Path) -> Path:
         file = folder / store.catalog.path(row)
         if not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
-            write(file, store.encoded(row).tobytes())
+            write(file, store.encoded(row).tobytes(), durable=False)
     return folder
 
 
