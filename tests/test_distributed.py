@@ -1,14 +1,13 @@
-"""Several processes under torchrun: together they deliver what one process does, and go on as any other number.
+"""Several processes of torch.distributed: together they deliver what one process does, and go on as any other number.
 
-The processes run this file as a script. The long versions of the last two tests are in tests/soak.
+The processes run this file as a script. The long versions of the last two tests are in tests/soak, which has torchrun
+start them, as tests/integrations has.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable, Iterable
 from itertools import islice
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+import warm
 
 from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, FractalBank, MixSpec, TrainCrop
 
@@ -85,8 +85,9 @@ def main() -> None:
     folders = tuple(options.folders)
     from torch import distributed
 
-    distributed.init_process_group("gloo")
-    rank, world_size = distributed.get_rank(), distributed.get_world_size()
+    rank, world_size = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+    meeting = f"file://{options.out}/meeting-{world_size}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world_size)
     found: dict[str, Any] = {"rank": rank, "cases": {}}
     for case in CASES:
         _, loader = load(folders, case, GLOBAL // world_size)
@@ -130,16 +131,14 @@ def ranks(folders: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("ranks")
     found = {}
     for world_size in (4, 2):
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        ended = subprocess.run(
-            [sys.executable, *launch, __file__, out, *folders],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert ended.returncode == 0, ended.stderr[-4000:]
+        environment = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size)}
+        started = [
+            warm.Script(__file__, out, *folders, env={**environment, "RANK": str(rank)}) for rank in range(world_size)
+        ]
+        for process in started:
+            with process:
+                _, errors = process.communicate(120)
+                assert process.returncode == 0, errors[-4000:]
         found[world_size] = [json.loads((out / f"{world_size}-{rank}.json").read_text()) for rank in range(world_size)]
     return found
 
@@ -224,7 +223,7 @@ def test_a_killed_training_goes_on(folders: tuple[Path, ...], tmp_path: Path) ->
     from training import Training, check_all_lines, delivered, kill_somewhere, runs
 
     def training(out: str, *more: object) -> Training:
-        return Training([*folders, tmp_path / out, "--epochs", 2, "--batch-size", 4, "--shuffle", *more])
+        return Training([*folders, tmp_path / out, "--epochs", 2, "--batch-size", 4, "--shuffle", *more], warm=True)
 
     training("whole").finish()
     expected = delivered(tmp_path / "whole")

@@ -150,16 +150,25 @@ def replace(file: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 class Training:
-    """A started training, of one process or of several under torchrun."""
+    """A started training, of one process or of several under torchrun; `warm` is as in warm.py, of one."""
 
-    def __init__(self, arguments: Sequence[object], processes: int = 1, script: Path = SCRIPT) -> None:
+    def __init__(
+        self, arguments: Sequence[object], processes: int = 1, script: Path = SCRIPT, *, warm: bool = False
+    ) -> None:
         command = [str(script), *map(str, arguments)]
         if processes > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
             command = [*launch, *command]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self._process: Any = None
+        if warm:
+            from warm import Script
+
+            self._process = Script(*command, env=environment)
+            return
         self._process = subprocess.Popen(
             [sys.executable, *command],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+            env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
