@@ -26,6 +26,7 @@ _context.set_forkserver_preload(
         "nvidia.dali.fn",
         "nvidia.dali.pipeline",
         "dali_diffusemix.loading.loader",
+        "dali_diffusemix.generate",
     ]
 )
 
