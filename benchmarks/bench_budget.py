@@ -1,17 +1,17 @@
-"""Where a mixed sample's CPU time goes: plan, read, decode, mix.
+"""The CPU time of a mixed sample, divided into plan, read, decode and mix.
 
 Method: epochs of DiffuseMixLoader, batch 64, 224 x 224 float32, every sample mixed, on `--threads` threads, files in
-the page cache. CPU time is the whole process's (all threads), so DALI's and the kernel's threads count. Parts are taken
-out one at a time and the epochs run in turn, the figure for each variant being the median of `--rounds`:
+the page cache. CPU time is that of the whole process, including the threads of DALI and the kernel. Parts are left out
+one at a time, the epochs alternate, and the figure for each variant is the median of `--rounds`:
 
-    whole      everything
-    no mix     without the call of the kernel: read, decode, plan, Python
-    no decode  planning, windows, places and reading, with cutting
-    plan       planning, windows and places alone
+    whole         everything
+    no mix        without the call of the kernel: read, decode, plan, Python
+    no decode     planning, windows and reading, including cutting
+    plan          planning and windows alone
     whole images  everything, with visible_parts=False
 
-`mix` is whole minus no mix; `decode` is no mix minus no decode, and holds DALI's own overhead; `read` is no decode
-minus plan. With --packed the originals are packed as they are (`tiles`), or to a longest side with --max-side.
+`mix` is whole minus no mix; `decode` is no mix minus no decode, and includes DALI's own overhead; `read` is no decode
+minus plan. With --packed the originals are packed with the same pixels (`tiles`), or to a longest side with --max-side.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Images a second of plain FFCV, over the JPEGs that bench_loader.py reads: the same crops, flips, size and type.
+"""Images per second of plain FFCV, with the JPEGs that bench_loader.py reads: the same crops, flips, size and type.
 
-Method: as in bench_loader.py: contenders in turn (A B C A B C ...), one epoch each time, the first (in which FFCV
-compiles) not counted; the figure is the median of `--rounds`. FFCV reads one file of its own, written beforehand and
-held in the page cache (os_cache=True), in random order (OrderOption.RANDOM), on the CPU: the random crop decoded and
-resized by RandomResizedCropRGBImageDecoder, RandomHorizontalFlip, NormalizeImage to float32. Each image is taken
-`--repeat` times by repeating its index, so that the memory read is as large as it is through bench_loader's links.
+Method: as in bench_loader.py, contenders alternate (A B C A B C ...), one epoch each time, the first (in which FFCV
+compiles) not counted; the figure is the median of `--rounds`. FFCV reads a file of its own, written beforehand and held
+in the page cache (os_cache=True), in random order (OrderOption.RANDOM), on the CPU: random crop decoded and resized by
+RandomResizedCropRGBImageDecoder, RandomHorizontalFlip, NormalizeImage to float32. Each image is used `--repeat` times
+by repeating its index, so that as much memory is read as through bench_loader's links.
 
-How the file is written (`--write`), because FFCV's own writer knows pixels only and encodes them anew:
+The file is written in two ways (`--write`), because FFCV's own writer takes only pixels and encodes them again:
 
     kept          the JPEGs' own bytes, through a field whose encoder copies them; colours and subsampling stay too.
                   With --max-side they are bench_loader's, of this package's `pack`.
@@ -19,10 +19,10 @@ and how a batch lies in memory (`--layout`):
     contiguous    the same by torch: ToTorchImage(), then a module that calls .contiguous(); often quicker
     channels_last FFCV's own way, without that copy: the same numbers in another order of memory
 
---batches-ahead is 1 unless given, the quickest of 1, 2 and 3 (FFCV's own) where this was written: less memory in turn.
+--batches-ahead is 1 by default, the fastest of 1, 2 and 3 (FFCV's default) on the machine of the records.
 
-`images_per_second` counts whole epochs. FFCV allocates its batches anew in every epoch, which a long epoch hides:
-`steady_images_per_second` starts when each of them has been used once, and is the one to hold against FFCV.
+`images_per_second` counts whole epochs. FFCV allocates its batches again in every epoch, which a long epoch hides:
+`steady_images_per_second` starts when each of them has been used once: the figure to compare with.
 
 FFCV needs an environment of its own (compiled against OpenCV and libturbojpeg; here Debian 12, Python 3.11):
 
@@ -33,9 +33,9 @@ FFCV needs an environment of its own (compiled against OpenCV and libturbojpeg; 
     VENV/bin/pip install "numpy<2" numba "opencv-python-headless<4.11" pillow tqdm psutil
     VENV/bin/pip install --no-build-isolation --no-deps ffcv==1.0.2
 
-It reads this package's measuring from the checkout: PYTHONPATH=. VENV/bin/python benchmarks/bench_ffcv.py ...
+It uses this package's measuring from the checkout: PYTHONPATH=. VENV/bin/python benchmarks/bench_ffcv.py ...
 
-compare_ffcv.sh runs this script and bench_loader.py in turn and puts both into one record.
+compare_ffcv.sh runs this script and bench_loader.py alternately and writes one record of both.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def need_ffcv() -> None:
 
 
 class Files:
-    """The photographs as FFCV's writer takes them: (path or pixels, label)."""
+    """The photographs for FFCV's writer: (path or pixels, label)."""
 
     def __init__(self, root: Path, pixels: bool) -> None:
         self.paths, self.pixels = sorted(root.glob("*/*")), pixels
@@ -85,7 +85,7 @@ class Files:
 
 
 def write_beton(root: Path, target: Path, kept: bool, max_side: int | None, quality: int) -> None:
-    """FFCV's file of the photographs, complete or not there."""
+    """Write FFCV's file of the photographs, whole or not at all."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -111,7 +111,7 @@ def write_beton(root: Path, target: Path, kept: bool, max_side: int | None, qual
 
 
 def mean_bytes(beton: Path) -> float:
-    """The mean size of a stored image."""
+    """Return the mean size of a stored image in bytes."""
     from ffcv.fields import RGBImageField
     from ffcv.reader import Reader
 
@@ -125,7 +125,7 @@ class Contiguous(torch.nn.Module):
 
 
 def contender(beton: Path, options: argparse.Namespace, layout: str, steady: list[float]) -> Callable[[], int]:
-    """One epoch of FFCV; the rate after its start is appended to `steady`."""
+    """Return a function for one epoch of FFCV; it appends the rate after the start to `steady`."""
     from ffcv.fields import RGBImageField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -171,7 +171,7 @@ def contender(beton: Path, options: argparse.Namespace, layout: str, steady: lis
 
 
 def versions() -> dict[str, str]:
-    """What record.machine() does not list, and the C libraries that FFCV has loaded."""
+    """Return versions that record.machine() does not list, and the C libraries that FFCV has loaded."""
     found = {name: metadata.version(name) for name in ("ffcv", "numba", "opencv-python-headless")}
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/" in line}
     for library in ("libturbojpeg", "libopencv_imgproc"):

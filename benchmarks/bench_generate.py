@@ -1,19 +1,18 @@
-"""Edits a second: `generate` with a diffusers editor, beside the released way of calling the same pipeline.
+"""Edits per second: `generate` with a diffusers editor, compared with the released way of calling the same pipeline.
 
-Method: contenders in turn (A B C A B C ...), the first round uncounted; the figure is the median of `--rounds`.
-Loading is not counted: the released way is timed over its loop alone, `generate` from its first report of edits to its
-last one, so that what it makes before the first (the first batch, on which kernels are chosen) is not counted either,
-nor are those edits. All write JPEG files.
+Method: contenders alternate (A B C A B C ...), the first round is not counted, and the figure is the median of
+`--rounds`. Loading is not counted: the released way is timed over its loop alone, `generate` from its first report of
+edits to its last one. So the first batch, in which kernels are chosen, is not counted either. All write JPEG files.
 
-    released          one image and one prompt a call; text and image are encoded anew in each call
-    generate          batches, everything encoded once, decoding and JPEG beside it; one process
-    generate, all     the same in a process for each device: every GPU, or every core
+    released          one image and one prompt per call; each call encodes text and image again
+    generate          batches, everything encoded once, decoding and JPEG in parallel; one process
+    generate, all     the same in one process per device: every GPU, or every core
     generate, N steps `--few`, with the scheduler dpm-solver++
 
-The pipeline is InstructPix2Pix, the released steps and scheduler (`--steps 100`: Euler ancestral), with random weights:
-time does not depend on them. `--full-size` builds the published architecture (Stable Diffusion 1.5, float16, edits of
-256 px), what a GPU is measured with: targets there are 6x the released way, and 30x with few steps. Without it the
-pipeline is a small one (64 px, float32, `--steps 10`), what a CPU is measured with: target 2x.
+The pipeline is InstructPix2Pix with the released steps and scheduler (`--steps 100`: Euler ancestral) and random
+weights, which do not affect the time. `--full-size` builds the published architecture (Stable Diffusion 1.5, float16,
+edits of 256 px), for measurements on a GPU; the targets there are 6x the released way, and 30x with few steps. Without
+it the pipeline is small (64 px, float32, `--steps 10`), for measurements on a CPU; the target is 2x.
 """
 
 import argparse
@@ -58,7 +57,7 @@ class Released:
         out.mkdir(parents=True, exist_ok=True)
 
     def __call__(self, prompts: tuple[str, ...], most: int) -> float:
-        """Edits a second."""
+        """Return edits per second."""
         begin, made = time.perf_counter(), 0
         for file in self._files:
             image = Image.open(file).convert("RGB").resize((self._size, self._size))
@@ -74,7 +73,7 @@ class Released:
 
 
 def ours(root: Path, config: GenerateConfig, devices: tuple[str, ...], originals: int) -> float:
-    """Edits a second between the first report and the last."""
+    """Return edits per second between the first report and the last."""
     reports: list[tuple[float, int]] = []
 
     def progress(done: int, total: int) -> None:
@@ -113,10 +112,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for place in range(originals):
-            file = folder / "train" / f"class{place % 4}" / f"{place:04}.jpg"
+        for number in range(originals):
+            file = folder / "train" / f"class{number % 4}" / f"{number:04}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(encoded(photograph(place, 375, int(rng.integers(375, 520))), quality=90))
+            file.write_bytes(encoded(photograph(number, 375, int(rng.integers(375, 520))), quality=90))
         index(folder / "train")
         model = build_full_size(folder / "model") if full else build_instruct_pix2pix(folder / "model")
 
@@ -127,7 +126,7 @@ def main() -> None:
                 prompts=prompts,
                 size=size,
                 batch_size=options.batch_size,
-                # A process's share is cut into shards so that all are busy to the end.
+                # Several shards per process, so that all are busy until the end.
                 originals_per_shard=max(1, originals // (2 * len(devices))),
             )
 

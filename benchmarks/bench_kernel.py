@@ -1,16 +1,16 @@
-"""The mix kernel alone: time for a batch, and the bandwidth that this is.
+"""The mix kernel alone: time per batch, and the bandwidth.
 
 Method: 256 samples of 224 x 224 from 500 x 375 originals and 256 x 256 edits of random pixels, `MixSpec.paper()` with
-every sample mixed, `TrainCrop`. The bytes counted are the fewest that must move: what is seen of each source once, each
-fractal that a sample of the batch has once, the output once.
+every sample mixed, `TrainCrop`. The counted bytes are the minimum that must move: the visible part of each source once,
+each fractal of the batch once, the output once.
 
 On a GPU, for every type and layout: the output is filled with a pattern, mixed, and a few samples are compared with the
-specification; a kernel that is wrong or fails gets no time. Then `--launches` launches between two CUDA events, behind
-work that keeps the device busy until all are queued, over `--sets` batches in turn, whose tables are on the device; the
-time of one is the median over such runs, `--repeat` launches in all.
-`with_upload` is the same with the tables copied to the device before each launch, as the loader does it, and nothing
-queued ahead. A copy on the device, counted as bytes read plus bytes written, is timed beside it as the ceiling. The
-record is written after every row. After `--seconds` no row begins.
+specification; a kernel that is wrong or fails gets no time. Then `--launches` launches are timed between two CUDA
+events, after work that keeps the device busy until all are queued, alternating over `--sets` batches with their tables
+on the device. The time of one launch is the median over such runs, `--repeat` launches in total. `with_upload` is the
+same with the tables copied to the device before each launch, as in the loader, and nothing queued before. A copy on the
+device (bytes read plus bytes written) is timed as the upper limit. The record is written after every row. After
+`--seconds` no row begins.
 
 On the CPU: wall time on `--threads` threads.
 """
@@ -82,7 +82,7 @@ def make_batches(count: int, sets: int, device: torch.device) -> list[Batch]:
 
 
 def bytes_moved(plan: BatchPlan, format: TensorFormat) -> int:
-    """The fewest bytes that must be read and written for the batch."""
+    """Return the minimum number of bytes that must be read and written for the batch."""
     total = int(np.prod(format.shape(len(plan), plan.output_size))) * format.storage.itemsize
     for row in range(len(plan)):
         share = float(edit_weight(int(plan.mask[row]), 0.0, plan.span[row], plan.output_size).mean())
@@ -104,7 +104,7 @@ def layout_of(format: TensorFormat) -> str:
 
 
 class Record:
-    """Results so far, in a file from the first row on."""
+    """The results so far, written to a file after every row."""
 
     def __init__(self, path: Path | None, **content: object) -> None:
         self._path, self._begin = path, time.perf_counter()
@@ -138,7 +138,7 @@ def times_of(seconds: list[float], moved: int) -> dict[str, float]:
 
 
 def time_on_device(work: Callable[[int], object], launches: int, runs: int, *, queued: bool) -> list[float]:
-    """Seconds of `work(turn)`, each the mean of `launches`; `queued`: the device begins when all are launched."""
+    """Return seconds of `work(turn)`, means of `launches`; if `queued`, the device starts when all are launched."""
     seconds = []
     for run in range(runs + 1):  # the first is not counted
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -154,7 +154,7 @@ def time_on_device(work: Callable[[int], object], launches: int, runs: int, *, q
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes a second, read and written, of a copy on the device."""
+    """Return the bytes per second, read and written, of a copy on the device."""
     source = torch.randint(0, 256, (1 << 30,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = time_on_device(lambda _: target.copy_(source), 3, 5, queued=True)
@@ -162,7 +162,7 @@ def copy_rate(device: torch.device) -> float:
 
 
 def wrong(out: torch.Tensor, expected: list[NDArray[np.float32]], format: TensorFormat) -> str | None:
-    """What is wrong with the first samples; None: nothing."""
+    """Return what is wrong with the first samples, or None."""
     first = out[: len(expected)]
     values = (first.permute(0, 2, 3, 1) if format.channels_last else first).float().cpu().numpy()
     for row, image in enumerate(expected):
@@ -200,7 +200,7 @@ def on_gpu(options: argparse.Namespace, record: Record) -> None:
             continue
         try:
             record.add(**row, **time_kernel(format, batches, tables, device_bank, expected, options, ceiling))
-        except Exception as error:  # the next row is measured all the same
+        except Exception as error:  # the next rows are still measured
             record.add(**row, wrong=f"{type(error).__name__}: {error}"[:2000])
 
 

@@ -1,11 +1,11 @@
-"""Images a second: DiffuseMixLoader, mixed and plain, against plain DALI, Pillow with DataLoader, SPDL and WebDataset.
+"""Images per second: DiffuseMixLoader, mixed and plain, plain DALI, Pillow with DataLoader, SPDL and WebDataset.
 
-Method: each contender in a process of its own, in turn (A B C A B C ...), one epoch each time, the first not counted;
-the figure is the median of `--rounds`. All make batches of 224 x 224 float32, normalised, with random crops and flips,
-on `--device`; NCHW unless the name says channels_last. Files are in the page cache after the first epoch. Each image is
-taken `--repeat` times, so that epochs are long beside the batches that DALI decodes ahead while the others are timed.
-CPU seconds are those of the contender's process and its workers; the peak of their memory (PSS: a page that several
-share counts once) is taken in the first epoch, in which nothing is timed.
+Method: each contender runs in a process of its own; they alternate (A B C A B C ...), one epoch each time, the first
+not counted; the figure is the median of `--rounds`. All make batches of 224 x 224 float32, normalised, with random
+crops and flips, on `--device`; NCHW unless the name says channels_last. Files are in the page cache after the first
+epoch. Each image is used `--repeat` times, so that epochs are long compared with the batches that DALI decodes ahead
+while others are timed. CPU seconds are those of the contender's process and its workers; their peak memory (PSS:
+shared pages count once) is measured in the first epoch, in which nothing is timed.
 
     diffusemix                this package, MixSpec.paper() with every sample mixed: DALI, one fused kernel
     diffusemix_channels_last  the same, as torch.channels_last
@@ -16,23 +16,23 @@ share counts once) is taken in the first epoch, in which nothing is timed.
     plain_dali_whole          the same, but the whole image is decoded, and cropped while it is resized
     plain_dali_cpu            the same as plain_dali, decoded on the CPU, copied, and the rest on the GPU
     pillow_plain              DataLoader, Pillow's resize(box=...), NumPy's normalise
-    pillow_mixed              the same for original and edit, mixed with NumPy a sample at a time, as the release does
+    pillow_mixed              the same for original and edit, mixed by NumPy one sample at a time, as in the release
     spdl                      SPDL's DataLoader: FFmpeg decodes, crops, resizes and flips in threads; torch normalises
     webdataset                the same JPEGs in tar shards, WebDataset, pillow_plain's work by WebLoader's workers
 
-On a GPU this package's loader is also measured by each way to decode: `diffusemix_WAY`, `diffusemix_packed_WAY` and
+On a GPU this package's loader is also measured with each way to decode: `diffusemix_WAY`, `diffusemix_packed_WAY` and
 `plain_WAY`, where WAY is one of `WAYS`: `cpu`; `gpu`, whole images; `regions`; `shared`, edits on the CPU and originals
 on the GPU; `fancy`, colours interpolated as on the CPU; the hardware decoder's share, in percent, at the end.
 
-With --seconds S a turn is not an epoch but whole batches for so long, in steady state, as in `dali-diffusemix bench`.
-A contender that fails, dies or takes more than --patience seconds for a counted turn costs its own row alone: its
-reason is in the record, which is written anew after each round.
+With --seconds S a turn is not an epoch but whole batches for S seconds, in steady state, as in `dali-diffusemix bench`.
+A contender that fails, dies or takes more than --patience seconds for a counted turn costs only its own row: the reason
+is in the record, which is written after each round.
 
-With --max-side N the images are made smaller first, by this package's `pack`. Its own loader then always reads the
-packed store; all others read the very same JPEGs as files, FFCV's (bench_ffcv.py) included.
+With --max-side N the images are first shrunk by this package's `pack`. Its loader then reads the packed store; all
+others, including FFCV (bench_ffcv.py), read the same JPEGs as files.
 
-SPDL and WebDataset are in the extra `bench`; what is not installed is left out, with the reason. SPDL needs FFmpeg's
-libraries beside it.
+SPDL and WebDataset are in the extra `bench`; a contender that is not installed is left out, with the reason. SPDL also
+needs FFmpeg's libraries.
 """
 
 import argparse
@@ -72,10 +72,10 @@ from dali_diffusemix.store import OriginalStore
 from dali_diffusemix.store.pack import PackConfig, pack
 
 IMAGES_PER_SHARD = 64  # of WebDataset's
-EPOCH = 1 << 14  # images of an epoch at least, where turns are not epochs
+EPOCH = 1 << 14  # minimum number of images in an epoch, if turns are not epochs
 
 
-# Of this package's loader on a GPU: where it decodes; see `GpuDecoding`.
+# Ways to decode of this package's loader on a GPU; see `GpuDecoding`.
 WAYS: dict[str, Decode] = {
     "cpu": "cpu",
     "gpu": GpuDecoding(),
@@ -99,7 +99,7 @@ def missing(package: str) -> MissingDependencyError:
 
 @dataclass
 class Crops:
-    """The samples of epoch after epoch for SPDL: a file and FFmpeg's filters for it, in random order."""
+    """The samples of each epoch for SPDL: files in random order, with FFmpeg's filters."""
 
     dataset: DiffuseMixDataset
     files: Path
@@ -119,18 +119,18 @@ class Crops:
 
 
 def spdl(material: Material) -> Contender:
-    """SPDL, as its documentation builds a DataLoader: threads decode with filters, whole batches are converted."""
+    """Return SPDL, as its documentation builds a DataLoader: threads decode with filters, batches are converted."""
     try:
         import spdl.io
         from spdl.dataloader import DataLoader
         from spdl.io.utils import get_ffmpeg_versions
     except ImportError as error:
         raise missing("spdl") from error
-    get_ffmpeg_versions()  # loads FFmpeg, or says what is missing: later each image would fail by itself
+    get_ffmpeg_versions()  # loads FFmpeg, or fails here instead of at each image
     dataset = material.dataset(mixed=False)
     mean = 255 * torch.tensor(IMAGENET_MEAN, device=material.device).view(3, 1, 1)
     deviation = 255 * torch.tensor(IMAGENET_STD, device=material.device).view(3, 1, 1)
-    buffered = 3  # SPDL's own
+    buffered = 3  # SPDL's default
 
     def decoded(sample: tuple[str, str]) -> Any:
         path, filters = sample
@@ -162,7 +162,7 @@ def spdl(material: Material) -> Contender:
 
 
 def webdataset(material: Material, shards: Path, repeat: int) -> Contender:
-    """WebDataset over tar shards of the JPEGs, each read `repeat` times; the workers make whole batches."""
+    """Return WebDataset over tar shards of the JPEGs, each read `repeat` times; workers make whole batches."""
     try:
         import webdataset as wds
     except ImportError as error:
@@ -198,7 +198,7 @@ def webdataset(material: Material, shards: Path, repeat: int) -> Contender:
 
 
 def write_shards(material: Material, folder: Path, repeat: int) -> Path:
-    """WebDataset's shards of the images, each once: the catalog has `repeat` links to each, of which one is taken."""
+    """Write shards for WebDataset with each image once: one of the `repeat` links to it in the catalog."""
     import tarfile
 
     catalog = material.dataset(mixed=False).catalog
@@ -220,7 +220,7 @@ def write_shards(material: Material, folder: Path, repeat: int) -> Path:
 
 
 def linked(root: Path, folder: Path, repeat: int) -> Path:
-    """A folder with each image of `root` several times."""
+    """Make a folder with several links to each image of `root`."""
     for file in root.glob("*/*"):
         (folder / file.parent.name).mkdir(parents=True, exist_ok=True)
         for turn in range(repeat):
@@ -231,9 +231,9 @@ def linked(root: Path, folder: Path, repeat: int) -> Path:
 
 
 def prepared(root: Path, folder: Path, repeat: int, max_side: int | None) -> Material:
-    """Links, packed store, edits and fractals, in `folder`; what is there already stays. The edits are of the root.
+    """Make links, packed store, edits and fractals in `folder`; existing ones stay. The edits are of the root.
 
-    With `max_side` the packed images lie in `folder`/files-N too, as files: FFCV reads them there.
+    With `max_side` the packed images are also in `folder`/files-N, as files for FFCV.
     """
     case = folder / (f"packed-{max_side}-{repeat}" if max_side else f"whole-{repeat}")
     ours = files = linked(root, case / "train", repeat)
@@ -345,7 +345,7 @@ def main() -> None:
 
 
 def stated(reason: str) -> str:
-    """Why a contender is left out, as the record has it."""
+    """Return the reason why a contender is left out, for the record."""
     return reason if "not installed" in reason else f"failed: {reason}"
 
 

@@ -1,22 +1,22 @@
-"""What mixing adds to a training step: A_O = (T_mix - T_plain) / T_plain, the measure of the paper's Figure 4.
+"""The time that mixing adds to a training step: A_O = (T_mix - T_plain) / T_plain, the measure of the paper's Figure 4.
 
-Method: one model trains on batches from each source in turn (A B C A B C ...), `--skip` steps uncounted, because the
-source has decoded ahead meanwhile, then `--steps` counted: the seconds of a step, next batch included. A_O of a round
-is from its own turns; the figure is the median over `--rounds`, the interval the middle 95 % of medians of 10,000
-resamples of the rounds. Loading and training share the machine's cores, as they do in training on it.
+Method: one model trains on batches from each source alternately (A B C A B C ...): `--skip` steps are not counted,
+because the source has decoded ahead meanwhile, then `--steps` are counted, as seconds per step including the next
+batch. A_O of a round is computed from the turns of that round; the figure is the median over `--rounds`, the interval
+the middle 95 % of medians of 10,000 resamples of the rounds. Loading and training share the machine's cores, as in a
+training run.
 
     plain       this package's loader, MixSpec.paper(probability=0): T_plain
     diffusemix  MixSpec.paper(): nine of ten samples mixed
     all_mixed   MixSpec(probability=1)
     cutmix      plain, and kornia's CutMix of each batch, its labels probabilities
     mixup       plain, and kornia's MixUp of each batch
-    plain_dali  DALI alone: decode of the crop's region, resize, crop_mirror_normalize; in the same place; --dali-form
-                as in bench_loader.py: region, whole, cpu
+    plain_dali  DALI alone, as in dali_diffusemix.bench; --dali-form as in bench_loader.py: region, whole, cpu
 
-With --decode this package's loader decodes for a GPU as `WAYS` of bench_loader.py has it. A source that fails costs its
-own row alone; the record is written anew after each round. --amp trains in bfloat16 and channels_last.
+With --decode this package's loader decodes for a GPU in one of the `WAYS` of bench_loader.py. A source that fails costs
+only its own row; the record is written after each round. --amp trains in bfloat16 and channels_last.
 
-Images are cropped by TrainCrop; edits of all nine prompts are made first: procedural, `--edit-size` pixels a side.
+Images are cropped by TrainCrop. First, procedural edits of all nine prompts are made, `--edit-size` pixels a side.
 """
 
 import argparse
@@ -53,7 +53,7 @@ Reasons = dict[str, str]
 def ours(
     options: argparse.Namespace, edits: Path, bank: Path, size: int, probability: float | None, *names: str
 ) -> Batches:
-    """Batches of this package's loader, for ever."""
+    """Yield batches of this package's loader, without end."""
     dataset = DiffuseMixDataset(
         options.data,
         edits=edits,
@@ -79,7 +79,7 @@ def ours(
 
 
 def plain_dali(options: argparse.Namespace, size: int) -> Batches:
-    """Batches of DALI's own operators, for ever."""
+    """Yield batches of DALI alone, without end."""
     material = Material(
         root=options.data,
         files=options.data,
@@ -98,9 +98,9 @@ def measure(
     classes: int,
     each_round: Callable[[Seconds, Reasons], None],
 ) -> None:
-    """Seconds of a step, for each source and round, given to `each_round`; the round before the first is not counted.
+    """Call `each_round` with the seconds per step of each source and round; one more round before is not counted.
 
-    A source that fails is left out from then on, with the reason.
+    A source that fails is left out afterwards, with the reason.
     """
     model = build(options.model, classes).to(options.device)
     if options.amp:
@@ -113,7 +113,7 @@ def measure(
     def step(batches: Batches) -> None:
         images, labels = next(batches)
         if options.amp:
-            images = images.to(memory_format=torch.channels_last)  # of this package's loader they are so
+            images = images.to(memory_format=torch.channels_last)  # no change for this package's loader
         with torch.autocast(kind, torch.bfloat16, enabled=options.amp):
             loss = criterion(model(images), labels.to(images.device))
         optimizer.zero_grad(set_to_none=True)
@@ -139,7 +139,7 @@ def measure(
             try:
                 taken = turn_of(batches)
             except Exception as error:
-                if name == "plain":  # what all are compared with
+                if name == "plain":  # the others are compared with it
                     raise
                 left_out[name] = f"failed: {type(error).__name__}: {error}"
                 seconds.pop(name)
@@ -151,7 +151,7 @@ def measure(
 
 
 def overhead(mixed: list[float], plain: list[float]) -> dict[str, Any]:
-    """A_O, its interval, and each round's."""
+    """Return A_O, its interval, and its value in each round."""
     each = np.array(mixed) / np.array(plain) - 1
     drawn = np.random.default_rng(0).integers(0, len(each), (10_000, len(each)))
     low, high = np.quantile(np.median(each[drawn], axis=1), [0.025, 0.975])
@@ -206,7 +206,7 @@ def main() -> None:
             }
             left_out[size] = dict(reasons)
             content = {"settings": settings, "model": options.model, "results": results, "left_out": left_out}
-            write(options.out, content, quiet=True)
+            write(options.out, {"benchmark": "bench_overhead", **content}, quiet=True)
 
         for size in map(int, options.sizes.split(",")):
             made: dict[str, Callable[[], Batches]] = {

@@ -1,15 +1,15 @@
-"""Images a second from loose files and from packed stores, with files in the page cache and without.
+"""Images per second from loose files and from packed stores, with a warm and a cold page cache.
 
-Method: epochs of DiffuseMixLoader in turn (A B C A B C ...), every sample mixed, batch 64, 224 x 224 float32; the
-figure is the median of `--rounds`. Each variant has files of its own (`--repeat` copies of every photograph, no links),
-so that none warms another's. Before a cold epoch the copies, the edits and the fractals are put out of the page cache
-(posix_fadvise, after a sync), which takes no rights; what a virtual machine's host keeps is out of reach.
+Method: epochs of DiffuseMixLoader alternate (A B C A B C ...), every sample mixed, batch 64, 224 x 224 float32; the
+figure is the median of `--rounds`. Each variant has its own files (`--repeat` copies of every photograph, no links), so
+that none warms the cache of another. Before a cold epoch, its copies, edits and fractals are removed from the page
+cache (posix_fadvise, after a sync), which needs no privileges; the cache of a virtual machine's host is not affected.
 
-    folder        loose files, as they are
+    folder        loose files, unchanged
     packed        the same bytes in a packed store (`dali-diffusemix pack`)
-    packed-400    longest side 400 px, quality 90, which lets them be cut
+    packed-400    longest side 400 px, quality 90, with restart markers
 
-`read` is one epoch's reading alone, in the order of an epoch: seconds of the reader's thread for an image.
+`read` is the reading of one epoch, in the order of an epoch: seconds of the reader's thread per image.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from dali_diffusemix.store.pack import PackConfig, pack
 
 
 def forget(folder: Path) -> None:
-    """Put a folder's files out of the page cache."""
+    """Remove the files of a folder from the page cache."""
     os.sync()
     for file in folder.rglob("*"):
         if file.is_file():
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--work", type=Path, help="where the copies lie; else the folder for temporary files")
+    parser.add_argument("--work", type=Path, help="folder of the copies; by default a temporary one")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work) as temporary:

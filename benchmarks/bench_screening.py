@@ -1,8 +1,8 @@
-"""What it costs to look through a file before DALI is given it, in microseconds.
+"""The time that it takes to check a file before DALI is given it, in microseconds.
 
-Method: `--files` copies of a photograph of each kind are read by `reading.read` from the page cache, in turn with as
-many copies whose first two bytes are zero: the same bytes are read, and nothing is found to look through. The figure is
-the difference of the medians over `--rounds`, for one file.
+Method: `--files` copies of a photograph of each kind are read by `reading.read` from the page cache, alternating with
+as many copies whose first two bytes are zero: the same bytes are read, and nothing is checked. The figure is the
+difference of the medians over `--rounds`, per file.
 """
 
 import argparse
@@ -50,15 +50,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for kind, content in kinds(photograph).items():
             seconds: dict[str, list[float]] = {"sound": [], "unknown": []}
-            places = {}
+            locations = {}
             for name, begin in (("sound", content[:2]), ("unknown", bytes(2))):
                 files = [Path(folder, f"{kind}-{name}-{i}") for i in range(options.files)]
                 for file in files:
                     file.write_bytes(begin + content[2:])
-                places[name] = [os.fsencode(file) for file in files]
+                locations[name] = [os.fsencode(file) for file in files]
             memory = None
             for turn in range(1 + options.rounds):
-                for name, files in places.items():
+                for name, files in locations.items():
                     begin = time.thread_time()
                     found = read(files, windows, sizes, memory)
                     if turn:

@@ -1,8 +1,8 @@
-"""Bytes on disk of an image: originals as they are and packed, and edits, as JPEGs of the default qualities.
+"""Bytes on disk per image: of originals, unchanged and packed, and of edits, as JPEGs of the default qualities.
 
-Method: `pack` and `generate` write real stores of the given photographs; the figure is the bytes of the whole store
-over its images. Edits are procedural, of all nine prompts; those of a diffusion model compress otherwise. Nothing is
-timed, so the machine need not be quiet.
+Method: `pack` and `generate` write real stores of the given photographs; the figure is the size of the whole store
+divided by its number of images. Edits are procedural, of all nine prompts; edits of a diffusion model have other sizes.
+Nothing is timed, so the machine need not be quiet.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""From a folder to the first batch: the rate of indexing, and the start of a run on a large, cached catalog.
+"""From a folder to the first batch: the speed of indexing, and the start of a run with a large, cached catalog.
 
-Method: photographs are taken many times by symbolic links, so that headers are read from real files in the page cache.
+Method: symbolic links repeat the photographs, so that headers are read from real files in the page cache.
 
     index     20,000 files are listed and their headers read, `--rounds` times with `refresh`; the figure is the median,
-              and the time that 1.28 million files would take at that rate.
-    start     a new Python process: imports, DiffuseMixDataset on a cached catalog of 100,000 originals with an edit
+              and the time for 1.28 million files at that speed.
+    start     a new Python process: imports, DiffuseMixDataset with a cached catalog of 100,000 originals with an edit
               each, DiffuseMixLoader with shuffle, the first batch of 64. Wall time of the whole process, median.
 """
 
@@ -39,7 +39,7 @@ assert images.shape == (64, 3, 224, 224)
 
 
 def linked(photographs: list[Path], root: Path, count: int) -> None:
-    """`count` links to photographs, a thousand in a class."""
+    """Make `count` links to photographs, a thousand per class."""
     for number in range(count):
         folder = root / f"class-{number // 1000:04}"
         if number % 1000 == 0:
@@ -48,7 +48,7 @@ def linked(photographs: list[Path], root: Path, count: int) -> None:
 
 
 def small_edits(root: Path, store: Path) -> None:
-    """A store of one small edit for each original; the same picture each time, for only its place matters here."""
+    """Make a store with one small edit per original: always the same picture, because only reading it matters."""
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
     config = GenerateConfig(prompts=("sunset",), size=64)

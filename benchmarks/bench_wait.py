@@ -1,10 +1,10 @@
-"""What `next()` costs the training thread on a GPU, by each way to decode, and what a decoder costs to build.
+"""The time of `next()` in the training thread on a GPU, for each way to decode, and the time to build a decoder.
 
-Method: a loop whose step keeps the GPU busy for `--busy` milliseconds, which the host does not wait for (every tenth
-step it does), over `--steps` steps of `--batch-size` photographs, every sample mixed. Reported for each way, as medians
-over the steps behind the first ten: the time inside `next()`, of that the time without a decoded batch (idle) and until
-the mix was launched (mix), and the thread's own processor time. `build` is the time from nothing to the first batch of
-a second loader in the same process. `memory` is what the device has in use after so many epochs of 40 small batches.
+Method: a loop whose step keeps the GPU busy for `--busy` milliseconds, without waiting for it (except every tenth
+step), over `--steps` steps of `--batch-size` photographs, every sample mixed. Reported for each way, as medians over
+the steps after the first ten: the time inside `next()`; its part without a decoded batch (idle) and its part until the
+mix was launched (mix); and the thread's CPU time. `build` is the time to the first batch of a second loader in the same
+process. `memory` is the memory in use on the device after so many epochs of 40 small batches.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from dali_diffusemix.loading.auto import Decode
 
 
 def waits(material: Material, decode: Decode, steps: int, busy: float) -> dict[str, float]:
-    """Medians in milliseconds."""
+    """Return medians in milliseconds."""
 
     def loader() -> DiffuseMixLoader:
         return DiffuseMixLoader(
@@ -43,7 +43,7 @@ def waits(material: Material, decode: Decode, steps: int, busy: float) -> dict[s
     next(batches)
     synchronize(material)
     build = time.perf_counter() - begin
-    cycles = int(busy * 1.98e6)  # of the clock that the GPU has under load
+    cycles = int(busy * 1.98e6)  # at the GPU's clock under load
     inside, own, idle, mix, whole = [], [], [], [], []
     for step in range(steps):
         start, before = time.perf_counter(), measured.stats()
@@ -74,7 +74,7 @@ def synchronize(material: Material) -> None:
 
 
 def memory(material: Material, decode: Decode, epochs: int) -> dict[int, float]:
-    """MiB that the device has in use, by epoch."""
+    """Return the memory in use on the device in MiB, by epoch."""
     used = {}
     small = replace(material, epochs=1, batch_size=8, size=64)
     with DiffuseMixLoader(small.dataset(mixed=True), 8, num_workers=4, device=material.device, decode=decode) as loader:
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--busy", type=float, default=30.0, help="milliseconds of a step")
-    parser.add_argument("--epochs", type=int, default=0, help="epochs of the look at memory; 0: none")
+    parser.add_argument("--epochs", type=int, default=0, help="epochs in which memory is measured; 0: none")
     parser.add_argument("--ways", default="cpu,gpu,regions,shared_regions_90")
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--out", type=Path)

@@ -1,16 +1,16 @@
-"""What `quality` accepts and rejects: scores of good edits and of bad ones, on real photographs.
+"""The verdicts of `quality`: scores of good and of bad edits of real photographs.
 
-Method: photographs, squashed to `--size`, drawn at random from a folder. Good edits are the procedural ones of all nine
-prompts; they are no diffusion model's. Bad ones are made:
+Method: photographs, chosen at random from a folder and squashed to `--size`. Good edits are procedural, of all nine
+prompts; none is from a diffusion model. Bad edits are made:
 
     unchanged        the photograph itself: blurred by a pixel, JPEG of quality 75, brightness to the power of 1.02,
-                     noise of two levels; what an autoencoder does that edits nothing
+                     noise of two levels; similar to an autoencoder that edits nothing
     another          the edit of another photograph
     noise            random pixels
     black, white     with noise of three levels
     grey             flat, with noise of three levels
 
-For each kind: which verdicts it got, and quantiles of the scores that were compared.
+For each kind: the verdicts, and quantiles of the scores.
 """
 
 import argparse
@@ -67,10 +67,10 @@ def main() -> None:
         photograph = Image.fromarray(decode(options.root / catalog.path(row)))
         picture = np.asarray(photograph.resize((options.size, options.size), Image.Resampling.BICUBIC))
         edits = editor.edit([picture], [EditTask(image=0, prompt=prompt, seed=row) for prompt in PROMPTS])
-        for place, (prompt, edit) in enumerate(zip(PROMPTS, edits, strict=True)):
+        for number, (prompt, edit) in enumerate(zip(PROMPTS, edits, strict=True)):
             note(f"good: {prompt}", picture, edit)
             if before:
-                note("bad: another", picture, before[place])
+                note("bad: another", picture, before[number])
         before = edits
         note("bad: unchanged", picture, unchanged(picture, rng))
         note("bad: noise", picture, rng.integers(0, 256, picture.shape, np.uint8))

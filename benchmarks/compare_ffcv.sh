@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# DiffuseMix, plain DALI and Pillow against plain FFCV, which needs an environment of its own (see bench_ffcv.py).
+# DiffuseMix, plain DALI and Pillow compared with plain FFCV, which needs its own environment (see bench_ffcv.py).
 #
-#     benchmarks/compare_ffcv.sh OUT [IMAGES]               originals as they are
+#     benchmarks/compare_ffcv.sh OUT [IMAGES]               unchanged originals
 #     MAX_SIDE=400 benchmarks/compare_ffcv.sh OUT [IMAGES]  packed to 400 px, quality 90, for all of them
 #
-# Method: whole processes in turn, bench_loader.py, bench_ffcv.py, bench_loader.py, ..., ROUNDS times each, so that a
-# machine whose speed drifts treats both alike. Each process makes one epoch of each of its contenders uncounted and one
-# counted; setting up is never counted. One turn before, uncounted too, fills the cache (links, edits, fractals, FFCV's
-# files). The record, OUT/compare_ffcv-*.json, has the median of each contender and its ratio under diffusemix;
-# FFCV's channels-last layouts have their ratio under diffusemix_channels_last too, which lies in memory as they do.
+# Method: whole processes alternate, bench_loader.py, bench_ffcv.py, bench_loader.py, ..., ROUNDS times each, so that a
+# drifting speed of the machine affects both alike. Each process runs one uncounted and one counted epoch of each of its
+# contenders; preparation is never counted. An uncounted turn before fills the cache (links, edits, fractals, FFCV's
+# files). The record, OUT/compare_ffcv-*.json, has the median of each contender and the ratio of diffusemix to it, and
+# for FFCV's channels-last layouts also that of diffusemix_channels_last, which has the same memory layout.
 #
-# PYTHON and FFCV_PYTHON are the two interpreters; CACHE keeps what was set up (else a temporary folder);
+# PYTHON and FFCV_PYTHON are the two interpreters; CACHE is a folder for prepared files (by default a temporary one);
 # THREADS, BATCH, REPEAT, AHEAD (FFCV's batches_ahead), ONLY, WRITE and LAYOUT go to the two scripts.
 set -euo pipefail
 cd "$(dirname "$0")/.."

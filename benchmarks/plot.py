@@ -1,9 +1,10 @@
-"""Draws a record of bench_loader.py or compare_ffcv.sh: a bar for each contender, images a second.
+"""Draws a record of bench_loader.py or compare_ffcv.sh: a bar for each contender, images per second.
 
     .venv/bin/python benchmarks/plot.py benchmarks/results/RECORD.json --out docs/loader
 
-writes docs/loader.png and docs/loader.svg. A bar is a median, its whisker goes from the lowest round to the highest,
-and behind another's value stands how many times as fast DiffuseMix is. Fastest first; ours are in colour.
+writes docs/loader.png and docs/loader.svg. A bar is a median, with a whisker from the lowest to the highest round;
+behind the value of another contender stands how many times faster DiffuseMix is. The fastest comes first; bars of this
+package are coloured.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def colour(name: str) -> str:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """What was measured, and on what."""
+    """Return a description of the measurement and the machine."""
     settings = record["settings"].get("loader", record["settings"])
     machine = record.get("machines", {}).get("loader", record["machine"])
     packed = f"packed to {settings['max_side']} px" if settings["max_side"] else "originals as they are"
@@ -75,10 +76,10 @@ def draw(record: dict[str, Any], title: str) -> "plt.Figure":
     most = max(rate + up for rate, up in zip(rates, above, strict=True))
     ours = shown.get("diffusemix", {}).get("images_per_second")
     for bar, name, rate, up in zip(bars, names, rates, above, strict=True):
-        place = (rate + up + most * 0.012, bar.get_y() + bar.get_height() / 2)
+        position = (rate + up + most * 0.012, bar.get_y() + bar.get_height() / 2)
         value = axes.annotate(
             f"{rate:,.0f}",
-            place,
+            position,
             va="center",
             color=INK,
             fontweight="bold" if colour(name) == MIXED else "normal",

@@ -1,4 +1,4 @@
-"""What every benchmark shares: interleaved rounds, medians, and a JSON record that says where it came from."""
+"""Shared by all benchmarks: alternating rounds, medians, and a JSON record with machine, command and commit."""
 
 import contextlib
 import json
@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def machine() -> dict[str, Any]:
-    """`bench.machine`, the command and the commit."""
+    """Return `bench.machine` with the command and the commit."""
     found = {**bench.machine(), "command": sys.argv}
     git = ["git", "-C", str(ROOT)]
-    if carried := os.environ.get("COMMIT"):  # on a host that has a copy
+    if carried := os.environ.get("COMMIT"):  # on a host that has a copy of the repository
         return {**found, "commit": carried}
     try:
         found["commit"] = subprocess.check_output(
@@ -33,14 +33,14 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(contenders: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, dict[str, Any]]:
-    """Run contenders of this process in turn, A B C A B C ..., the first round uncounted; see `bench.interleaved`.
+    """Run contenders in this process alternately, A B C A B C ..., after an uncounted round; see `bench.interleaved`.
 
     Args:
-        contenders: Name to a function that does the work once and returns how many images it made.
-        rounds: Counted runs of each.
+        contenders: Name to a function that does the work once and returns the number of images.
+        rounds: Counted runs of each contender.
 
     Returns:
-        For each what `bench.Measurement.json` gives. A process has one memory: the peak is there for one contender.
+        `bench.Measurement.json` for each. The peak memory is that of the process, so it is None for several contenders.
     """
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     cpu: dict[str, list[float]] = {name: [] for name in contenders}
@@ -64,7 +64,7 @@ def interleaved(contenders: Mapping[str, Callable[[], int]], rounds: int) -> dic
 
 
 def write(path: Path | None, content: Mapping[str, Any], *, quiet: bool = False) -> None:
-    """Write a record, whole at any moment, and print its results."""
+    """Write a record, which is complete at any time, and print its results."""
     record = {"machine": machine(), **content}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

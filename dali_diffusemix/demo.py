@@ -1,8 +1,8 @@
-"""The demonstration: the whole path in one go, on photographs that ship inside well-known packages.
+"""The demonstration: every step in one run, on photographs that ship with well-known packages.
 
-    photographs -> index -> fractals -> edits -> contact sheet -> batches by DALI, the same ones by Pillow
+    photographs -> index -> fractals -> edits -> contact sheet -> batches by DALI, and the same ones by Pillow
 
-Its edits are procedural restylings, not diffusion.
+The edits are procedural restylings, not diffusion.
 """
 
 import importlib.util
@@ -35,10 +35,10 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.mix.tensor import IMAGENET_STD
 from dali_diffusemix.plan.crops import TrainCrop
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MixSpec
 
-__all__ = ["PHOTOGRAPHS", "DemoResult", "Display", "run_demo"]
+__all__ = ["PHOTOGRAPHS", "DemoDisplay", "DemoResult", "run_demo"]
 
 PHOTOGRAPHS: Final = {
     "astronaut": (("skimage", "data/astronaut.png"),),
@@ -50,10 +50,10 @@ PHOTOGRAPHS: Final = {
     "pagoda": (("sklearn", "datasets/images/china.jpg"),),
     "rocket": (("skimage", "data/rocket.jpg"),),
 }
-"""Class to photographs, each a package and a file in it. scikit-image and scikit-learn may be shared freely."""
+"""Class to photographs, each a package and a file in it. The licences of both packages permit this use."""
 
-_CUTS: Final = 8  # of each class
-_MOST_ORIGINALS: Final = 64  # of a user's folder, which may hold a million
+_CUTS: Final = 8  # per class
+_MOST_ORIGINALS: Final = 64  # from a user's folder, which may hold a million
 _FRACTALS: Final = 32
 _SIZE: Final = 256
 _CROP: Final = 224
@@ -63,21 +63,21 @@ _MARKER: Final = "demo.json"
 _MAGIC: Final = "dali_diffusemix.demo"
 
 
-class Display(Protocol):
-    """Where the demonstration is watched."""
+class DemoDisplay(Protocol):
+    """Shows results and progress of the demonstration."""
 
     def line(self, text: str) -> None:
-        """Show what a step came to."""
+        """Show the result of a step."""
         ...
 
     def progress(self, what: str, unit: str) -> AbstractContextManager[Callable[[int, int], None]]:
-        """Show a step that takes its time; yields what is to be called with units done and units there are."""
+        """Show a long step; yields a function to call with the number of units done, and of all units."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What a demonstration came to."""
+    """The result of a demonstration."""
 
     sheet: str
     originals: int
@@ -88,29 +88,33 @@ class DemoResult:
     batch_dtype: str
     label_dtype: str
     compared: int
-    """Samples that DALI and Pillow were compared over."""
+    """Samples of DALI and Pillow that were compared."""
     largest_difference: float
-    """Between the two, over all their pixels, in steps of 1/255."""
+    """Largest difference between the two, over all pixels, in steps of 1/255."""
     images_per_second: float
     threads: int
     seconds: float
 
 
 def run_demo(
-    display: Display, *, folder: str | os.PathLike[str] | None = None, out: str | os.PathLike[str], keep: bool = False
+    display: DemoDisplay,
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    out: str | os.PathLike[str],
+    keep: bool = False,
 ) -> DemoResult:
-    """Go the whole way from photographs to batches.
+    """Run every step from photographs to batches.
 
     Args:
-        display: Where to show what happens.
-        folder: Photographs, folder/class/**/image, of which at most 64 are used; None takes `PHOTOGRAPHS`.
-        out: Where everything is written. What an earlier demonstration wrote there is removed first.
-        keep: Go on with what an earlier demonstration wrote instead.
+        display: Shows results and progress.
+        folder: Photographs, folder/class/**/image; at most 64 are used. None takes `PHOTOGRAPHS`.
+        out: The output folder. Output of an earlier demonstration is removed first.
+        keep: Keep and reuse the output of an earlier demonstration.
 
     Raises:
-        ConfigError: `out` holds something else, or cannot be written.
-        MissingDependencyError: The packages with the photographs, or DALI, are not there.
-        CatalogError, StoreError: The user's folder or what is kept cannot be used.
+        ConfigError: `out` holds other files, or cannot be written.
+        MissingDependencyError: The packages with the photographs, or DALI, are not installed.
+        CatalogError, StoreError: The user's folder or the kept output cannot be used.
     """
     begin = time.perf_counter()
     out = Path(out).absolute()
@@ -172,19 +176,19 @@ def run_demo(
 
 
 def _prepare(out: Path, root: Path, keep: bool) -> None:
-    """Make the folder, empty unless what is there is kept. Nobody else's files are touched."""
+    """Make the folder, empty unless earlier output is kept. Other files are never touched."""
     marker = out / _MARKER
     if out.exists() and any(out.iterdir()):
         before = _root_of(marker)
         if before is None:
             raise ConfigError(
                 f"{str(out)!r}: the demo's folder must be new, empty, or that of an earlier demo, found other files; "
-                "name another with --out"
+                "name another with --out."
             )
         if keep and before != str(root):
             raise ConfigError(
-                f"{str(out)!r}: to keep what is there the demo must be of the same photographs, found {before!r}, "
-                f"not {str(root)!r}; leave --keep out to begin anew"
+                f"{str(out)!r}: the demo to keep must have the photographs of {str(root)!r}, found {before!r}; omit "
+                "--keep to start again."
             )
         if not keep:
             for name in ("photographs", "catalog", "edits"):
@@ -197,7 +201,7 @@ def _prepare(out: Path, root: Path, keep: bool) -> None:
 
 
 def _root_of(marker: Path) -> str | None:
-    """The photographs of the demo that wrote this file; None if none did."""
+    """The photographs of the demo that wrote this file; None if no demo did."""
     try:
         content = json.loads(marker.read_bytes())
         return str(content["photographs"]) if content["magic"] == _MAGIC else None
@@ -211,7 +215,7 @@ def _writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(
-            f"{str(out)!r}: the demo's folder must be one that can be written, found: {error}; name another with --out"
+            f"{str(out)!r}: the demo's folder must be one that can be written, found: {error}; name another with --out."
         ) from error
 
 
@@ -219,18 +223,18 @@ def _writing(out: Path) -> Iterator[None]:
 
 
 def _find_photographs() -> list[tuple[str, list[Path]]]:
-    """Classes and the files to cut, without importing the packages that they are in."""
+    """Find classes and files to cut, without importing the packages that hold them."""
     found = []
     for name, files in PHOTOGRAPHS.items():
         paths = []
         for package, file in files:
             spec = importlib.util.find_spec(package)
-            places = [] if spec is None else [Path(place) / file for place in spec.submodule_search_locations or ()]
-            path = next((place for place in places if place.is_file()), None)
+            folders = [] if spec is None else spec.submodule_search_locations or []
+            path = next((one for folder in folders if (one := Path(folder) / file).is_file()), None)
             if path is None:
                 raise MissingDependencyError(
-                    f"the demo's photographs lie in scikit-image and scikit-learn, but {package}/{file} is not there: "
-                    "pip install scikit-image scikit-learn, or name a folder of your own: dali-diffusemix demo FOLDER"
+                    f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
+                    "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
                 )
             paths.append(path)
         found.append((name, paths))
@@ -238,7 +242,7 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
 
 
 def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callable[[int, int], None]) -> None:
-    """Cut each class's photographs into overlapping pictures of 250 to 500 pixels a side; the same ones every time."""
+    """Cut the photographs of each class into overlapping pictures of 250 to 500 pixels a side, the same every time."""
     remove_temporary(root.parent, root.name)
     done, total = 0, _CUTS * len(photographs)
     with new_folder(root) as folder:
@@ -257,7 +261,7 @@ def _cut(photographs: list[tuple[str, list[Path]]], root: Path, progress: Callab
                 progress(done, total)
 
 
-def _index(display: Display, root: Path, location: Path) -> Catalog:
+def _index(display: DemoDisplay, root: Path, location: Path) -> Catalog:
     with display.progress("Reading headers", "images") as progress:
         catalog = index(root, location=location, progress=progress)
     found = len(catalog)
@@ -267,12 +271,12 @@ def _index(display: Display, root: Path, location: Path) -> Catalog:
         rows = np.linspace(0, found - 1, _MOST_ORIGINALS).round().astype(np.int64)
         paths = [catalog.path(row) for row in rows]
         catalog = Catalog.from_arrays(paths, catalog.labels[rows], catalog.classes, catalog.sizes[rows])
-        used = f", of which the demo takes {len(catalog)}"
+        used = f"; the demo uses {len(catalog)}"
     display.line(f"Photographs  {found} in {len(catalog.classes)} classes{left_out}{used}")
     return catalog
 
 
-def _fractals(display: Display, path: Path) -> FractalBank:
+def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
     if path.exists():
         bank = FractalBank.open(path)
         display.line(f"Fractals     {len(bank)} kept")
@@ -286,9 +290,9 @@ def _fractals(display: Display, path: Path) -> FractalBank:
 
 
 def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
-    """Samples compared, and the largest difference between DALI's and Pillow's pixels in steps of 1/255."""
-    order = Schedule(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
-    batches = [order.indices(0, order.places(step)).tolist() for step in range(len(order))]
+    """Compare DALI and Pillow; returns the number of samples and the largest difference in steps of 1/255."""
+    order = EpochOrder(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
+    batches = [order.indices(0, order.positions(step)).tolist() for step in range(len(order))]
     deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
     count, largest = 0, 0.0
     loader.set_epoch(0)
@@ -302,7 +306,7 @@ def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int,
 
 
 def _measure(loader: DiffuseMixLoader) -> float:
-    """Images a second, over whole epochs."""
+    """Images per second, over whole epochs."""
     count, begin = 0, time.perf_counter()
     while (passed := time.perf_counter() - begin) < _MEASURED_SECONDS:
         count += sum(len(labels) for _, labels in loader)

@@ -1,4 +1,4 @@
-"""The mix as an operator inside a DALI pipeline of one's own.
+"""The mix as an operator inside your own DALI pipeline.
 
     from dali_diffusemix import fn as dmx
 
@@ -11,8 +11,8 @@
         return dmx.mix(original, edit, p, fractals=bank, output_size=(224, 224))
 
 `plan` draws what `DiffuseMixDataset` draws, `mix` makes its pixels. Both are Python functions that DALI calls once
-per batch: docs/dali.md says what that costs. What they raise while the pipeline runs ends it; DALI hands it on as a
-RuntimeError that holds the message and the line of the pipeline.
+per batch; docs/dali.md says what that costs. An error that they raise while the pipeline runs ends it: DALI raises a
+RuntimeError with the message and the line of the pipeline.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,23 +39,23 @@ DataNode: TypeAlias = Any
 """nvidia.dali.data_node.DataNode: importing this module does not import DALI."""
 
 Column: TypeAlias = Sequence[NDArray[Any]]
-"""What DALI hands to a Python function for one node: an array for each sample of the batch."""
+"""An array for each sample of the batch, as DALI passes them to a Python function for one node."""
 
 
 class Plan(NamedTuple):
-    """What `mix` needs to know of each sample. Every field is a node on the CPU, or a constant for all samples.
+    """The parameters of `mix` for each sample. Every field is a node on the CPU, or a constant for all samples.
 
-    `plan` draws one. Replace fields with `_replace`, or build one of your own: the defaults are a plain sample of the
+    `plan` returns one. Replace fields with `_replace`, or build one yourself: the defaults are a plain sample of the
     whole image. Boxes are (top, left, height, width), relative to the image they lie in.
     """
 
     box: DataNode = (0.0, 0.0, 1.0, 1.0)
-    """(4,) The crop, of original and edit alike; may leave [0, 1], where the sample is 0 before normalisation."""
+    """(4,) The crop of both original and edit; may leave [0, 1], where the sample is 0 before normalisation."""
     span: DataNode = None
     """(4,) The output within what mask and fractal span: the crop within the image, or (0, 0, 1, 1) if they span the
     crop. None: as `box`."""
     mask: DataNode = -1
-    """Which side shows the edit, its position in `plan.MASKS`: left, right, top, bottom; -1: not mixed."""
+    """The side that shows the edit, its index in `plan.MASKS`: left, right, top, bottom; -1: not mixed."""
     seam_width: DataNode = 0.0
     """Width of the ramp between the sides, as a fraction of what the mask spans."""
     flip: DataNode = 0
@@ -67,7 +67,7 @@ class Plan(NamedTuple):
     fractal_weight: DataNode = 0.0
     """λ."""
     edit: DataNode = -1
-    """Which of the original's edits to read, from 0; -1: none is. For your reader; `mix` does not look at it."""
+    """The original's edit to read, from 0; -1: none. For your reader; `mix` does not use it."""
 
 
 def plan(
@@ -86,28 +86,28 @@ def plan(
     A row depends on (seed, epoch, index), its size and its number of edits alone.
 
     Args:
-        index: Number of each original, a class label is none: scalars, any whole-number type.
-        sizes: (2,) or more numbers a sample, the original's upright height and width before others, pixels:
+        index: Number of each original, not its class label: scalars, any whole-number type.
+        sizes: (2,) or more numbers per sample, first the original's upright height and width in pixels:
             `fn.peek_image_shape(jpegs)`, or `original.shape(device="cpu")` of a decoded one.
         crop: How to crop.
         mix: How to mix, in a fixed epoch; None gives plain samples.
         fractals: Bank to choose from. Needed where `mix` blends fractals.
         edits_per_original: K, how many edits each original has: a number, or scalars.
         seed: 0 ≤ seed < 2³².
-        epoch: 0 ≤ epoch < 2³²: a number, or scalars that are alike over a batch.
+        epoch: 0 ≤ epoch < 2³²: a number, or scalars that are equal within a batch.
 
     Returns:
         A plan of nodes on the CPU: box, span (4,) float64; mask, flip int32, fractal, edit int64, fractal_weight
         float32 scalars; fractal_flip (2,) int32. `seam_width` is `mix.seam_width`.
 
     Raises:
-        ConfigError: an argument breaks a rule. Within a RuntimeError from DALI: what a node gives does.
+        ConfigError: an argument breaks a rule; inside a RuntimeError from DALI, a node's value does.
         MissingDependencyError: DALI is not installed.
     """
     if mix is not None and mix.epoch != "fixed":
         raise ConfigError(
-            f"mix.epoch must be 'fixed' in a pipeline of your own, whose reader decides what an epoch holds, found "
-            f"{mix.epoch!r}; take dataclasses.replace(mix, epoch='fixed')"
+            f"mix.epoch must be 'fixed' in your own pipeline, whose reader decides what an epoch holds, found "
+            f"{mix.epoch!r}; take dataclasses.replace(mix, epoch='fixed')."
         )
     given = {"index": index, "sizes": sizes[:2], "edits_per_original": edits_per_original, "epoch": epoch}
     draw = _Draw(
@@ -142,43 +142,43 @@ def mix(
     device: Literal["cpu", "gpu"] | None = None,
     threads: int = 1,
 ) -> DataNode:
-    """Mix originals and edits: A = (1-λ) (M ⊙ Î + (1-M) ⊙ I) + λ F of every sample, as `mixing` defines it.
+    """Mix originals and edits: A = (1-λ) (M ⊙ Î + (1-M) ⊙ I) + λ F of every sample, as `mix.pixel` defines it.
 
     Args:
         original: (height, width, 3) uint8 RGB images, whole, of any sizes.
-        edit: The same, of their own sizes. Where a sample is not mixed its edit is not looked at: give any image.
-        plan: One row for each sample.
-        output_size: (height, width) of the samples, pixels; what the plan's crop was made for.
-        fractals: Bank that `plan.fractal` counts in. Needed where the plan has fractals.
+        edit: The same, of their own sizes. The edit of a sample that is not mixed is not used: give any image.
+        plan: One row per sample.
+        output_size: (height, width) of the samples, pixels; that of the plan's crop.
+        fractals: Bank that `plan.fractal` indexes. Required if the plan has fractals.
         normalize: (mean, std) for values in [0, 1]; None leaves [0, 1], and is the only choice for UINT8.
         dtype: nvidia.dali.types.FLOAT (None is the same), FLOAT16 or UINT8.
-        layout: Of the samples.
-        device: Where to mix; None is where the originals are. "gpu" copies what is on the CPU.
-        threads: Threads of the CPU's mix, beside DALI's own. The result does not depend on it.
+        layout: Layout of the samples.
+        device: Device of the mix; None is that of the originals. "gpu" copies images that are on the CPU.
+        threads: Threads of the mix on the CPU, beside DALI's own. The result does not depend on it.
 
     Returns:
         (3, height, width) or (height, width, 3) samples on the device.
 
     Raises:
-        ConfigError: an argument breaks a rule. Within a RuntimeError from DALI: what a node gives does.
+        ConfigError: an argument breaks a rule; inside a RuntimeError from DALI, a node's value does.
         MissingDependencyError: DALI is not installed, or for "gpu" CuPy.
     """
     fn, _, types = dali()
     names: dict[Any, DtypeName] = {types.FLOAT: "float32", types.FLOAT16: "float16", types.UINT8: "uint8"}
     dtype = types.FLOAT if dtype is None else dtype
     if dtype not in names:
-        raise ConfigError(f"dtype must be types.FLOAT, types.FLOAT16 or types.UINT8 of nvidia.dali, found {dtype}")
+        raise ConfigError(f"dtype must be types.FLOAT, types.FLOAT16 or types.UINT8 of nvidia.dali, found {dtype}.")
     if layout not in ("CHW", "HWC"):
-        raise ConfigError(f"layout must be 'CHW' or 'HWC', found {layout!r}")
+        raise ConfigError(f"layout must be 'CHW' or 'HWC', found {layout!r}.")
     if np.shape(output_size) != (2,) or not all(1 <= side <= 16384 for side in output_size):
-        raise ConfigError(f"output_size must be (height, width), 1 to 16384 pixels each, found {output_size}")
+        raise ConfigError(f"output_size must be (height, width), 1 to 16384 pixels each, found {output_size}.")
     if threads < 1:
-        raise ConfigError(f"threads must be at least 1, found {threads}")
+        raise ConfigError(f"threads must be at least 1, found {threads}.")
     device = device or original.device
     if device not in ("cpu", "gpu") or (device == "cpu" and "gpu" in (original.device, edit.device)):
         raise ConfigError(
             f"device must be 'gpu', or 'cpu' where both images are on the CPU, found {device!r} with the original on "
-            f"the {original.device} and the edit on the {edit.device}; decode to the CPU, or leave device out"
+            f"the {original.device} and the edit on the {edit.device}; decode to the CPU, or leave device out."
         )
     given = plan._replace(span=plan.box if plan.span is None else plan.span)._asdict()
     del given["edit"]
@@ -212,7 +212,7 @@ def _python_function(nodes: Sequence[DataNode], function: Callable[..., Any], **
 # From nodes to tables
 # --------------------------------------------------------------------------------------------------------------
 
-# Kept out of DALI, whose own constants turn float64 to float32.
+# Kept out of DALI, whose own constants turn float64 into float32.
 _CONSTANTS: Final = (bool, int, float, list, tuple, np.ndarray, np.generic)
 
 _DRAWN: Final = np.dtype([("index", "i8"), ("sizes", "i4", 2), ("edits_per_original", "i8"), ("epoch", "i8")])
@@ -235,13 +235,13 @@ def _nodes(values: Mapping[str, Any], prefix: str = "") -> list[DataNode]:
     for name, node in nodes.items():
         if getattr(node, "device", "cpu") != "cpu":
             raise ConfigError(
-                f"{prefix}{name} must lie on the CPU, found a node on the {node.device}; make it with device='cpu'"
+                f"{prefix}{name} must lie on the CPU, found a node on the {node.device}; make it with device='cpu'."
             )
     return list(nodes.values())
 
 
 class _Fields:
-    """Gathers what nodes and constants give for a batch to a table, one row per sample."""
+    """Gathers the values of nodes and constants for a batch in a table, one row per sample."""
 
     def __init__(self, dtype: np.dtype[np.void], values: Mapping[str, Any], *, prefix: str = "") -> None:
         self._dtype = dtype
@@ -250,7 +250,7 @@ class _Fields:
         self._names = [name for name in values if name not in self._constants]
 
     def example(self, values: Mapping[str, Any]) -> NDArray[np.void]:
-        """A batch of one, with these values in place of nodes: what breaks a rule is found before the pipeline runs."""
+        """A batch of one, with these values instead of nodes, to check the constants before the pipeline runs."""
         return self.gather([[np.array(values[name])] for name in self._names], count=1)
 
     def gather(self, columns: Sequence[Column], *, count: int) -> NDArray[np.void]:
@@ -269,12 +269,12 @@ class _Fields:
         except ValueError as error:
             raise ConfigError(
                 f"{self._prefix}{name} must be {shape[0] if shape else 1} number(s) for each sample, found shapes "
-                f"{sorted({np.shape(sample) for sample in samples})}"
+                f"{sorted({np.shape(sample) for sample in samples})}."
             ) from error
         good = np.isfinite(values) if base.kind == "f" else values == np.rint(values)
         if not good.all():
             rule = "finite" if base.kind == "f" else "whole"
-            raise ConfigError(f"{self._prefix}{name} must be {rule}, found {values[~good][0]}")
+            raise ConfigError(f"{self._prefix}{name} must be {rule}, found {values[~good][0]}.")
         return values.astype(base)
 
 
@@ -282,7 +282,7 @@ def _refuse_outside(name: str, values: NDArray[Any], low: float, high: float, ru
     outside = ((values < low) | (values > high)).reshape(len(values), -1).any(axis=1)
     if outside.any():
         sample = int(outside.argmax())
-        raise ConfigError(f"{name} must {rule}, found {values[sample].tolist()} in sample {sample} of the batch")
+        raise ConfigError(f"{name} must {rule}, found {values[sample].tolist()} in sample {sample} of the batch.")
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def _refuse_outside(name: str, values: NDArray[Any], low: float, high: float, ru
 
 @dataclass(frozen=True)
 class _Lookup:
-    """A column of a table without end, of which `Planner` looks at a batch's rows: values[how many keys are below]."""
+    """An endless column that holds a batch's rows for `Planner`: row r is values[number of keys below r]."""
 
     keys: NDArray[np.int64]  # sorted
     values: NDArray[Any]
@@ -331,12 +331,12 @@ class _Draw:
         _refuse_outside("sizes", sizes, 1, np.inf, "hold a height and a width of at least 1 pixel")
         _refuse_outside("edits_per_original", count, 0, np.inf, "be at least 0")
         if (epoch != epoch[0]).any():
-            raise ConfigError(f"epoch must be alike over a batch, found {epoch.min()} to {epoch.max()}")
-        originals, first, place = np.unique(index, return_index=True, return_inverse=True)
-        if (sizes != sizes[first][place]).any() or (count != count[first][place]).any():
+            raise ConfigError(f"epoch must be equal within a batch, found {epoch.min()} to {epoch.max()}.")
+        originals, first, where = np.unique(index, return_index=True, return_inverse=True)
+        if (sizes != sizes[first][where]).any() or (count != count[first][where]).any():
             raise ConfigError(
                 "index must be the number of an original, found one number for originals of different sizes or edits; "
-                "a class label is no such number: give fn.readers.file(files=files, labels=list(range(len(files))))"
+                "a class label is no such number: give fn.readers.file(files=files, labels=list(range(len(files))))."
             )
         # As if only the originals of this batch had edits: rows starts[index] to starts[index + 1].
         starts = _Lookup(originals, np.concatenate([[0], np.cumsum(count[first])]), length=2**62 + 1)
@@ -400,8 +400,8 @@ class _Mix:
         images, others, rows = ([from_dlpack(capsule) for capsule in column] for column in (originals, edits, packed))
         device = rows[0].device
         with torch.cuda.device(device):
-            # Not torch's default stream, where the training waits in line. One for good: DALI copies the samples after
-            # this returns, and their memory is not given out again before the next call, which DALI holds back.
+            # Not torch's default stream, where training is queued. Always the same one: DALI copies the samples after
+            # this returns, and their memory is not used again before the next call, which DALI holds back.
             self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             with torch.cuda.stream(self._stream):
                 samples = self.on_tensors(images, others, rows)
@@ -435,7 +435,7 @@ class _Mix:
         for name, layouts in (("original", original_layout), ("edit", edit_layout)):
             layout = bytes(layouts[0]).decode()
             if layout not in ("HWC", ""):
-                raise ConfigError(f"{name} must have layout 'HWC', found {layout!r}; {_IMAGE_REMEDY}")
+                raise ConfigError(f"{name} must have layout 'HWC', found {layout!r}; {_IMAGE_REMEDY}.")
         rows = self._fields.gather(columns, count=len(original_layout))
         self._check(rows)
         return rows
@@ -445,7 +445,7 @@ class _Mix:
             least = np.finfo(np.float64).tiny
             rule = "be (top, left, height, width) with height and width above 0"
             _refuse_outside(f"plan.{box}", rows[box][:, 2:], least, np.inf, rule)
-        masks = f"be -1, not mixed, or the position of the edit's side in {MASKS}"
+        masks = f"be -1, not mixed, or the index of the edit's side in {MASKS}"
         _refuse_outside("plan.mask", rows["mask"], -1, len(MASKS) - 1, masks)
         for name in ("seam_width", "fractal_weight", "flip", "fractal_flip"):
             _refuse_outside(f"plan.{name}", rows[name], 0, 1, "lie in [0, 1]")
@@ -493,7 +493,7 @@ def _pieces(
     seen: NDArray[np.bool_],
     address: Callable[[Any], int],
 ) -> NDArray[np.void]:
-    """(n,) pieces of whole images; what is not seen is not looked at."""
+    """(n,) pieces of whole images; images that are not seen are not used."""
     data = np.zeros(len(images), dtype=np.uint64)
     shapes = np.zeros((len(images), 2), dtype=np.int32)
     for i in np.flatnonzero(seen).tolist():
@@ -502,7 +502,7 @@ def _pieces(
         if len(shape) != 3 or shape[2] != 3 or 0 in shape or dtype != "uint8":
             raise ConfigError(
                 f"{name} must be (height, width, 3) uint8 RGB images, found shape {shape} of {dtype} in sample {i} of "
-                f"the batch; {_IMAGE_REMEDY}"
+                f"the batch; {_IMAGE_REMEDY}."
             )
         data[i], shapes[i] = address(image), shape[:2]
     return call.piece_table(data, shapes)

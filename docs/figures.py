@@ -22,7 +22,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from dali_diffusemix import Catalog, DiffuseMixDataset, MixSpec, TrainCrop
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.mix.pixel import edit_weight, mixed_image
-from dali_diffusemix.plan import MASKS, BatchPlan, Schedule, visible_parts
+from dali_diffusemix.plan import MASKS, BatchPlan, EpochOrder, visible_parts
 
 INK, MUTED, RULE, PAPER = "#1b1f24", "#6a7078", "#d8d8d2", "#ffffff"
 ORIGINAL, EDIT, FRACTAL = "#1f5fa8", "#be4310", "#6b4ba1"
@@ -337,10 +337,10 @@ def plan(dataset: DiffuseMixDataset, epoch: int, file: Path) -> None:
             if line == 0:
                 canvas.text(left + size * width / 2, top - 0.2, f"step {step}", 9.5, MUTED)
             for rank in range(world):
-                schedule = Schedule(
+                order = EpochOrder(
                     length=len(dataset), batch_size=size // world, shuffle=True, rank=rank, world_size=world
                 )
-                taken = schedule.indices(epoch, schedule.places(step))
+                taken = order.indices(epoch, order.positions(step))
                 for place, index in enumerate(taken):
                     x = left + (rank * len(taken) + place) * width
                     box = Rectangle((x, top), width - 0.03, 0.4, facecolor=colours[rank], edgecolor="none")

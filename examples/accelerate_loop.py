@@ -1,11 +1,11 @@
-"""A classifier trained under Hugging Face Accelerate, with gradient accumulation, on one process or several.
+"""Train a classifier with Hugging Face Accelerate and gradient accumulation, on one process or several.
 
     pip install '.[accelerate]'
     dali-diffusemix generate data/train cache/edits --editor procedural --prompts autumn,snowy
     dali-diffusemix fractals cache/fractals.npy --count 64
     accelerate launch examples/accelerate_loop.py data/train data/val cache/edits cache/fractals.npy
 
-Run again with the same --out, it goes on after the batch at which it was saved.
+Run it again with the same --out to resume after the last saved batch.
 """
 
 import argparse
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("valid", type=Path, help="folder of photographs of the same classes")
     parser.add_argument("edits", type=Path, help="edit store of the originals")
     parser.add_argument("fractals", type=Path, help="fractal bank")
-    parser.add_argument("--batch-size", type=int, default=64, help="on each process")
+    parser.add_argument("--batch-size", type=int, default=64, help="per process")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--cpu", action="store_true")
@@ -55,7 +55,7 @@ def main() -> None:
     if options.out.is_dir():
         accelerator.load_state(str(options.out))
 
-    # Within an epoch the state says which; after its last batch, the next.
+    # The state has the current epoch; after its last batch, the next one.
     while (epoch := training.state_dict()["epoch"]) < options.epochs:
         model.train()
         for number, (images, labels) in enumerate(training, 1):

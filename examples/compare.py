@@ -1,14 +1,14 @@
-"""Compare augmentations on one dataset at equal updates: many runs of train.py and evaluate.py, and a table of them.
+"""Compare augmentations on one dataset at equal updates: run train.py and evaluate.py many times, and write a table.
 
     python examples/compare.py examples/recipes/flowers5.toml --data ../shared/data/flowers128 --out runs/compare \\
         --sets 10:1000,20:1000,50:1000,all:2000 --seeds 0,1,2 --jobs 2
     python examples/compare.py ... --methods ablations --sets 50:1000
 
-Every run of a training set has the same recipe, updates and schedule but for what its method changes. The checkpoint is
-chosen by held-out images, the recipe's `held_out`, and scored once on the test images. Runs that are finished are not
-run again, nor are those that OUT/record.json has, and one that was killed goes on, so the comparison can be made in
-pieces (--minutes). At the end, and at any time with --table: record.json (every run), table.md (mean, deviation and
-number of runs) and compare.png in OUT.
+All runs of a training set have the same recipe, updates and schedule, except for the changes of their method. The
+checkpoint is chosen on held-out images (the recipe's `held_out`) and scored once on the test images. Finished runs and
+runs in OUT/record.json are skipped, and a killed run resumes, so the comparison can be made in pieces (--minutes). At
+the end, and at any time with --table, it writes to OUT: record.json (every run), table.md (mean, standard deviation and
+number of runs) and compare.png.
 """
 
 import argparse
@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "DiffuseMix + CutMix": (*PAPER, 'train.augment=["cutmix"]'),
     "DiffuseMix + RandAugment": (*PAPER, 'train.augment=["randaugment"]'),
 }
-"""Method to what it changes in the recipe."""
+"""Method to its changes of the recipe."""
 
 ABLATIONS: dict[str, tuple[str, ...]] = {
     "vanilla": PLAIN,
@@ -85,7 +85,7 @@ class Run:
         return [*self.changes, *few, f"train.updates={self.updates}", f"train.seed={self.seed}"]
 
     def commands(self, options: argparse.Namespace) -> Iterator[list[str]]:
-        """What to run, one after the other."""
+        """Yield the commands of the run, in order."""
         common = ["--data", str(options.data), "--workers", str(options.threads), "--device", options.device]
         changes = [word for one in self.sets() for word in ("--set", one)]
         layout = ["--channels-last"] if options.channels_last else []
@@ -96,7 +96,7 @@ class Run:
         yield [sys.executable, str(HERE / "evaluate.py"), str(self.folder / "best.pt"), *common]
 
     def result(self) -> dict[str, Any]:
-        """What the record says of it."""
+        """Return the run's entry in the record."""
         run = json.loads((self.folder / "run.json").read_text())
         evaluation = json.loads((self.folder / "best.pt.evaluation.json").read_text())
         with (self.folder / "valid.csv").open(newline="") as file:
@@ -124,18 +124,18 @@ class Run:
 
 
 def plan(options: argparse.Namespace) -> list[Run]:
-    """The runs, seed by seed, so that a part of them is a comparison too."""
+    """Return the runs, seed by seed, so that an interrupted comparison is balanced too."""
     known = METHODS | ABLATIONS
     names = {"methods": list(METHODS), "ablations": list(ABLATIONS)}.get(options.methods, options.methods.split(","))
     if unknown := [name for name in names if name not in known]:
-        sys.exit(f"compare.py: --methods must name some of {', '.join(known)}, found {unknown[0]!r}")
+        sys.exit(f"compare.py: --methods must name some of {', '.join(known)}, found {unknown[0]!r}.")
     runs = []
     for seed in map(int, options.seeds.split(",")):
         for images, updates in (one.split(":") for one in options.sets.split(",")):
             for name in names:
                 changes = known[name]
                 edits = [one for one in changes if one.startswith("edits.")]
-                # Edits are made once for all runs that want the same.
+                # Edits are made once for all runs that use the same.
                 cache = options.cache / ("".join(filter(str.isalnum, "".join(edits).replace("edits.", ""))) or "edits")
                 folder = options.out / images / name.replace(" ", "-") / str(seed)
                 runs.append(Run(name, changes, images, int(updates), seed, folder, cache))
@@ -143,18 +143,18 @@ def plan(options: argparse.Namespace) -> list[Run]:
 
 
 def key(result: dict[str, Any]) -> tuple[object, ...]:
-    """Which run a result of a record is of."""
+    """Return the key of the run that a result of a record belongs to."""
     return result["method"], result["images_per_class"], result["seed"], tuple(result["changes"])
 
 
 def recorded(file: Path) -> dict[tuple[object, ...], dict[str, Any]]:
-    """The runs of a record that is there, of an earlier part of the comparison."""
+    """Return the runs of an existing record, from an earlier part of the comparison."""
     found = json.loads(file.read_text())["runs"] if file.exists() else []
     return {key(one): one for one in found}
 
 
 def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
-    """Run what is not finished, some at a time; which failed."""
+    """Run everything that is not finished, several runs at a time. Returns the failed runs."""
     waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
     for run in runs:
         if not run.finished:
@@ -206,13 +206,13 @@ def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and deviation, in percent."""
+    """Mean, standard deviation and count of values, in percent."""
     deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{100 * statistics.fmean(values):.1f}{deviation} ({len(values)})"
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row for each method, a column for each training set, and FGSM of the largest one."""
+    """Return a Markdown table: one row per method, one column per training set, and FGSM for the largest one."""
     sets = list(dict.fromkeys(one["images_per_class"] for one in results))
     methods = list(dict.fromkeys(one["method"] for one in results))
     strengths = list(results[0]["fgsm_top1"])
@@ -231,7 +231,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Top-1 of each method on each training set: every run a dot, their mean a line."""
+    """Plot top-1 of each method on each training set: a dot per run, a line for their mean."""
     try:
         import matplotlib
     except ImportError:
@@ -251,15 +251,15 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
         squeeze=False,
     )
     for axes, images in zip(panels[0], sets, strict=True):
-        for place, method in enumerate(methods):
+        for row, method in enumerate(methods):
             found = [
                 100 * one["top1"] for one in results if one["method"] == method and one["images_per_class"] == images
             ]
             if not found:
                 continue
             colour = "#1f5fa8" if "DiffuseMix" in method else "#8a8a8a"
-            axes.plot(found, [place] * len(found), "o", color=colour, markersize=4, alpha=0.55)
-            axes.plot([statistics.fmean(found)] * 2, [place - 0.32, place + 0.32], color=colour, linewidth=2.5)
+            axes.plot(found, [row] * len(found), "o", color=colour, markersize=4, alpha=0.55)
+            axes.plot([statistics.fmean(found)] * 2, [row - 0.32, row + 0.32], color=colour, linewidth=2.5)
             if method == "vanilla":
                 axes.axvline(statistics.fmean(found), color="#8a8a8a", linewidth=0.8, linestyle=":")
         axes.set(title="all images" if images == "all" else f"{images} a class", xlabel="test top-1, %")
@@ -271,7 +271,7 @@ def plot(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def commit() -> str:
-    """Of the checkout that this script lies in, with "+" where that differs; "unknown" without one."""
+    """Commit of this script's checkout, with "+" if there are local changes; "unknown" without a checkout."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
     found = subprocess.run(command, capture_output=True, text=True)
     return found.stdout.strip() or "unknown"
@@ -282,16 +282,16 @@ def main() -> None:
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="for edits and fractals; OUT/cache unless given")
+    parser.add_argument("--cache", type=Path, help="for edits and fractals; default OUT/cache")
     parser.add_argument("--methods", default="methods", help="'methods', 'ablations', or names, separated by commas")
-    parser.add_argument("--sets", default="all:2000", help="images of each class : updates, such as 10:1000,all:2000")
+    parser.add_argument("--sets", default="all:2000", help="images per class : updates, such as 10:1000,all:2000")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="of each run, for training and for loading")
-    parser.add_argument("--minutes", type=float, help="begin no run after so many")
+    parser.add_argument("--threads", type=int, default=1, help="per run, for training and for loading")
+    parser.add_argument("--minutes", type=float, help="start no new run after this time")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--channels-last", action="store_true", help="train so: faster on most processors")
-    parser.add_argument("--table", action="store_true", help="run nothing; write what there is")
+    parser.add_argument("--channels-last", action="store_true", help="memory format; faster on most processors")
+    parser.add_argument("--table", action="store_true", help="run nothing; write the table of the finished runs")
     options = parser.parse_args()
     options.cache = options.cache or options.out / "cache"
     runs = plan(options)
@@ -315,9 +315,9 @@ def main() -> None:
         print(table(results), end="")
     unfinished = sum(not run.finished for run in missing)
     if failed:
-        sys.exit(f"compare.py: {len(failed)} runs failed")
+        sys.exit(f"compare.py: {len(failed)} runs failed; see output.txt in their folders.")
     if unfinished:
-        print(f"{unfinished} of {len(runs)} runs are not finished; the same command goes on")
+        print(f"{unfinished} of {len(runs)} runs are not finished; run the same command again.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""An editor that edits nothing: with it a "mixed" sample is the original and its fractal. For ablations."""
+"""An editor that copies the originals, for ablations: a "mixed" sample is then the original and a fractal."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class CopyConfig:
         return {"editor": "copy", "version": 1}
 
     def check(self, prompts: Sequence[str]) -> None:
-        pass  # it makes the same of every prompt
+        pass  # any prompt will do
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "CopyEditor":
         return CopyEditor()

@@ -1,10 +1,10 @@
-"""DiffuseMix inside a DALI pipeline of one's own, on the CPU: prints the batches' shape and the images/s.
+"""DiffuseMix inside your own DALI pipeline, on the CPU. Prints the shape of a batch and the images/s.
 
     dali-diffusemix generate data/train cache/edits --editor procedural --prompts autumn,snowy
     dali-diffusemix fractals cache/fractals.npy --count 64
     python examples/dali_pipeline.py data/train cache/edits cache/fractals.npy
 
-The samples are those of DiffuseMixLoader(shuffle=True) over the same files, which is the faster way to get them.
+The samples are those of DiffuseMixLoader(shuffle=True) over the same files; the loader is faster.
 """
 
 import argparse
@@ -20,33 +20,33 @@ from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
 from dali_diffusemix import EditStore, FractalBank, MixSpec, TrainCrop
 from dali_diffusemix import fn as dmx
-from dali_diffusemix.plan import Schedule
+from dali_diffusemix.plan import EpochOrder
 
 SEED = 0
 SIZE = (224, 224)
 
-# What is decoded in the place of an edit where a sample has none: a 1 x 1 picture (PNM).
+# Decoded instead of an edit if a sample has none: a 1 x 1 image (PNM).
 NO_EDIT = np.frombuffer(b"P6\n1 1\n255\n\0\0\0", dtype=np.uint8)
 
 
 class Originals:
-    """What to read: DALI calls it for every batch, with the batch's number and the epoch's."""
+    """The inputs of a batch. DALI calls it for every batch, with the numbers of batch and epoch."""
 
     def __init__(self, root: Path, store: EditStore, batch_size: int) -> None:
         self._root, self._catalog = root, store.catalog
         self._edits = np.diff(store.starts)
-        self._schedule = Schedule(length=len(self._catalog), batch_size=batch_size, shuffle=True, seed=SEED)
+        self._order = EpochOrder(length=len(self._catalog), batch_size=batch_size, shuffle=True, seed=SEED)
 
     def __call__(self, batch: types.BatchInfo) -> tuple[Any, ...]:
-        if batch.iteration == len(self._schedule):
+        if batch.iteration == len(self._order):
             raise StopIteration
-        index = self._schedule.indices(batch.epoch_idx, self._schedule.places(batch.iteration))
+        index = self._order.indices(batch.epoch_idx, self._order.positions(batch.iteration))
         paths = [np.frombuffer(os.fsencode(self._root / self._catalog.path(i)), dtype=np.uint8) for i in index]
         return paths, index, self._edits[index], np.full(len(index), batch.epoch_idx), self._catalog.labels[index]
 
 
 class Edits:
-    """Reads the edits that the plan names. DALI calls it for every batch."""
+    """Read the edits that the plan names. DALI calls it for every batch."""
 
     def __init__(self, store: EditStore) -> None:
         self._store = store

@@ -1,4 +1,4 @@
-"""A recipe's images: those for training, validation and testing; and edits and fractals, made where there are none."""
+"""A recipe's images for training, validation and testing, and the edits and fractals, which are made if missing."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,23 +21,23 @@ from dali_diffusemix.mix import IMAGENET
 
 @dataclass(frozen=True)
 class Parts:
-    """What is for what; no image, nor a copy of its bytes, is in two of them, as far as the recipe divides them."""
+    """The splits of a dataset. Splits made by the recipe share no image and no copy of its bytes."""
 
     root: Path  # of training images
-    all_train: Catalog  # what edits are made of
-    train: Catalog  # some of them
+    all_train: Catalog  # all training images; edits are made for them
+    train: Catalog  # the ones to train on
     valid: Split
     test: Split
 
 
 def hashes(root: Path, catalog: Catalog) -> list[bytes]:
-    """SHA-256 of every file."""
+    """Return the SHA-256 of every file."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda path: hashlib.sha256((root / path).read_bytes()).digest(), catalog.paths))
 
 
 def shares(digests: list[bytes], seed: int, purpose: str) -> np.ndarray:
-    """(n,) in [0, 1): a function of an image's bytes, so that copies fall on one side and new files move no others."""
+    """Return (n,) numbers in [0, 1), functions of the bytes, so copies stay together and new files move no other."""
     drawn = [hashlib.sha256(f"{seed} {purpose} ".encode() + digest).digest() for digest in digests]
     return np.array([int.from_bytes(one[:8], "big") / 2**64 for one in drawn])
 
@@ -49,13 +49,13 @@ def parts(recipe: Recipe, data: Path) -> Parts:
     """
     rules = recipe.data
     root, everything = read_layout(rules.layout, data, rules.train)
-    divided = rules.test_share > 0  # here, rather than by the dataset itself
+    divided = rules.test_share > 0  # by the recipe, not by the dataset
     digests = hashes(root, everything) if divided or rules.held_out or rules.per_class else []
     rows = np.arange(len(everything))
 
     def some(chosen: np.ndarray, purpose: str) -> Catalog:
         if not len(chosen):
-            raise ConfigError(f"data: no image is left for {purpose}; choose other shares")
+            raise ConfigError(f"data: no image is left for {purpose}; choose other shares.")
         return everything.take(chosen)
 
     if divided:
@@ -67,7 +67,7 @@ def parts(recipe: Recipe, data: Path) -> Parts:
         if test.catalog.classes != everything.classes:
             raise ConfigError(
                 f"data.test: {rules.test!r} has {len(test.catalog.classes)} classes and {rules.train!r} has "
-                f"{len(everything.classes)}, or others; they must be the same"
+                f"{len(everything.classes)}, or others; they must be the same."
             )
     all_train, valid = some(rows, "training"), test
     if rules.held_out:
@@ -75,7 +75,7 @@ def parts(recipe: Recipe, data: Path) -> Parts:
         valid = Split(root, some(rows[held_out], "validation"))
         rows = rows[~held_out]
     if rules.per_class is not None:
-        # The smaller training sets are parts of the larger ones.
+        # Smaller training sets are subsets of larger ones.
         order = rows[np.argsort(shares(digests, rules.split_seed, "per class")[rows], kind="stable")]
         labels = everything.labels[order]
         chosen = [order[labels == label][: rules.per_class] for label in range(len(everything.classes))]
@@ -84,13 +84,13 @@ def parts(recipe: Recipe, data: Path) -> Parts:
     empty = np.flatnonzero(np.bincount(train.labels, minlength=len(train.classes)) == 0)
     if len(empty):
         raise ConfigError(
-            f"data: no image of class {train.classes[empty[0]]!r} is left for training; choose other shares"
+            f"data: no image of class {train.classes[empty[0]]!r} is left for training; choose other shares."
         )
     return Parts(root, all_train, train, valid, test)
 
 
 def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
-    """Make the edits and fractals that the recipe wants and the cache lacks; what was begun is gone on with."""
+    """Make the edits and fractals of the recipe that the cache lacks. Resumes an interrupted run."""
     if recipe.mix.preset == "none":
         return
     wanted = recipe.edits
@@ -111,7 +111,7 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
 
     summary = generate(found.root, cache / "edits", config, catalog=found.all_train, progress=show)
     if summary.missing:
-        raise StoreError(f"{cache / 'edits'}: {summary.missing} shards are missing; run this again")
+        raise StoreError(f"{cache / 'edits'}: {summary.missing} shards are missing; run this again.")
     if not (cache / "fractals.npy").exists():
         bank = recipe.fractals
         render_bank(cache / "fractals.npy", count=bank.count, size=bank.size, seed=bank.seed)
@@ -121,7 +121,7 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
 
 
 def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cache: Path) -> DiffuseMixDataset:
-    """The training set. With train.augment its values lie in [0, 1]: `batch_transforms` normalises."""
+    """Return the training set. With train.augment its values are in [0, 1], and `batch_transforms` normalises."""
     common = {
         "crop": recipe.crop.training(),
         "seed": recipe.train.seed,
@@ -135,21 +135,19 @@ def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cach
         return DiffuseMixDataset(found.root, catalog=found.train, **common)
     for name, path in (("edits", edits), ("fractals", fractals)):
         if not path.exists():
-            raise ConfigError(
-                f"there are no {name} at {str(path)!r}; make them first, with --prepare (and one process)"
-            )
+            raise ConfigError(f"there are no {name} at {str(path)!r}; make them first, with --prepare and one process.")
     return DiffuseMixDataset(found.root, catalog=found.train, edits=edits, fractals=fractals, mix=mix, **common)
 
 
 def _exported(folder: Path, originals: Catalog) -> Catalog:
-    """Originals and their edits, as files: name.jpg, name.jpg.autumn.0.jpg."""
+    """Return a catalog of originals and edits as files: name.jpg, name.jpg.autumn.0.jpg."""
     everything, wanted = index(folder), set(originals.paths)
     rows = [row for row, path in enumerate(everything.paths) if path in wanted or path.rsplit(".", 3)[0] in wanted]
     return everything.take(rows)
 
 
 def plain_set(recipe: Recipe, split: Split, *, normalize: bool = True) -> DiffuseMixDataset:
-    """Images for validation or testing."""
+    """Return the images for validation or testing."""
     return DiffuseMixDataset(
         split.root,
         catalog=split.catalog,

@@ -1,11 +1,11 @@
-"""Evaluate a checkpoint: top-1 and top-5 with 95 % intervals, classes one by one, and robustness against FGSM.
+"""Evaluate a checkpoint: top-1 and top-5 with 95 % intervals, per class too, and robustness against FGSM.
 
     python examples/evaluate.py runs/cub/best.pt --data data/CUB_200_2011
     torchrun --nproc-per-node 8 examples/evaluate.py runs/imagenet/best.pt --data data/imagenet --fgsm 1,2,4,8
 
-The checkpoint says which recipe it was trained by, and so which images are for testing. FGSM: x' = x + ε sign(dL/dx),
-clipped to the image's range, with ε in steps of 1/255 (Goodfellow et al., "Explaining and Harnessing Adversarial
-Examples", ICLR 2015); the attacker knows the weights. Intervals are Wilson's, for a share of n independent images.
+The checkpoint contains its recipe, which decides the test images. FGSM: x' = x + ε sign(dL/dx), clipped to the image's
+range, with ε in steps of 1/255 (Goodfellow et al., "Explaining and Harnessing Adversarial Examples", ICLR 2015); the
+attacker knows the weights. Intervals are Wilson's, for a proportion of n independent images.
 """
 
 import argparse
@@ -33,22 +33,22 @@ from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of every image of a dataset."""
+    """A model's scores for every image of a dataset."""
 
-    place: np.ndarray  # (n,) of the right class among the model's, 0 is its first choice
+    rank: np.ndarray  # (n,) of the correct class in the model's ranking; 0 is its first choice
     loss: np.ndarray  # (n,)
     labels: np.ndarray  # (n,)
 
     @property
     def top1(self) -> float:
-        return float(np.mean(self.place < 1))
+        return float(np.mean(self.rank < 1))
 
     @property
     def top5(self) -> float:
-        return float(np.mean(self.place < 5))
+        return float(np.mean(self.rank < 5))
 
     def tables(self) -> dict[str, object]:
-        top1, top5, n = self.top1, self.top5, len(self.place)
+        top1, top5, n = self.top1, self.top5, len(self.rank)
         return {
             "images": n,
             "loss": round(float(self.loss.mean()), 6),
@@ -60,14 +60,14 @@ class Scores:
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> list[float]:
-    """The 95 % interval of a share found among n."""
+    """Return Wilson's 95 % interval of a proportion of n."""
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return [round(max(middle - half, 0.0), 6), round(min(middle + half, 1.0), 6)]
 
 
 def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, strength: float) -> torch.Tensor:
-    """Normalised images, moved by `strength` steps of 1/255 where that raises the loss most."""
+    """Return normalised images, moved by `strength` steps of 1/255 in the direction that raises the loss most."""
     mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=images.device).view(1, 3, 1, 1)
     images = images.detach().requires_grad_()
@@ -79,7 +79,7 @@ def fgsm(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, strength:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: DiffuseMixLoader, world: World, strength: float = 0.0) -> Scores:
-    """Score a dataset; ranks share it, and each image counts once. The loader delivers indices."""
+    """Score a dataset. Processes share it, and each image counts once. The loader must deliver indices."""
     model.eval()
     n = len(loader.dataset)
     table = torch.full((2, n), -1.0, dtype=torch.float64, device=loader.device)
@@ -91,7 +91,7 @@ def evaluate(model: nn.Module, loader: DiffuseMixLoader, world: World, strength:
         logits = model(images).float()
         right = logits.gather(1, labels[:, None])
         at = indices.to(table.device)
-        # Equal logits count as wrong; so do those that are not finite.
+        # Equal logits and non-finite logits count as wrong.
         table[0, at] = (~(logits < right)).sum(1).double() - 1
         table[1, at] = functional.cross_entropy(logits, labels, reduction="none").double()
     world.largest(table)
@@ -99,9 +99,9 @@ def evaluate(model: nn.Module, loader: DiffuseMixLoader, world: World, strength:
 
 
 def load(checkpoint: Path) -> tuple[Recipe, nn.Module, dict]:
-    """A checkpoint's recipe, its model with the weights, and the rest. Nothing but plain data is unpickled."""
+    """Return a checkpoint's recipe, its model with the weights, and the rest. Only plain data is unpickled."""
     if not checkpoint.is_file():
-        raise ConfigError(f"there is no checkpoint {str(checkpoint)!r}; a run's folder has best.pt and last.pt")
+        raise ConfigError(f"there is no checkpoint {str(checkpoint)!r}; a run's folder has best.pt and last.pt.")
     found = torch.load(checkpoint, map_location="cpu", weights_only=True)
     recipe = Recipe.from_tables(found["recipe"])
     settings = recipe.model
@@ -114,11 +114,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="the dataset's folder")
-    parser.add_argument(
-        "--out", type=Path, help="where to write; the checkpoint's name with .evaluation.json unless given"
-    )
-    parser.add_argument("--fgsm", help="strengths in steps of 1/255, such as 1,2,4,8; the recipe's unless given")
-    parser.add_argument("--batch-size", type=int, default=128, help="on each device")
+    parser.add_argument("--out", type=Path, help="output file; default: the checkpoint's name with .evaluation.json")
+    parser.add_argument("--fgsm", help="strengths in steps of 1/255, such as 1,2,4,8; default: the recipe's")
+    parser.add_argument("--batch-size", type=int, default=128, help="per device")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
@@ -134,7 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
         if list(found["classes"]) != dataset.classes:
             raise ConfigError(
                 f"{options.checkpoint}: was trained on {len(found['classes'])} classes, {str(options.data)!r} has "
-                f"{len(dataset.classes)}, or others; give the dataset that it was trained on"
+                f"{len(dataset.classes)}, or others; give the dataset that it was trained on."
             )
         model = model.to(world.device)
         loader = DiffuseMixLoader(
@@ -161,9 +159,9 @@ def main(arguments: list[str] | None = None) -> None:
                 {
                     "class": name,
                     "images": int(np.sum(clean.labels == label)),
-                    "top1": round(float(np.mean(clean.place[clean.labels == label] < 1)), 6),
+                    "top1": round(float(np.mean(clean.rank[clean.labels == label] < 1)), 6),
                     "top1_interval": wilson(
-                        float(np.mean(clean.place[clean.labels == label] < 1)), int(np.sum(clean.labels == label))
+                        float(np.mean(clean.rank[clean.labels == label] < 1)), int(np.sum(clean.labels == label))
                     ),
                 }
                 for label, name in enumerate(dataset.classes)

@@ -1,12 +1,12 @@
-"""A classifier trained under Lightning, on one device or several: the loader goes into the Trainer as it is.
+"""Train a classifier with Lightning, on one device or several. The Trainer takes the loader unchanged.
 
     pip install '.[lightning]'
     dali-diffusemix generate data/train cache/edits --editor procedural --prompts autumn,snowy
     dali-diffusemix fractals cache/fractals.npy --count 64
     python examples/lightning_module.py data/train data/val cache/edits cache/fractals.npy
 
-The loader takes its share of each batch by itself, and a checkpoint holds its place in the epoch: run it again with
---resume last.ckpt and the batches go on where they were.
+On several devices each loader takes its share of every batch. A checkpoint contains the position in the epoch: run it
+again with --resume last.ckpt to continue with the next batch.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("valid", type=Path, help="folder of photographs of the same classes")
     parser.add_argument("edits", type=Path, help="edit store of the originals")
     parser.add_argument("fractals", type=Path, help="fractal bank")
-    parser.add_argument("--batch-size", type=int, default=64, help="on each device")
+    parser.add_argument("--batch-size", type=int, default=64, help="per device")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -1,10 +1,10 @@
-"""ResNets, with torchvision's parameter names: from torchvision or timm where they are installed, else from here.
+"""ResNets with torchvision's parameter names, from torchvision or timm if installed, otherwise from this module.
 
     He et al., "Deep Residual Learning for Image Recognition", CVPR 2016: resnet18, resnet34, resnet50
     He et al., "Identity Mappings in Deep Residual Networks", ECCV 2016: preact_resnet18
 
-Weights of torchvision's models fit these, and the other way round. The small stem (one 3x3 convolution, no pooling) is
-for images of 32 and 64 pixels; `width` is the channels of the first stage, 64 in the papers.
+Weights of torchvision's models fit these and vice versa. The small stem (one 3x3 convolution, no pooling) is for images
+of 32 and 64 pixels. `width` is the number of channels of the first stage, 64 in the papers.
 """
 
 import importlib
@@ -80,7 +80,7 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """(batch, 3, height, width) images to (batch, classes) logits."""
+    """A network from (batch, 3, height, width) images to (batch, classes) logits."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         super().__init__()
         preact = block is PreActBlock
         self.conv1 = convolution(3, width, 3) if small else convolution(3, width, 7, 2)
-        # A pre-activation network normalises at the beginning of its blocks, and once at the end.
+        # A pre-activation network normalises at the start of its blocks, and once at the end.
         self.bn1 = None if preact else nn.BatchNorm2d(width)
         self.maxpool = None if small else nn.MaxPool2d(3, 2, padding=1)
         channels = width
@@ -125,18 +125,18 @@ class ResNet(nn.Module):
 
 
 def build(name: str, classes: int, *, weights: str | None = None, small: bool = False, width: int = 64) -> nn.Module:
-    """A classifier of so many classes.
+    """Build a classifier.
 
     Args:
-        name: One of `LAYERS`, or any model of torchvision or timm, if they are installed.
-        classes: Outputs.
-        weights: "imagenet" has torchvision or timm fetch theirs; else a file of weights (.pth or .safetensors), whose
-            last layer is left out if it has another number of classes. None begins at random.
-        small: A stem for images of 32 or 64 pixels; ours alone.
-        width: Channels of the first stage; other than 64, ours alone.
+        name: One of `LAYERS`, or any model of torchvision or timm if they are installed.
+        classes: Number of outputs.
+        weights: "imagenet" downloads the weights of torchvision or timm. Otherwise a file of weights (.pth or
+            .safetensors); its last layer is skipped if it has another number of classes. None: random weights.
+        small: Use the stem for images of 32 or 64 pixels; only for the models of this module.
+        width: Channels of the first stage; values other than 64 only for the models of this module.
 
     Raises:
-        ConfigError: there is no such model, or the weights are of another one.
+        ConfigError: there is no such model, or the weights belong to another one.
         MissingDependencyError: the model or its weights need torchvision or timm.
     """
     fetched = weights == "imagenet"
@@ -147,12 +147,12 @@ def build(name: str, classes: int, *, weights: str | None = None, small: bool = 
         if name not in LAYERS:
             raise ConfigError(
                 f"model.name must be one of {', '.join(LAYERS)}, or a model of torchvision or timm if one of them is "
-                f"installed and knows it; found {name!r}"
+                f"installed and has it, found {name!r}."
             )
         if fetched:
             raise MissingDependencyError(
                 f"model.weights = 'imagenet' needs torchvision or timm, and {name} with the usual stem and width: "
-                "install one of them, or give a file of weights"
+                "install one of them, or give a file of weights."
             )
         block = {"resnet50": Bottleneck, "preact_resnet18": PreActBlock}.get(name, BasicBlock)
         model = ResNet(block, LAYERS[name], classes, small=small, width=width)
@@ -165,7 +165,7 @@ def _torchvision(name: str, classes: int, fetched: bool) -> nn.Module | None:
     try:
         models = importlib.import_module("torchvision.models")
         model = models.get_model(name, weights="DEFAULT" if fetched else None)
-    except (ImportError, RuntimeError, ValueError):  # not installed, not made for this torch, or no such model
+    except (ImportError, RuntimeError, ValueError):  # not installed, built for another torch, or no such model
         return None
     if not isinstance(getattr(model, "fc", None), nn.Linear):
         return None if fetched else models.get_model(name, weights=None, num_classes=classes)
@@ -182,9 +182,9 @@ def _timm(name: str, classes: int, fetched: bool) -> nn.Module | None:
 
 
 def _load(model: nn.Module, file: Path) -> None:
-    """Weights from a file, but for the last layer if it has another shape. Nothing but tensors is unpickled."""
+    """Load weights from a file, except the last layer if its shape differs. Only tensors are unpickled."""
     if not file.is_file():
-        raise ConfigError(f"model.weights must be 'imagenet' or a file, found {str(file)!r}")
+        raise ConfigError(f"model.weights must be 'imagenet' or a file, found {str(file)!r}.")
     if file.suffix == ".safetensors":
         found = importlib.import_module("safetensors.torch").load_file(file)
     else:
@@ -200,6 +200,6 @@ def _load(model: nn.Module, file: Path) -> None:
     if differ:
         raise ConfigError(
             f"model.weights: {str(file)!r} is of another model: {len(differ)} tensors differ, {differ[0]!r} first; "
-            "give weights of this one"
+            "give weights of this one."
         )
     model.load_state_dict(found)

@@ -1,6 +1,6 @@
-"""A recipe: everything that decides a training run but where its files are. Read from TOML, checked, and compared.
+"""A recipe: everything that decides a training run, except the paths of its files. Read from TOML, checked, compared.
 
-Sections are the dataclasses below; what a file leaves out has the value that stands here.
+Sections are the dataclasses below; fields that a file omits have the defaults given here.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from dali_diffusemix.generate.editors import PROMPTS
 
 def rule(holds: bool, name: str, must: str, found: object) -> None:
     if not holds:
-        raise ConfigError(f"{name} must be {must}, found {found!r}")
+        raise ConfigError(f"{name} must be {must}, found {found!r}.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """Which images."""
+    """The images."""
 
     layout: str
     train: str = "train"  # the layout's split
-    test: str = "test"  # and the one for testing
-    test_share: float = 0.0  # or, where the layout has none, so much of the training images
-    held_out: float = 0.0  # of the training images, for validation; 0 validates on the test images
-    per_class: int | None = None  # train on so many images of each class
+    test: str = "test"  # the layout's split for testing
+    test_share: float = 0.0  # or, if the layout has none, this share of the training images
+    held_out: float = 0.0  # share of the training images for validation; 0 validates on the test images
+    per_class: int | None = None  # number of training images per class
     split_seed: int = 0  # of the three above
-    on_error: str = "substitute"  # what to do about an image that cannot be read: or "raise"
+    on_error: str = "substitute"  # for images that cannot be read; or "raise"
 
     def __post_init__(self) -> None:
         rule(self.layout in LAYOUTS, "data.layout", f"one of {', '.join(LAYOUTS)}", self.layout)
@@ -46,11 +46,11 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Edits:
-    """Which edits to make where there are none; see `dali-diffusemix generate`."""
+    """The edits to make if there are none; see `dali-diffusemix generate`."""
 
     editor: str = "timbrooks/instruct-pix2pix"
     prompts: tuple[str, ...] = PROMPTS
-    size: int = 256  # pixels a side, as stored
+    size: int = 256  # pixels per side, as stored
     edit_size: int | None = None  # as the editor works on them
     resize: str = "squash"
     variants: int = 1
@@ -59,7 +59,7 @@ class Edits:
 
 @dataclass(frozen=True, kw_only=True)
 class Fractals:
-    """Which bank of fractals to render where there is none."""
+    """The fractal bank to render if there is none."""
 
     count: int = 64
     size: int = 256
@@ -68,7 +68,7 @@ class Fractals:
 
 @dataclass(frozen=True, kw_only=True)
 class Mix:
-    """How to mix: a preset, and what differs from it."""
+    """The mix: a preset and its changes."""
 
     preset: str = "paper"  # "paper", "release", "edits" (originals and whole edits, unmixed) or "none"
     masks: tuple[str, ...] | None = None
@@ -88,7 +88,7 @@ class Mix:
         self.spec()
 
     def spec(self) -> MixSpec | None:
-        """None trains on plain images."""
+        """Return the mix, or None to train on plain images."""
         changes = {
             name: value for name, value in dataclasses.asdict(self).items() if name != "preset" and value is not None
         }
@@ -100,7 +100,7 @@ class Mix:
 
 @dataclass(frozen=True, kw_only=True)
 class Crop:
-    """How to crop for training and for evaluation."""
+    """The crops for training and for evaluation."""
 
     size: int
     train: str = "TrainCrop"
@@ -135,7 +135,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """SGD with momentum, a linear warm-up and a cosine."""
+    """SGD with momentum, a linear warm-up and a cosine schedule."""
 
     epochs: int | None = None  # or
     updates: int | None = None
@@ -149,7 +149,7 @@ class Train:
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
     augment: tuple[str, ...] = ()  # randaugment, cutmix, mixup: after mixing
-    validate_every: int | None = None  # updates; once an epoch unless given
+    validate_every: int | None = None  # updates; default: once per epoch
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -182,13 +182,13 @@ class Recipe:
 
     @classmethod
     def read(cls, file: Path, changes: Sequence[str] = ()) -> "Recipe":
-        """The recipe of a TOML file; `changes` are written "train.lr=0.1", values as in TOML; text may go without
-        quotes, and "unset" is the default of a field that may be left out.
+        """Read the recipe of a TOML file. `changes` have the form "train.lr=0.1" with values as in TOML; text needs no
+        quotes, and "unset" stands for the default of an optional field.
         """
         try:
             tables = tomllib.loads(file.read_text())
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"the recipe {str(file)!r} cannot be read: {error}") from error
+            raise ConfigError(f"the recipe {str(file)!r} cannot be read: {error}.") from error
         for change in changes:
             name, equals, value = change.partition("=")
             section, dot, key = name.strip().partition(".")
@@ -201,11 +201,11 @@ class Recipe:
         return _build(cls, tables, "")
 
     def tables(self) -> dict[str, Any]:
-        """Plain data, for checkpoints and logs."""
+        """Return plain data, for checkpoints and logs."""
         return dataclasses.asdict(self)
 
     def check_same(self, tables: Mapping[str, Any], where: str) -> None:
-        """Raises ConfigError if a checkpoint was made by another recipe, naming what differs."""
+        """Raise ConfigError, with the difference, if a checkpoint is from another recipe."""
         ours = self.tables()
         for section, fields in ours.items():
             for name, value in fields.items():
@@ -213,7 +213,7 @@ class Recipe:
                 if section != "evaluate" and _plain(found) != _plain(value):
                     raise ConfigError(
                         f"{where} is of another recipe: {section}.{name} is {found!r} there and {value!r} here; "
-                        "give the same recipe, or another --out"
+                        "give the same recipe, or another --out."
                     )
 
 
@@ -229,11 +229,11 @@ def _value(text: str) -> Any:
 
 
 def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from a table, with every name and kind checked."""
+    """Build a dataclass from a table, checking every name and type."""
     hints = get_type_hints(cls)
     rule(isinstance(table, Mapping), where or "the recipe", "a table", table)
     if unknown := sorted(set(table) - set(hints)):
-        raise ConfigError(f"{where}{unknown[0]} is unknown; {where or 'sections: '}{', '.join(hints)}")
+        raise ConfigError(f"{where}{unknown[0]} is unknown; {where or 'sections: '}{', '.join(hints)}.")
     values = {}
     for name, hint in hints.items():
         if name in table:
@@ -243,7 +243,7 @@ def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
             )
     needed = [one.name for one in dataclasses.fields(cls) if one.name not in values and _needed(one)]
     if needed:
-        raise ConfigError(f"{where}{needed[0]} is missing; the recipe must give it")
+        raise ConfigError(f"{where}{needed[0]} is missing; the recipe must have it.")
     return cls(**values)
 
 
@@ -252,7 +252,7 @@ def _needed(one: dataclasses.Field) -> bool:
 
 
 def _of(hint: Any, value: Any, name: str) -> Any:
-    """A value of the kind that a field has: int, float, str, bool, a list of one of them, or None."""
+    """Return a value of a field's type: int, float, str, bool, a list of one of them, or None."""
     kinds = get_args(hint) if type(None) in get_args(hint) else (hint,)
     if value is None and type(None) in kinds:
         return None

@@ -1,16 +1,14 @@
-"""Train an image classifier, ImageNet-style, by a recipe.
+"""Train an image classifier, ImageNet-style, from a recipe.
 
     python examples/train.py examples/recipes/cub.toml --data data/CUB_200_2011 --cache cache/cub --out runs/cub
     torchrun --nproc-per-node 8 examples/train.py examples/recipes/imagenet.toml --data data/imagenet ... --amp float16
 
-Edits and fractals that the recipe wants are made in --cache first, if they are not there (by one process; --prepare
-makes them and ends); --edits and --fractals name others. A run that ended early, however it ended, goes on with the
-same command: from the last checkpoint, in the middle of an epoch, with the batches that were to come. On a CPU its
-weights are then those of a run that was never interrupted.
+The edits and fractals of the recipe are made in --cache if they are missing, by one process; --prepare does only this.
+--edits and --fractals name others. Run the same command again to resume an interrupted run from the last checkpoint,
+also in the middle of an epoch. On a CPU the weights then equal those of an uninterrupted run.
 
---out gets train.csv (every update), valid.csv, run.json, last.pt, best.pt (the best of validation), and curve.png where
-matplotlib is installed; TensorBoard's files in tensorboard/ where it is. --set changes a recipe: --set train.epochs=2
---set mix.preset=none.
+--out gets train.csv (every update), valid.csv, run.json, last.pt, best.pt (best on validation), curve.png if matplotlib
+is installed, and tensorboard/ if TensorBoard is. --set changes a recipe: --set train.epochs=2 --set mix.preset=none.
 """
 
 import argparse
@@ -44,11 +42,11 @@ VERSION = 1
 
 
 class TrainingError(DiffuseMixError):
-    """Training cannot go on."""
+    """Training cannot continue."""
 
 
 def learning_rate(settings: Train, update: int, updates: int, warmup: float) -> float:
-    """Of an update, counted from 0: linear up to `lr` during `warmup` updates, then half a cosine down to `lr_min`."""
+    """Return the rate of an update, counted from 0: linear up to `lr` during warm-up, then a cosine to `lr_min`."""
     if update < warmup:
         return settings.lr * (update + 1) / (warmup + 1)
     share = (update - warmup) / max(updates - warmup, 1)
@@ -56,7 +54,7 @@ def learning_rate(settings: Train, update: int, updates: int, warmup: float) -> 
 
 
 class Table:
-    """A CSV file that a resumed run goes on with: lines of later steps, of a run that was killed, are dropped."""
+    """A CSV file that a resumed run appends to. Lines after the checkpoint, from a killed run, are dropped."""
 
     def __init__(self, file: Path, columns: Sequence[str], step: int) -> None:
         self.columns = columns
@@ -81,7 +79,7 @@ class Table:
 
 
 class Log:
-    """What the first process writes down: tables, TensorBoard's files, and lines for whoever watches."""
+    """The first process's tables and TensorBoard files."""
 
     def __init__(self, out: Path, step: int) -> None:
         self.train = Table(out / "train.csv", ("step", "epoch", "lr", "loss"), step)
@@ -112,24 +110,24 @@ class Checkpoint:
         self.last, self.best, self.recipe, self.classes = out / "last.pt", out / "best.pt", recipe, list(classes)
 
     def read(self) -> dict[str, Any] | None:
-        """The last one, if there is one. Raises ConfigError if it is not of this recipe and these classes."""
+        """Return the last checkpoint, or None. Raises ConfigError if it is from another recipe or has other classes."""
         if not self.last.exists():
             return None
         try:
             found = torch.load(self.last, map_location="cpu", weights_only=True)
-        except Exception as error:  # whatever the bytes lead to
-            raise ConfigError(f"{self.last} cannot be read ({error}); remove it to begin anew") from error
+        except Exception as error:  # damaged bytes can raise anything
+            raise ConfigError(f"{self.last} cannot be read ({error}); remove it to start again.") from error
         if found.get("version") != VERSION:
-            raise ConfigError(f"{self.last} must be of version {VERSION}, found {found.get('version')!r}")
+            raise ConfigError(f"{self.last} must be of version {VERSION}, found {found.get('version')!r}.")
         self.recipe.check_same(found["recipe"], str(self.last))
         if found["classes"] != self.classes:
             raise ConfigError(
-                f"{self.last} is of other classes; give the data that it was trained on, or another --out"
+                f"{self.last} is of other classes; give the data that it was trained on, or another --out."
             )
         return found
 
     def write(self, file: Path, **state: Any) -> None:
-        """Whole or not at all."""
+        """Write a checkpoint, completely or not at all."""
         content = {"version": VERSION, "recipe": self.recipe.tables(), "classes": self.classes, **state}
         temporary = file.with_suffix(".tmp")
         torch.save(content, temporary)
@@ -143,12 +141,12 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
     divided = parts(recipe, options.data)
     if settings.batch_size % world.size:
         raise ConfigError(
-            f"train.batch_size is {settings.batch_size}, which {world.size} processes cannot share evenly"
+            f"train.batch_size is {settings.batch_size}, which {world.size} processes cannot share evenly."
         )
     training = train_set(recipe, divided, edits=options.edits, fractals=options.fractals, cache=options.cache)
     classes = training.classes
     if len(training) < settings.batch_size:
-        raise ConfigError(f"train.batch_size is {settings.batch_size}, but there are {len(training)} training samples")
+        raise ConfigError(f"train.batch_size is {settings.batch_size}, but there are {len(training)} training samples.")
     memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
     delivery: dict[str, Any] = {
         "num_workers": options.workers,
@@ -210,7 +208,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
             return
         if not all(bool(torch.isfinite(one).all()) for one in model.parameters()):
             raise TrainingError(
-                f"after step {step} weights are not finite; {checkpoint.last} is the last good checkpoint"
+                f"after step {step} weights are not finite; {checkpoint.last} is the last good checkpoint."
             )
         checkpoint.write(
             file,
@@ -231,13 +229,13 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
             save(checkpoint.best)
         if log is not None:
             row = {"loss": float(scores.loss.mean()), "top1": scores.top1, "top5": scores.top5}
-            log.add("valid", step=step, epoch=step / len(loader), images=len(scores.place), **row)
+            log.add("valid", step=step, epoch=step / len(loader), images=len(scores.rank), **row)
             print(
                 f"step {step:,}: validation top-1 {scores.top1:.2%}, best {best['top1']:.2%} at {best['step']:,}",
                 flush=True,
             )
 
-    pending: list[tuple[int, float, torch.Tensor]] = []  # updates whose losses nobody has looked at yet
+    pending: list[tuple[int, float, torch.Tensor]] = []  # updates whose losses are not checked yet
 
     def flush() -> None:
         if not pending:
@@ -248,7 +246,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
                 where = f"{checkpoint.last} is the last good one" if checkpoint.last.exists() else "there is none yet"
                 raise TrainingError(
                     f"the loss of step {at} is {loss}: training stops, and no checkpoint was written since; {where}. "
-                    "Lower train.lr, lengthen train.warmup_epochs, or take bfloat16"
+                    "Lower train.lr, lengthen train.warmup_epochs, or use bfloat16."
                 )
             if log is not None:
                 log.add("train", step=at, epoch=at / len(loader), lr=rate, loss=loss)
@@ -292,7 +290,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
 
 
 class Started:
-    """Progress, and run.json."""
+    """Progress lines and run.json."""
 
     def __init__(
         self, options: argparse.Namespace, recipe: Recipe, divided: Any, world: World, updates: int, step: int
@@ -333,7 +331,7 @@ class Started:
             counts = ", ".join(f"{one['images']:,} for {name}" for name, one in self.run["data"].items())
             print(f"images: {counts}; {updates:,} updates of {self.batch_size}", flush=True)
             if step:
-                print(f"goes on after step {step:,}", flush=True)
+                print(f"resuming after step {step:,}", flush=True)
 
     def show(self, step: int, loader: DiffuseMixLoader) -> None:
         now = time.perf_counter()
@@ -363,7 +361,7 @@ class Started:
 
 
 def plot(out: Path) -> None:
-    """curve.png: losses and validation accuracy over updates."""
+    """Write curve.png: losses and validation accuracy over updates."""
     try:
         import matplotlib
     except ImportError:
@@ -404,21 +402,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, help="a TOML file; see examples/recipes")
     parser.add_argument("--data", type=Path, required=True, help="the dataset's folder, as unpacked")
-    parser.add_argument("--out", type=Path, help="the run's folder; runs/RECIPE unless given")
-    parser.add_argument("--cache", type=Path, help="where edits and fractals are made; cache/RECIPE unless given")
+    parser.add_argument("--out", type=Path, help="the run's folder; default runs/RECIPE")
+    parser.add_argument("--cache", type=Path, help="folder for edits and fractals; default cache/RECIPE")
     parser.add_argument("--edits", type=Path, help="an edit store to use instead")
     parser.add_argument("--fractals", type=Path, help="a fractal bank to use instead")
-    parser.add_argument("--prepare", action="store_true", help="make edits and fractals, and end")
+    parser.add_argument("--prepare", action="store_true", help="only make edits and fractals")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change the recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--workers", type=int, default=4, help="loader threads of each process")
+    parser.add_argument("--workers", type=int, default=4, help="loader threads per process")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="mixed precision")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--valid-batch-size", type=int, default=128, help="on each device")
-    parser.add_argument("--log-every", type=int, default=20, help="updates between looks at the losses")
-    parser.add_argument("--checkpoint-every", type=int, default=500, help="updates")
-    parser.add_argument("--show-every", type=float, default=5.0, help="seconds between lines of progress")
+    parser.add_argument("--valid-batch-size", type=int, default=128, help="per device")
+    parser.add_argument("--log-every", type=int, default=20, help="updates between checks of the losses")
+    parser.add_argument("--checkpoint-every", type=int, default=500, help="updates between checkpoints")
+    parser.add_argument("--show-every", type=float, default=5.0, help="seconds between progress lines")
     options = parser.parse_args(arguments)
     options.out = options.out or Path("runs") / options.recipe.stem
     options.cache = options.cache or Path("cache") / options.recipe.stem

@@ -1,4 +1,4 @@
-"""The processes that train together: one, or those that torchrun started."""
+"""The training processes: one, or those started by torchrun."""
 
 import os
 from types import TracebackType
@@ -12,14 +12,14 @@ from dali_diffusemix.errors import ConfigError
 
 
 class World:
-    """Which process this is, on which device; with several, it joins them, and leaves at the end."""
+    """This process and its device. With several processes it joins their group, and leaves it at the end."""
 
     def __init__(self, device: str) -> None:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         self.device = torch.device(device)
         if self.device.type == "cuda":
             if not torch.cuda.is_available():
-                raise ConfigError("--device cuda needs a GPU that torch can use, found none; take --device cpu")
+                raise ConfigError("--device cuda needs a GPU that torch can use, found none; use --device cpu.")
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", self.device.index or 0)))
             torch.cuda.set_device(self.device)
 
@@ -35,18 +35,18 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the others may be waiting for this process: it ends, and torchrun ends them.
+        # After an error the other processes may be waiting for this one: it exits, and torchrun stops them.
         if error is None and distributed.is_initialized():
             distributed.destroy_process_group()
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, its gradients averaged over the processes."""
+        """Wrap the model so that its gradients are averaged over the processes."""
         if self.size == 1:
             return model
         return DistributedDataParallel(model, [self.device.index] if self.device.type == "cuda" else None)
 
     def same_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's running means, as it does when the next batch comes."""
+        """Give every process the running means of the first one, as DDP does at the next batch."""
         if self.size > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
@@ -63,7 +63,7 @@ class World:
         return values
 
     def gathered(self, value: torch.Tensor) -> list[torch.Tensor]:
-        """Every process's tensor, of equal shapes, by rank."""
+        """Return every process's tensor (all of one shape), by rank."""
         if self.size == 1:
             return [value]
         value = value.to(self.device)

@@ -29,7 +29,7 @@ namespace {
 using namespace flame;
 
 constexpr int kCloud = 1024;
-constexpr uint32_t kKey = 0x464C414D;  // "FLAM": keeps these draws apart from the plan's, whose key ends in the epoch
+constexpr uint32_t kKey = 0x464C414D;  // "FLAM", as base/philox.py has it: apart from the plan's draws, whose key ends in the epoch
 
 struct Job {
     const float* maps;  // (map_count, kRow)

@@ -24,6 +24,8 @@ namespace {
 
 using namespace mix;
 
+constexpr int kFloat32 = 0, kFloat16 = 1, kBfloat16 = 2, kUint8 = 3;  // indices in base.native's types
+
 // Four lanes: red, green, blue and whatever follows.
 typedef float Pixel __attribute__((vector_size(16)));
 
@@ -42,15 +44,16 @@ struct Taps {
     int taps = 1;
 
     // `mirrored`: the taps of the mirrored source, addressed in the source as it lies. The piece holds the source's
-    // pixels [place, place + size); `first` counts from its begin, and what lies outside it weighs nothing.
-    void build(const Axis& axis, bool mirrored, int place, int size) {
+    // pixels [origin, origin + size); `first` counts from its begin, and what lies outside it weighs nothing.
+    void build(const Axis& axis, bool mirrored, int origin, int size) {
         const int output = axis.output;
         first.resize(output);
         count.resize(output);
         int most = 1;
         for (int i = 0; i < output; ++i) {
-            int begin;
-            const int n = taps_of(axis, i, &begin);
+            int begin = 0;
+            const bool inside = is_inside(centre_of(axis.start, axis.extent, i, output));
+            const int n = inside ? taps_of(axis, source_centre(axis, i), &begin) : 0;
             if (mirrored) begin = axis.source - begin - n;
             first[i] = begin;
             count[i] = n;
@@ -61,19 +64,20 @@ struct Taps {
         exact_.resize(most);
         for (int i = 0; i < output; ++i) {
             const int begin = first[i], n = count[i];
+            const double centre = source_centre(axis, i);
             double total = 0;
             for (int k = 0; k < n; ++k) {
                 const int at = mirrored ? axis.source - 1 - (begin + k) : begin + k;
-                total += exact_[k] = tap_weight(axis, i, at);
+                total += exact_[k] = tap_weight(axis, centre, at);
             }
             // Moved to where all `taps` of them lie in the piece.
-            int start = begin - place;
+            int start = begin - origin;
             start = start > size - taps ? size - taps : start;
             start = start < 0 ? 0 : start;
             first[i] = start;
             float* out = &weights[static_cast<size_t>(i) * taps];
             for (int k = 0; k < n; ++k) {
-                const int at = begin + k - place - start;
+                const int at = begin + k - origin - start;
                 if (at >= 0 && at < taps) out[at] = static_cast<float>(exact_[k] / total);
             }
         }
@@ -162,13 +166,13 @@ struct BlendBy {
     MIX_INLINE_MEMBER void operator()(float* value, int x, Pixel pixel) const {
         const float w = weight[x];
         // Where only the edit is seen the value holds nothing yet.
-        store(value, w == 1 ? pixel : w * pixel + (1 - w) * load(value));
+        store(value, w == 1 ? pixel : blend(load(value), pixel, w));
     }
 };
 struct BlendAll {
     float weight;
     MIX_INLINE_MEMBER void operator()(float* value, int, Pixel pixel) const {
-        store(value, weight * pixel + (1 - weight) * load(value));
+        store(value, blend(load(value), pixel, weight));
     }
 };
 
@@ -218,8 +222,8 @@ MIX_CLONES void normalise_planes(const float* value, float* red, float* green, f
     const float* from = flip ? value + (width - 1) * 4 : value;
     int x = 0;
     for (; x + 4 <= width; x += 4, from += 4 * step) {
-        const Pixel a = load(from) * s + o, b = load(from + step) * s + o;
-        const Pixel c = load(from + 2 * step) * s + o, d = load(from + 3 * step) * s + o;
+        const Pixel a = normalise(load(from), s, o), b = normalise(load(from + step), s, o);
+        const Pixel c = normalise(load(from + 2 * step), s, o), d = normalise(load(from + 3 * step), s, o);
         typedef int Lanes __attribute__((vector_size(16)));
         const Pixel ab_low = __builtin_shuffle(a, b, Lanes{0, 4, 1, 5}), cd_low = __builtin_shuffle(c, d, Lanes{0, 4, 1, 5});
         const Pixel ab_high = __builtin_shuffle(a, b, Lanes{2, 6, 3, 7}), cd_high = __builtin_shuffle(c, d, Lanes{2, 6, 3, 7});
@@ -228,7 +232,7 @@ MIX_CLONES void normalise_planes(const float* value, float* red, float* green, f
         store(blue + x, __builtin_shuffle(ab_high, cd_high, Lanes{0, 1, 4, 5}));
     }
     for (; x < width; ++x, from += step) {
-        const Pixel pixel = load(from) * s + o;
+        const Pixel pixel = normalise(load(from), s, o);
         red[x] = pixel[0], green[x] = pixel[1], blue[x] = pixel[2];
     }
 }
@@ -237,7 +241,8 @@ MIX_CLONES void normalise_planes(const float* value, float* red, float* green, f
 MIX_CLONES void normalise_pixels(const float* value, float* out, int width, bool flip, const float* scale,
                                  const float* offset) {
     const Pixel s = {scale[0], scale[1], scale[2], 0}, o = {offset[0], offset[1], offset[2], 0};
-    for (int x = 0; x < width; ++x) store(out + x * 3, load(value + (flip ? width - 1 - x : x) * 4) * s + o);
+    for (int x = 0; x < width; ++x)
+        store(out + x * 3, normalise(load(value + (flip ? width - 1 - x : x) * 4), s, o));
 }
 
 template <typename T, T (*Cast)(float)>
@@ -270,9 +275,8 @@ struct Workspace {
 
 void open_piece(Source& source, const Piece& piece, const Row& row, const int out[2]) {
     const int shape[4] = {piece.height, piece.width, piece.top, piece.left};
-    const int h = piece.image_height, w = piece.image_width, image[2] = {h, w};
-    const double box[4] = {row.box[0] * h, row.box[1] * w, row.box[2] * h, row.box[3] * w};
-    source.open(piece.data, shape, image, box, out, false, false);
+    const int image[2] = {piece.image_height, piece.image_width};
+    source.open(piece.data, shape, image, row.box, out, false, false);
 }
 
 void store_values(const Batch& batch, const float* from, size_t at, int count) {
@@ -331,25 +335,23 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     if (row.fractal >= 0) {
         const int h = batch.bank_height, w = batch.bank_width;
         const int shape[4] = {h, w, 0, 0}, image[2] = {h, w};
-        const double box[4] = {row.span[0] * h, row.span[1] * w, row.span[2] * h, row.span[3] * w};
         const uint8_t* pixels = batch.bank + static_cast<size_t>(row.fractal) * h * w * 3;
-        fractal.open(pixels, shape, image, box, out, row.fractal_flip[0], row.fractal_flip[1]);
+        fractal.open(pixels, shape, image, row.span, out, row.fractal_flip[0], row.fractal_flip[1]);
         fractal.show(0, width);
     }
-    // Where a centre lies outside the image the value is 0, the fractal included. All sources lie alike in the crop.
-    const Piece& piece = batch.originals[index].image_height > 0 ? batch.originals[index] : batch.edits[index];
-    const int image[2] = {piece.image_height, piece.image_width};
-    const Axis rows = make_axis(row.box[0] * image[0], row.box[2] * image[0], height, image[0]);
-    const Axis columns = make_axis(row.box[1] * image[1], row.box[3] * image[1], width, image[1]);
-    int unused, inside_begin = 0, inside_end = width;
-    while (inside_begin < width && !taps_of(columns, inside_begin, &unused)) ++inside_begin;
-    while (inside_end > inside_begin && !taps_of(columns, inside_end - 1, &unused)) --inside_end;
+    // Where a centre lies outside the image the value is 0, the fractal included.
+    const auto inside = [&](int axis, int i) {
+        return is_inside(centre_of(row.box[axis], row.box[axis + 2], i, out[axis]));
+    };
+    int inside_begin = 0, inside_end = width;
+    while (inside_begin < width && !inside(1, inside_begin)) ++inside_begin;
+    while (inside_end > inside_begin && !inside(1, inside_end - 1)) --inside_end;
     work.value.assign(static_cast<size_t>(width) * 4, 0.0f);
     work.normalised.resize(static_cast<size_t>(width) * 3 + 1);
     float* const value = work.value.data();
     for (int y = 0; y < height; ++y) {
         const float m = mixed && !horizontal ? work.weight[y] : 0;
-        if (!taps_of(rows, y, &unused)) {
+        if (!inside(0, y)) {
             memset(value, 0, static_cast<size_t>(width) * 4 * sizeof(float));
             store_row(batch, work, index, y, row.flip);
             continue;

@@ -76,31 +76,28 @@ struct View {
 
 // What `measure` finds.
 struct Tile {
-    Filter filters[kSources][kAxes][kTile];  // by place in the tile: after the flip
+    Filter filters[kSources][kAxes][kTile];  // by position in the tile: after the flip
     float cover[kTile];                      // M, across the seam
     View views[kSources];
 };
 
-MIX_FN float triangle(float distance) { return fmaxf(1.0f - fabsf(distance), 0.0f); }
-
-// The filter of output pixel i. The piece holds lines [place, place + size) of the image; taps elsewhere are left out,
-// so that a piece smaller than it should be is wrong but never read past.
-MIX_FN Filter filter_of(const Axis& axis, int i, bool mirrored, int place, int size, float step) {
+// The filter of output pixel i, whose centre is inside. The piece holds lines [origin, origin + size) of the image; taps
+// elsewhere are left out, so that a piece smaller than it should be is wrong but never read past.
+MIX_FN Filter filter_of(const Axis& axis, int i, bool mirrored, int origin, int size, float step) {
+    const double centre = source_centre(axis, i);
     int begin;
-    int count = taps_of(axis, i, &begin);
-    if (count == 0) return {0, 0, 0.0f, 0.0f};
-    const double centre = centre_of(axis.start, axis.extent, i, axis.output);
+    const int count = taps_of(axis, centre, &begin);
     // A mirrored source's first tap is the last, seen from the other side; the triangle is symmetric.
     const double ahead = mirrored ? centre - (begin + count - 0.5) : begin + 0.5 - centre;
     float offset = static_cast<float>(ahead) * step, total = 0;
 #pragma unroll 1
     for (int k = 0; k < count; ++k) total += triangle(offset + static_cast<float>(k) * step);
     if (mirrored) begin = axis.source - begin - count;
-    const int skipped = begin < place ? place - begin : 0;
-    const int end = begin + count < place + size ? begin + count : place + size;
+    const int skipped = begin < origin ? origin - begin : 0;
+    const int end = begin + count < origin + size ? begin + count : origin + size;
     begin += skipped;
     offset += static_cast<float>(skipped) * step;
-    return {begin - place, end > begin ? end - begin : 0, offset, 1.0f / total};
+    return {begin - origin, end > begin ? end - begin : 0, offset, 1.0f / total};
 }
 
 // Everything about the tile that more than one pixel needs; `task` is 0 to kSources * kAxes * kTile - 1.
@@ -111,11 +108,10 @@ MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
     if (source == kEdit ? row.mask < 0 : source == kFractal && row.fractal < 0) return;
 
     View& view = tile.views[source];
-    double start = row.span[axis], extent = row.span[axis + 2];
-    int image, place = 0, size;
+    const double* const box = source == kFractal ? row.span : row.box;
+    int image, origin = 0, size;
     if (source == kFractal) {
         size = image = axis == kX ? batch.bank_width : batch.bank_height;
-        start *= size, extent *= size;
         if (j == 0 && axis == kY) {
             view.pitch = batch.bank_width * 3;
             view.size = static_cast<uint32_t>(batch.bank_height) * view.pitch;
@@ -124,9 +120,8 @@ MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
     } else {
         const Piece& piece = batch.pieces[source * gridDim.z + sample];
         image = axis == kX ? piece.image_width : piece.image_height;
-        place = axis == kX ? piece.left : piece.top;
+        origin = axis == kX ? piece.left : piece.top;
         size = axis == kX ? piece.width : piece.height;
-        start = row.box[axis] * image, extent = row.box[axis + 2] * image;
         if (j == 0 && axis == kY) {
             view.pitch = piece.width * 3;
             view.size = static_cast<uint32_t>(piece.height) * view.pitch;
@@ -137,21 +132,22 @@ MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
     Filter filter = {0, 0, 0.0f, 0.0f};
     const int output = axis == kX ? batch.width : batch.height;
     const int position = static_cast<int>(axis == kX ? blockIdx.x : blockIdx.y) * kTile + j;
-    const Axis line = make_axis(start, extent, output, image);
-    const float step = 1.0f / static_cast<float>(line.widened);
+    const Axis line = make_axis(box[axis], box[axis + 2], output, image);
+    const float step = 1.0f / static_cast<float>(line.reach);
     if (j == 0) view.step[axis] = step;
     if (position < output) {
         const int i = axis == kX && row.flip ? output - 1 - position : position;
-        bool seen = true;
+        const bool inside = is_inside(centre_of(line.start, line.extent, i, output));
+        bool seen = inside;
         if (source != kFractal && row.mask >= 0 && mask_is_horizontal(row.mask) == (axis == kX)) {
             const float m = edit_weight(row.mask, row.seam_width, row.span[axis], row.span[axis + 2], i, output);
             if (source == kEdit) tile.cover[j] = m;
-            seen = m != (source == kEdit ? 0.0f : 1.0f);
+            seen = inside && m != (source == kEdit ? 0.0f : 1.0f);
         }
         if (seen)
-            filter = filter_of(line, i, source == kFractal && row.fractal_flip[axis], place, size, step);
+            filter = filter_of(line, i, source == kFractal && row.fractal_flip[axis], origin, size, step);
         else
-            filter.norm = is_inside(line, i) ? 1.0f : 0.0f;
+            filter.norm = inside ? 1.0f : 0.0f;
     }
     tile.filters[source][axis][j] = filter;
 }
@@ -284,7 +280,7 @@ MIX_FN void write(const Batch& batch, int y, int x, int count, const float (&val
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
             const int from = kChannelsLast ? group * 4 + j : j * 3 + group, channel = from % 3;
-            values[j] = Element::cast(value[from] * batch.scale[channel] + batch.offset[channel]);
+            values[j] = Element::cast(normalise(value[from], batch.scale[channel], batch.offset[channel]));
         }
         if (kChannelsLast)
             store(out + group * 4, values, count * 3 - group * 4);
@@ -308,7 +304,8 @@ MIX_FN void paint(const Batch& batch, const Tile& tile) {
         if (source == kEdit ? !mixed : source == kFractal && row.fractal < 0) continue;
         const Filter& rows = tile.filters[source][kY][row_in_tile];
         const Filter* const columns = &tile.filters[source][kX][run];
-        // mix_pixel.cuh's `blend`, one source at a time: what is there gives way, what comes is added.
+        // mix_pixel.cuh's `blend` in its two terms, for what comes over is a sum of taps that no register holds: what is
+        // there is multiplied by 1 - weight, `add_source` adds the taps times weight.
         float weights[kRun];
 #pragma unroll
         for (int p = 0; p < kRun; ++p) {

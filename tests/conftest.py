@@ -16,6 +16,7 @@ from typing import Any
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 from material import MakeStore, shared, write_photograph
 
@@ -28,6 +29,11 @@ Make = Callable[[Path], object]
 @pytest.hookimpl(optionalhook=True)  # which pytest without pytest-xdist has not
 def pytest_xdist_auto_num_workers() -> int:
     return len(os.sched_getaffinity(0))
+
+
+# No test is about how long one example takes, and tests run side by side.
+hypothesis.settings.register_profile("ours", deadline=None)
+hypothesis.settings.load_profile("ours")
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,16 @@
 """Cases for tests of the mix: random plans, ragged images and what the specification makes of them."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from dali_diffusemix.mix import TensorFormat
 from dali_diffusemix.mix.call import piece_table
 from dali_diffusemix.mix.pixel import encode, mixed_image
-from dali_diffusemix.plan import BatchPlan
+from dali_diffusemix.plan import BatchPlan, visible_parts
 
 NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
 
@@ -123,3 +125,79 @@ def random_case(
         seam_width=seam_width,
     )
     return Case(plan=plan, originals=originals, edits=edits, bank=bank)
+
+
+@st.composite
+def rational_cases(draw: st.DrawFn) -> Case:
+    """One sample whose box and span are fractions: centres often lie exactly on an edge, a seam or between pixels."""
+
+    def box() -> list[float]:
+        sides = []
+        for _ in range(2):
+            denominator = draw(st.integers(1, 200))
+            extent = Fraction(draw(st.integers(1, 2 * denominator)), denominator)
+            start = Fraction(draw(st.integers(-2 * denominator, 2 * denominator)), denominator)
+            sides.append((float(start), float(extent)))
+        return [sides[0][0], sides[1][0], sides[0][1], sides[1][1]]
+
+    sides = st.tuples(st.integers(1, 200), st.integers(1, 200))
+    crop = box()
+    return rational_case(
+        box=crop,
+        span=draw(st.sampled_from([crop, [0.0, 0.0, 1.0, 1.0], box()])),
+        out=draw(st.tuples(st.integers(1, 64), st.integers(1, 64))),
+        sizes=(draw(sides), draw(sides), draw(sides)),
+        mask=draw(st.integers(-1, 3)),
+        seam_width=draw(st.sampled_from([0.0, 1 / 7, 20 / 256, 1.0])),
+        flips=draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
+        fractal_weight=draw(st.sampled_from([0.0, 0.2, 1.0])),
+    )
+
+
+def rational_case(
+    *,
+    box: list[float],
+    span: list[float],
+    out: tuple[int, int],
+    sizes: tuple[tuple[int, int], ...],
+    mask: int,
+    seam_width: float = 0.0,
+    flips: tuple[bool, bool, bool] = (False, False, False),
+    fractal_weight: float = 0.0,
+) -> Case:
+    """One sample; `sizes` are of the original, the edit and the fractal, `flips` the sample's and the fractal's."""
+    original, edit, fractal = (pixels(np.random.default_rng(7), *size) for size in sizes)
+    plan = plan_of(
+        1,
+        out,
+        box=np.array([box]),
+        span=np.array([span]),
+        mask=np.array([mask], dtype=np.int8),
+        flip=np.array([flips[0]]),
+        fractal=np.array([0 if fractal_weight else -1]),
+        fractal_flip=np.array([flips[1:]]),
+        fractal_weight=np.array([fractal_weight], dtype=np.float32),
+        seam_width=seam_width,
+    )
+    return Case(plan=plan, originals=[original], edits=[edit if mask >= 0 else NOTHING], bank=fractal[None])
+
+
+def two_thirds(*, fractal_weight: float = 0.0) -> Case:
+    """A box of start and extent 2/3: relative to the image the fourth centre is 1, in its 100 pixels below 100."""
+    box = [2 / 3, 0.0, 2 / 3, 1.0]
+    sizes = ((100, 20), (45, 20), (30, 30))
+    span = [0.0, 0.0, 1.0, 1.0]  # a fractal all over the crop
+    return rational_case(box=box, span=span, out=(7, 7), sizes=sizes, mask=1, fractal_weight=fractal_weight)
+
+
+def visible_pieces(case: Case) -> tuple[NDArray[np.void], list[NDArray[np.uint8]]]:
+    """The piece table of what the windows of `visible_parts` cut from a case's images, and the pieces' pixels."""
+    images = [case.originals, case.edits]
+    sizes = np.array([[image.shape[:2] for image in source] for source in images], dtype=np.int32)
+    windows = visible_parts(case.plan, sizes)
+    data, kept = np.zeros(sizes.shape[:2], dtype=np.uint64), []
+    for source, row in np.argwhere(windows.any(axis=2)):
+        top, left, bottom, right = windows[source, row]
+        kept.append(images[source][row][top:bottom, left:right].flatten())
+        data[source, row] = kept[-1].ctypes.data
+    return piece_table(data, windows[..., 2:] - windows[..., :2], origins=windows[..., :2], image_sizes=sizes), kept

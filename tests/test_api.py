@@ -8,11 +8,15 @@ anything, and nothing has to be installed.
 
 import ast
 import difflib
+import importlib
+import inspect
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from torch.utils.data import DataLoader
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dali_diffusemix"
@@ -35,7 +39,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "integrations.accelerate": None,
     "integrations.timm": None,
     "mix": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
-    "plan": ("PLAN_VERSION", "Schedule"),
+    "plan": ("PLAN_VERSION", "EpochOrder"),
     "store": ("OriginalStore",),
     "store.pack": ("PackConfig", "PackSummary", "pack"),
 }
@@ -194,3 +198,32 @@ def test_versions_agree() -> None:
 
 if __name__ == "__main__":
     SNAPSHOT.write_text(text(), encoding="utf-8")
+
+
+def parameters(full: str) -> Iterator[tuple[str, list[str], str]]:
+    """The thing under a public name and its public methods, if they are called: name, parameters, docstring."""
+    module, _, name = full.rpartition(".")
+    found = getattr(importlib.import_module(module), name)
+    if inspect.isclass(found) and not getattr(found, "_is_protocol", False):
+        methods = [one for one in vars(found) if not one.startswith("_") and callable(getattr(found, one))]
+        for one in ["__init__", *methods]:
+            if one != "__init__" or "__init__" in vars(found):
+                names = list(inspect.signature(getattr(found, one)).parameters)
+                yield f"{full}.{one}", [name for name in names if name != "self"], found.__doc__ or ""
+    elif inspect.isfunction(found):
+        yield full, list(inspect.signature(found).parameters), found.__doc__ or ""
+
+
+def test_nothing_takes_more_than_ten_parameters_without_a_reason() -> None:
+    """Of the loader those do not count that DataLoader has. The reason stands in the docstring: "More than ten"."""
+    dataloaders = set(inspect.signature(DataLoader.__init__).parameters)
+    named = [name for name in public() if not name.endswith((".Job", ".Report", ".DataNode", ".Column"))]
+    checked = 0
+    for full in named:
+        if isinstance(getattr(importlib.import_module(full.rpartition(".")[0]), full.rpartition(".")[2]), str | tuple):
+            continue
+        for called, names, documentation in parameters(full):
+            own = [name for name in names if "DiffuseMixLoader" not in called or name not in dataloaders]
+            checked += 1
+            assert len(own) <= 10 or "More than ten" in documentation, f"{called} takes {len(own)}: {own}"
+    assert checked > 60

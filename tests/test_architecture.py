@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -209,3 +210,24 @@ def test_the_documents_show_this_house() -> None:
         for name in names
     }
     assert drawn == MAY_IMPORT.keys() - {"errors", "fn", "inspect", "bench", "doctor", "integrations", "demo", "cli"}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    names = [
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert [name for name, count in Counter(names).items() if count > 1] == []
+
+
+def test_docstrings_say_what_a_thing_is_or_does() -> None:
+    oblique = [
+        f"{name}: {documentation.splitlines()[0]}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (documentation := ast.get_docstring(node))
+        if documentation.split()[0] in ("What", "How", "Whether")
+    ]
+    assert oblique == []

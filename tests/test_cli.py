@@ -25,6 +25,7 @@ from PIL import Image
 import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
+from dali_diffusemix.cli import display
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.generate.editors import PROMPTS
 from dali_diffusemix.store import EditStore
@@ -290,15 +291,14 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("index", tmp_path / "none"), "expected one with root/class/image.jpg"),
         (("index", tmp_path / "empty"), "move the images of each class to a folder of its own"),
         (("index", root, "--refresh", "--workers", 0), "workers must be"),
-        (("fractals", bank), "Name another file"),
+        (("fractals", bank), "name another file"),
         (("fractals", tmp_path / "f.npy", "--size", 7), "size must lie in 16 to 1024, found 7"),
-        (("fractals", tmp_path / "file" / "f.npy"), "Name another place"),
+        (("fractals", tmp_path / "file" / "f.npy"), "name another file"),
         (("generate", root, tmp_path / "e", "--prompts", "autumn,fog"), "these are 'autumn'"),
         (("generate", root, tmp_path / "e", "--editor", "magic"), "model must be a folder or a hub id"),
         (("generate", root, tmp_path / "e", "--editor", tmp_path), "must be a saved pipeline with a model_index.json"),
-        (("generate", root, tmp_path / "e", "--editor", "a/b", "--scheduler", "magic"), "scheduler must be one of"),
         (("generate", root, tmp_path / "e", "--part", "3/2"), "part must be i/n"),
-        (("generate", root, tmp_path / "e", "--quality", 101), "quality must be a whole number from 1 to 100"),
+        (("generate", root, tmp_path / "e", "--retry", 101), "retry must be a whole number from 0 to 100"),
         (("generate", root, edits, "--size", 64), "give another folder"),
         (("generate", root, root / "edits"), "store must lie outside the root"),
         (("generate", root, tmp_path / "file" / "e"), "cannot be written"),
@@ -317,7 +317,7 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         ),
         (
             ("preview", root, *drawing, "--preset", "release,paper", "--indices", "1,30"),
-            "give rows of the catalog\n--indices names originals",
+            "show the same originals.\nWith several presets, --indices names originals",
         ),
         (("demo", "--out", root), "name another with --out"),
         (("demo", "--out", tmp_path / "file" / "demo"), "name another with --out"),
@@ -351,18 +351,18 @@ def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("options", "found", "remedy"),
     [
-        ("--epochs 0-x", "'0-x' is not epochs", "write 0-5 or 0,3,7"),
-        ("--epochs 5-3", "'5-3' is not epochs", "write 0-5 or 0,3,7"),
-        ("--epochs 0-1000000000", "is more than 100 epochs", "draw fewer at once"),
+        ("--epochs 0-x", "'0-x' must be epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 5-3", "'5-3' must be epochs", "write 0-5 or 0,3,7"),
+        ("--epochs 0-1000000000", "must be at most 100 epochs", "draw fewer at once"),
         ("--epochs 1 --epoch 2", "--epoch is for one epoch", "leave it out beside --epochs"),
-        ("--epochs 1 --parts", "--epochs and --parts are drawn on sheets of their own", "leave one of them out"),
+        ("--epochs 1 --parts", "--epochs and --parts draw different sheets", "leave one of them out"),
         ("--parts --preset paper,release", "--parts and --preset with several names", "leave one of them out"),
         ("--preset paper,paper", "'paper,paper' must be one of paper, release", "or both as paper,release"),
         ("--out sheet.tiff", "'sheet.tiff' must end in .png or .jpg", "for an animation in .webp or .gif"),
         ("--out sheet", "found 'no ending'", "must end in .png or .jpg"),
-        ("--out x.webp", ".webp is an animation over epochs", "name them, as --epochs 0-11"),
-        ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as --indices 5"),
-        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as --indices 5"),
+        ("--out x.webp", ".webp is an animation over epochs", "name them, as in --epochs 0-11"),
+        ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as in --indices 5"),
+        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as in --indices 5"),
     ],
 )
 def test_a_wrong_picture_is_refused_before_anything_is_read(options: str, found: str, remedy: str) -> None:
@@ -429,7 +429,7 @@ def test_a_folder_that_may_not_be_written_is_named() -> None:
         Path(folder).chmod(0o755)
     assert result.returncode == 1
     assert result.stderr.startswith(f"Error: fractal bank {bank}: ") and "Permission denied" in result.stderr
-    assert "Name another place" in result.stderr and "Traceback" not in result.stderr
+    assert "name another file" in result.stderr and "Traceback" not in result.stderr
 
 
 def test_an_interrupt_is_code_130_and_leaves_nothing_half_done(tmp_path: Path) -> None:
@@ -478,7 +478,7 @@ def test_a_closed_pipe_is_no_error_to_speak_of(root: Path) -> None:
 
 
 def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_LINE_SECONDS", 0.0)
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")
@@ -539,12 +539,12 @@ def test_the_demo_takes_some_of_a_users_folder(root: Path, tmp_path: Path, monke
     monkeypatch.setattr(demo, "_MOST_ORIGINALS", 6)
     before = sorted(root.rglob("*"))
     shown = run("demo", root, "--out", tmp_path / "demo")
-    assert "Photographs  12 in 3 classes, of which the demo takes 6" in shown.stdout
+    assert "Photographs  12 in 3 classes; the demo uses 6" in shown.stdout
     store = EditStore.open(tmp_path / "demo" / "edits")
     assert np.bincount(store.catalog.labels).tolist() == [2, 2, 2]
     assert sorted(root.rglob("*")) == before
     other = run("demo", make_images(tmp_path / "other"), "--out", tmp_path / "demo", "--keep", code=1)
-    assert "leave --keep out" in other.stderr
+    assert "omit --keep" in other.stderr
 
 
 def test_the_demo_names_the_packages_that_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from mixing_cases import NOTHING, compare, pixels, plan_of, random_case
+from mixing_cases import (
+    NOTHING,
+    Case,
+    compare,
+    pixels,
+    plan_of,
+    random_case,
+    rational_cases,
+    two_thirds,
+    visible_pieces,
+)
 from numpy.typing import NDArray
 
 from dali_diffusemix.base import gpu
@@ -272,6 +282,18 @@ def test_the_grid_is_the_specification_and_the_cpu_kernel(
     on_the_cpu = np.zeros_like(result)
     mix(plan, pieces, bank, out=on_the_cpu, format=format)
     compare(result, on_the_cpu, dtype)
+
+
+@settings(max_examples=100, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(case=rational_cases())
+@example(case=two_thirds())
+@example(case=two_thirds(fractal_weight=0.2))
+def test_the_geometry_is_the_specifications(shim: Shim, case: Case) -> None:
+    """From pieces cut to the windows: what is not in them is not read, and nothing of the sample is missing."""
+    format = TensorFormat(normalize=None)
+    pieces, kept = visible_pieces(case)
+    result = run(shim, case.plan, pieces, case.bank, format, kept)
+    compare(result[0], case.expected(0, format), "float32")
 
 
 def formats() -> list[TensorFormat]:

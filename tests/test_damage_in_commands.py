@@ -24,7 +24,8 @@ from dali_diffusemix import (
     TrainCrop,
     cli,
 )
-from dali_diffusemix.bench import BenchResult, _decodable, bench
+from dali_diffusemix.bench import BenchResult, bench
+from dali_diffusemix.bench.material import decodable
 from dali_diffusemix.catalog import StaleCatalogWarning, index
 from dali_diffusemix.errors import DataError
 from dali_diffusemix.generate import GenerateConfig, generate
@@ -172,7 +173,7 @@ def test_bench_leaves_out_what_cannot_be_decoded(
     assert set(result.results) == {"diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"}
     assert not result.left_out and result.settings["undecodable"] == 1 and result.settings["images"] == 7
     assert "1 left out: they cannot be decoded" in list(result.lines())
-    rows, undecodable = _decodable(dataset_of(packed, edits, bank), np.arange(8))
+    rows, undecodable = decodable(dataset_of(packed, edits, bank), np.arange(8))
     assert len(rows) == 7 and undecodable == 1
     for file in root.rglob("*.jpg"):
         file.write_bytes(b"")

@@ -223,7 +223,7 @@ def test_a_real_folder_as_people_have_it(tmp_path: Path) -> None:
 def test_edits_of_other_originals_are_refused(tmp_path: Path, edits: Path) -> None:
     (tmp_path / "dogs").mkdir()
     write_photograph(tmp_path / "dogs" / "a.jpg", 0, 50, 50)
-    with pytest.raises(StoreError, match="the edits are of other originals"):
+    with pytest.raises(StoreError, match="the edits belong to other originals"):
         DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits)
     catalog = Catalog.from_arrays(["dogs/a.jpg"], [0], ["dogs"], [(50, 50)])
     with pytest.raises(StoreError, match="built from other originals"):
@@ -241,7 +241,7 @@ def test_a_catalog_takes_other_layouts(tmp_path: Path, photos: Path) -> None:
 
 
 def test_missing_parts_are_named(photos: Path, edits: Path, bank: FractalBank, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="mix needs edits"):
+    with pytest.raises(ConfigError, match="edits must be given with mix"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), mix=MixSpec.paper())
     with pytest.raises(ConfigError, match="needs a fractal bank"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), mix=MixSpec.paper(), edits=edits)

@@ -183,11 +183,11 @@ def test_a_batch_that_is_too_large_for_the_gpu_is_halved(
     hook = editor._pipeline.unet.register_forward_pre_hook(room_for(2))
     with caplog.at_level(logging.WARNING):
         made = editor.edit(images, tasks())
-    assert "going on with 3 edits at once" in caplog.text and "going on with 1 edits at once" in caplog.text
+    assert "halved to 3 edits" in caplog.text and "halved to 1 edits" in caplog.text
     assert max(map(difference, made, expected)) <= 1
     hook.remove()
     editor._pipeline.unet.register_forward_pre_hook(room_for(0))
-    with pytest.raises(ConfigError, match="one edit fits into the GPU's memory"):
+    with pytest.raises(ConfigError, match="one edit fits in the GPU's memory"):
         editor.edit(images, tasks())
 
 
@@ -261,7 +261,7 @@ def test_pickled_weights_are_refused(copied: Path) -> None:
     file = copied / "unet" / "diffusion_pytorch_model.safetensors"
     file.unlink()
     torch.save({}, file.with_suffix(".bin"))
-    with pytest.raises(ConfigError, match=r"pickled weights alone \(unet\).*safe_serialization=True"):
+    with pytest.raises(ConfigError, match=r"only pickled weights \(unet\).*safe_serialization=True"):
         config(copied).check(TWO)
     for file in copied.rglob("*.safetensors"):
         file.unlink()
@@ -301,7 +301,7 @@ def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         config(tmp_path / "empty").check(TWO)
     # There is no network here; huggingface_hub reads its offline switch when it is imported.
     monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match=r"neither a folder nor to be had from the hub.*hf download"):
+    with pytest.raises(ConfigError, match=r"neither a folder nor available from the hub.*hf download"):
         config(Path("nobody/nothing")).check(TWO)
 
 

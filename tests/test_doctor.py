@@ -18,7 +18,8 @@ from test_cli import PROGRAM
 
 import dali_diffusemix
 from dali_diffusemix import cli, doctor
-from dali_diffusemix.doctor import Answer, Report, advice, lanes, probes
+from dali_diffusemix.base import cpus
+from dali_diffusemix.doctor import Answer, Examination, advice, attempts, lanes, machine, probes, run, storage
 from dali_diffusemix.doctor.lanes import Lane
 from dali_diffusemix.doctor.probes import EXTRAS, PROBES
 
@@ -64,11 +65,11 @@ def shape(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def report(photos: Path) -> Report:
+def report(photos: Path) -> Examination:
     return doctor.examine(photos)
 
 
-def test_all_probes_answer_and_what_is_installed_here_works(report: Report) -> None:
+def test_all_probes_answer_and_what_is_installed_here_works(report: Examination) -> None:
     pytest.importorskip("nvidia.dali", reason="DALI is not installed")
     assert report.ok and report.seconds < 120
     assert set(report.answers) == set(PROBES) == {*(name for lane in probes.LANES for name in lane), "data"}
@@ -82,7 +83,7 @@ def test_all_probes_answer_and_what_is_installed_here_works(report: Report) -> N
             assert None not in [report.answers[name].found[key] for key in probe.keys if key == "detail"]
 
 
-def test_what_does_not_work_has_a_reason_and_a_remedy(report: Report) -> None:
+def test_what_does_not_work_has_a_reason_and_a_remedy(report: Examination) -> None:
     for feature in report.works.values():
         assert feature.detail and (feature.remedy is None) == feature.works
     if report.answers["gpus"].error:
@@ -91,7 +92,7 @@ def test_what_does_not_work_has_a_reason_and_a_remedy(report: Report) -> None:
         assert gpu.remedy is not None and "pip install 'dali-diffusemix[cuda12]'" in gpu.remedy
 
 
-def test_the_text_is_80_columns_of_plain_text(report: Report) -> None:
+def test_the_text_is_80_columns_of_plain_text(report: Examination) -> None:
     lines = list(report.lines())
     assert max(map(len, lines)) <= 80
     assert all(line.isprintable() and line == line.rstrip() for line in lines)
@@ -102,7 +103,7 @@ def test_the_text_is_80_columns_of_plain_text(report: Report) -> None:
 
 
 def test_the_command_prints_it_and_its_exit_code_says_whether_a_loader_works(
-    report: Report, monkeypatch: pytest.MonkeyPatch
+    report: Examination, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "examine", lambda *_, **__: report)
     result = CliRunner().invoke(cli.main, ["doctor"])
@@ -121,7 +122,7 @@ def test_a_pipe_gets_no_colours_and_nobody_s_home(photos: Path, tmp_path: Path) 
     assert f"{dali_diffusemix.__version__} in ~/dali_diffusemix" in done.stdout
 
 
-def test_a_broken_installation_is_survived_and_told(tmp_path: Path, report: Report) -> None:
+def test_a_broken_installation_is_survived_and_told(tmp_path: Path, report: Examination) -> None:
     """DALI takes the process down, everything optional is broken: code 1, the same keys, and the rest answers."""
     module(tmp_path, "nvidia.dali", "import os; os.abort()")
     for name in ("diffusers", "ray", "s3fs", "kornia"):
@@ -225,12 +226,12 @@ def test_what_is_not_installed_is_told_from_what_is_broken(tmp_path: Path, monke
     (tmp_path / "nvidia" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     assert error("dali_cpu") == "NVIDIA DALI is not installed"
-    assert probes._imports(("json", "math"))["detail"] == "json and math can be imported"
+    assert attempts.probe_imports(("json", "math"))["detail"] == "json and math can be imported"
     with pytest.raises(ImportError, match=r"^nothing_that_is_there is not installed$"):
-        probes._imports(("json", "nothing_that_is_there.within"))
+        attempts.probe_imports(("json", "nothing_that_is_there.within"))
 
 
-def test_two_dali_wheels_are_a_trap(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_dali_wheels_are_a_trap(tmp_path: Path, report: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
     for wheel in probes.DALI:
         folder = tmp_path / f"{wheel.replace('-', '_')}-1.0.dist-info"
         folder.mkdir()
@@ -257,7 +258,9 @@ def test_the_compiler_is_tried() -> None:
     assert found["command"] == "g++" and "g++" in found["version"]
 
 
-def test_a_kernel_that_was_not_built_or_is_old(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_that_was_not_built_or_is_old(
+    tmp_path: Path, report: Examination, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = tmp_path / "dali_diffusemix"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "kernels"))
     (copy / "kernels").mkdir()
@@ -280,19 +283,21 @@ def test_a_kernel_that_was_not_built_or_is_old(tmp_path: Path, report: Report, m
 # The machine ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_container_s_limits(tmp_path: Path, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_CGROUPS", tmp_path)
+def test_a_container_s_limits(tmp_path: Path, report: Examination, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own").write_text("0::/\n")
+    monkeypatch.setattr(cpus, "_GROUPS", tmp_path)
+    monkeypatch.setattr(cpus, "_OWN", tmp_path / "own")
     affinity = len(os.sched_getaffinity(0))
-    assert probes._machine()["quota"] is None and probes._machine()["cores"] == affinity
+    assert machine.probe_machine()["quota"] is None and machine.probe_machine()["cores"] == affinity
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert probes._machine()["quota"] is probes._machine()["memory_limit"] is None
+    assert machine.probe_machine()["quota"] is machine.probe_machine()["memory_limit"] is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "memory.max").write_text("1073741824\n")
-    found = probes._machine()
+    found = machine.probe_machine()
     assert (found["quota"], found["memory_limit"], found["cores"]) == (1.5, 1 << 30, min(2, affinity))
     (tmp_path / "cpu.max").write_text("50000 100000\n")
-    found = probes._machine()
+    found = machine.probe_machine()
     assert found["cores"] == 1
     notes = advice.traps({**report.answers, "machine": Answer(found=found)})
     assert any(note.startswith("this container may use 0.5 of the ") and "num_workers=1" in note for note in notes)
@@ -330,7 +335,7 @@ def test_the_driver_is_asked_for_its_gpus(tmp_path: Path) -> None:
     assert error("gpus", LD_LIBRARY_PATH=str(tmp_path / "bad")) == why
 
 
-def test_remedies_for_a_gpu_go_by_what_is_missing(report: Report) -> None:
+def test_remedies_for_a_gpu_go_by_what_is_missing(report: Examination) -> None:
     gpus = Answer(found={"driver": "570.1", "cuda": "12.8", "devices": [{"name": "NVIDIA H100"}]})
     torch = {**report.answers["torch"].found, "version": "2.13.0", "cuda": "13.0", "why_no_gpu": None}
     versions = dict.fromkeys(report.answers["versions"].found)
@@ -359,7 +364,7 @@ def test_remedies_for_a_gpu_go_by_what_is_missing(report: Report) -> None:
     assert "PyTorch 2.13.0 is built without CUDA" in advice.judge("load_cuda", answers).detail
 
 
-def test_a_cache_that_cannot_be_written(report: Report, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(report: Examination, tmp_path: Path) -> None:
     answers = ask("cache", DALI_DIFFUSEMIX_CACHE="/proc/none")
     feature = advice.judge("cache", {**report.answers, **answers})
     assert feature.detail.startswith("/proc/none/catalogs cannot be written: ")
@@ -397,14 +402,14 @@ def test_data_that_cannot_be_read_is_named_and_does_not_decide(tmp_path: Path, p
     for name, expected in cases.items():
         answer = ask("data", arguments=(str(tmp_path / name),))["data"]
         assert answer.known and expected in str(answer.error)
-    assert "a URL" in str(ask("data", arguments=("s3://bucket/edits",))["data"].error)
+    assert "the URL" in str(ask("data", arguments=("s3://bucket/edits",))["data"].error)
 
 
 def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
     # Root may read anything, so it becomes nobody, once what is needed is imported.
     code = (
-        "import os, sys; from dali_diffusemix.doctor import probes; os.geteuid() or os.seteuid(65534);"
-        "print(probes._data(sys.argv[1])['unreadable']); print(probes._data(sys.argv[1] + '/closed'))"
+        "import os, sys; from dali_diffusemix.doctor.storage import probe_data; os.geteuid() or os.seteuid(65534);"
+        "print(probe_data(sys.argv[1])['unreadable']); print(probe_data(sys.argv[1] + '/closed'))"
     )
     # Not below pytest's own folder, which only its user may enter.
     folder = Path("/tmp") / f"doctor-{os.getpid()}"
@@ -425,14 +430,14 @@ def test_a_large_folder_is_listed_in_part(tmp_path: Path, monkeypatch: pytest.Mo
     for place in range(20):
         (tmp_path / str(place)).mkdir()
         (tmp_path / str(place) / "image.jpg").write_bytes(b"image")
-    monkeypatch.setattr(probes, "_MOST_LISTED", 5)
-    files, unreadable, complete = probes._list_files(tmp_path, "")
+    monkeypatch.setattr(storage, "_MOST_LISTED", 5)
+    files, unreadable, complete = storage.list_files(tmp_path, "")
     assert (len(files), unreadable, complete) == (5, None, False)
 
 
 def test_the_home_folder_is_a_tilde_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/ann")
-    homes = doctor._homes()
+    homes = run._homes()
     for text, expected in {
         "/home/ann": "~",
         "no '/home/ann/data': /home/anna, /mnt/home/ann": "no '~/data': /home/anna, /mnt/home/ann",
@@ -440,4 +445,4 @@ def test_the_home_folder_is_a_tilde_and_nothing_else_is(monkeypatch: pytest.Monk
     }.items():
         assert homes.sub("~", text) == expected
     monkeypatch.setenv("HOME", "/")
-    assert doctor._homes().sub("~", "/usr/lib") == "/usr/lib"
+    assert run._homes().sub("~", "/usr/lib") == "/usr/lib"

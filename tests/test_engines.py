@@ -106,7 +106,7 @@ def test_the_job_of_a_worker_that_dies_is_begun_again(
         said = list(many.run(Start(), tasks(tmp_path, 6, _1="die once", _4="die once")))
     assert begun(tmp_path) == {**dict.fromkeys("012345", 1), "1": 2, "4": 2}
     assert {(one.name, one.place) for one in said} == {(str(n), place) for n in range(6) for place in range(2)}
-    assert caplog.text.count("its job is begun again") == 2
+    assert caplog.text.count("its job is started again") == 2
 
 
 def test_a_job_that_kills_every_worker_ends_the_run(many: Engine, tmp_path: Path) -> None:

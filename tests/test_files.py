@@ -54,6 +54,8 @@ def test_the_content_is_on_the_disk_before_the_name_is(tmp_path: Path, monkeypat
     monkeypatch.setattr(os, "fsync", sync)
     write(tmp_path / "f", b"content")
     assert done == [".tmp, False", "folder, True"]
+    write(tmp_path / "f", b"scratch", durable=False)
+    assert len(done) == 2 and (tmp_path / "f").read_bytes() == b"scratch"
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:

@@ -384,7 +384,7 @@ def test_what_goes_wrong_as_it_runs_reaches_the_user(
         ([3, 3], [[5, 6], [6, 5]], [0, 0], "index must be the number of an original.*a class label is no such number"),
         ([-1, 0], [[5, 6], [6, 5]], [0, 0], r"index must lie in \[0, .*found -1"),
         ([0, 1], [[5, 6], [0, 5]], [0, 0], r"sizes must hold a height and a width.*found \[0, 5\] in sample 1"),
-        ([0, 1], [[5, 6], [6, 5]], [1, 2], "epoch must be alike over a batch, found 1 to 2"),
+        ([0, 1], [[5, 6], [6, 5]], [1, 2], "epoch must be equal within a batch, found 1 to 2"),
     ],
 )
 def test_wrong_inputs_of_the_plan(index: list[int], size: list[list[int]], epoch: list[int], message: str) -> None:

@@ -277,7 +277,7 @@ BAD = {
 def test_what_is_not_a_bank_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "bank.npy"
     np.save(path, BAD[name])
-    with pytest.raises(StoreError, match=r"bank\.npy: must .* found.* dali-diffusemix fractals"):
+    with pytest.raises(StoreError, match=r"bank\.npy: must .* found.*`dali-diffusemix fractals"):
         FractalBank.open(path)
     with pytest.raises(ConfigError, match=r"images must be .* found"):
         FractalBank(BAD[name])
@@ -290,7 +290,7 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=rf"{name}: must be a readable \.npy file") as caught:
             FractalBank.open(tmp_path / name)
         # The command that is advised must be one that works.
-        assert str(caught.value).endswith(" --overwrite") == (content is not None)
+        assert str(caught.value).endswith(" --overwrite`.") == (content is not None)
     np.savez(tmp_path / "archive.npz", GOOD)
     for name in ("archive.npz", "."):
         with pytest.raises(StoreError):

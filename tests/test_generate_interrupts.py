@@ -130,7 +130,7 @@ def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_
 def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command += "from dali_diffusemix.cli import main; main()"
-    options = ["--variants", "20", "--batch-size", "1", "--workers", "1"]  # 5,400 edits
+    options = ["--variants", "20", "--batch-size", "1", "--device", "cpu"]  # 5,400 edits
     store = tmp_path / "edits"
     with warm.Script("-c", command, "generate", originals, store, *options) as run:
         until = time.monotonic() + 60
@@ -139,7 +139,7 @@ def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
         run.send_signal(signal.SIGINT)
         said = run.communicate(timeout=60)[1]
     assert run.returncode == 130
-    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to go on", said)
+    found = re.search(r"Interrupted: kept (\d+) edits, to be made again 0; run the same command again to resume", said)
     assert found is not None and int(found[1]) > 0, said
 
 

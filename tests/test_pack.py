@@ -429,7 +429,7 @@ def test_a_wrong_index_is_found_and_made_anew(odd: Path, tmp_path: Path) -> None
     np.save(store / "index.npy", table)
     OriginalStore.open(store)  # sees nothing of it
     (problem,) = verify(store).problems
-    assert problem.file == "index.npy" and "run the command again that made the store" in problem.what
+    assert problem.file == "index.npy" and "run the command that made the store again" in problem.what
     assert pack(odd, store, SMALL).made == 0
     assert content(store) == before and not verify(store).problems
     inodes = [file.stat().st_ino for file in sorted(store.rglob("*"))]

@@ -1,7 +1,10 @@
 """Philox against its published vectors, draws by address, and the permutation's properties."""
 
+import re
 from collections import Counter
-from itertools import permutations
+from importlib import resources
+from itertools import pairwise, permutations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
+import dali_diffusemix
+from dali_diffusemix.base import philox
 from dali_diffusemix.base.philox import Permutation, below, draw, philox4x32, uniform
 from dali_diffusemix.errors import ConfigError
 
@@ -80,12 +85,12 @@ def test_a_permutation_holds_each_index_once(length: int, seed: int, epoch: int)
 
 
 @given(length=st.integers(1, 2**40), seed=st.integers(0, 2**32 - 1), data=st.data())
-def test_any_place_can_be_looked_up_alone(length: int, seed: int, data: st.DataObject) -> None:
-    places = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=8, unique=True))
+def test_any_position_can_be_looked_up_alone(length: int, seed: int, data: st.DataObject) -> None:
+    positions = data.draw(st.lists(st.integers(0, length - 1), min_size=1, max_size=8, unique=True))
     permutation = Permutation(length, seed=seed, epoch=5)
-    together = permutation(places)
-    assert len(set(together.tolist())) == len(places)
-    assert together.tolist() == [int(permutation([place])[0]) for place in places]
+    together = permutation(positions)
+    assert len(set(together.tolist())) == len(positions)
+    assert together.tolist() == [int(permutation([position])[0]) for position in positions]
 
 
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
@@ -97,17 +102,41 @@ def test_all_orders_of_a_few_are_equally_likely(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [16, 100, 257])
-def test_every_index_is_equally_likely_at_every_place_and_after_every_other(length: int) -> None:
-    at_place = np.zeros((length, length))
+def test_every_index_is_equally_likely_at_every_position_and_after_every_other(length: int) -> None:
+    at_position = np.zeros((length, length))
     step = np.zeros(length)
     for seed in range(400):
         order = Permutation(length, seed=seed, epoch=0)(np.arange(length))
-        at_place[np.arange(length), order] += 1
+        at_position[np.arange(length), order] += 1
         np.add.at(step, (order[1:] - order[:-1]) % length, 1)
-    assert chisquare(at_place.ravel()).pvalue > 1e-3
+    assert chisquare(at_position.ravel()).pvalue > 1e-3
     assert chisquare(step[1:]).pvalue > 1e-3
 
 
-def test_places_outside_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"places must lie in \[0, 10\), found 3 to 10"):
+def test_positions_outside_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"positions must lie in \[0, 10\), found 3 to 10"):
         Permutation(10, seed=0, epoch=0)([3, 10])
+
+
+# --- the register of streams ------------------------------------------------------------------------------------------
+
+
+def test_no_two_streams_collide() -> None:
+    """Whatever the number of a crop's tries and of ranks, fields do not meet; flames have a key of their own."""
+    single = (philox.MIXED, philox.EDIT, philox.MASK, philox.FRACTAL, philox.WEIGHT, philox.FLIP, philox.PERMUTATION)
+    fields = [range(field, field + 1) for field in single]
+    fields += [range(philox.CROP, philox.BATCH_TRANSFORM), range(philox.BATCH_TRANSFORM, philox.PERMUTATION)]
+    fields.sort(key=lambda field: field.start)
+    assert all(one.stop <= following.start for one, following in pairwise(fields))
+    assert fields[0].start >= 0 and fields[-1].stop <= 2**32
+    assert 10**9 < philox.FLAME < 2**32  # no epoch
+
+
+def test_all_draws_are_in_the_register() -> None:
+    """Who draws is named there, with its constant: a new stream has to be added to both."""
+    package = Path(dali_diffusemix.__file__).parent
+    sources = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
+    drawing = {name for name, text in sources.items() if re.search(r"\b(philox4x32|draw|Permutation)\(", text)}
+    assert drawing - {"base/philox.py"} == {"plan/batch.py", "plan/order.py", "loading/batches.py", "fractals/flame.py"}
+    flame = (resources.files("dali_diffusemix.kernels") / "flame.cpp").read_text("utf-8")
+    assert re.findall(r"kKey = (\w+);", flame) == [f"0x{philox.FLAME:X}"]

@@ -39,10 +39,10 @@ from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image, resample
 from dali_diffusemix.plan import (
     MASKS,
     Crop,
+    EpochOrder,
     EvalCrop,
     MixSpec,
     RandomCrop,
-    Schedule,
     TrainCrop,
     visible_parts,
 )
@@ -94,7 +94,7 @@ def cells(
 
 
 def cell(sheet: Image.Image, layout: Layout, row: int, column: int) -> NDArray[np.uint8]:
-    (left, top), (height, width) = layout.place(row, column), layout.cell
+    (left, top), (height, width) = layout.corner(row, column), layout.cell
     return np.asarray(sheet.crop((left, top, left + width, top + height)))
 
 
@@ -106,7 +106,7 @@ def expected(dataset: DiffuseMixDataset, indices: list[int], row: int) -> dict[s
     edit = decode(dataset.store.encoded(int(plan.edit[row])))
     fractal = dataset.bank.images[plan.fractal[row]]
     down, right = (-1 if flipped else 1 for flipped in plan.fractal_flip[row])
-    alone = resample(fractal[::down, ::right], plan.span[row] * np.tile(fractal.shape[:2], 2), plan.output_size)
+    alone = resample(fractal[::down, ::right], plan.span[row], plan.output_size)
     images = {
         "hybrid": mixed_image(plan, row, original, edit),
         "fractal": alone[:, :: -1 if plan.flip[row] else 1],
@@ -197,7 +197,7 @@ def test_chosen_samples_are_mixed_and_spread_over_classes(folder: Path) -> None:
     plan = dataset.planner.batch(0, chosen)
     assert plan.mixed.all()
     assert np.bincount(dataset.labels_of(plan), minlength=4).tolist() == [2, 2, 2, 2]
-    order = Schedule(length=len(dataset), batch_size=20, shuffle=True, seed=0).indices(0, np.arange(20)).tolist()
+    order = EpochOrder(length=len(dataset), batch_size=20, shuffle=True, seed=0).indices(0, np.arange(20)).tolist()
     places = [order.index(index) for index in chosen]
     assert places == sorted(places)
     assert spread_indices(dataset, rows=2) == chosen[:2]
@@ -346,7 +346,9 @@ def test_a_file_is_what_its_ending_says(folder: Path) -> None:
                 assert np.array_equal(np.asarray(file), np.asarray(frames[0]))
     with pytest.raises(ConfigError, match=r"ending must be one of .*, found '.tiff'"):
         encoded(frames, ".tiff")
-    with pytest.raises(ConfigError, match=r"\.png holds one picture, found 2: take one of \('.webp', '.gif'\)"):
+    with pytest.raises(
+        ConfigError, match=r"\.png must have one picture, found 2; an animation ends in \('.webp', '.gif'\)"
+    ):
         encoded(frames, ".png")
 
 
@@ -403,7 +405,7 @@ def test_originals_are_chosen_by_the_first_fixed_mix(folder: Path) -> None:
 
 def test_mixes_that_do_not_match_are_refused(folder: Path) -> None:
     dataset = dataset_of(folder, None)
-    with pytest.raises(ConfigError, match=r"originals must lie in \[0, 20\), found 3 to 25: .* give rows of"):
+    with pytest.raises(ConfigError, match=r"originals must lie in \[0, 20\), found 3 to 25; give rows of"):
         matching_indices(dataset, BOTH, originals=[3, 25])
     with pytest.raises(ConfigError, match="mixes must name at least 1 mix, found none"):
         matching_indices(dataset, {})
@@ -411,10 +413,10 @@ def test_mixes_that_do_not_match_are_refused(folder: Path) -> None:
         presets_sheet(dataset, BOTH, indices={"release": [4], "paper": [5]})
     with pytest.raises(ConfigError, match=r"index must lie in \[0, 20\), found 25 to 25"):
         presets_sheet(dataset, BOTH, indices={"release": [25], "paper": [25]})
-    with pytest.raises(ConfigError, match="take `matching_indices`"):
+    with pytest.raises(ConfigError, match="use `matching_indices`"):
         presets_sheet(dataset, BOTH, indices={"paper": [5]})
     bare = DiffuseMixDataset(folder / "root", crop=TrainCrop(32))
-    with pytest.raises(ConfigError, match="found mix without edits"):
+    with pytest.raises(ConfigError, match="edits must be given with mix"):
         presets_sheet(bare, BOTH)
 
 
@@ -501,5 +503,5 @@ def test_the_footer_of_the_parts_counts_the_pixels(folder: Path) -> None:
     pixels = area(originals) + area(edits)
     whole = sizes.astype(np.int64).prod(axis=1) + edit_sizes.astype(np.int64).prod(axis=1)
     here, all_of_them = 100 * pixels[[3, 8]].sum() / whole[[3, 8]].sum(), 100 * pixels.sum() / whole.sum()
-    assert f"are {here:.0f} % of the pixels of the images shown" in line
-    assert line.endswith(f"and {all_of_them:.0f} % of those of all 20 samples of the epoch.")
+    assert f"Decoded pixels: {here:.0f} % in the images shown" in line
+    assert line.endswith(f", {all_of_them:.0f} % in all 20 samples of the epoch.")

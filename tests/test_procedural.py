@@ -223,7 +223,7 @@ def test_an_unknown_prompt_is_refused_with_the_known_ones_and_the_remedy() -> No
 
 
 def test_a_task_outside_the_editors_prompts_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"'snowy'.*'autumn'.*prompts="):
+    with pytest.raises(ConfigError, match=r"'autumn'.*found 'snowy'.*prompts="):
         ProceduralEditor(["autumn"]).edit(PHOTOGRAPHS, [EditTask(image=0, prompt="snowy", seed=0)])
 
 

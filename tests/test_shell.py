@@ -130,16 +130,15 @@ def test_words_are_completed() -> None:
         "generate a b --prompts ": PROMPTS,
         "generate a b --prompts autumn,s": ("autumn,snowy", "autumn,sunset"),
         "generate a b --layout ": tuple(LAYOUTS),
-        "generate a b --layout cub --split ": LAYOUTS["cub"],
-        "generate a b --scheduler dpm": ("dpm-solver++",),
+        "generate a b --layout cu": ("cub",),
         "preview a --preset ": ("paper", "release"),
         "completion ": ("bash", "zsh", "fish"),
     }.items():
         assert completed(f"dali-diffusemix {line}") == plain(*words), line
     for line, kind in {
         "generate --editor mod": "dir",
-        "generate a b --prompts my": "file",
-        "generate --more ": "file",
+        "generate a b --config my": "file",
+        "generate --print-config ": "file",
         "index ": "file",
         "preview a --edits ": "file",
     }.items():

@@ -93,6 +93,7 @@ def test_pages_in_a_browser(site: Path, browser: Any) -> None:
 
 def test_search_works_in_a_folder(site: Path, browser: Any) -> None:
     browser.set_window_size(1280, 900)
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     browser.get((site / "index.html").as_uri())
     found = browser.execute_async_script(
         """const done = arguments[0];

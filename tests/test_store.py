@@ -404,6 +404,16 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
         assert not list((tmp_path / "shards").iterdir())
 
 
+def test_a_file_that_vanishes_while_shards_are_listed_hides_no_shard(tmp_path: Path) -> None:
+    """Another part renames its temporary files meanwhile; a link to nothing is listed, and has no size either."""
+    build(tmp_path, originals(10))
+    before = content(tmp_path)
+    (tmp_path / "shards" / ".edits-000009.tar.0123abcd.tmp").symlink_to("nowhere")
+    check(EditStore.open(tmp_path), expected(10))
+    assert build(tmp_path, originals(10)) == []
+    assert content(tmp_path) == before
+
+
 def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path) -> None:
     build(tmp_path, originals(10))
     before = content(tmp_path)

@@ -127,9 +127,7 @@ def test_a_packed_store_too(root: Path, tmp_path: Path) -> None:
     found = verify(tmp_path / "packed")
     assert not found.problems and found.images == 9
     flip(next((tmp_path / "packed" / "shards").glob("*.tar")), 2000)
-    assert [problem.what for problem in verify(tmp_path / "packed").problems] == [
-        "has been changed: its SHA-256 is another"
-    ]
+    assert [problem.what for problem in verify(tmp_path / "packed").problems] == ["has changed: its SHA-256 differs"]
 
 
 def flip(file: Path, place: int) -> None:
@@ -146,7 +144,7 @@ def test_every_kind_of_damage_is_said_of_its_shard(root: Path, store: Path) -> N
     rejected.unlink()
     found = verify(store)
     assert [(problem.shard, problem.file, problem.what.split(",")[0]) for problem in found.problems] == [
-        (0, "shards/edits-000000.tar", "has been changed: its SHA-256 is another"),
+        (0, "shards/edits-000000.tar", "has changed: its SHA-256 differs"),
         (1, "shards/edits-000001.idx", f"must have {(shards / 'edits-000001.idx').stat().st_size + 3} bytes"),
         (2, f"rejected/{rejected.name}", "cannot be read (No such file or directory)"),
         *[(None, "store.json", found.problems[-1].what.split(",")[0])] * (len(found.problems) - 3),
@@ -181,7 +179,7 @@ def test_an_index_of_other_shards(store: Path) -> None:
     table["score"][0] += 1
     np.save(store / "index.npy", table)
     (problem,) = verify(store).problems
-    assert problem.file == "index.npy" and "run the command again that made the store" in problem.what
+    assert problem.file == "index.npy" and "run the command that made the store again" in problem.what
 
 
 def test_what_is_no_store(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, FractalBank, MixSpec, RandomCrop, TrainCrop
 from dali_diffusemix.mix.pixel import edit_weight, resample_weights
 from dali_diffusemix.plan import Crop, visible_parts
+from dali_diffusemix.plan.crops import Draws
 
 
 def needed(weights: NDArray[np.float32], shown: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -55,7 +56,7 @@ def test_parts_cover_what_is_shown_and_no_more_than_the_halo(
             lines = []
             for axis in (0, 1):
                 start, extent_ = box[row, axis] * size[axis], box[row, axis + 2] * size[axis]
-                weights = resample_weights(start, extent_, out[axis], int(size[axis]))
+                weights = resample_weights(box[row, axis], box[row, axis + 2], out[axis], int(size[axis]))
                 lines.append(needed(weights, shown[axis]))
                 if window.any():
                     begin, end = window[axis], window[axis + 2]
@@ -90,6 +91,28 @@ def test_parts_change_no_bit_of_a_sample(
     root, edits = imagenet_edits
     dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, mix=mix, crop=crop, normalize=None)
     assert torch.equal(epoch(dataset, visible=True), epoch(dataset, visible=False))
+
+
+class BesideTheImage:
+    """A user's crop whose box lies wholly outside of every other image."""
+
+    output_size = (8, 8)
+
+    def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        boxes = np.tile([0.1, 0.1, 0.5, 0.5], (len(sizes), 1))
+        boxes[::2, 0] = 1.5
+        return boxes, np.zeros(len(sizes), dtype=np.bool_)
+
+
+@pytest.mark.parametrize("mix", [None, MixSpec(probability=1)])
+def test_a_crop_outside_of_its_image_needs_no_pixels(
+    photos: Path, edits: Path, bank: FractalBank, mix: MixSpec | None
+) -> None:
+    given = {} if mix is None else {"edits": edits, "fractals": bank}
+    dataset = DiffuseMixDataset(photos, mix=mix, crop=BesideTheImage(), normalize=None, **given)
+    samples = epoch(dataset, visible=True)
+    assert torch.equal(samples, epoch(dataset, visible=False))
+    assert not samples[::2].any() and samples[1::2].flatten(1).any(dim=1).all()
 
 
 def test_most_of_the_pixels_are_not_decoded() -> None:

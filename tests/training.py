@@ -283,7 +283,7 @@ def check_all_lines(out: Path, expected: dict[Step, list[tuple[int, str]]]) -> N
             batch = expected[step]
             full = len(expected[(0, 0)])
             for rank, line in lines.items():
-                # `Schedule`'s rule; no test here has fewer samples than ranks in a last batch.
+                # `EpochOrder`'s rule; no test here has fewer samples than ranks in a last batch.
                 low, high = (len(batch) * (rank + i) // run.world_size for i in (0, 1))
                 assert len(batch) <= full
                 assert list(zip(line["indices"], line["hashes"], strict=True)) == batch[low:high], (step, rank)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The first call on a GPU host: keep what was carried, and show what needs no DALI (step a).
+# The first call on a GPU host: keep the carried files, and take the steps that need no DALI (step a).
 #
 #     OUT=FOLDER benchmarks/gpu/call-1.sh CARRIED/1 [OPTION...]    options are those of suite.py
 . "$(dirname "$0")/common.sh"

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The second call on a GPU host: unpack DALI, then steps b to g, within so many seconds.
+# The second call on a GPU host: unpack DALI, then take steps b to g, within SECONDS.
 #
 #     OUT=FOLDER benchmarks/gpu/call-2.sh CARRIED/2 [SECONDS [STEP or OPTION...]]
 #
-# A later try, with nothing carried: call-2.sh - SECONDS loader-tests. Steps that passed are not taken again with --resume.
+# A later call without carried files: call-2.sh - SECONDS loader-tests. With --resume, steps that passed are skipped.
 . "$(dirname "$0")/common.sh"
 [ $# -ge 1 ] || { echo "usage: call-2.sh CARRIED/2 [SECONDS [STEP or OPTION...]]"; exit 1; }
 seconds=${2:-480}

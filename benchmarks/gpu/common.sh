@@ -1,4 +1,4 @@
-# Sourced by the calls: where things lie on the host, and how what was carried gets there.
+# Sourced by the calls: folders on the host, and the functions that fill them.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 1
 host=${HOST_FOLDER:-/tmp/dali-diffusemix}
@@ -9,7 +9,7 @@ export DALI_DIFFUSEMIX_SHARED=$host/shared DALI_DIFFUSEMIX_CACHE=$host/cache CUP
 ulimit -c 0 # a crash must not take the time to write gigabytes
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1
 
-# Keep what was carried in a folder outside the repository, where the next call finds it.
+# Keep the carried files in a folder outside the repository, where the next call finds them.
 keep() {
     [ -d "$1" ] || { echo "there is no folder $1: carry it"; exit 1; }
     mkdir -p "$host/parts" "$host/shared"
@@ -17,13 +17,13 @@ keep() {
     [ ! -d "$1/photographs" ] || cp -r "$1/photographs/." "$host/shared/"
 }
 
-# The library for the CPU; arguments are the compiler's.
+# Build the library for the CPU; further arguments go to the compiler.
 build_library() {
     "${CXX:-g++}" -std=c++17 -O3 -g0 -fno-math-errno -ffp-contract=off -fvisibility=hidden -fPIC -shared -pthread \
         kernels/*.cpp -o "$1" "${@:2}"
 }
 
-# Put the carried library in its place; build it here if this system cannot load it. Without one NumPy is slower.
+# Install the carried library; build it here if this system cannot load it. Without it, NumPy is slower.
 place_library() {
     local target=kernels/libdali_diffusemix.so
     [ -e dali_diffusemix/kernels ] || ln -s ../kernels dali_diffusemix/kernels
@@ -33,7 +33,7 @@ place_library() {
     build_library $target || { rm -f $target; echo "no library for the CPU: NumPy does the work"; }
 }
 
-# The suite; $1: seconds for it.
+# Run the suite within $1 seconds.
 suite() {
     mkdir -p "$host/results" "$out"
     COMMIT=$(cat "$host/parts/COMMIT" 2> /dev/null || echo unknown)

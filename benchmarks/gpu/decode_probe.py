@@ -1,21 +1,21 @@
-"""Which ways to decode for a GPU work on this host, and how fast: DALI's operators alone.
+"""Ways to decode for a GPU with DALI's operators alone: which ones work on this host, and how fast.
 
     decode_probe.py PHOTOGRAPHS --out FOLDER
 
-Independent of this package's decoder. Each way is a process of its own, for it may crash: it decodes small batches of
-each kind of image, prints a line of JSON before and after each, and compares the pixels with Pillow's. A process that
-dies or hangs is begun again behind the kind that ended it. First all ways decode at once; then each is timed by itself:
-batches of 128, whole files and JPEGs that were cut along their restart markers, encoded bytes in memory.
+The probe does not use this package's decoder. Each way runs in a process of its own, because it may crash: it decodes
+small batches of each kind of image, prints a line of JSON before and after each, and compares the pixels with Pillow's.
+A process that dies or hangs is restarted after the kind that ended it. First all ways decode in parallel; then each is
+timed alone: batches of 128, whole files and JPEGs cut along their restart markers, encoded bytes in memory.
 
     cpu_whole, cpu_region          decoded on the CPU, then copied to the GPU
-    gpu_whole, _0, _100            DALI's mixed decoder, the hardware decoder's share as it is by default, 0 and 1
+    gpu_whole, _0, _100            DALI's mixed decoder, with the default share of the hardware decoder, 0 and 1
     gpu_whole_fancy                with libjpeg-turbo's upsampling of colours (jpeg_fancy_upsampling)
     gpu_region, gpu_region_0       the same of windows alone (image_slice)
     kernels                        DALI's own kernels: resize and crop_mirror_normalize, against the same on the CPU
 
-FOLDER gets decode-probe.jsonl, every line, and choice.json: which ways work, what is wrong with the rest, the fastest.
-A way works that decodes the kinds in `NEEDED` as Pillow does, within what decoders may differ. Black or constant
-pictures where Pillow sees something are found, and so is a decoder that delivers something for a damaged file.
+FOLDER gets decode-probe.jsonl with every line, and choice.json: the ways that work, what is wrong with the others, the
+fastest one. A way works if it decodes the kinds in `NEEDED` like Pillow, within the tolerance of decoders. The probe
+also finds black or constant pictures where Pillow has others, and decoders that deliver an image for a damaged file.
 """
 
 import argparse
@@ -49,11 +49,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "kernels": {},
 }
 NEEDED = ("one", "photographs", "cut", "progressive", "together")
-MEAN = 6.0  # of 255: what two JPEG decoders' pixels differ by on average, at most
+MEAN = 6.0  # of 255: maximum mean difference of two JPEG decoders' pixels
 BATCH, TIMED_BATCH = 64, 128
-SILENCE = 20.0  # seconds without a line after which a process hangs
+SILENCE = 20.0  # seconds without a line after which a process counts as hanging
 RESTARTS = 3
-# What a driver says that cannot use a library's device code.
+# Messages of a driver that cannot use a library's device code.
 REFUSALS = (
     "no kernel image",
     "invalid image",
@@ -87,27 +87,27 @@ def item(content: bytes) -> Item:
 
 
 def cut(files: Sequence[Path], folder: Path) -> list[Item]:
-    """Windows of photographs with restart markers, cut as the loader cuts them."""
+    """Return windows of photographs with restart markers, cut as in the loader."""
     from PIL import Image
 
     from dali_diffusemix.images.codec import decode, encode
     from dali_diffusemix.images.reading import read
 
     folder.mkdir(parents=True, exist_ok=True)
-    places, windows, expected = [], [], []
+    locations, windows, expected = [], [], []
     for number, file in enumerate(files):
         with Image.open(file) as image:
             content = encode(image.convert("RGB"), 90)
         target = folder / f"{number}-{os.getpid()}.jpg"
         target.write_bytes(content)
         found = item(content)
-        places.append(os.fsencode(target))
+        locations.append(os.fsencode(target))
         windows.append(found.window)
         top, left, bottom, right = found.window
         expected.append(decode(content)[top:bottom, left:right])
-    batch = read(places, np.array(windows, dtype=np.int32))
-    for place in places:
-        Path(os.fsdecode(place)).unlink()
+    batch = read(locations, np.array(windows, dtype=np.int32))
+    for location in locations:
+        Path(os.fsdecode(location)).unlink()
     return [
         Item(np.array(image), window.astype(np.int32), pixels)
         for image, window, pixels in zip(batch.images, batch.windows, expected, strict=True)
@@ -116,7 +116,7 @@ def cut(files: Sequence[Path], folder: Path) -> list[Item]:
 
 
 def kinds(files: Sequence[Path], folder: Path) -> dict[str, list[Item]]:
-    """Batches by kind, those first that are needed."""
+    """Return batches by kind, the required ones first."""
     import io
 
     from PIL import Image
@@ -213,7 +213,7 @@ class Decoder:
         return found
 
     def __call__(self, items: Sequence[Item]) -> list[NDArray[np.uint8]]:
-        """The windows' pixels."""
+        """Return the pixels of the windows."""
         for name, values in self.feed(items).items():
             self.pipeline.feed_input(name, values)
         (outputs,) = self.pipeline.run()
@@ -226,7 +226,7 @@ class Decoder:
 
 
 def compared(found: Sequence[NDArray[np.uint8]], items: Sequence[Item]) -> dict[str, Any]:
-    """How pixels differ from those that are expected."""
+    """Return the differences of pixels from the expected ones."""
     means, largest, black, shapes = [], 0, 0, 0
     for pixels, one in zip(found, items, strict=True):
         assert one.expected is not None
@@ -243,7 +243,7 @@ def compared(found: Sequence[NDArray[np.uint8]], items: Sequence[Item]) -> dict[
 
 
 def kernels(items: Sequence[Item], device: int | None) -> dict[str, Any]:
-    """DALI's resize and crop_mirror_normalize on the GPU, against the CPU's."""
+    """Compare DALI's resize and crop_mirror_normalize on the GPU with those on the CPU."""
     from nvidia.dali import fn, pipeline_def, types
 
     def run(gpu: bool) -> list[NDArray[np.float32]]:
@@ -266,7 +266,7 @@ def kernels(items: Sequence[Item], device: int | None) -> dict[str, Any]:
 
 
 def speed(way: dict[str, Any], items: Sequence[Item], threads: int, device: int | None, seconds: float) -> float:
-    """Images a second."""
+    """Return images per second."""
     batch = [items[i % len(items)] for i in range(TIMED_BATCH)]
     fed: list[Any] = []
     decoder = Decoder(way, TIMED_BATCH, threads, device, source=lambda: tuple(fed))
@@ -281,7 +281,7 @@ def speed(way: dict[str, Any], items: Sequence[Item], threads: int, device: int 
 
 
 def work(options: argparse.Namespace) -> None:
-    """Take a way through all kinds, then, when told to, time it."""
+    """Run a way over all kinds, and then, on request, time it."""
     device = None if options.device == "cpu" else 0
     files = sorted(options.photographs.rglob("*.jpg")) + sorted(options.photographs.rglob("*.JPEG"))
     way, threads = WAYS[options.way], len(os.sched_getaffinity(0))
@@ -296,7 +296,7 @@ def work(options: argparse.Namespace) -> None:
             if kind in options.skip.split(","):
                 continue
             begin = time.perf_counter()
-            if decoder is None:  # anew behind a failure, which ends a pipeline
+            if decoder is None:  # a new one after a failure, which ends a pipeline
                 decoder = Decoder(way, max(map(len, material.values())), 4, device)
             built = round(time.perf_counter() - begin, 2)
             found = one_kind(kind, partial(decoded, kind, items, decoder), build_seconds=built)
@@ -313,7 +313,7 @@ def work(options: argparse.Namespace) -> None:
                 say(kind=f"speed of {kind}", state="done", ok=False, error=f"{type(error).__name__}: {error}"[:1500])
     say(kind="end", state="done")
     sys.stdout.flush()
-    os._exit(0)  # what a library does at its end is not the question
+    os._exit(0)  # without the libraries' own shutdown
 
 
 def decoded(kind: str, items: Sequence[Item], decoder: "Decoder") -> dict[str, Any]:
@@ -345,7 +345,7 @@ def one_kind(kind: str, attempt: Callable[[], dict[str, Any]], **more: Any) -> d
 
 
 class Process:
-    """A way's process: its lines, and how it ended."""
+    """The process of a way: its lines, and its end."""
 
     def __init__(self, command: Sequence[str], log: Any) -> None:
         self.process = subprocess.Popen(
@@ -362,7 +362,7 @@ class Process:
         self._lines.put(None)
 
     def line(self, seconds: float) -> dict[str, Any] | str:
-        """The next line; or how it ended."""
+        """Return the next line, or the way in which the process ended."""
         try:
             text = self._lines.get(timeout=max(seconds, 0.1))
         except queue.Empty:
@@ -376,7 +376,7 @@ class Process:
             return signal.Signals(-status).name if status < 0 else f"exit status {status}"
         try:
             found: dict[str, Any] = json.loads(text)
-        except ValueError:  # a library's own word
+        except ValueError:  # a line of a library
             return self.line(seconds)
         return found
 
@@ -387,17 +387,17 @@ class Process:
 
     def end(self) -> None:
         self.process.kill()
-        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold it: then it is left
+        with contextlib.suppress(subprocess.TimeoutExpired):  # leave it if a driver holds it
             self.process.wait(3)
             self._reader.join(1)
             for pipe in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):  # nobody reads what was not sent
+                with contextlib.suppress(OSError):  # unsent data is not needed
                     assert pipe is not None
                     pipe.close()
 
 
 class Probe:
-    """All ways, and what is known of them."""
+    """All ways, and the results so far."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -409,7 +409,7 @@ class Probe:
         self._log = (options.out / "decode-probe-processes.log").open("w")
 
     def close(self) -> None:
-        """End what waits, and close the files."""
+        """End waiting processes, and close the files."""
         for process in self._processes.values():
             process.end()
         self._record.close()
@@ -422,13 +422,13 @@ class Probe:
             self._record.flush()
 
     def command(self, way: str, skip: Sequence[str]) -> list[str]:
-        """What a way's process runs."""
+        """Return the command of a way's process."""
         options = self._options
         command = [sys.executable, __file__, str(options.photographs), "--way", way, "--skip", ",".join(skip)]
         return [*command, "--device", options.device, "--out", str(options.out), "--seconds", str(options.seconds)]
 
     def decode(self, way: str) -> None:
-        """Take a way through all kinds, behind each crash anew."""
+        """Run a way over all kinds, with a new process after each crash."""
         skip: list[str] = []
         for _ in range(1 + RESTARTS):
             process, under_way = Process(self.command(way, skip), self._log), "start"
@@ -452,7 +452,7 @@ class Probe:
             skip.append(under_way)
 
     def time(self, way: str) -> None:
-        """Time a way whose process waits."""
+        """Time a way with a waiting process."""
         process, under_way = self._processes.pop(way), "speed of photographs"
         try:
             process.go()
@@ -488,7 +488,7 @@ class Probe:
         return self.write()
 
     def write(self) -> dict[str, Any]:
-        """choice.json, of what is known."""
+        """Write choice.json from the results so far."""
         content = choice(self.found)
         unfinished = self._options.out / ".choice.json.tmp"
         unfinished.write_text(json.dumps(content, indent=1) + "\n")
@@ -497,7 +497,7 @@ class Probe:
 
 
 def choice(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Which ways work, what is wrong, and the fastest: as choice.json has it."""
+    """Return the content of choice.json: the ways that work, what is wrong, the fastest one."""
     ways: dict[str, Any] = {}
     for way, results in found.items():
         if way == "kernels":
@@ -527,7 +527,7 @@ def choice(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {
         "ways": ways,
         "fastest": fastest,
-        # For steps after this one: this package's way to decode, whose "gpu" is whole decode, and plain DALI's form.
+        # For later steps: this package's way to decode (its "gpu" decodes whole images) and plain DALI's form.
         "loader": None if fastest is None else "gpu" if fastest[:3] == "gpu" and ways["gpu_whole"]["works"] else "cpu",
         "plain_dali": max(forms, key=lambda form: forms[form]) if any(forms.values()) else None,
         "kernels": kernels,

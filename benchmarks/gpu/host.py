@@ -1,4 +1,4 @@
-"""What the host is: versions, driver, cores, memory, libraries for video and JPEG, and how fast its memory copies.
+"""The host: versions, driver, cores, memory, libraries for video and JPEG, and the speed of memory copies.
 
 The device copy counts bytes read plus bytes written, 1 GiB; the copies from the host are of 256 MiB, pinned and not.
 """
@@ -41,7 +41,7 @@ def loads(library: str) -> str:
 
 
 def fastest(work: Callable[[], None], wait: Callable[[], None], times: int = 8) -> float:
-    """Seconds of the fastest of some runs."""
+    """Return the seconds of the fastest of some runs."""
     work()
     wait()
     taken = []
@@ -54,7 +54,7 @@ def fastest(work: Callable[[], None], wait: Callable[[], None], times: int = 8) 
 
 
 def copies(device: str) -> dict[str, float]:
-    """Gigabytes a second."""
+    """Return gigabytes per second."""
     import torch
 
     cuda = device != "cpu"

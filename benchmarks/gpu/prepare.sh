@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Lay out here what a GPU host without a network lacks, in two folders to carry, one a call.
+# Prepare the files that a GPU host without a network lacks, in two folders to carry, one per call.
 #
 #     benchmarks/gpu/prepare.sh FOLDER PHOTOGRAPHS BUNDLE [bundle.py]
 #
-# BUNDLE is what `bundle.py make --only-arch 90` leaves: two parts. FOLDER/1 and FOLDER/2 get one each, and as many
-# photographs as fit into MOST bytes; FOLDER/1 gets the library for the CPU too.
+# BUNDLE is the output of `bundle.py make --only-arch 90`: two parts. FOLDER/1 and FOLDER/2 get one part each, and as
+# many photographs as fit into MOST bytes; FOLDER/1 also gets the library for the CPU.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mkdir -p "${1:?usage: prepare.sh FOLDER PHOTOGRAPHS BUNDLE [bundle.py]}" && cd "$1" && pwd)

@@ -1,4 +1,4 @@
-"""The calls of a GPU host, rehearsed here: the CPU in the GPU's place, no network, every step killed once.
+"""The calls of a GPU host, rehearsed on this machine: on the CPU, without a network, each step killed once.
 
     prepare.sh FOLDER PHOTOGRAPHS BUNDLE
     rehearse.py FOLDER --python PYTHON --out RECORD
@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 
 class Host:
-    """A folder that stands for the host."""
+    """A folder that represents the host."""
 
     def __init__(self, folder: Path, carried: Path, python: Path) -> None:
         self._folder, self._carried = folder, carried
@@ -49,7 +49,7 @@ class Host:
         }
 
     def call(self, number: int, *arguments: str, carry: bool = True) -> subprocess.Popen[str]:
-        """Begin a call: what it carries is there, and OUT is empty."""
+        """Start a call with its carried folder and an empty OUT."""
         shutil.rmtree(self.out, ignore_errors=True)
         self.out.mkdir()
         for other in (1, 2):
@@ -68,14 +68,14 @@ class Host:
         )
 
     def archive(self) -> tuple[list[str], dict[str, Any]]:
-        """The names in the archive that came back, all of it read, and what it says of the steps."""
+        """Read the whole archive that came back; returns its names and the results of the steps."""
         with tarfile.open(self.out / "suite.tar.gz") as tar:
             content = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
         return sorted(content), json.loads(content["suite/steps.json"])
 
 
 def killed(host: Host, name: str, seconds: float) -> dict[str, Any]:
-    """Take a step and kill everything `seconds` after it began; then resume."""
+    """Take a step, kill everything `seconds` after its start, and resume."""
     before = host.archive()[1] if (host.out / "suite.tar.gz").exists() else {}
     process = host.call(2, "900", name, carry=False)
     assert process.stdout is not None
@@ -89,7 +89,7 @@ def killed(host: Host, name: str, seconds: float) -> dict[str, Any]:
     others = {other: row["state"] for other, row in steps.items() if other != name}
     expected = {other: row["state"] for other, row in before.items() if other != name}
     if steps[name]["state"] != "running" and seconds > 0.2:
-        return killed(host, name, seconds / 3)  # on a machine that has become faster it was over
+        return killed(host, name, seconds / 3)  # the step had ended already, on a faster machine
     assert steps[name]["state"] == "running" and others == expected, (name, steps[name]["state"], others, expected)
     again = host.call(2, "900", name, "--resume", carry=False)
     output = again.communicate()[0]
@@ -105,7 +105,7 @@ def killed(host: Host, name: str, seconds: float) -> dict[str, Any]:
 
 
 def leftovers(name: str) -> int:
-    """Processes of a step that are still there."""
+    """Return the number of processes of a step that still run."""
     count = 0
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():

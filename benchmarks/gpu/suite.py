@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
-"""What a GPU is to show, in short steps, for a host that is lent for minutes and may be lost at any moment.
+"""Everything that needs a GPU, in short steps, for a host that is available for minutes and may be lost at any time.
 
     suite.py STEP... --out FOLDER     steps or groups of them: a b c d e f g; without any, all
 
-Each step is a process, with a log and a time limit of its own. When the limit is over, the process and all that it
-started are killed. A step that fails, crashes or hangs never stops the next. After each step what there is goes into
-one small archive, written under another name and renamed: whatever happens, the last one is whole. With --resume, steps
-that passed are not taken again. With --deadline, a step is not begun whose limit does not fit into what is left.
+Each step is a process with its own log and time limit. After the limit, the process and all that it started are killed.
+A step that fails, crashes or hangs never stops the next one. After each step, all results are packed into one small
+archive, which is written under another name and renamed, so that the last archive is always complete. With --resume,
+steps that passed are skipped. With --deadline, a step is skipped if its limit exceeds the time left.
 
-Needs nothing but Python. `--device cpu` is the rehearsal: the same steps, smaller, as far as they go without a GPU.
+It needs only Python. `--device cpu` is the rehearsal: the same steps, smaller, as far as possible without a GPU.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "DALI_DIFFUSEMIX_SUITE"  # in the environment of a step and of all that it starts
-GRACE = 4.0  # seconds to end in, for a step whose limit is over
+MARK = "DALI_DIFFUSEMIX_SUITE"  # in the environment of a step and of its child processes
+GRACE = 4.0  # seconds that a step has to end after its limit
 TAIL = 1300  # characters of a step's log that are shown
-LARGEST = 1 << 20  # bytes of a log in the archive; of a longer one both ends
+LARGEST = 1 << 20  # bytes of a log in the archive; of a longer log, both ends are kept
 REPORTS = (".json", ".log", ".xml", ".jsonl", ".txt")
 
 
@@ -49,7 +49,7 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a step ended."""
+    """The end of a step."""
 
     state: str  # "passed", "failed", "timed out", "left out"
     exit: int | None  # exit status; negative: the signal
@@ -61,7 +61,7 @@ class Outcome:
 
 
 def marked(token: str) -> Iterator[int]:
-    """The processes of a step: all whose environment bears its mark, whatever group or session they are in."""
+    """Yield the processes of a step: those with its mark in their environment, in any group or session."""
     wanted = f"{MARK}={token}".encode()
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and int(folder.name) != os.getpid():
@@ -71,7 +71,7 @@ def marked(token: str) -> Iterator[int]:
 
 
 def kill(token: str) -> None:
-    """Kill a step's processes, and those that they begin meanwhile."""
+    """Kill the processes of a step, and those that they start meanwhile."""
     for _ in range(50):
         found = list(marked(token))
         if not found:
@@ -83,7 +83,7 @@ def kill(token: str) -> None:
 
 
 def perform(command: Sequence[str], log: Path, limit: float, token: str, environment: dict[str, str]) -> Outcome:
-    """Run a command with a time limit, output to `log`; nothing that it started is left."""
+    """Run a command with a time limit and output to `log`; leaves none of its processes."""
     begin = time.monotonic()
     with log.open("wb") as file:
         try:
@@ -111,14 +111,14 @@ def perform(command: Sequence[str], log: Path, limit: float, token: str, environ
             kill(token)
             try:
                 status = process.wait(GRACE)
-            except subprocess.TimeoutExpired:  # a driver holds it: it is left
+            except subprocess.TimeoutExpired:  # leave it: a driver holds it
                 status = -signal.SIGKILL
     reason = f"limit {limit:g} s" if state == "timed out" else ended(status)
     return Outcome(state=state, exit=status, seconds=time.monotonic() - begin, reason=reason)
 
 
 def ended(status: int) -> str:
-    """An exit status in words; nothing for 0."""
+    """Return an exit status in words; empty for 0."""
     if status >= 0:
         return f"exit status {status}" if status else ""
     try:
@@ -131,7 +131,7 @@ def ended(status: int) -> str:
 
 
 def replace(path: Path, content: bytes) -> None:
-    """Write a file that is whole at any moment."""
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.tmp")
     with unfinished.open("wb") as file:
@@ -142,7 +142,7 @@ def replace(path: Path, content: bytes) -> None:
 
 
 def archive(out: Path, target: Path) -> None:
-    """Pack the reports in `out` into `target`; of a long log both ends are kept."""
+    """Pack the reports in `out` into `target`, with both ends of long logs."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w:gz", compresslevel=6) as tar:
         for file in sorted(out.rglob("*")):
@@ -159,23 +159,23 @@ def archive(out: Path, target: Path) -> None:
 
 
 class Suite:
-    """Takes steps, keeping what is known in `out`/steps.json and in the archive."""
+    """Takes steps, and keeps the results in `out`/steps.json and in the archive."""
 
     def __init__(self, out: Path, target: Path, *, deadline: float | None = None) -> None:
-        """`deadline` is the moment, of time.monotonic(), at which all must be over."""
+        """`deadline` is the time, of time.monotonic(), at which everything must have ended."""
         self._out, self._target, self._deadline = out, target, deadline
         self._state = out / "steps.json"
         out.mkdir(parents=True, exist_ok=True)
         self.known: dict[str, dict[str, Any]] = {}
         if self._state.exists():
             self.known = json.loads(self._state.read_text())
-        for row in self.known.values():  # of a suite that was killed
+        for row in self.known.values():  # left by a killed suite
             if row["state"] == "running":
                 kill(row["token"])
                 row.update(state="failed", reason="the suite itself was killed")
 
     def take(self, step: Step, *, resume: bool) -> None:
-        """Take a step, if need be and if there is time."""
+        """Take a step, if it is needed and there is time."""
         if resume and self.known.get(step.name, {}).get("state") == "passed":
             print(f"== {step.name}: passed before", flush=True)
             return
@@ -217,14 +217,14 @@ class Suite:
         archive(self._out, self._target)
 
     def table(self) -> Iterator[str]:
-        """What is known, a line a step."""
+        """Yield the results, one line per step."""
         for name, row in self.known.items():
             seconds, reason = row.get("seconds", 0.0), row.get("reason", "")
             yield f"{row['group']} {name:14} {row['state']:10} {seconds:6.1f} s  {reason}".rstrip()
 
 
 def tail(log: Path, characters: int = TAIL) -> str:
-    """The end of a log, whole lines."""
+    """Return the end of a log, in whole lines."""
     with contextlib.suppress(OSError):
         text = log.read_bytes()[-4 * characters :].decode(errors="replace")[-characters:]
         return text.partition("\n")[2].strip() if len(text) == characters else text.strip()
@@ -242,11 +242,11 @@ def has(module: str) -> bool:
 
 
 def pytest_command(out: Path, name: str, processes: int, seconds: int, *arguments: str) -> tuple[str, ...]:
-    """The command of a step of tests: in parallel, with a time limit for each, and a report for programs."""
+    """Return the command of a step of tests: in parallel, with a time limit per test, and a JUnit report."""
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-W", "default"]
     command += ["--show-capture=all", f"--junit-xml={out / name}.xml"]
     if has("xdist"):
-        # A process that crashes is one test that failed: the next one begins afresh.
+        # A crashed process counts as one failed test; a new process takes the next test.
         command += ["-n", str(processes), "--maxprocesses", str(processes), "--max-worker-restart", "12"]
     if has("pytest_timeout"):
         command += ["--timeout", str(seconds), "--timeout-method", "thread"]
@@ -254,7 +254,7 @@ def pytest_command(out: Path, name: str, processes: int, seconds: int, *argument
 
 
 def read(file: Path) -> dict[str, Any]:
-    """A record of an earlier step; {} if there is none."""
+    """Return the record of an earlier step; {} if there is none."""
     with contextlib.suppress(OSError, ValueError):
         found: dict[str, Any] = json.loads(file.read_text())
         return found
@@ -262,7 +262,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def choice(out: Path) -> dict[str, str | None]:
-    """This package's fastest way to decode and plain DALI's fastest form, by the loader benchmark or by the probe."""
+    """Return the fastest way to decode of this package and of plain DALI, by the loader benchmark or the probe."""
     probed = read(out / "choice.json")
     rates = {name: row["images_per_second"] for name, row in read(out / "loader.json").get("results", {}).items()}
 
@@ -280,7 +280,7 @@ def choice(out: Path) -> dict[str, str | None]:
 
 
 def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
-    """All steps in their order: cheapest and most valuable first. Each is made when its turn comes."""
+    """Return all steps in order, cheapest and most valuable first. Each is made just before it is taken."""
     out, photographs, python = options.out.resolve(), str(options.photographs), sys.executable
     cuda, cores = options.device != "cpu", len(os.sched_getaffinity(0))
     here, cache = ROOT / "benchmarks", str(out / "cache")
@@ -288,7 +288,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
     rounds = str(options.rounds or (3 if cuda else 1))
     few = (("OMP_NUM_THREADS", "2"), ("OPENBLAS_NUM_THREADS", "2"), ("MKL_NUM_THREADS", "2"))
     if cuda:
-        few += (("DALI_DIFFUSEMIX_NEED_GPU", "1"),)  # tests that skip have shown nothing
+        few += (("DALI_DIFFUSEMIX_NEED_GPU", "1"),)  # skipped tests would show nothing
 
     def script(name: str, *arguments: str) -> tuple[str, ...]:
         return (python, str(here / name), *arguments)
@@ -373,10 +373,10 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
     gpu = "tests/gpu"
     host = script("gpu/host.py", "--device", options.device, "--out", str(out / "host.json"))
-    alone = "memory_stays or auto"  # look at the memory of the whole device, or measure: nothing runs beside them
+    alone = "memory_stays or auto"  # they measure, or check the memory of the whole device: nothing else may run
 
     def regions() -> Step:
-        """The tests of a way that may crash in every one of them: a few, unless the probe saw it work."""
+        """Return the tests of a way that may crash in each of them: few, unless it worked in the probe."""
         works = read(out / "choice.json").get("ways", {}).get("gpu_region", {}).get("works", not cuda)
         which = "regions" if works else "regions and same_samples and 8"
         arguments = (f"{gpu}/test_gpu_loader.py", "-k", which)

@@ -18,28 +18,31 @@ _NAME_BYTES = 100
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[BinaryIO]:
+def replacing(file: Path, *, durable: bool = True) -> Iterator[BinaryIO]:
     """Write a file whole or not at all: yields a new file, which takes the name `file` at the end of the block.
 
-    The content is on the disk before the name is. The temporary file lies beside it, as `.NAME.8HEX.tmp` (a long name
-    is cut), and is removed after an error; a process that is killed leaves it: see `remove_temporary`.
+    The temporary file lies beside it, as `.NAME.8HEX.tmp` (a long name is cut), and is removed after an error; a
+    process that is killed leaves it: see `remove_temporary`. `durable`: the content is on the disk before the name is,
+    so that it survives a power failure; it takes some milliseconds.
     """
     name = os.fsdecode(os.fsencode(file.name)[:_NAME_BYTES])
     temporary = file.with_name(f".{name}.{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(file.parent)
+    if durable:
+        sync_folder(file.parent)
 
 
-def write(file: Path, data: bytes | memoryview) -> None:
+def write(file: Path, data: bytes | memoryview, *, durable: bool = True) -> None:
     """Write a file whole or not at all; see `replacing`."""
-    with replacing(file) as stream:
+    with replacing(file, durable=durable) as stream:
         stream.write(data)
 
 
@@ -130,8 +133,10 @@ def locked(file: Path, part: range | None = None, *, wait: bool = True) -> Itera
 
 
 def cache_folder() -> Path:
-    """The user's folder for what can be made again: $DALI_DIFFUSEMIX_CACHE, else dali-diffusemix in $XDG_CACHE_HOME or
-    ~/.cache. Raises ConfigError where there is no home folder either.
+    """The user's cache folder.
+
+    $DALI_DIFFUSEMIX_CACHE, else dali-diffusemix in $XDG_CACHE_HOME or ~/.cache. Raises ConfigError if there is no home
+    folder either.
     """
     if own := os.environ.get("DALI_DIFFUSEMIX_CACHE"):
         return Path(own)

@@ -1,7 +1,7 @@
 """CuPy and the GPU: compiles the mix kernel at first use and launches it on torch's current stream.
 
-CuPy is imported only here, and only when something is launched: importing this module touches no GPU. Nothing here
-waits for the device, but `Retained.wait` and the first use of a kernel or a bank.
+CuPy is imported only here, and only when something is launched: importing this module touches no GPU. Only
+`Retained.wait` and the first use of a kernel or a bank wait for the device.
 """
 
 import functools
@@ -26,7 +26,7 @@ _INSTALL: Final = "pip install 'dali-diffusemix[cuda12]' (or [cuda13]) with a Py
 
 
 def check_installed() -> None:
-    """Raise MissingDependencyError unless what CUDA needs is installed. Touches no driver."""
+    """Raise MissingDependencyError unless CUDA's dependencies are installed. Touches no driver."""
     missing = []
     if torch.version.cuda is None:
         missing.append(f"PyTorch {torch.__version__} is built without CUDA")
@@ -36,7 +36,7 @@ def check_installed() -> None:
 
 
 def check_available() -> None:
-    """Raise MissingDependencyError unless there is a GPU that can be used. Initialises the driver."""
+    """Raise MissingDependencyError unless there is a usable GPU. Initialises the driver."""
     check_installed()
     if not torch.cuda.is_available():
         cuda = torch.version.cuda
@@ -44,15 +44,15 @@ def check_available() -> None:
 
 
 def compiler() -> tuple[str, str]:
-    """The versions of CuPy and of NVRTC, the compiler that it uses. Raises MissingDependencyError."""
+    """The versions of CuPy and of its compiler, NVRTC. Raises MissingDependencyError."""
     try:
         import cupy
 
         major, minor = cupy.cuda.nvrtc.getVersion()
     except ModuleNotFoundError as error:
-        raise MissingDependencyError(f"{error.name} is not installed: {_INSTALL}") from error
+        raise MissingDependencyError(f"{error.name} is not installed: {_INSTALL}.") from error
     except RuntimeError as error:
-        raise MissingDependencyError(f"CuPy does not find NVRTC ({error}): {_INSTALL}") from error
+        raise MissingDependencyError(f"CuPy does not find NVRTC ({error}): {_INSTALL}.") from error
     return str(cupy.__version__), f"{major}.{minor}"
 
 
@@ -60,12 +60,12 @@ def _refuse(missing: list[str]) -> None:
     if missing:
         raise MissingDependencyError(
             f"device='cuda' cannot be used on this machine: {' and '.join(missing)}. On a machine with an NVIDIA GPU: "
-            f"{_INSTALL}; without one give device='cpu'"
+            f"{_INSTALL}; without one give device='cpu'."
         )
 
 
 def source() -> str:
-    """The CUDA source, its header put in: CuPy's cache of compiled kernels goes by this text alone."""
+    """The CUDA source with its header inserted: the key of CuPy's cache of compiled kernels is this text alone."""
     folder = resources.files("dali_diffusemix.kernels")
 
     def text(name: str) -> str:
@@ -76,8 +76,8 @@ def source() -> str:
 
 
 def options(name: str | None = None) -> tuple[str, ...]:
-    """NVRTC's options besides the architecture, to compile the kernel `name` alone; None: all eight."""
-    # 177 would warn about functions of the header that only the CPU's kernel calls: they lie in the same text.
+    """NVRTC's options besides the architecture, to compile only the kernel `name`; None: all eight."""
+    # 177 would warn about the functions of the header that only the CPU's kernel calls.
     common = ("--std=c++17", "--diag-suppress=177")
     if name is None:
         return common
@@ -95,7 +95,7 @@ def _kernel(device: int, name: str) -> Any:
 
 
 class _TorchStream:
-    """A stream handle in the protocol that CuPy 14 asks for; torch's streams have it in late versions only."""
+    """A stream handle in the protocol of CuPy 14; only late versions of torch's streams have it."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
@@ -106,7 +106,7 @@ class _TorchStream:
 
 @functools.cache
 def _stream(handle: int, device: int) -> Any:
-    """CuPy's object for a stream of torch's. Kept for good: some CuPy may destroy the stream along with the object."""
+    """CuPy's object for a torch stream. Kept for good: some CuPy versions destroy the stream with the object."""
     import cupy
 
     with cupy.cuda.Device(device):
@@ -119,7 +119,7 @@ class DeviceBank:
     """A fractal bank in a device's memory, (count, height, width, 3) uint8. `device_bank` shares them."""
 
     def __init__(self, images: NDArray[np.uint8], device: torch.device) -> None:
-        # A copy, for torch cannot hold what is mapped read-only.
+        # A copy, since torch cannot hold memory that is mapped read-only.
         self.images = torch.from_numpy(np.array(images)).to(device)
 
     def __len__(self) -> int:
@@ -130,12 +130,12 @@ _banks: weakref.WeakValueDictionary[tuple[object, torch.device], DeviceBank] = w
 
 
 def device_bank(key: object, images: NDArray[np.uint8], device: torch.device) -> DeviceBank:
-    """The one copy of a bank on a device in this process, made when it is first asked for.
+    """The one copy of a bank on a device in this process, made at the first call.
 
     Args:
-        key: What names the bank: its path, or an object of its own.
+        key: Identifies the bank: its path, or an object of its own.
         images: (count, height, width, 3) uint8.
-        device: Where.
+        device: The device.
     """
     bank = _banks.get((key, device))
     if bank is None:
@@ -145,7 +145,7 @@ def device_bank(key: object, images: NDArray[np.uint8], device: torch.device) ->
 
 @dataclass(frozen=True)
 class DeviceTables:
-    """A batch's pieces and rows in device memory. `upload` makes them."""
+    """A batch's pieces and rows in device memory, copied by `upload`."""
 
     count: int  # samples
     pieces: int  # addresses
@@ -159,7 +159,7 @@ def upload(pieces: NDArray[np.void], rows: NDArray[np.void], device: torch.devic
     Args:
         pieces: (2, n) of `mix.call.PIECE`: originals, edits.
         rows: (n,) of `mix.call.ROW`.
-        device: Where.
+        device: The device.
     """
     staging = torch.empty(pieces.nbytes + rows.nbytes, dtype=torch.uint8, pin_memory=True)
     view = staging.numpy()
@@ -198,13 +198,13 @@ def launch(tables: DeviceTables, bank: DeviceBank | None, out: torch.Tensor, for
 
 
 class Retained:
-    """Keeps what the device still reads, and lets it go once it has: looked at with each addition, never waited for."""
+    """Keeps memory that the device still reads. Each addition releases what has been read, without waiting."""
 
     def __init__(self) -> None:
         self._kept: deque[tuple[torch.cuda.Event, object]] = deque()
 
     def add(self, owner: object, device: torch.device) -> None:
-        """Keep `owner` until all work that is on torch's current stream by now is done."""
+        """Keep `owner` until all work now on torch's current stream is done."""
         while self._kept and self._kept[0][0].query():  # type: ignore[no-untyped-call]
             self._kept.popleft()
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -212,6 +212,6 @@ class Retained:
         self._kept.append((event, owner))
 
     def wait(self) -> None:
-        """Wait for the device and let everything go."""
+        """Wait for the device and release everything."""
         while self._kept:
             self._kept.popleft()[0].synchronize()

@@ -1,7 +1,20 @@
 """Counter-based random numbers: a draw is a function of its address, never of what was drawn before.
 
-Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox4x32-10.
-The address of a draw is key = (seed, epoch), counter = (index low, index high, field, 0); it yields four words.
+Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011): Philox4x32-10. An address
+is a key of two 32-bit words and a counter of four; it yields four 32-bit draws.
+
+This is the register of all streams. No two share an address:
+
+    key               counter                                stream
+    (seed, epoch)     (index low, index high, field, 0)      a sample: MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, and
+                                                             CROP and the fields after it, a crop's tries
+    (seed, epoch)     (step low, step high, field, 0)        the batch transform of rank r: BATCH_TRANSFORM + r
+    (seed, epoch)     (round, 0, PERMUTATION, 0)             the epoch's order
+    (seed, FLAME)     (block, step, index, attempt)          fractal flames; no epoch reaches FLAME
+
+Outside this register: editors seed generators of NumPy's or torch's with a SHA-256 of the edit's address
+(`generate.worker.edit_seed`), a user's sampler draws from torch's generators, and `bench` and `decode="auto"` take
+material for their measurements from NumPy's `default_rng`.
 """
 
 from typing import Final
@@ -10,6 +23,27 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from dali_diffusemix.errors import ConfigError
+
+MIXED: Final = 0
+"""Field: whether a sample is mixed."""
+EDIT: Final = 1
+"""Field: which edit."""
+MASK: Final = 2
+"""Field: which mask."""
+FRACTAL: Final = 3
+"""Field: which fractal, and its flips."""
+WEIGHT: Final = 4
+"""Field: the fractal's weight."""
+FLIP: Final = 5
+"""Field: a crop's flip."""
+CROP: Final = 16
+"""Field: a crop's first try; the fields up to BATCH_TRANSFORM are for more."""
+BATCH_TRANSFORM: Final = 2**31
+"""Field: the batch transform of rank 0; the other ranks follow."""
+PERMUTATION: Final = 2**32 - 1
+"""Field: the round keys of the epoch's order."""
+FLAME: Final = 0x464C414D
+"""Second word of the key, where the others have the epoch: fractal flames. kernels/flame.cpp has the same number."""
 
 _MULTIPLIER_0: Final = np.uint64(0xD2511F53)
 _MULTIPLIER_1: Final = np.uint64(0xCD9E8D57)
@@ -50,19 +84,19 @@ def check_seed(seed: int, epoch: int) -> None:
     """Raise ConfigError unless both fit the key's 32-bit words."""
     for name, value in (("seed", seed), ("epoch", epoch)):
         if not isinstance(value, int | np.integer):
-            raise ConfigError(f"{name} must be a whole number, found {value!r}")
+            raise ConfigError(f"{name} must be a whole number, found {value!r}.")
         if not 0 <= value < 2**32:
-            raise ConfigError(f"{name} must be at least 0 and below 2**32, found {value}")
+            raise ConfigError(f"{name} must be at least 0 and below 2**32, found {value}.")
 
 
 def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArray[np.uint32]:
-    """Four words for every (index, field).
+    """Return four draws for every (index, field).
 
     Args:
         seed: 0 ≤ seed < 2³².
         epoch: 0 ≤ epoch < 2³².
         indices: (n,) sample indices, 0 ≤ index < 2⁶³.
-        fields: (f,) which decision the words are for, 0 ≤ field < 2³².
+        fields: (f,) which decision the draws are for, 0 ≤ field < 2³².
 
     Returns:
         (f, n, 4) uint32.
@@ -77,52 +111,53 @@ def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArra
     return philox4x32(counter, (seed, epoch))
 
 
-def uniform(words: NDArray[np.uint32]) -> NDArray[np.float64]:
-    """Map words to [0, 1), exactly: the word over 2³²."""
-    return words.astype(np.float64) * 2.0**-32
+def uniform(draws: NDArray[np.uint32]) -> NDArray[np.float64]:
+    """Map draws to [0, 1), exactly: the draw over 2³²."""
+    return draws.astype(np.float64) * 2.0**-32
 
 
-def below(words: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.int64]:
-    """Map words to integers in [0, bound): the high half of word × bound (Lemire 2019, bias below bound / 2³²)."""
-    product = words.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)
+def below(draws: NDArray[np.uint32], bound: ArrayLike) -> NDArray[np.int64]:
+    """Map draws to integers in [0, bound): the high half of draw × bound (Lemire 2019, bias below bound / 2³²)."""
+    product = draws.astype(np.uint64) * np.asarray(bound, dtype=np.uint64)
     return (product >> _WORD).astype(np.int64)
 
 
-_PERMUTATION_FIELD: Final = 0xFFFFFFFF
 _PERMUTATION_ROUNDS: Final = 16
 _MINIMUM_BITS: Final = 4
 
 
 class Permutation:
-    """A pseudo-random order of 0 … length-1 that is computed where it is looked at, and nowhere else.
+    """A pseudo-random order of 0 … length-1 that is computed only where it is looked at.
 
     A Feistel network over the next power of two, walked along its cycles until the value lies below `length`
-    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Any place costs the same and nothing is
+    (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002). Any position costs the same and nothing is
     stored. Its round keys are Philox draws of (seed, epoch), so every epoch has its own order.
     """
 
     def __init__(self, length: int, *, seed: int, epoch: int) -> None:
         if not 1 <= length < 2**62:
-            raise ConfigError(f"length must be at least 1 and below 2**62, found {length}")
+            raise ConfigError(f"length must be at least 1 and below 2**62, found {length}.")
         self._length = length
         # At least 4 bits: with fewer, a Feistel network cannot reach every order.
         bits = max(_MINIMUM_BITS, (length - 1).bit_length())
         bits += bits % 2
         self._half = np.uint64(bits // 2)
         self._mask = np.uint64((1 << (bits // 2)) - 1)
-        words = draw(seed, epoch, np.arange(_PERMUTATION_ROUNDS), [_PERMUTATION_FIELD])
+        draws = draw(seed, epoch, np.arange(_PERMUTATION_ROUNDS), [PERMUTATION])
         # 64 bits of key a round.
-        self._keys = words[0, :, 0].astype(np.uint64) | words[0, :, 1].astype(np.uint64) << _WORD
+        self._keys = draws[0, :, 0].astype(np.uint64) | draws[0, :, 1].astype(np.uint64) << _WORD
 
     def __len__(self) -> int:
         return self._length
 
-    def __call__(self, places: ArrayLike) -> NDArray[np.int64]:
-        """Return which index stands at each place; (n,) int64 in, (n,) int64 out."""
-        places = np.asarray(places, dtype=np.int64)
-        if places.size and not (places.min() >= 0 and places.max() < self._length):
-            raise ConfigError(f"places must lie in [0, {self._length}), found {places.min()} to {places.max()}")
-        values = self._encipher(places.astype(np.uint64))
+    def __call__(self, positions: ArrayLike) -> NDArray[np.int64]:
+        """Return the index at each position; (n,) int64 in, (n,) int64 out."""
+        positions = np.asarray(positions, dtype=np.int64)
+        if positions.size and not (positions.min() >= 0 and positions.max() < self._length):
+            raise ConfigError(
+                f"positions must lie in [0, {self._length}), found {positions.min()} to {positions.max()}."
+            )
+        values = self._encipher(positions.astype(np.uint64))
         outside = np.flatnonzero(values >= self._length)
         while outside.size:
             values[outside] = self._encipher(values[outside])

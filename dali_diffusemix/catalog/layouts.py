@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix.base.files import new_folder
+from dali_diffusemix.base.files import new_folder, remove_temporary
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog, default_location
 from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
@@ -395,6 +395,7 @@ def _write_images(root: Path, split: str, names: Sequence[str], images: NDArray[
     """Write all images or none, so that an existing folder is whole."""
     try:
         (root / "png").mkdir(exist_ok=True)
+        remove_temporary(root / "png", seconds=3600)
         with new_folder(root / "png" / split) as folder:
             for name, image in zip(names, images, strict=True):
                 (folder / name).parent.mkdir(exist_ok=True)

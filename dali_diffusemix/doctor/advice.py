@@ -1,4 +1,4 @@
-"""What follows from the answers of the probes: what works, why something does not, and what to do about it."""
+"""Conclusions from the answers of the probes: what works, why something does not, and what to do about it."""
 
 import os
 from collections.abc import Mapping
@@ -24,23 +24,23 @@ FEATURES: Final[Mapping[str, str]] = {
     "train": "examples/train.py",
     "accelerate": "under Accelerate",
 }
-"""Of some probes: what people use that for which they stand."""
+"""Features, by the probe that tries them."""
 
-_REPORT: Final = "report it with this output: nothing that is known to be missing explains it"
+_REPORT: Final = "report it with this output: no known cause explains it"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """Something that people do with this package, and whether it works here."""
+    """A feature of this package, and whether it works here."""
 
     title: str
     works: bool
-    detail: str  # what was tried, or why it does not work
-    remedy: str | None = None  # where it does not
+    detail: str  # what was tried, or the reason why it does not work
+    remedy: str | None = None  # if it does not work
 
 
 def judge(name: str, answers: Mapping[str, Answer]) -> Feature:
-    """Whether the feature works that a probe stands for."""
+    """Judge whether the feature of a probe works."""
     error = answers[name].error
     if error is None:
         return Feature(title=FEATURES[name], works=True, detail=_detail(name, answers))
@@ -56,14 +56,14 @@ def _detail(name: str, answers: Mapping[str, Answer]) -> str:
     if name == "cache":
         return "the cache folder can be written"
     if name == "load_cpu" and (error := answers["dali_cpu"].error):
-        return f"by Pillow alone, for DALI decodes nothing: {error}"
+        return f"only by Pillow, because DALI decodes nothing: {error}"
     if name == "diffusers" and answers["load_cuda"].error is not None:
         return f"{found['detail']}; without a GPU it is slow"
     return str(found["detail"])
 
 
 def _why_no_gpu(error: str, answers: Mapping[str, Answer]) -> str:
-    """What is missing; the error itself where nothing is."""
+    """Return what is missing, or the error itself if nothing is."""
     gpus, torch = answers["gpus"], answers["torch"]
     missing = [gpus.error] if gpus.error else []
     if torch.error is None and torch.found["cuda"] is None:
@@ -105,9 +105,9 @@ def _torch_remedy(answers: Mapping[str, Answer]) -> str:
 
 
 def _install(extra: Extra, versions: Mapping[str, Any]) -> str:
-    """How to get an optional part: what lacks is installed; what is there and cannot be imported is replaced."""
+    """Return the command for an optional part: it installs a missing one and replaces a broken one."""
     if all(versions[package] for package in extra.packages):
-        # What they depend on stays: another build of PyTorch could take the place of the one that was chosen.
+        # Without dependencies, which could replace the PyTorch that was chosen by another build.
         return f"pip install --force-reinstall --no-deps {' '.join(extra.packages)}"
     return f"pip install {extra.install}"
 
@@ -123,7 +123,7 @@ def _dali_remedy(answers: Mapping[str, Answer]) -> str:
 
 
 def _cuda_extra(answers: Mapping[str, Answer]) -> str:
-    """The extra for the CUDA that PyTorch has, else for the driver's."""
+    """Return the extra for the CUDA of PyTorch, or else of the driver."""
     cuda = answers["torch"].found["cuda"] or answers["gpus"].found["cuda"] or "12"
     return "cuda13" if int(cuda.partition(".")[0]) >= 13 else "cuda12"
 
@@ -140,7 +140,7 @@ def _gpu_remedy(answers: Mapping[str, Answer]) -> str:
         return "install a PyTorch built for CUDA (https://pytorch.org/get-started/locally), then run this again"
     if answers["torch"].found["why_no_gpu"]:
         return (
-            "look at CUDA_VISIBLE_DEVICES, and whether the driver is new enough for PyTorch's CUDA "
+            "check CUDA_VISIBLE_DEVICES, and that the driver is new enough for PyTorch's CUDA "
             f"{answers['torch'].found['cuda']}"
         )
     if answers["gpu_kernel"].error:
@@ -160,24 +160,24 @@ def _kernel_remedy(answers: Mapping[str, Answer]) -> str:
 
 
 def traps(answers: Mapping[str, Answer]) -> list[str]:
-    """What people fall into, though things may work."""
+    """Return notes on common mistakes, even if everything works."""
     versions, machine = answers["versions"].found, answers["machine"].found
     notes = []
     if all(versions[package] for package in DALI):
         notes.append(
-            f"{' and '.join(DALI)} are both installed, and own the same folder: what is there is a mix of the two, or "
-            f"one with the other's files. {_dali_remedy(answers)}"
+            f"{' and '.join(DALI)} are both installed, but own the same folder, which may hold files of both. "
+            f"{_dali_remedy(answers)}"
         )
     if sum(versions[package] is not None for package in CUPY) > 1:
         notes.append("more than one CuPy is installed, in the same folder; uninstall all of them, then install one")
     if machine["quota"] is not None and machine["quota"] < machine["affinity"]:
         notes.append(
             f"this container may use {machine['quota']:g} of the {machine['affinity']} cores that it sees; "
-            f"give num_workers={machine['cores']}, for more threads than that are made to wait"
+            f"give num_workers={machine['cores']}, because more threads would have to wait"
         )
     if machine["shared_memory"] is not None and machine["shared_memory"] < 1 << 30:
         notes.append(
-            f"/dev/shm has {machine['shared_memory'] >> 20} MiB, little for DataLoader's worker processes: docker run "
-            "--shm-size=2g"
+            f"/dev/shm has {machine['shared_memory'] >> 20} MiB, too little for many worker processes of DataLoader: "
+            "docker run --shm-size=2g"
         )
     return notes

@@ -1,7 +1,7 @@
-"""Probes run in processes of their own, so that one that fails, dies or hangs keeps no other from its answer.
+"""Processes that run probes, so that a probe that fails, dies or hangs does not affect the others.
 
-a lane's probes ──> process ──> a line of JSON each ──> answers
-                    (after one that broke, the rest in another process)
+the probes of a lane ──> process ──> a line of JSON each ──> answers
+                         (after a failed probe, the rest in a new process)
 """
 
 import contextlib
@@ -18,7 +18,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
-from dali_diffusemix.doctor.probes import PROBES, described
+from dali_diffusemix.doctor.described import described
+from dali_diffusemix.doctor.probes import PROBES
 from dali_diffusemix.errors import DiffuseMixError
 
 __all__ = ["Answer", "Lane", "run", "serve"]
@@ -30,15 +31,15 @@ _CHILD: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a probe found, or why it found nothing."""
+    """The result of a probe, or the reason why there is none."""
 
     found: Mapping[str, Any]
     error: str | None = None
-    known: bool = False  # the error is one of this package's: it names the remedy where there is one
+    known: bool = False  # the error is one of this package, which names the remedy if there is one
 
 
 class Lane:
-    """Runs probes one after another in a process of its own; after one that failed, the rest in another."""
+    """Runs probes one after another in a process; after a failed one, the rest in a new process."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Lane:
         while self._waiting and not self._stopped:
             try:
                 self._run_process()
-            except OSError as error:  # no process can be had
+            except OSError as error:  # no process can be started
                 self._tell(self._waiting.popleft(), Answer(found={}, error=described(error)))
 
     def stop(self) -> None:
@@ -74,7 +75,7 @@ class Lane:
                 stdout=subprocess.PIPE,
                 stderr=said,
                 env=self._environment,
-                start_new_session=True,  # so that its own processes can be ended with it
+                start_new_session=True,  # so that its child processes can be killed with it
             ) as process,
         ):
             self._process = process
@@ -107,7 +108,7 @@ class Lane:
 
 
 def run(lanes: Sequence[Lane]) -> None:
-    """Run lanes side by side."""
+    """Run lanes in parallel."""
     with ThreadPoolExecutor(len(lanes)) as pool:
         futures = [pool.submit(lane.run) for lane in lanes]
         try:
@@ -119,7 +120,7 @@ def run(lanes: Sequence[Lane]) -> None:
 
 
 def _last_words(process: "subprocess.Popen[bytes]", said: int) -> Answer:
-    """Why a process ended without an answer."""
+    """Return the reason why a process ended without an answer."""
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(1)
     code = process.poll()
@@ -135,8 +136,8 @@ def _last_words(process: "subprocess.Popen[bytes]", said: int) -> Answer:
 
 
 def serve(request: str) -> None:
-    """Answer probes in a process of their own, a line of JSON each."""
-    # What libraries print goes elsewhere.
+    """Run probes in this process, a line of JSON for each answer."""
+    # Output of libraries goes to standard error.
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)
         asked = json.loads(request)
@@ -145,12 +146,12 @@ def serve(request: str) -> None:
             found: Mapping[str, Any] = {}
             try:
                 found = PROBES[name].run(*asked["arguments"])
-            except Exception as raised:  # of any kind: it is the answer
+            except Exception as raised:  # any error is the answer
                 error, known = described(raised), isinstance(raised, DiffuseMixError)
             answers.write(json.dumps({"found": found, "error": error, "known": known}) + "\n")
             answers.flush()
-            # What refused on purpose left nothing half done.
+            # After an error of this package, the process is in a good state.
             if error is not None and not known:
                 break
-    # Without tearing down what was loaded, which may fail too.
+    # Without shutting down libraries, which may fail too.
     os._exit(0)

@@ -1,4 +1,4 @@
-"""Fractals: the bank of structural images that the mix blends in, and how they are rendered."""
+"""Fractals: the bank of structural images that the mix blends in, and their rendering."""
 
 from dali_diffusemix.fractals.bank import FractalBank, bank_from_folder, render_bank
 from dali_diffusemix.fractals.flame import render

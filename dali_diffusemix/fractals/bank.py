@@ -1,11 +1,9 @@
-"""The fractal bank: one memory-mapped file of structural images; opened, rendered, or made from a folder."""
+"""The fractal bank: one memory-mapped file of structural images, opened, rendered or made from a folder."""
 
 import contextlib
 import io
 import logging
 import os
-import secrets
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,16 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.files import replacing
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
-from dali_diffusemix.fractals.flame import check, cores, render
+from dali_diffusemix.fractals.flame import check_ranges, render
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.images.formats import read_size
 
 _log = logging.getLogger(__name__)
-
-
-# ---------------------------------------------------------------- the bank
 
 
 class FractalBank:
@@ -34,8 +31,8 @@ class FractalBank:
         images: (count, height, width, 3) uint8 RGB, C-contiguous, count >= 1.
 
     Attributes:
-        images: the same, read-only.
-        path: the file it was opened from, absolute, or None.
+        images: The same, read-only.
+        path: The absolute path of the file that it was opened from, or None.
 
     Raises:
         ConfigError: `images` is something else.
@@ -46,28 +43,28 @@ class FractalBank:
 
     def __init__(self, images: NDArray[np.uint8]) -> None:
         if (found := _misfit(images)) is not None:
-            raise ConfigError(f"images must be a C-contiguous (count, height, width, 3) uint8 array, found {found}")
+            raise ConfigError(f"images must be a C-contiguous (count, height, width, 3) uint8 array, found {found}.")
         self.images = images.view(np.ndarray)
         self.images.flags.writeable = False
         self.path = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Map a bank's file, read-only. Pickled, the bank is its path and is opened again.
+        """Map a bank's file, read-only. It is pickled as its path.
 
         Raises:
-            StoreError: the file is missing, damaged or not a bank.
+            StoreError: The file is missing, damaged or not a bank.
         """
         path = Path(path).absolute()
-        remedy = f"Render one with: dali-diffusemix fractals {path}{' --overwrite' if path.is_file() else ''}"
+        remedy = f"render one with `dali-diffusemix fractals {path}{' --overwrite' if path.is_file() else ''}`."
         try:
             images = np.lib.format.open_memmap(path, mode="r")  # never unpickles
-        except Exception as error:  # NumPy lets its header's tokenizer raise what it likes
-            raise StoreError(f"fractal bank {path}: must be a readable .npy file, found: {error}. {remedy}") from error
+        except Exception as error:  # NumPy's parser of headers may raise anything
+            raise StoreError(f"fractal bank {path}: must be a readable .npy file, found: {error}; {remedy}") from error
         if (found := _misfit(images)) is not None:
             raise StoreError(
                 f"fractal bank {path}: must hold a C-contiguous (count, height, width, 3) uint8 array, "
-                f"found {found}. {remedy}"
+                f"found {found}; {remedy}"
             )
         bank = cls(images)
         bank.path = path
@@ -102,30 +99,25 @@ def render_bank(
     """Render fractals 0 … count-1 of `seed` into a bank, and open it. The file appears when it is whole.
 
     Args:
-        path: the .npy file to write; its folders are made.
-        count: how many fractals, at least 1.
-        size: pixels a side, 16 to 1024.
+        path: The .npy file to write; missing folders are made.
+        count: The number of fractals, at least 1.
+        size: Pixels of a side, 16 to 1024.
         seed: 0 <= seed < 2**32.
-        overwrite: replace a file that is there.
-        progress: called after each fractal with how many are done and how many there will be.
-        threads: fractals rendered at a time, one per core unless given. The result does not depend on it.
+        overwrite: Replace an existing file.
+        progress: Called after each fractal with the number of those done and of all.
+        threads: Fractals rendered at once; by default one per CPU. The result does not depend on it.
 
     Raises:
-        ConfigError: an argument is out of its range.
-        StoreError: the file exists, or cannot be written.
+        ConfigError: An argument is out of range.
+        StoreError: The file exists, or cannot be written.
     """
-    check(count=count, size=size, seed=seed, threads=threads)
-    with _new_bank(path, size, overwrite) as add:
-        workers = Workers(threads or cores(), "dali-diffusemix-fractals")
-        one = partial(render, size=size, seed=seed, threads=1)
-        try:
-            rendered = deque(workers.submit(one, index) for index in range(count))
-            for done in range(1, count + 1):
-                add(rendered.popleft().get())
-                if progress is not None:
-                    progress(done, count)
-        finally:
-            workers.close()
+    check_ranges(count=count, size=size, seed=seed, threads=threads)
+    one = partial(render, size=size, seed=seed, threads=1)
+    with _new_bank(path, size, overwrite) as add, Workers(threads or cpus(), "dali-diffusemix-fractals") as workers:
+        for done, image in enumerate(workers.map(one, range(count)), 1):
+            add(image)
+            if progress is not None:
+                progress(done, count)
     return FractalBank.open(path)
 
 
@@ -140,20 +132,20 @@ def bank_from_folder(
     """Make a bank of a folder's images, in the order of their paths, each cut to its central square and resized.
 
     Args:
-        path: the .npy file to write; its folders are made.
-        folder: searched with all its subfolders; hidden files are passed over.
-        size: pixels a side, 16 to 1024; Pillow's LANCZOS filter.
-        overwrite: replace a file that is there.
-        progress: called after each file with how many are done and how many there are.
+        path: The .npy file to write; missing folders are made.
+        folder: It is searched with all subfolders; hidden files are skipped.
+        size: Pixels of a side, 16 to 1024; Pillow's LANCZOS filter.
+        overwrite: Replace an existing file.
+        progress: Called after each file with the number of those done and of all.
 
     Returns:
-        The bank, and for each file that cannot be decoded its path and the reason. They are logged, too.
+        The bank, and the path and the reason of each file that cannot be decoded, which are logged, too.
 
     Raises:
-        ConfigError: `size` is out of its range.
-        StoreError: the bank exists or cannot be written, or the folder holds no readable image.
+        ConfigError: `size` is out of range.
+        StoreError: The bank exists or cannot be written, or the folder holds no readable image.
     """
-    check(size=size)
+    check_ranges(size=size)
     folder = Path(folder)
     files = sorted(f for f in folder.rglob("*") if f.is_file() and not f.name.startswith("."))
     unreadable: list[tuple[Path, str]] = []
@@ -162,10 +154,10 @@ def bank_from_folder(
             try:
                 image = Image.fromarray(decode(file))
             except DecodeError as error:
-                why = read_size(str(file))  # what the file is, where it is no image, or of no kind that is read
+                why = read_size(str(file))  # tells what a file is that is no supported image
                 reason = f"{str(file)!r}: {why}" if isinstance(why, str) else str(error)
                 unreadable.append((file, reason))
-                _log.warning("left out of the fractal bank: %s", reason)
+                _log.warning("Left out of the fractal bank: %s", reason)
             else:
                 add(np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)))
             if progress is not None:
@@ -173,7 +165,7 @@ def bank_from_folder(
         if len(unreadable) == len(files):
             raise StoreError(
                 f"folder {folder}: must hold at least one image that can be decoded, found {len(files)} files, "
-                "none of them readable. Name another folder, or render a bank with: dali-diffusemix fractals"
+                "none of them readable; name another folder, or render a bank with `dali-diffusemix fractals`."
             )
     return FractalBank.open(path), unreadable
 
@@ -182,13 +174,8 @@ def bank_from_folder(
 def _new_bank(
     path: str | os.PathLike[str], size: int, overwrite: bool
 ) -> Iterator[Callable[[NDArray[np.uint8]], None]]:
-    """Yield a function that adds one (size, size, 3) image; the file takes its name when the block ends well."""
+    """Yield a function that adds one (size, size, 3) image; the file appears if the block ends without an error."""
     path = Path(path)
-    with _writing(path):
-        exists = path.exists()
-    if exists and not overwrite:
-        raise StoreError(f"fractal bank {path}: must not exist yet. Name another file, or say --overwrite")
-    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")  # the name may be as long as names can be
     count = 0
 
     def add(image: NDArray[np.uint8]) -> None:
@@ -199,17 +186,17 @@ def _new_bank(
 
     with contextlib.ExitStack() as stack:
         with _writing(path):
+            if path.exists() and not overwrite:
+                raise StoreError(f"fractal bank {path}: must not exist yet; name another file, or say --overwrite.")
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Written, not mapped: a full disk is then an error and not a killed process.
-            stack.callback(unfinished.unlink, missing_ok=True)  # first: an interrupt may come as soon as it is there
-            file = stack.enter_context(unfinished.open("wb"))
+            file = stack.enter_context(replacing(path))
+            # Written, not mapped: a full disk is then an error and does not kill the process.
             file.write(_header(0, size))
         yield add
         with _writing(path):
             file.seek(0)
             file.write(_header(count, size))
-            file.close()
-            unfinished.replace(path)
+            stack.close()
 
 
 @contextlib.contextmanager
@@ -217,7 +204,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"fractal bank {path}: must be writable, found: {error}. Name another place") from error
+        raise StoreError(f"fractal bank {path}: must be writable, found: {error}; name another file.") from error
 
 
 def _header(count: int, size: int) -> bytes:
@@ -230,7 +217,7 @@ def _header(count: int, size: int) -> bytes:
 
 
 def _misfit(images: object) -> str | None:
-    """Return what `images` is, unless it is what a bank holds."""
+    """Return a description of `images` unless they can be a bank's."""
     if not isinstance(images, np.ndarray):
         return type(images).__name__
     if images.ndim == 4 and images.shape[-1] == 3 and images.size > 0 and images.dtype == np.uint8:

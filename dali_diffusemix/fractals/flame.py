@@ -4,16 +4,15 @@
        ^                           |            |
        +------- next attempt, if it is collapsed or dull
 
-Fractal i of seed s is a function of (s, i, size), whatever the number of threads, and the same motif at every size.
-The chaos game gives the same bits in C++ and in NumPy (which takes about ten times as long); the pictures' tones use
-NumPy's logarithms and powers, which may differ in the last bit between two machines.
+Fractal i of seed s is a function of (s, i, size), whatever the number of threads, and shows the same motif at every
+size. The chaos game gives the same bits in C++ and in NumPy (about ten times slower); the pictures' tones use NumPy's
+logarithms and powers, whose last bit may differ between machines.
 
 Source: Draves and Reckase, "The Fractal Flame Algorithm" (2008).
 """
 
 import dataclasses
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
@@ -22,12 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.base import native
-from dali_diffusemix.base.philox import philox4x32, uniform
+from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.philox import FLAME, philox4x32, uniform
 from dali_diffusemix.errors import ConfigError
 
 _Floats = NDArray[np.floating[Any]]  # float32 throughout
 
-_KEY: Final = 0x464C414D  # "FLAM": keeps these draws apart from the plan's, whose key ends in the epoch
 _GENOME: Final = 2**32 - 1  # counter word 1, where an orbit has its step
 _START: Final = 2**32 - 2
 _CLOUD: Final = 1024  # points that are sorted together; kernels/flame.cpp has the same number
@@ -61,12 +60,12 @@ _LMS_TO_RGB: Final = np.array(
 )
 
 
-# ---------------------------------------------------------------- the genome
+# The genome -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Flame:
-    """What one attempt at one fractal is made of."""
+    """The genome of one attempt at one fractal."""
 
     seed: int
     index: int
@@ -75,12 +74,12 @@ class _Flame:
     palette: NDArray[np.uint8]  # (256, 3) RGB
 
 
-class _Draws:
-    """Uniform numbers of one attempt, taken one after the other."""
+class _FlameDraws:
+    """Uniform numbers of one attempt, taken in order."""
 
     def __init__(self, seed: int, index: int, attempt: int) -> None:
         counter = np.array([(i, _GENOME, index, attempt) for i in range(128)], dtype=np.uint32)
-        self._values: Iterator[float] = iter(uniform(philox4x32(counter, (seed, _KEY))).ravel().tolist())
+        self._values: Iterator[float] = iter(uniform(philox4x32(counter, (seed, FLAME))).ravel().tolist())
 
     def between(self, low: float, high: float) -> float:
         return low + (high - low) * next(self._values)
@@ -92,7 +91,7 @@ class _Draws:
         return next(self._values) < probability
 
 
-def _affine(draws: _Draws, smallest: float, largest: float, reach: float) -> list[float]:
+def _affine(draws: _FlameDraws, smallest: float, largest: float, reach: float) -> list[float]:
     """Return a b c d e f: a rotation, two scales, a rotation, and a shift by at most `reach`."""
     p, q = draws.between(0, math.tau), draws.between(0, math.tau)
     s, t = draws.between(smallest, largest), draws.between(smallest, largest)
@@ -106,7 +105,7 @@ def _affine(draws: _Draws, smallest: float, largest: float, reach: float) -> lis
 
 def _draw_flame(seed: int, index: int, attempt: int) -> _Flame:
     """Draw three to six maps, rotations for every fourth flame, and a palette. The numbers were chosen by eye."""
-    draws = _Draws(seed, index, attempt)
+    draws = _FlameDraws(seed, index, attempt)
     count = 3 + draws.below(4)
     # Two or three variations per flame give it a character; a dash of linear keeps it from falling apart.
     favourites = [draws.below(len(_VARIATIONS)) for _ in range(2 + draws.below(2))]
@@ -136,7 +135,7 @@ def _draw_flame(seed: int, index: int, attempt: int) -> _Flame:
     return _Flame(seed=seed, index=index, attempt=attempt, maps=maps.astype(np.float32), palette=_draw_palette(draws))
 
 
-def _draw_palette(draws: _Draws) -> NDArray[np.uint8]:
+def _draw_palette(draws: _FlameDraws) -> NDArray[np.uint8]:
     """Return (256, 3) RGB: a smooth closed walk through OKLab between two hues, light and dark by turns."""
     knots = 4 + 2 * draws.below(2)
     first = draws.below(len(_HUES))
@@ -155,7 +154,7 @@ def _draw_palette(draws: _Draws) -> NDArray[np.uint8]:
     return palette
 
 
-# ---------------------------------------------------------------- the chaos game
+# The chaos game -------------------------------------------------------------------------------------------------------
 
 
 def _unit(words: NDArray[np.uint32]) -> _Floats:
@@ -255,7 +254,7 @@ def _play_numpy(
     x, y, c = points[:, 0], points[:, 1], points[:, 2]
     for step in range(first_step, first_step + steps):
         counter[:, 1] = step
-        words = philox4x32(counter, (flame.seed, _KEY))
+        words = philox4x32(counter, (flame.seed, FLAME))
         bits = words.reshape(clouds, -1, 4).swapaxes(1, 2).reshape(clouds, _CLOUD)
         draw = _unit(bits)
         choice = (draw[..., None] >= flame.maps[1:, _THRESHOLD]).sum(-1, dtype=np.uint8)
@@ -282,9 +281,9 @@ def _play_numpy(
         u = np.clip((x - frame[0]) * frame[2] + 1, 0, width - 0.5).astype(np.int64)
         v = np.clip((y - frame[1]) * frame[3] + 1, 0, height - 0.5).astype(np.int64)
         shade = colours[(c * np.float32(255.9)).astype(np.int64)]
-        place = (v * width + u).ravel()
+        cell = (v * width + u).ravel()
         for channel in range(4):
-            sums = np.bincount(place, shade[..., channel].ravel(), minlength=height * width)
+            sums = np.bincount(cell, shade[..., channel].ravel(), minlength=height * width)
             histogram[..., channel] += sums.reshape(height, width).astype(np.uint32)
     points[:, 0], points[:, 1], points[:, 2] = x, y, c
 
@@ -298,7 +297,7 @@ def _play(
     histogram: NDArray[np.uint32] | None,
     threads: int,
 ) -> None:
-    """Move `points` on by `steps` and count them in `histogram`, if there is one; see native.play_flame."""
+    """Move `points` by `steps` and count them in `histogram`, if given; see native.play_flame."""
     if native.library() is None:
         with np.errstate(all="ignore"):  # points that leave are replaced, as in C++
             _play_numpy(flame, points, first_step, steps, frame, histogram)
@@ -312,12 +311,12 @@ def _start(flame: _Flame) -> _Floats:
     counter = np.zeros((_POINTS * 3 // 4, 4), np.uint32)
     counter[:, 0] = np.arange(len(counter))
     counter[:, 1:] = _START, flame.index, flame.attempt
-    points = _unit(philox4x32(counter, (flame.seed, _KEY))).reshape(-1, 3, _CLOUD)
+    points = _unit(philox4x32(counter, (flame.seed, FLAME))).reshape(-1, 3, _CLOUD)
     points[:, :2] = 2 * points[:, :2] - 1
     return points
 
 
-# ---------------------------------------------------------------- the picture
+# The picture ----------------------------------------------------------------------------------------------------------
 
 
 def _frame(points: _Floats) -> _Floats | None:
@@ -335,7 +334,7 @@ def _frame(points: _Floats) -> _Floats | None:
 
 
 def _spread_palette(flame: _Flame, points: _Floats) -> _Flame:
-    """Stretch the palette where the points' colours crowd, so that all of it is seen."""
+    """Widen the palette where the points' colours crowd, so that all of it is seen."""
     colours = np.sort(points[:, 2], axis=None)
     rank = np.searchsorted(colours, np.arange(256) / 255.9) / colours.size
     shade = 255 * (0.75 * rank + 0.25 * np.linspace(0, 1, 256))
@@ -350,8 +349,8 @@ def _filter(planes: _Floats, taps: list[int], *, dilation: int = 1, stride: int 
         padded = np.pad(planes, [(margin, margin) if a == axis else (0, 0) for a in range(3)], mode="edge")
         planes = np.zeros_like(padded, shape=(*planes.shape[:axis], n, *planes.shape[axis + 1 :]))
         for k, tap in enumerate(taps):
-            place = slice(k * dilation, k * dilation + n * stride, stride)
-            planes += padded[(slice(None),) * axis + (place,)] * np.float32(tap / sum(taps))
+            window = slice(k * dilation, k * dilation + n * stride, stride)
+            planes += padded[(slice(None),) * axis + (window,)] * np.float32(tap / sum(taps))
     return planes
 
 
@@ -366,13 +365,13 @@ def _develop(planes: _Floats, backdrop: _Floats) -> tuple[_Floats, _Floats]:
 
     Args:
         planes: (4, 2 size, 2 size) hits, and sums of red, green and blue of 0 to 255.
-        backdrop: (3,) RGB in [0, 1], shown where no point came.
+        backdrop: (3,) RGB in [0, 1], shown where there are no hits.
 
     Returns:
         picture: (size, size, 3) RGB in [0, 1].
-        cover: (size, size) in [0, 1], how much of it is flame.
+        cover: (size, size) in [0, 1], the share of the flame.
     """
-    # Where there are few hits, take them from further around (Draves and Reckase's density estimation, on two scales).
+    # Where there are few hits, average over a wider area (Draves and Reckase's density estimation, on two scales).
     near = _filter(planes, [1, 4, 6, 4, 1])
     far = _filter(near, [1, 4, 6, 4, 1], dilation=2)
     fine, coarse = near[:1] / (near[:1] + 40), far[:1] / (far[:1] + 10)
@@ -387,7 +386,7 @@ def _develop(planes: _Floats, backdrop: _Floats) -> tuple[_Floats, _Floats]:
     cover, *colour = _filter(planes, [1, 3, 3, 1], stride=2)
     picture = np.stack(colour, axis=-1) / np.maximum(255 * cover, 1e-6)[..., None]
 
-    # Sheets upon sheets average their colours towards grey; give back what was lost.
+    # Overlapping sheets average towards grey: restore the saturation.
     luma = _luma(picture)[..., None]
     saturation = float(np.average(picture.max(-1) - picture.min(-1), weights=cover))
     picture = luma + (picture - luma) * np.float32(np.clip(0.42 / max(saturation, 1e-3), 0.8, 1.8))
@@ -422,7 +421,7 @@ def _picture(
 
 
 def _flaw(picture: _Floats, cover: _Floats) -> str | None:
-    """Return what is dull about a (64, 64, 3) preview in [0, 1] with its (64, 64) cover, or None."""
+    """Return the flaw of a dull (64, 64, 3) preview in [0, 1] with its (64, 64) cover, or None."""
     luma = _luma(picture)
     cells = cover.reshape(8, 8, 8, 8).mean(axis=(1, 3))
     if (cells > 0.15).mean() < 0.9:
@@ -447,19 +446,19 @@ def render(index: int, *, size: int = 256, seed: int = 0, threads: int | None = 
     """Render fractal `index` of `seed`.
 
     Args:
-        index: which fractal, 0 <= index < 2**32.
-        size: pixels a side, 16 to 1024.
+        index: The number of the fractal, 0 <= index < 2**32.
+        size: Pixels of a side, 16 to 1024.
         seed: 0 <= seed < 2**32.
-        threads: at most this many, all cores unless given. The result does not depend on it.
+        threads: The most threads; by default one per CPU. The result does not depend on it.
 
     Returns:
         (size, size, 3) uint8 RGB.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: An argument is out of range.
     """
-    check(index=index, size=size, seed=seed, threads=threads)
-    threads = threads or cores()
+    check_ranges(index=index, size=size, seed=seed, threads=threads)
+    threads = threads or cpus()
     attempt = 0
     while True:  # about every second attempt passes
         flame = _draw_flame(seed, index, attempt)
@@ -476,11 +475,8 @@ def render(index: int, *, size: int = 256, seed: int = 0, threads: int | None = 
     return np.rint(255 * picture).astype(np.uint8)
 
 
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def check(*, index: int = 0, count: int = 1, size: int = 16, seed: int = 0, threads: int | None = None) -> None:
+def check_ranges(*, index: int = 0, count: int = 1, size: int = 16, seed: int = 0, threads: int | None = None) -> None:
+    """Raise ConfigError unless every argument is in its range."""
     rules = {
         "index": (index, 0, 2**32 - 1),
         "count": (count, 1, 2**32 - 1),
@@ -490,4 +486,4 @@ def check(*, index: int = 0, count: int = 1, size: int = 16, seed: int = 0, thre
     }
     for name, (value, least, most) in rules.items():
         if not least <= value <= most:
-            raise ConfigError(f"{name} must lie in {least} to {most}, found {value}")
+            raise ConfigError(f"{name} must lie in {least} to {most}, found {value}.")

@@ -1,7 +1,7 @@
-"""Generation: from a folder of originals to a store of their edits.
+"""Generation: makes a store of edits from a folder of originals, once, offline.
 
-config     what to make
-run        the whole of it, resumable at any moment
+config     which edits to make
+run        a run, which can be stopped at any time and resumed
 worker     one shard
 quality    a verdict on every edit
 editors/   how an image is edited (procedural, diffusers)

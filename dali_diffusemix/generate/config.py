@@ -1,4 +1,4 @@
-"""What to make: which edits, by which editor, of which size, with which prompts."""
+"""The edits to make: editor, prompts, sizes, variants, quality."""
 
 import math
 import os
@@ -15,30 +15,32 @@ from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 from dali_diffusemix.generate.editors.procedural import ProceduralConfig
 from dali_diffusemix.images.codec import RESTARTS
 
-# Of a shard, unless it is said: what a model makes in some minutes, and what restyling makes in about one.
+# Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
-    """Which edits to make, and how.
+    """The edits to make: editor, prompts, sizes, quality.
 
-    Raises ConfigError where a field breaks its rule.
+    More than ten fields, because each of them decides the bytes of the store, and the store records them.
+
+    Raises ConfigError if a field breaks its rule.
     """
 
-    editor: str | EditorConfig = "procedural"  # or the model of a `DiffusersConfig`: a hub id or a folder
+    editor: str | EditorConfig = "procedural"  # or a model for `DiffusersConfig`: hub id or local folder
     prompts: tuple[str, ...] = PROMPTS  # without the template
-    denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of classes it is not for
-    size: int = 256  # pixels of a stored edit's side; of one that keeps its shape, the square root of its pixels
-    edit_size: int | None = None  # the same of what the editor works on; None: what is stored
-    resize: Literal["squash", "keep"] = "squash"  # to a square, as in the released code; or the aspect ratio is kept
-    variants: int = 1  # edits of an original under one prompt, from different seeds
+    denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of denied classes
+    size: int = 256  # side of a stored edit in pixels; with resize="keep" the square root of its pixel count
+    edit_size: int | None = None  # the same for the image given to the editor; None: as stored
+    resize: Literal["squash", "keep"] = "squash"  # to a square, as in the released code; or keep the aspect ratio
+    variants: int = 1  # edits per original and prompt, from different seeds
     seed: int = 0
-    retry: int = 0  # more tries, each from another seed, for an edit that quality rejects
+    retry: int = 0  # more attempts, each from another seed, at an edit that quality rejects
     thresholds: quality.Thresholds = field(default_factory=quality.Thresholds)
     quality: int = 90  # of the JPEG
-    batch_size: int = 16  # edits that the editor makes at once
-    originals_per_shard: int | None = None  # 64 where an edit takes long, as by a model; else 512
+    batch_size: int = 16  # edits per call of the editor
+    originals_per_shard: int | None = None  # None: 64 for a model, 512 for the procedural editor
 
     _LIMITS: ClassVar[Mapping[str, tuple[int, int]]] = {
         "size": (1, 4096),
@@ -78,13 +80,13 @@ class GenerateConfig:
 
     @property
     def editor_config(self) -> EditorConfig:
-        """The editor, however it was named."""
+        """The editor's config, also if `editor` was given as a name."""
         assert not isinstance(self.editor, str)
         return self.editor
 
     @property
     def shard_length(self) -> int:
-        """Originals in a shard."""
+        """Originals per shard."""
         if self.originals_per_shard is not None:
             return self.originals_per_shard
         return _ORIGINALS_BY_MODEL if self.editor_config.accelerated else _ORIGINALS
@@ -95,11 +97,11 @@ class GenerateConfig:
 
     @property
     def scale(self) -> float:
-        """How much larger an edit is stored than it was made."""
+        """The factor from the side that an edit is made with to the side that it is stored with."""
         return self.size / self._side
 
     def settings(self) -> dict[str, str | int | float | bool | None]:
-        """What an edit store records: all that decides an edit besides its original, prompt and variant."""
+        """The settings that an edit store records: all that decides an edit besides original, prompt and variant."""
         return {
             **self.editor_config.settings(),
             "size": self.size,
@@ -114,10 +116,10 @@ class GenerateConfig:
         }
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """(height, width) of what the editor gets of an original of this size."""
+        """(height, width) of the image given to the editor, for an original of this size."""
         if self.resize == "squash":
             return self._side, self._side
-        # As many pixels whatever the shape, so that no panorama is too large for the editor.
+        # The same number of pixels for every shape, so that no panorama is too large for the editor.
         step, ratio = self.editor_config.multiple, math.sqrt(height / width)
         return tuple(max(1, round(side / step)) * step for side in (self._side * ratio, self._side / ratio))  # type: ignore[return-value]
 
@@ -134,7 +136,7 @@ class PromptFile:
     """
 
     prompts: tuple[str, ...]
-    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes
+    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes that it is not applied to
     template: str | None
 
     @classmethod
@@ -146,6 +148,11 @@ class PromptFile:
             raise ConfigError(f"prompts: {str(file)!r} must be a TOML file, found: {error}.") from error
         if unknown := sorted(set(content) - {"prompts", "template", "deny"}):
             raise ConfigError(f"prompts: {str(file)!r} may have prompts, template and [deny], found {unknown[0]!r}.")
+        return cls.parse(content, file)
+
+    @classmethod
+    def parse(cls, content: Mapping[str, object], file: str | os.PathLike[str]) -> "PromptFile":
+        """Take these three keys of a file that was read. Raises ConfigError."""
         template, deny = content.get("template"), content.get("deny", {})
         if not (template is None or isinstance(template, str)) or not isinstance(deny, dict):
             raise ConfigError(f"prompts: {str(file)!r}: template must be a string and [deny] a table.")

@@ -1,16 +1,16 @@
-"""Quality: a verdict on every edit, so that what a diffusion model spoiled is not trained on.
+"""Quality: a verdict on every edit, so that bad edits of a diffusion model are not trained on.
 
-Tests are made in this order; the first that fails is the verdict. Images are 0 to 1 here.
+The first test that fails, in this order, is the verdict. Pixels are 0 to 1 here.
 
     not a number             share of pixels that are not finite
     black, white             share of pixels of which every channel is near 0, near 1
     flat                     standard deviation of the channel that varies most
-    unchanged                mean absolute difference of both, averaged over a grid of at most 32 x 32 cells: what a
-                             diffusion model's autoencoder or JPEG changes without editing is fine detail
+    unchanged                mean absolute difference from the original over a grid of at most 32 x 32 cells: without
+                             an edit, an autoencoder or JPEG changes only fine detail
     structure_lost           the larger of two correlations over that grid: of brightness, of either sign (a night, a
-                             negative), and of how steep it is; whether things are still where they were
+                             negative), and of its steepness; low if objects are not where they were
 
-The score of an accepted edit is its last one: how much of the original's structure it kept, 0 to 1.
+The score of an accepted edit is that of the last test: how much of the original's structure it kept, 0 to 1.
 
 The thresholds were calibrated with photographs and procedural edits, not with a diffusion model's
 (benchmarks/calibrate_quality.py). The released code's filter passes black images and drops white ones; see the tests.
@@ -31,7 +31,7 @@ _Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """From where on an edit is rejected. Raises ConfigError unless each is from 0 to 1."""
+    """The thresholds of the tests. Raises ConfigError unless each is from 0 to 1."""
 
     not_finite: float = 0.0  # share of pixels; more is rejected
     black: float = 0.98  # share of pixels; as many are rejected
@@ -46,13 +46,13 @@ class Thresholds:
                 raise ConfigError(f"thresholds: {name} must be a number from 0 to 1, found {value!r}.")
 
     def settings(self) -> dict[str, float]:
-        """What an edit store records: threshold to value."""
+        """The settings that an edit store records: threshold to value."""
         return {name: float(value) for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement:
-    """What became of an edit."""
+    """The verdict on an edit."""
 
     verdict: str | None  # one of store.REJECTIONS; None: accepted
     score: float  # of the verdict's test; of the last one if it is accepted
@@ -101,16 +101,16 @@ def judge(original: NDArray[np.uint8], edit: NDArray[Any], thresholds: Threshold
 
 
 def _share(which: NDArray[np.bool_]) -> float:
-    """Share of pixels of which this is so in all three channels."""
+    """Share of pixels for which all three channels are True."""
     return float(np.count_nonzero(which[..., 0] & which[..., 1] & which[..., 2])) / which[..., 0].size
 
 
 def _averages(image: NDArray[np.uint8]) -> _Floats:
-    """An image over a grid of cells, (rows, columns, 3) float32 from 0 to 1."""
+    """Averages of an image over a grid of cells, (rows, columns, 3) float32 from 0 to 1."""
     height, width = image.shape[:2]
     rows, columns = min(height, _GRID), min(width, _GRID)
     tops, lefts = np.arange(rows) * height // rows, np.arange(columns) * width // columns
-    # Bands of rows first: the long axis is summed in whole runs of memory.
+    # Bands of rows first: the long axis is summed in contiguous memory.
     bands = np.add.reduceat(image.reshape(height, width * 3), tops, axis=0, dtype=np.uint32).reshape(rows, width, 3)
     sums = np.add.reduceat(bands, lefts, axis=1, dtype=np.uint32)
     areas = np.diff(tops, append=height)[:, None] * np.diff(lefts, append=width)[None, :]
@@ -118,7 +118,7 @@ def _averages(image: NDArray[np.uint8]) -> _Floats:
 
 
 def _structure(original: _Floats, edit: _Floats) -> float:
-    """How alike two images are built, 0 to 1, whatever their colours."""
+    """The similarity of two images' structure, 0 to 1, whatever their colours."""
     ours, theirs = original.mean(axis=2), edit.mean(axis=2)
     return max(abs(_correlation(ours, theirs)), _correlation(_steepness(ours), _steepness(theirs)), 0.0)
 

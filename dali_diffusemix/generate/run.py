@@ -1,10 +1,10 @@
 """A run: from a folder of originals, or a packed store of them, to an edit store.
 
-Each original is read once. A shard is made whole by one job; jobs know nothing of each other, so any engine may run
-them, in any order, on any number of processes.
+Each original is read once. One job makes one whole shard; jobs are independent, so any engine may run them, in any
+order, in any number of processes.
 
-The first Ctrl-C stops a run gently: what the editor is at is judged, the open shards are closed with what they hold,
-and the next run goes on from there. A file in the store tells the workers, wherever they are.
+The first Ctrl-C stops a run gently: edits under way are finished, the open shards are closed with what they have, and
+the next run resumes there. A file in the store tells the workers, on whatever machine.
 """
 
 import json
@@ -48,30 +48,30 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a run did, and what the store holds."""
+    """The result of a run, and the content of the store."""
 
     verdicts: Mapping[str, int]  # of all edits in the store
-    by_prompt: Mapping[str, Mapping[str, int]]  # verdicts of each prompt that occur
+    by_prompt: Mapping[str, Mapping[str, int]]  # of each prompt, the verdicts that occur
     by_class: Mapping[str, Mapping[str, int]]
     made: int  # edits by this run, rejected ones included
     seconds: float
-    missing: int = 0  # shards that other parts have still to make
+    missing: int = 0  # shards that are left to other parts
 
     @property
     def images_per_second(self) -> float:
-        """Edits that this run made in a second."""
+        """Edits that this run made, per second."""
         return self.made / self.seconds
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C ended `generate`. Its text says what is kept."""
+    """Ctrl-C stopped `generate`. The text says what is kept."""
 
     def __init__(self, kept: int, again: int) -> None:
         super().__init__(kept, again)
         self.kept = kept
-        """Edits that this run made and that the next one need not make."""
+        """Edits that this run made and the next one keeps."""
         self.again = again
-        """Edits that it made, or had begun, and that the next one makes again."""
+        """Edits that this run made or began, and the next one makes again."""
 
     def __str__(self) -> str:
         return f"kept {self.kept} edits, to be made again {self.again}"
@@ -90,35 +90,35 @@ def generate(
 ) -> Summary:
     """Make the edits that a store lacks; begin the store if there is none.
 
-    An unfinished run, however it ended, is gone on with by calling this again. More originals, prompts or variants add
-    to a store. An original that cannot be read gets a verdict, and the run goes on.
+    Call again to resume an interrupted run. More originals, prompts or variants extend a store. An original that cannot
+    be read gets a verdict, and the run continues.
 
-    The first Ctrl-C (SIGINT, where nobody else handles it) lets the editor end what it is at and closes the open
-    shards with what they hold; the second stops at once, and what open shards hold is lost.
+    The first Ctrl-C (SIGINT, unless it has another handler) finishes the edits under way and closes the open shards
+    with what they have; the second stops at once, and the edits in open shards are lost.
 
     Args:
         root: The folder of originals, or a packed store.
         store: The edit store, a folder outside `root`.
-        config: Which edits to make; all defaults unless given.
-        catalog: The originals to use, with paths relative to `root`; unless given, `list_originals(root)`.
-        engine: Where the work is done; unless given, on every GPU if the editor wants one and there are any, else in
-            this process.
-        part: Which of the shards to make, where several runs share them.
-        progress: Called with the edits done, those of earlier runs included, and the edits there will be.
-        rejects: Called with prompt to edits that were rejected in this run.
+        config: Which edits to make; by default `GenerateConfig()`.
+        catalog: The originals to use, with paths relative to `root`; by default `list_originals(root)`.
+        engine: Where the work is done; by default on every GPU if the editor uses GPUs and there are any, else in this
+            process.
+        part: The shards to make, if several runs share the work.
+        progress: Called with the number of edits done, also by earlier runs, and of all edits.
+        rejects: Called with the number of rejected edits of this run for each prompt.
 
     Raises:
         ConfigError: The store lies inside the root, or the editor cannot be used or does not know a prompt.
         CatalogError: The originals cannot be listed.
         StoreError: The store is of other originals or settings, another run writes to this part of it, or the disk is
-            full: then finished shards stay, and the same call goes on from there.
+            full: then finished shards stay, and the same call resumes.
         Interrupted: Ctrl-C was pressed (a KeyboardInterrupt).
     """
     begin = time.perf_counter()
     for name, given in (("root", root), ("store", store)):
         if isinstance(given, str) and is_url(given):
             raise ConfigError(
-                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store after."
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
             )
     root, store = Path(root).absolute(), Path(store).absolute()
     config = config or GenerateConfig()
@@ -136,7 +136,7 @@ def generate(
         writer.order(config.prompts, config.variants, config.shard_length, config.denied)
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
-        # Edits of each shard: that were there before, that are made, and that are in a shard that is closed.
+        # Edits per shard: made before this run, made so far, and safe in a closed shard.
         there = {shard.number: (finished | begun).get(shard.number, Counter()).total() for shard in shards}
         reached, closed = dict(there), dict(there)
         total, before, made = sum(map(len, shards)), sum(there.values()), 0
@@ -164,7 +164,7 @@ def generate(
                 raise Interrupted(kept, max(0, made - kept)) from error
             finally:
                 if isinstance(reports, Generator):
-                    reports.close()  # now, though the error's frames may hold it
+                    reports.close()  # here, since the error's frames may keep it alive
                 if made:
                     _note_run(store, root, config, engine, part, made, time.perf_counter() - begin)
         tally = writer.finish()
@@ -174,8 +174,8 @@ def generate(
             raise Interrupted(kept, max(0, made - kept))
     return Summary(
         verdicts=_verdicts_of(tally.sum((0, 1)), every=True),
-        by_prompt={prompt: _verdicts_of(tally[:, place].sum(0)) for place, prompt in enumerate(writer.prompts)},
-        by_class={name: _verdicts_of(tally[place].sum(0)) for place, name in enumerate(writer.catalog.classes)},
+        by_prompt={prompt: _verdicts_of(tally[:, i].sum(0)) for i, prompt in enumerate(writer.prompts)},
+        by_class={name: _verdicts_of(tally[label].sum(0)) for label, name in enumerate(writer.catalog.classes)},
         made=made,
         seconds=time.perf_counter() - begin,
         missing=writer.shard_count - len(done),
@@ -183,16 +183,17 @@ def generate(
 
 
 class _Stopping:
-    """What Ctrl-C does while edits are made: the first time a file appears that workers look for."""
+    """Handles Ctrl-C while edits are made: the first one creates a file that workers look for."""
 
     def __init__(self, store: Path, engine: Engine) -> None:
-        self.file = store / f".stop.{secrets.token_hex(8)}.tmp"
+        # Beside the shards, where only a run that has the whole store removes temporary files of others.
+        self.file = store / "shards" / f".stop.{secrets.token_hex(4)}.tmp"
         self.asked = False
         self._engine = engine
         self._ours = False
 
     def __enter__(self) -> Self:
-        # Whoever has a handler of their own, or ignores the signal, goes on having it their way.
+        # Another handler, or a process that ignores the signal, is left alone.
         self._ours = (
             threading.current_thread() is threading.main_thread()
             and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -209,10 +210,10 @@ class _Stopping:
             self.file.touch()
         except OSError as error:
             raise KeyboardInterrupt from error
-        stop = getattr(self._engine, "stop", None)  # engines of users need not have it
+        stop = getattr(self._engine, "stop", None)  # users' engines need not have it
         if stop is not None:
             stop()
-        _log.warning("Stopping: what the editor is at is finished and kept. Ctrl-C again stops at once.")
+        _log.warning("Stopping: edits under way are finished and kept. Ctrl-C again stops at once.")
 
     def __exit__(self, *_: object) -> None:
         if self._ours:
@@ -226,9 +227,9 @@ def _verdicts_of(counts: NDArray[np.int64], *, every: bool = False) -> dict[str,
 
 
 def runs_log(store: str | os.PathLike[str]) -> Path:
-    """The file beside a store that says who made it: a JSON object a line for each run that ended by itself.
+    """The log beside a store of the runs that made it, one JSON object per line.
 
-    It lies outside, because the store is the same whoever made it.
+    It lies outside, because a store does not depend on the machines that made it.
     """
     store = Path(store).absolute()
     return store.with_name(f"{store.name}.runs.jsonl")
@@ -257,7 +258,7 @@ def _note_run(
 
 
 def list_originals(root: str | os.PathLike[str], *, progress: Callable[[int, int], None] | None = None) -> Catalog:
-    """A packed store's own catalog, or `index(root)` of a folder.
+    """The catalog of a packed store, or `index(root)` of a folder.
 
     Raises:
         CatalogError: The folder's originals cannot be listed.

@@ -1,15 +1,15 @@
-"""The worker: makes one shard whole.
+"""The worker: makes one shard.
 
     original --decode, upright--> RGB --to the editor's size--> editor, all prompts at once --> quality --JPEG--> shard
 
-While the editor works on some originals, the next are read, and the edits of those before are judged and encoded.
+While the editor works on one batch of originals, the next batch is read, and the edits of the previous one are judged
+and encoded.
 """
 
 import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix.base.workers import Result, Workers
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.generate import quality
@@ -40,10 +41,10 @@ _log = logging.getLogger(__name__)
 
 
 def edit_seed(seed: int, path: bytes, prompt: str, variant: int, attempt: int = 0) -> int:
-    """An edit's seed, 0 ≤ seed < 2⁶⁴: a function of nothing but its arguments, so that adding files shifts nothing.
+    """An edit's seed, 0 ≤ seed < 2⁶⁴: a function of the arguments alone, so that new files change no seed.
 
     The first 8 bytes, little-endian, of SHA-256 over the store's seed, the original's relative path, the prompt, the
-    variant and, from the first retry on, the attempt, the numbers in decimal, joined by NUL.
+    variant and, for retries, the attempt; numbers in decimal, all joined by NUL.
     """
     parts = [str(seed).encode(), path, prompt.encode("utf-8", "surrogateescape"), str(variant).encode()]
     parts += [str(attempt).encode()] if attempt else []
@@ -51,13 +52,13 @@ def edit_seed(seed: int, path: bytes, prompt: str, variant: int, attempt: int = 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a shard has come."""
+class ShardProgress:
+    """The state of a shard while it is made."""
 
     shard: int
-    verdicts: Counter[str]  # of its edits so far, those of a run before included
+    verdicts: Counter[str]  # of its edits so far, including those of an earlier run
     rejected: Counter[str]  # prompt to edits that quality rejected
-    closed: bool = False  # its files are in their places, with these edits
+    closed: bool = False  # its files are written, with these edits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,30 +74,30 @@ class _Made:
 
 @dataclass(kw_only=True)
 class _Edit:
-    """An edit on its way."""
+    """An edit of a batch, made or not."""
 
     original: int
     prompt: int
     variant: int
-    image: int | None  # place in the batch of images; None: the original cannot be read
+    image: int | None  # index into the batch's images; None: the original cannot be read
     seed: int
-    made: _Made | None = None  # None: is not to be made
+    made: _Made | None = None  # None: not made yet, or not to be made
 
 
 @dataclass(frozen=True, kw_only=True)
 class _EditBatch:
-    """Some originals of a shard, with their edits; those are judged and encoded while the editor works on others."""
+    """Some originals of a shard with their edits, which are judged while the editor makes the next batch."""
 
     images: Sequence[NDArray[np.uint8]]
     edits: Sequence[_Edit]  # in the order of the shard
-    making: Sequence[tuple[_Edit, Future[_Made]]]
+    making: Sequence[tuple[_Edit, Result[_Made]]]
 
 
 class ShardWorker:
-    """Makes shards, one at a time; an editor is made once for all of them."""
+    """Makes shards, one at a time, with one editor for all of them."""
 
     def __init__(self, root: Path, store: Path, config: GenerateConfig, stop: Path, device: str) -> None:
-        """`config.prompts` are the store's, which may be more than were asked for today; `stop` appears at the end."""
+        """`config.prompts` are all of the store's; when the file `stop` appears, the run is to stop."""
         self._root = root
         self._store = store
         self._config = config
@@ -107,7 +108,7 @@ class ShardWorker:
         self._catalog = Catalog.open(store / "catalog")
         packed = OriginalStore.find(root)
         self._packed = None if packed is None else packed.reindexed(self._catalog)
-        # Each processor has an editor of its own; beside a GPU some are free.
+        # On CPUs each worker has one; beside a GPU some are free.
         self._threads = 1 if device == "cpu" else 4
         classes = self._catalog.classes
         self._denied = [
@@ -119,93 +120,94 @@ class ShardWorker:
             for prompt in config.prompts
         ]
 
-    def __call__(self, shard: Shard) -> Iterator[Progress]:
-        """Make one shard, or as much of it as there is time for; yield after each batch how far it has come."""
+    def __call__(self, shard: Shard) -> Iterator[ShardProgress]:
+        """Make one shard, or a part of it if the run is stopped; yields its state after each batch."""
         if self._is_stopped():
             return
         verdicts: Counter[str] = Counter()
         rejected: Counter[str] = Counter()
         begun = BegunShard.find(self._store, shard)
-        with ShardWriter(self._store, self._catalog, shard) as writer, ThreadPoolExecutor(self._threads) as pool:
+        threads = Workers(self._threads, "dali-diffusemix-generate")
+        with ShardWriter(self._store, self._catalog, shard) as writer, threads:
             if begun is not None:
                 verdicts += begun.copy(writer)
-            for batch in self._batches(shard, 0 if begun is None else begun.originals, pool):
+            for batch in self._batches(shard, 0 if begun is None else begun.originals, threads):
                 for edit in batch.edits:
                     verdict = self._add(writer, edit)
                     verdicts[verdict] += 1
                     if verdict in REJECTIONS:
                         rejected[self._config.prompts[edit.prompt]] += 1
-                yield Progress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
+                yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
             self._leave(writer, shard, verdicts.total())
-        yield Progress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy(), closed=True)
+        yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy(), closed=True)
 
     def _is_stopped(self) -> bool:
         return self._stop.exists()
 
     def _leave(self, writer: ShardWriter, shard: Shard, done: int) -> None:
-        """Note what the next run has to make, after so many edits."""
+        """Record the edits after the first `done` as not made yet."""
         for original in shard.rows[done // (len(shard.prompts) * len(shard.variants)) :]:
             for prompt in shard.prompts:
                 for variant in shard.variants:
                     seed = self._seed(original, prompt, variant, 0)
                     writer.add(original, prompt, variant, seed=seed, jpeg=None, verdict=NOT_YET)
 
-    def _batches(self, shard: Shard, first: int, pool: ThreadPoolExecutor) -> Iterator[_EditBatch]:
-        """The shard's originals, from one on, with their edits ready: the editor is a batch ahead of what is yielded.
+    def _batches(self, shard: Shard, first: int, threads: Workers) -> Iterator[_EditBatch]:
+        """The shard's originals, from index `first` on, with their edits made; the editor is one batch ahead.
 
-        It ends early where the run is stopped, but not before the first.
+        If the run is stopped it ends early, but not before the first batch.
         """
-        # So many originals that the editor's batches are full, whatever the number of prompts.
+        # Enough originals to fill the editor's batches, even with one prompt.
         size = self._config.batch_size
         groups = [shard.rows[start : start + size] for start in range(first, len(shard.rows), size)]
-        reading = pool.map(self._read, groups[0])
+        reading = threads.map(self._read, groups[0])
         before: _EditBatch | None = None
-        for place, rows in enumerate(groups):
-            if place and self._is_stopped():
+        for number, rows in enumerate(groups, 1):
+            if before is not None and self._is_stopped():
                 break
             images = list(reading)
-            if place + 1 < len(groups):
-                reading = pool.map(self._read, groups[place + 1])
-            batch = self._edit(shard, rows, images, pool)
+            if number < len(groups):
+                reading = threads.map(self._read, groups[number])
+            batch = self._edit(shard, rows, images, threads)
             if before is not None:
-                yield self._settled(before, pool)
+                yield self._settled(before, threads)
             before = batch
         if before is not None:
-            yield self._settled(before, pool)
+            yield self._settled(before, threads)
 
     def _edit(
-        self, shard: Shard, rows: range, images: Sequence[NDArray[np.uint8] | None], pool: ThreadPoolExecutor
+        self, shard: Shard, rows: range, images: Sequence[NDArray[np.uint8] | None], threads: Workers
     ) -> _EditBatch:
-        """Make the edits of some originals, all prompts and variants in one call; have them judged meanwhile."""
+        """Make the edits of some originals, all prompts and variants in one call, and submit them to quality."""
         readable: list[NDArray[np.uint8]] = []
         edits: list[_Edit] = []
         for original, image in zip(rows, images, strict=True):
-            place = None if image is None else len(readable)
+            index = None if image is None else len(readable)
             readable += [] if image is None else [image]
             for prompt in shard.prompts:
                 for variant in shard.variants:
                     seed = self._seed(original, prompt, variant, 0)
-                    edits.append(_Edit(original=original, prompt=prompt, variant=variant, image=place, seed=seed))
+                    edits.append(_Edit(original=original, prompt=prompt, variant=variant, image=index, seed=seed))
         wanted = [edit for edit in edits if edit.image is not None and not self._is_denied(edit)]
-        return _EditBatch(images=readable, edits=edits, making=self._make(readable, wanted, pool))
+        return _EditBatch(images=readable, edits=edits, making=self._make(readable, wanted, threads))
 
-    def _settled(self, batch: _EditBatch, pool: ThreadPoolExecutor) -> _EditBatch:
-        """The batch with its edits made; what quality rejects is tried again from other seeds."""
+    def _settled(self, batch: _EditBatch, threads: Workers) -> _EditBatch:
+        """The batch with its edits made; edits that quality rejects are made again from other seeds."""
         making = batch.making
         for attempt in range(1, self._config.retry + 2):
-            for edit, future in making:
-                edit.made = future.result()
+            for edit, result in making:
+                edit.made = result.get()
             again = [edit for edit, _ in making if edit.made is not None and edit.made.verdict != ACCEPTED]
             if not again or attempt > self._config.retry:
                 break
             for edit in again:
                 edit.seed = self._seed(edit.original, edit.prompt, edit.variant, attempt)
-            making = self._make(batch.images, again, pool)
+            making = self._make(batch.images, again, threads)
         return batch
 
     def _make(
-        self, images: Sequence[NDArray[np.uint8]], edits: Sequence[_Edit], pool: ThreadPoolExecutor
-    ) -> list[tuple[_Edit, Future[_Made]]]:
+        self, images: Sequence[NDArray[np.uint8]], edits: Sequence[_Edit], threads: Workers
+    ) -> list[tuple[_Edit, Result[_Made]]]:
         if not edits:
             return []
         tasks = []
@@ -214,12 +216,12 @@ class ShardWorker:
             tasks.append(EditTask(image=edit.image, prompt=self._config.prompts[edit.prompt], seed=edit.seed))
         pixels = self._editor.edit(images, tasks)
         return [
-            (edit, pool.submit(self._finish, images[task.image], result))
+            (edit, threads.submit(self._finish, images[task.image], result))
             for edit, task, result in zip(edits, tasks, pixels, strict=True)
         ]
 
     def _finish(self, original: NDArray[np.uint8], edit: NDArray[Any]) -> _Made:
-        """Judge an edit, and encode it at the size that is stored."""
+        """Judge an edit, and encode it at its stored size."""
         judged = quality.judge(original, edit, self._config.thresholds)
         if edit.dtype != np.uint8:
             edit = np.clip(np.nan_to_num(edit, nan=0, posinf=255, neginf=0), 0, 255).astype(np.uint8)
@@ -233,14 +235,14 @@ class ShardWorker:
         return _Made(jpeg=jpeg, height=height, width=width, verdict=verdict, score=judged.score)
 
     def _add(self, writer: ShardWriter, edit: _Edit) -> str:
-        place = (edit.original, edit.prompt, edit.variant)
+        key = (edit.original, edit.prompt, edit.variant)
         if edit.made is None:
             verdict = UNREADABLE if edit.image is None else DENIED
-            writer.add(*place, seed=edit.seed, jpeg=None, verdict=verdict)
+            writer.add(*key, seed=edit.seed, jpeg=None, verdict=verdict)
             return verdict
         made = edit.made
         writer.add(
-            *place,
+            *key,
             seed=edit.seed,
             jpeg=made.jpeg,
             height=made.height,
@@ -258,7 +260,7 @@ class ShardWorker:
         return edit_seed(self._config.seed, path, self._config.prompts[prompt], variant, attempt)
 
     def _read(self, original: int) -> NDArray[np.uint8] | None:
-        """An original as the editor gets it, (height, width, 3) uint8; None if it cannot be read."""
+        """An original at the editor's size, (height, width, 3) uint8; None if it cannot be read."""
         path = self._catalog.path(original)
         try:
             pixels = decode(self._root / path if self._packed is None else self._packed.encoded(original))

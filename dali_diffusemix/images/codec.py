@@ -111,7 +111,7 @@ def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | No
         raise DecodeError(
             f"{_prefix(source)}must have the {size[0]} x {size[1]} pixels that it was listed with, found "
             f"{pixels.shape[0]} x {pixels.shape[1]}; "
-            f"{remedy or 'restore it, or list the folder again (index --refresh)'}."
+            f"{remedy or 'restore it, or run `index --refresh`'}."
         )
     return pixels
 
@@ -139,7 +139,7 @@ def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
         if isinstance(error, OSError) and error.errno is not None:  # the system's: Pillow's own have no number
             raise DecodeError(
                 f"{_prefix(source)}cannot be read ({error.strerror}); "
-                f"{remedy or 'restore it, permit reading it, or list the folder again'}."
+                f"{remedy or 'restore it, permit reading it, or run `index --refresh`'}."
             ) from error
         raise DecodeError(
             f"{_prefix(source)}cannot be decoded ({type(error).__name__}: {error}); "
@@ -155,7 +155,7 @@ def _open_at_once(path: str, flags: int) -> int:
         if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         what = "it has more than a GiB" if stat.S_ISREG(found.st_mode) else "it is not a file"
-        raise DecodeError(f"cannot be read ({what}); restore it, or list the folder again.")
+        raise DecodeError(f"cannot be read ({what}); restore it, or run `index --refresh`.")
     return descriptor
 
 

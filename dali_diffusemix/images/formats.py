@@ -53,7 +53,7 @@ def read_size(path: str) -> tuple[int, int] | str:
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:
-    """As `read_size`, of an open file. Raises _Unusable, and OSError of the file itself."""
+    """`read_size` of an open file. Raises _Unusable, and OSError of the file itself."""
     start = file.read(_START_BYTES)
     if not start:
         raise _Unusable("It is empty (0 bytes); copy it again or remove it.")

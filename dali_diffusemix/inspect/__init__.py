@@ -1,1 +1,7 @@
-"""Inspection: look at what was made: verify a store, preview samples, report on edits, export to plain files."""
+"""Inspection of what was made: checks, pictures and galleries of stores and samples, and plain files of them.
+
+verify      every byte and image of a store
+preview/    pictures of samples, as training sees them
+report      a gallery of the edits, as HTML
+export      an ImageFolder for other loaders
+"""

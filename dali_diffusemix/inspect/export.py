@@ -1,12 +1,12 @@
-"""Export: originals and edits as an ImageFolder, for other loaders; or mixed once, as the released code mixes.
+"""Export of originals and edits as an ImageFolder, for other loaders; or of images mixed once, as in the released code.
 
-out/ants/0013035.jpg                     the original, as it is
+out/ants/0013035.jpg                     the original, unchanged
          0013035.jpg.autumn.0.jpg        its edit under a prompt; the variant
-         0013035.jpg.autumn.0.mixed.jpg  with `mixed`: original, edit and fractal, in the edit's place
+         0013035.jpg.autumn.0.mixed.jpg  with `mixed`, instead of the edit: original, edit and fractal
 
-ImageFolder lists by ending, and file systems take names of 255 bytes: an original whose ending says nothing to it gets
-that of its kind (scan.jfif.jpg), and a name that is too long is cut, with a hash of its whole path in place of the
-rest.
+ImageFolder lists files by their endings, and file systems take names of 255 bytes: an original with an ending that
+ImageFolder does not list gets that of its format (scan.jfif.jpg), and a name that is too long is cut, with a hash of
+its path.
 """
 
 import functools
@@ -14,13 +14,13 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import encode
 from dali_diffusemix.images.formats import format_of
@@ -31,19 +31,19 @@ from dali_diffusemix.plan.spec import MixSpec
 __all__ = ["Exported", "export"]
 
 _BATCH = 64  # images written at once
-# What torchvision's ImageFolder lists, and what a file of each format is called otherwise.
+# Endings that torchvision's ImageFolder lists, and the ending that each format gets otherwise.
 _LISTED = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _ENDINGS = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp", "TIFF": ".tif", "PPM": ".ppm", "WEBP": ".webp"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """Counts of what was written."""
 
     originals: int
     edits: int
     kind: str  # "edits" or "mixed images"
-    left_out: int  # that could not be read or decoded
+    left_out: int  # originals and edits that could not be read or decoded
 
 
 def export(
@@ -64,28 +64,28 @@ def export(
         root: The folder of originals, or a packed store.
         store: The edit store.
         out: A folder that is new or empty.
-        mixed: Whether edits are mixed with their originals and fractals, `MixSpec.release()` at whole images squashed
-            to a square. The result is one epoch's; every epoch trains on the same.
+        mixed: Mix edits with their originals and fractals, by `MixSpec.release()`, with whole images squashed to a
+            square. The result is one epoch; training on it repeats the same images.
         fractals: The fractal bank, for mixing.
-        size: Pixels a side of a mixed image.
-        seed: Of the mixing.
-        quality: Of a mixed image's JPEG, 1 to 100; other files are copied as they are.
-        progress: Called with the images done and all images.
+        size: Side length of a mixed image in pixels.
+        seed: Seed of the mixing.
+        quality: JPEG quality of mixed images, 1 to 100; other files are copied.
+        progress: Called with the number of images done, and of all images.
 
     Raises:
-        ConfigError: `out` has something in it or cannot be written, or arguments do not fit together.
+        ConfigError: `out` is not empty or cannot be written, or arguments do not fit together.
         StoreError, CatalogError: Originals, store or bank cannot be used.
     """
     out = Path(out).absolute()
     if mixed != (fractals is not None):
-        raise ConfigError(f"fractals must be given for mixed images, and for those alone; found {fractals!r}.")
+        raise ConfigError(f"fractals must be given for mixed images and only for them, found {fractals!r}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out must be a new or an empty folder, found {str(out)!r}; name another.")
     if not 1 <= quality <= 100:
         raise ConfigError(f"quality must lie in 1 to 100, found {quality}.")
     whole = EvalCrop(size, resize=(size, size))
     mix = MixSpec.release() if mixed else None
-    # Samples of 0 to 255: what is written is what a mean and a deviation would be taken of.
+    # Without normalisation: the samples are written as images.
     dataset = DiffuseMixDataset(
         root, edits=store, fractals=fractals, mix=mix, crop=whole, normalize=None, seed=seed, on_error="raise"
     )
@@ -93,16 +93,17 @@ def export(
     assert edits is not None
     count, total = len(dataset.catalog), len(dataset.catalog) + len(edits)
 
-    def write(place: int) -> bool:
+    def write(index: int) -> bool:
+        """Write an original, or one of the edits, which follow them."""
         try:
-            if place < count:
-                _write_original(dataset, place, names)
+            if index < count:
+                _write_original(dataset, index, names)
             else:
-                edit = place - count
+                edit = index - count
                 row = edits.index[edit]
                 suffix = f".{edits.slug_of(edit)}.{row['variant']}{'.mixed' if mixed else ''}.jpg"
                 if mixed:
-                    data = encode(_bytes_of(dataset, place), quality)
+                    data = encode(_bytes_of(dataset, index), quality)
                 else:
                     decode_edit(edits, edit)
                     data = np.asarray(edits.encoded(edit)).tobytes()
@@ -115,14 +116,16 @@ def export(
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = _Names(dataset, out)
-        with ThreadPoolExecutor(cpus()) as pool:
+        with Workers(cpus(), "dali-diffusemix-export") as pool:
             for start in range(0, total, _BATCH):
-                places = range(start, min(total, start + _BATCH))
-                done[start : places.stop] = list(pool.map(write, places))
+                indices = range(start, min(total, start + _BATCH))
+                done[start : indices.stop] = list(pool.map(write, indices))
                 if progress is not None:
-                    progress(places.stop, total)
+                    progress(indices.stop, total)
     except OSError as error:
-        raise ConfigError(f"out must be a folder that can be written, found {str(out)!r}: {error}") from error
+        raise ConfigError(
+            f"out must be a folder that can be written, found {str(out)!r}: {error}; name another."
+        ) from error
     return Exported(
         originals=int(done[:count].sum()),
         edits=int(done[count:].sum()),
@@ -132,9 +135,9 @@ def export(
 
 
 class _Names:
-    """Names of files that ImageFolder lists, all different, in the folders of their classes.
+    """Distinct names of files that ImageFolder lists, in the folders of their classes.
 
-    Each is a function of the catalog alone, so that threads may ask in any order.
+    Each name depends only on the catalog, so that threads may ask for them in any order.
     """
 
     def __init__(self, dataset: DiffuseMixDataset, out: Path) -> None:
@@ -143,16 +146,16 @@ class _Names:
         self._most = os.pathconf(out, "PC_NAME_MAX")  # bytes
 
     def of(self, original: int, suffix: str, *, needed: bool = True) -> Path:
-        """Where a file that belongs to an original is written, which is named after it.
+        """Return the path of a file that is named after an original.
 
         Args:
             original: A row of the catalog.
-            suffix: What its name ends in.
-            needed: Whether the suffix is added; an original keeps its name where ImageFolder lists that.
+            suffix: The end of the name.
+            needed: Always add the suffix; if False, only to a name that ImageFolder does not list.
         """
         path = self._catalog.path(original)
         name = self._catalog.classes[int(self._catalog.labels[original])]
-        # A layout may have all images in one folder. A class is one folder, whatever its name is.
+        # A layout may have all images in one folder; here each class has one folder, whatever its name.
         folder = name.replace("/", "%2F")
         path = path if path.startswith(f"{folder}/") and folder == name else f"{folder}/{path}"
         added = suffix if needed or not path.lower().endswith(_LISTED) else ""
@@ -172,7 +175,7 @@ class _Names:
 
 
 def _cut(name: str, most: int) -> str:
-    """The beginning of a name, so many bytes of it at most, and no part of a character."""
+    """The beginning of a name, at most so many bytes, without splitting a character."""
     encoded = os.fsencode(name)
     if len(encoded) <= most:
         return name
@@ -183,7 +186,7 @@ def _cut(name: str, most: int) -> str:
 
 
 def _write_original(dataset: DiffuseMixDataset, original: int, names: _Names) -> None:
-    dataset.decode_original(original)  # what cannot be decoded would end somebody's training
+    dataset.decode_original(original)  # raises if it cannot be decoded: the file would end a training run
     packed = dataset.original_store
     if packed is not None:
         data = packed.encoded(original).tobytes()
@@ -199,9 +202,9 @@ def _write_original(dataset: DiffuseMixDataset, original: int, names: _Names) ->
     shutil.copyfile(dataset.path_of(original), target)
 
 
-def _bytes_of(dataset: DiffuseMixDataset, place: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+def _bytes_of(dataset: DiffuseMixDataset, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
     """A sample as an image, (height, width, 3) uint8."""
-    sample = dataset[place][0].permute(1, 2, 0).numpy()
+    sample = dataset[index][0].permute(1, 2, 0).numpy()
     return np.ascontiguousarray(np.rint(np.clip(sample * 255, 0, 255)).astype(np.uint8))
 
 

@@ -1,9 +1,9 @@
-"""A gallery of an edit store: static pages that open from disk, with no server and nothing from elsewhere.
+"""A gallery of an edit store: static pages that open from disk, without a server or files from elsewhere.
 
-    report/index.html            what was made, how, and what became of it; filters; the gallery
+    report/index.html            settings, counts and verdicts; filters; the gallery
            gallery.css, gallery.js
-           data/rows-0000.js     a page of edits: scripts, because a page opened from disk may not fetch files
-           data/sheet-0000.jpg   the page's thumbnails, in one picture
+           data/rows-0000.js     a page of edits; a script, because a page opened from disk may not fetch files
+           data/sheet-0000.jpg   the thumbnails of the page, in one picture
 
 A page of the gallery loads when it scrolls into view, so that ten thousand edits open as fast as ten.
 """
@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +25,13 @@ from PIL import Image
 
 from dali_diffusemix import __version__
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.store import REJECTIONS, VERDICTS, EditStore, OriginalStore
 
-__all__ = ["Report", "write_report"]
+__all__ = ["Gallery", "write_report"]
 
 _SIDE: Final = 96  # pixels of a thumbnail
 _PER_PAGE: Final = 120  # thumbnails, originals included; twelve in a row
@@ -41,13 +41,13 @@ _ASSETS: Final = Path(__file__).parent / "assets"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
-    """What was written."""
+class Gallery:
+    """A gallery that was written."""
 
     page: Path
-    edits: int  # that are shown
-    of: int  # that the store has
-    originals: bool  # whether they could be shown beside their edits
+    edits: int  # shown
+    of: int  # in the store
+    originals: bool  # True if originals are shown beside their edits
 
 
 def write_report(
@@ -57,24 +57,24 @@ def write_report(
     root: str | os.PathLike[str] | None = None,
     most: int = 10_000,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> Gallery:
     """Write the gallery of a store.
 
     Args:
         store: The edit store's folder.
-        out: A folder that is new, empty, or an earlier report's, which is replaced.
-        root: The originals, a folder or a packed store; unless given, where the runs that made the store found them.
-        most: Edits shown at most; of more, whole originals spread evenly. All are counted.
-        progress: Called with the edits drawn and those that will be.
+        out: A folder that is new, empty, or has an earlier report, which is replaced.
+        root: The originals, a folder or a packed store; by default the root of the last run that made edits.
+        most: Maximum number of edits shown; if there are more, an even selection of originals. All are counted.
+        progress: Called with the number of edits drawn, and of all that will be.
 
     Raises:
         StoreError: There is no such store.
-        ConfigError: `out` is something else or cannot be written, or the root is not there.
+        ConfigError: `out` has other files or cannot be written, or `root` does not exist.
     """
     edits = EditStore.open(store)
     runs = _runs(edits.path)
     if root is not None and not Path(root).is_dir():
-        raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is no folder.")
+        raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is not a folder.")
     originals = _Originals(edits, root if root is not None else _last_root(runs))
     out = Path(out).absolute()
     tally = np.zeros((len(edits.catalog.classes), len(edits.prompts), len(VERDICTS)), np.int64)
@@ -83,8 +83,8 @@ def write_report(
     for shard in edits.shards:
         rows = edits.shard_rows(shard)
         np.add.at(tally, (edits.catalog.labels[rows["original"]], rows["prompt"], rows["verdict"]), 1)
-        for place in np.unique(rows["verdict"]).tolist():
-            scores.setdefault(VERDICTS[place], []).append(rows["score"][rows["verdict"] == place])
+        for verdict in np.unique(rows["verdict"]).tolist():
+            scores.setdefault(VERDICTS[verdict], []).append(rows["score"][rows["verdict"] == verdict])
         tables.append(np.stack([np.full(len(rows), shard), np.arange(len(rows)), rows["original"], rows["verdict"]], 1))
     chosen = _chosen(np.concatenate(tables), most)
     try:
@@ -93,15 +93,17 @@ def write_report(
         content = _summary(edits, tally, scores, runs, pages, len(chosen), originals.found)
         (out / "index.html").write_text(_page(edits.path.name, content), encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"out must be a folder that can be written, found {str(out)!r}: {error}") from error
-    return Report(page=out / "index.html", edits=len(chosen), of=int(tally.sum()), originals=originals.found)
+        raise ConfigError(
+            f"out must be a folder that can be written, found {str(out)!r}: {error}; name another."
+        ) from error
+    return Gallery(page=out / "index.html", edits=len(chosen), of=int(tally.sum()), originals=originals.found)
 
 
 def _prepare(out: Path) -> None:
     ours = out / "gallery.js"
     if out.is_dir() and any(out.iterdir()) and not ours.is_file():
         raise ConfigError(
-            f"out must be a new or empty folder, or an earlier report; found other files in {str(out)!r}."
+            f"out must be a new or empty folder, or an earlier report, found other files in {str(out)!r}; name another."
         )
     (out / "data").mkdir(parents=True, exist_ok=True)
     for old in (out / "data").iterdir():
@@ -111,11 +113,11 @@ def _prepare(out: Path) -> None:
 
 
 def _chosen(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """(n, 4) shard, place, original, verdict of the edits that are shown, by original: all, or an even spread."""
+    """(n, 4) shard, row in it, original, verdict of the edits to show, by original: all, or a selection."""
     rows = rows[np.lexsort((rows[:, 1], rows[:, 0], rows[:, 2]))]
     if len(rows) <= most:
         return rows
-    # Half of the room, if need be, for originals with an edit that was not accepted: they are what people look for.
+    # Up to half of them are originals with an edit that was not accepted: people look for these.
     bad = np.unique(rows[rows[:, 3] != 0, 2])
     good = np.setdiff1d(rows[:, 2], bad)
     room = max(1, most * (len(bad) + len(good)) // len(rows))
@@ -125,12 +127,12 @@ def _chosen(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 
 def _spread(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """As many of them as may be, evenly spread."""
+    """At most so many of the values, evenly spread."""
     return values if len(values) <= most else values[np.linspace(0, len(values) - 1, most).astype(np.int64)]
 
 
 class _Originals:
-    """Thumbnails of originals, where they can be had."""
+    """The originals of a store, if they can be found."""
 
     def __init__(self, edits: EditStore, root: str | os.PathLike[str] | None) -> None:
         self._edits = edits
@@ -150,7 +152,7 @@ class _Originals:
                 return decode(self._packed.encoded(original))
             return decode(self._root / self._edits.catalog.path(original))
         except (DecodeError, StoreError):
-            return None  # its verdict says so
+            return None  # its verdict says that
 
 
 def _write_pages(
@@ -160,15 +162,15 @@ def _write_pages(
     chosen: NDArray[np.int64],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
-    """Write the pages; yield what the index knows of each: the verdicts, prompts and classes that occur in it."""
+    """Write the pages; yields the entry of each in the index: the verdicts, prompts and classes that occur."""
     tables: dict[int, NDArray[np.void]] = {}
     groups = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 2])) + 1) if len(chosen) else []
     page: list[NDArray[np.int64]] = []
     done = number = 0
-    with ThreadPoolExecutor(cpus()) as pool:
-        for place, group in enumerate(groups):
+    with Workers(cpus(), "dali-diffusemix-report") as pool:
+        for index, group in enumerate(groups):
             page.append(group)
-            if sum(len(one) + 1 for one in page) < _PER_PAGE and place + 1 < len(groups):
+            if sum(len(one) + 1 for one in page) < _PER_PAGE and index + 1 < len(groups):
                 continue
             shards = {int(row[0]) for one in page for row in one}
             tables = {shard: tables[shard] if shard in tables else edits.shard_rows(shard) for shard in shards}
@@ -186,7 +188,7 @@ def _write_page(
     originals: _Originals,
     page: list[NDArray[np.int64]],
     tables: Mapping[int, NDArray[np.void]],
-    pool: ThreadPoolExecutor,
+    pool: Workers,
 ) -> dict[str, Any]:
     catalog = edits.catalog
     thumbnails: list[Callable[[], NDArray[np.uint8] | None]] = []
@@ -198,8 +200,8 @@ def _write_page(
             shown["at"] = len(thumbnails)
             thumbnails.append(partial(originals.pixels, original))
         shown["edits"] = []
-        for shard, place, _, verdict in group.tolist():
-            row = tables[shard][place]
+        for shard, index, _, verdict in group.tolist():
+            row = tables[shard][index]
             score = float(row["score"])
             edit = {
                 "prompt": int(row["prompt"]),
@@ -216,9 +218,9 @@ def _write_page(
     drawn = list(pool.map(_thumbnail, thumbnails))
     rows = max(1, -(-len(drawn) // _ACROSS))
     sheet = Image.new("RGB", (_ACROSS * _SIDE, rows * _SIDE), "#888")
-    for place, image in enumerate(drawn):
+    for index, image in enumerate(drawn):
         if image is not None:
-            sheet.paste(image, (place % _ACROSS * _SIDE, place // _ACROSS * _SIDE))
+            sheet.paste(image, (index % _ACROSS * _SIDE, index // _ACROSS * _SIDE))
     stream = io.BytesIO()
     sheet.save(stream, "JPEG", quality=82)
     (out / "data" / f"sheet-{number:04}.jpg").write_bytes(stream.getvalue())
@@ -238,7 +240,7 @@ def _edit_pixels(edits: EditStore, shard: int, row: np.void) -> NDArray[np.uint8
     try:
         return None if data is None else decode(data)
     except DecodeError:
-        return None  # `verify` says so
+        return None  # `verify` reports it
 
 
 def _thumbnail(pixels_of: Callable[[], NDArray[np.uint8] | None]) -> Image.Image | None:
@@ -254,7 +256,7 @@ def _thumbnail(pixels_of: Callable[[], NDArray[np.uint8] | None]) -> Image.Image
 
 
 def _runs(store: Path) -> list[dict[str, Any]]:
-    """What is noted of the runs that made a store; lines that cannot be read are passed over."""
+    """The runs that made a store; lines of their log that cannot be read are skipped."""
     runs = []
     try:
         lines = runs_log(store).read_text(encoding="ascii", errors="replace").splitlines()
@@ -284,7 +286,7 @@ def _summary(
     shown: int,
     originals: bool,
 ) -> dict[str, Any]:
-    """What the index page is filled with."""
+    """The content of the index page."""
     histograms = {}
     for verdict, parts in scores.items():
         values = np.concatenate(parts)
@@ -318,12 +320,12 @@ def _summary(
 
 
 def _readable(text: str) -> str:
-    """Text with what is no character escaped: bytes of file names that are not UTF-8."""
+    """Text in which bytes of file names that are not UTF-8 are escaped."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _page(title: str, content: Mapping[str, Any]) -> str:
-    # In a script element nothing is escaped but what could end it.
+    # In a script element only what could end it is escaped.
     data = json.dumps(content).replace("<", "\\u003c")
     template = (_ASSETS / "gallery.html").read_text(encoding="utf-8")
     return template.replace("{{title}}", html.escape(_readable(title))).replace("{{data}}", data)

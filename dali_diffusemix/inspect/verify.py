@@ -1,6 +1,6 @@
-"""Verifying a store: every byte is hashed, every image decoded, every table compared; shard by shard.
+"""Verification of a store, shard by shard: every byte is hashed, every image decoded, every table compared.
 
-Nothing is changed. `discard` takes away the .json of damaged shards: then the command that made them makes them anew.
+Nothing is changed. `discard` removes the .json of damaged shards, so that the command that made them makes them again.
 """
 
 import hashlib
@@ -30,14 +30,14 @@ from dali_diffusemix.store import (
 __all__ = ["Problem", "Verification", "verify"]
 
 _CHUNK = 2**22  # bytes hashed at once
-_MOST = 20  # problems told of one shard
+_MOST = 20  # problems listed per shard
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """What is wrong with a file of a store."""
+    """A problem with a file of a store."""
 
-    shard: int | None  # None: what the whole store shares
+    shard: int | None  # None: a file of the whole store
     file: str  # relative to the store
     what: str
 
@@ -47,10 +47,10 @@ class Problem:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What was found."""
+    """The result of `verify`."""
 
-    shards: int  # that were looked at
-    missing: int  # that are not finished, those among them that a run left in part
+    shards: int  # that were checked
+    missing: int  # shards that are not finished, including those that a run left incomplete
     images: int  # that could be decoded
     bytes: int
     problems: tuple[Problem, ...]
@@ -68,13 +68,13 @@ def verify(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Look at every byte of an edit store, or of a packed one.
+    """Check every byte of an edit store, or of a packed one.
 
     Args:
         path: Its folder.
-        decoding: Whether images are decoded too, and their sizes compared.
-        workers: Threads; one for each processor unless given.
-        progress: Called with the shards done and all shards.
+        decoding: Decode images too, and compare their sizes.
+        workers: Number of threads; one per CPU by default.
+        progress: Called with the number of shards done, and of all shards.
 
     Raises:
         StoreError: There is no store at all.
@@ -101,7 +101,7 @@ def verify(
 
 
 def discard(path: str | os.PathLike[str], found: Verification) -> None:
-    """Take away what says that damaged shards are finished. Raises StoreError where that is not permitted."""
+    """Mark damaged shards as not finished. Raises StoreError if that is not permitted."""
     path = Path(path).absolute()
     shards, _ = shard_records(path)
     for shard in shards:
@@ -169,7 +169,7 @@ def _check_files(shard: ShardRecord) -> Iterator[Problem]:
         if size != shard.sizes[ending]:
             yield _problem(shard, ending, f"must have {shard.sizes[ending]} bytes, found {size}")
         elif digest != shard.hashes[ending]:
-            yield _problem(shard, ending, "has been changed: its SHA-256 is another")
+            yield _problem(shard, ending, "has changed: its SHA-256 differs")
 
 
 def _hashed(file: Path) -> tuple[int, str]:
@@ -186,7 +186,7 @@ def _problem(shard: ShardRecord, ending: str, what: str) -> Problem:
 
 
 def _check_whole(path: Path) -> Iterator[Problem]:
-    """What a reader would say that opens it; and whether its index is that of the shards."""
+    """Problems that a reader would meet when it opens the store, and an index that does not match the shards."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UnfinishedStoreWarning)
@@ -196,5 +196,5 @@ def _check_whole(path: Path) -> Iterator[Problem]:
         return
     if not current:
         yield Problem(
-            shard=None, file="index.npy", what="is not that of the shards; run the command again that made the store"
+            shard=None, file="index.npy", what="does not match the shards; run the command that made the store again"
         )

@@ -1,1 +1,1 @@
-"""The loader under training frameworks, one module each. Lightning takes the loader as it is: docs/dropin.md."""
+"""The loader under training frameworks, one module each. Lightning needs none: docs/dropin.md."""

@@ -3,8 +3,8 @@
     model, optimizer = accelerator.prepare(model, optimizer)
     train, valid = prepare(train, accelerator), prepare(valid, accelerator)
 
-`Accelerator.prepare` would leave the loader as it is, and then `accumulate` and `gather_for_metrics` would not know
-where an epoch ends. It shards and places batches on the device by itself, so nothing is wrapped around but that.
+`Accelerator.prepare` would not change the loader, and then `accumulate` and `gather_for_metrics` would not know where
+an epoch ends. The loader shards data and puts batches on the device itself, so only the end of an epoch is added.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,20 +18,20 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.batches import Batch
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 
-# What a second loader that makes the last batch needs of the first.
+# Attributes that a second loader, which makes the last batch, takes from the first.
 _DELIVERY: Final = (
-    *("num_workers", "device", "dtype", "memory_format"),
+    *("num_workers", "device", "decode", "dtype", "memory_format"),
     *("prefetch_factor", "batch_transform", "return_index", "visible_parts"),
 )
 
 
 class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
-    """A `DiffuseMixLoader` that tells Accelerate where it is. Made by `prepare`.
+    """A `DiffuseMixLoader` that tells Accelerate where an epoch ends; `prepare` makes it.
 
-    Each iteration is an epoch, as with the loader. All processes deliver equally many batches, and where Accelerate
-    evens batches out they are equally large too: the samples that repeat stand at the end of what is gathered.
+    Each iteration is an epoch, as with the loader. All processes deliver the same number of batches. If Accelerate
+    evens batches, they also have the same size: repeated samples are at the end of what is gathered.
     """
 
     loader: DiffuseMixLoader
@@ -52,7 +52,7 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
 
     @property
     def total_batch_size(self) -> int:
-        """Samples per batch, on all processes together; a sampler's batches count as 1."""
+        """Samples per batch, over all processes; a batch of a batch sampler counts as 1."""
         return (self.batch_size or 1) * self.loader.world_size
 
     @property
@@ -61,10 +61,10 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
 
     @property
     def sampler(self) -> Any:
-        """Not there: `accelerate.skip_first_batches` would make a DataLoader of it."""
+        """Raises AttributeError, because `accelerate.skip_first_batches` would make a DataLoader from it."""
         raise AttributeError(
-            "sampler is the loader's: use prepared.loader.sampler; to skip batches, in the place of "
-            "accelerate.skip_first_batches, prepared.skip_first_batches(n)"
+            "sampler is that of the loader; use prepared.loader.sampler, and to skip batches "
+            "prepared.skip_first_batches(n) instead of accelerate.skip_first_batches."
         )
 
     def __len__(self) -> int:
@@ -76,10 +76,10 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         epoch = self.state_dict()["epoch"]
         self.begin()
         if "sampler" in self.state_dict():
-            self.remainder = -1  # nobody knows what a sampler repeats
+            self.remainder = -1  # it is unknown which samples a sampler repeats
         try:
             for batch in batches:
-                # After the last batch the state is the next epoch's beginning.
+                # After the last batch, the state is the beginning of the next epoch.
                 self.end_of_dataloader = self.state_dict()["epoch"] != epoch
                 yield self._evened(batch, epoch) if self.end_of_dataloader else batch
         finally:
@@ -90,25 +90,27 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         self.loader.set_epoch(epoch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The loader's. `prepare` registered it: `Accelerator.save_state` saves it."""
+        """Return the state of the loader. `Accelerator.save_state` saves it, because `prepare` registered it."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The loader's. `Accelerator.load_state` calls it."""
+        """Load the state of the loader. `Accelerator.load_state` calls this."""
         self.loader.load_state_dict(state)
 
     def skip_first_batches(self, count: int) -> "AcceleratedLoader":
-        """Let the next iteration begin after so many batches, none of which is made, and return this loader.
+        """Start the next iteration after so many batches, without making them; returns this loader.
 
-        It is only for scripts that count batches themselves: `Accelerator.load_state` leaves nothing to skip.
+        Only scripts that count batches themselves need it: `Accelerator.load_state` leaves nothing to skip.
 
         Raises:
-            ConfigError: there are not so many; or a batch sampler decides how large they are.
+            ConfigError: An epoch has fewer batches, or a batch sampler decides their sizes.
         """
         if not 0 <= count < len(self):
-            raise ConfigError(f"count must lie in [0, {len(self)}), the batches of an epoch, found {count}")
+            raise ConfigError(f"count must lie in [0, {len(self)}), the batches of an epoch, found {count}.")
         if self.batch_size is None:
-            raise ConfigError("skip_first_batches: a batch sampler decides the batches; let it begin later")
+            raise ConfigError(
+                "skip_first_batches must not have a batch sampler, found one; let the sampler start later."
+            )
         state = self.state_dict()
         share = self.batch_size if "sampler" in state else self.total_batch_size
         self.load_state_dict({**state, "places": count * share})
@@ -119,21 +121,21 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         return self.loader.drop_last
 
     def _evened(self, batch: Batch, epoch: int) -> Batch:
-        """The epoch's last batch, equally large on all processes.
+        """Return the last batch of the epoch, with the same size on all processes.
 
-        The loader cuts the R samples left among W processes so that none is repeated: ⌊R/W⌋ or ⌈R/W⌉ each. Here each
-        takes ⌈R/W⌉, in order, and what is missing at the end comes from the epoch's beginning.
+        The loader divides the R samples left among W processes so that none is repeated: ⌊R/W⌋ or ⌈R/W⌉ each. Here each
+        process takes ⌈R/W⌉, in order; those missing at the end come from the beginning of the epoch.
         """
         loader, count, left = self.loader, self.loader.world_size, self.remainder
         if not self._even or left <= count or left % count == 0:
             return batch
         length, size = len(self.dataset), -(-left // count)
-        places = (length - left + np.arange(size) + size * loader.rank) % length
-        order = Schedule(length=length, batch_size=1, shuffle=loader.shuffle, seed=self.dataset.seed)
+        positions = (length - left + np.arange(size) + size * loader.rank) % length
+        order = EpochOrder(length=length, batch_size=1, shuffle=loader.shuffle, seed=self.dataset.seed)
         last = DiffuseMixLoader(
             self.dataset,
-            # Empty batches are passed over but counted: a batch transform draws by the step.
-            batch_sampler=[*([[]] * (len(self) - 1)), order.indices(epoch, places).tolist()],
+            # Empty batches are skipped but counted, because a batch transform draws by the step.
+            batch_sampler=[*([[]] * (len(self) - 1)), order.indices(epoch, positions).tolist()],
             **{name: getattr(loader, name) for name in _DELIVERY},
         )
         last.quarantine = loader.quarantine
@@ -143,25 +145,25 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
 
 
 def prepare(loader: DiffuseMixLoader, accelerator: Accelerator) -> AcceleratedLoader:
-    """Make a loader known to an accelerator: what `Accelerator.prepare` does for DataLoaders.
+    """Register a loader with an accelerator, as `Accelerator.prepare` does for DataLoaders.
 
-    `accumulate` and `gather_for_metrics` then know the epoch's last batch, and `save_state` and `load_state` the place
-    in it. With a sampler of one's own `gather_for_metrics` drops nothing, because nobody knows what it repeats.
+    `accumulate` and `gather_for_metrics` then know the last batch of an epoch, and `save_state` and `load_state` the
+    position in it. With a user's sampler, `gather_for_metrics` drops nothing, because it is unknown what repeats.
 
     Raises:
-        ConfigError: the loader delivers on another device than the accelerator's, or the accelerator is set to cut
-            batches or to send them from the main process.
+        ConfigError: The loader delivers on another device than the accelerator's, or the accelerator splits batches or
+            dispatches them from the main process.
     """
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name):
             raise ConfigError(
-                f"{name} of the accelerator must be unset: every process makes its own batches, of batch_size samples"
+                f"{name} of the accelerator must be False, found True; each process makes its own batches."
             )
     here, there = loader.device, accelerator.device
     if here.type != there.type or (here.index is not None and here.index != there.index):
         raise ConfigError(
             f"device of the loader must be the accelerator's, {str(there)!r}, found {str(here)!r}; give "
-            f"DiffuseMixLoader(device={there.type!r})"
+            f"DiffuseMixLoader(device={there.type!r})."
         )
     prepared = AcceleratedLoader(loader, accelerator)
     accelerator.register_for_checkpointing(prepared)

@@ -1,9 +1,9 @@
-"""The loader in the place of those that timm's training script makes.
+"""The loader in timm's training script, instead of the loaders that the script makes.
 
     loader_train = prepare(DiffuseMixLoader(dataset_train, ..., drop_last=True), mixup_fn)
     loader_eval = prepare(DiffuseMixLoader(dataset_eval, ...))
 
-for `create_loader(...)`, with the script's prefetcher left on: batches come normalised and on the device.
+replaces `create_loader(...)`. Leave the script's prefetcher on: batches are normalised and on the device.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from dali_diffusemix.loading.seeding import globally_seeded
 
 
 class Mixup(Protocol):
-    """What is needed of `timm.data.Mixup`."""
+    """The part of `timm.data.Mixup` that is used here."""
 
     mixup_enabled: bool
 
@@ -28,7 +28,7 @@ class Mixup(Protocol):
 
 
 class TimmLoader:
-    """A `DiffuseMixLoader` with what timm's script asks of a prefetching loader. Made by `prepare`."""
+    """A `DiffuseMixLoader` with the interface of timm's prefetching loader; `prepare` makes it."""
 
     loader: DiffuseMixLoader
 
@@ -51,7 +51,7 @@ class TimmLoader:
 
     @property
     def mixup_enabled(self) -> bool:
-        """Whether Mixup or CutMix are on. The script turns them off for the last epochs; labels stay soft."""
+        """True while Mixup or CutMix is on. The script turns them off for the last epochs; labels stay soft."""
         return self._mixup is not None and self._mixup.mixup_enabled
 
     @mixup_enabled.setter
@@ -64,7 +64,7 @@ class TimmLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        """The script tells the dataset the epoch, if that can be told, and not the sampler."""
+        """Return the iterator of the epoch that the script has set on the dataset."""
         epoch = self.dataset.epoch
         if epoch != self._epoch:
             self._epoch = epoch
@@ -76,16 +76,18 @@ def prepare(loader: DiffuseMixLoader, mixup_fn: Mixup | None = None) -> TimmLoad
     """Wrap a loader for timm's training script.
 
     Args:
-        loader: What to wrap.
-        mixup_fn: The script's `timm.data.Mixup`. It becomes the loader's batch transform, so what it draws depends on
-            (seed, epoch, step, rank) alone. It wants batches of even size: give the loader drop_last=True.
+        loader: The loader to wrap.
+        mixup_fn: The script's `timm.data.Mixup`. It becomes the loader's batch transform, so its draws depend only on
+            (seed, epoch, step, rank). It needs batches of even size: give the loader drop_last=True.
 
     Raises:
-        ConfigError: the loader has another batch transform.
+        ConfigError: The loader has another batch transform.
     """
     if mixup_fn is not None:
         if loader.batch_transform is not None:
-            raise ConfigError("mixup_fn becomes batch_transform, and the loader has one already: leave one of them out")
+            raise ConfigError(
+                "mixup_fn must be the only batch transform, found another in the loader; leave one of them out."
+            )
         loader.batch_transform = globally_seeded(_Mixing(mixup_fn))
     return TimmLoader(loader, mixup_fn)
 

@@ -1,1 +1,1 @@
-"""Loading: samples for training: the dataset, and the loader that takes DataLoader's place."""
+"""Loading: samples for training: the dataset, and the loader that replaces DataLoader."""

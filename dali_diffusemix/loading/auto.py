@@ -3,8 +3,8 @@
     way ──> a process of its own, with a time limit ──> images/s, or why it does not work
                  (a vendor's library may crash it, or report success with wrong pixels)
 
-"cpu" is the CPU loader's decoder, whose pixels are Pillow's, and one copy of the visible parts to the GPU per batch. The
-other ways are settings of DALI's mixed decoders (`GpuDecoding`).
+"cpu" is the CPU loader's decoder, whose pixels are Pillow's, plus one copy of the visible parts to the GPU per batch.
+The other ways are settings of DALI's mixed decoders (`GpuDecoding`).
 """
 
 import contextlib
@@ -289,7 +289,7 @@ def _pixels_of(piece: np.void, device: torch.device) -> NDArray[np.uint8]:
 
 
 def remembered(facts: Mapping[str, Any]) -> Choice | None:
-    """What was found on a machine of these facts before."""
+    """The remembered measurements on such a machine; None if there are none."""
     try:
         known = json.loads(_file().read_text()).get(_key(facts))
         return None if known is None else Choice(**known["choice"])
@@ -312,7 +312,7 @@ def _remember(facts: Mapping[str, Any], choice: Choice) -> None:
 
 
 def _facts(device: int, threads: int) -> dict[str, Any]:
-    """What the answer depends on."""
+    """The facts that the measurements depend on."""
     found: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(device),
         "driver": _driver(),

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dali_diffusemix.base import gpu, native
-from dali_diffusemix.base.philox import draw
+from dali_diffusemix.base.philox import BATCH_TRANSFORM, draw
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading import auto
 from dali_diffusemix.loading.cursor import Run
@@ -42,13 +42,10 @@ DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
 }
 """The types of a batch."""
 
-# Philox field of the batch transform of rank 0; the ranks follow. The plan's fields are small.
-_TRANSFORM: Final = 2**31
-
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """How batches are delivered; nothing here changes which samples they hold. `DiffuseMixLoader` documents it."""
+    """Settings of delivery, none of which changes the samples. `DiffuseMixLoader` documents them."""
 
     device: torch.device
     decode: auto.Decode
@@ -108,7 +105,7 @@ class BatchMaker:
 
     Args:
         dataset: Decides every sample.
-        delivery: How batches are delivered.
+        delivery: Settings of delivery.
         ranks: This process's rank, which seeds the batch transform.
         batch_transform: Changes each batch.
     """
@@ -279,8 +276,8 @@ class BatchMaker:
     def _transformed(
         self, transform: BatchTransform, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int
     ) -> Batch:
-        words = draw(self.dataset.seed, epoch, [step], [_TRANSFORM + self._ranks()[0]])[0, 0].astype(np.uint64)
-        seed = int(words[0] << np.uint64(32) | words[1])
+        draws = draw(self.dataset.seed, epoch, [step], [BATCH_TRANSFORM + self._ranks()[0]])[0, 0].astype(np.uint64)
+        seed = int(draws[0] << np.uint64(32) | draws[1])
         changed = transform(images, labels, torch.Generator(self.device).manual_seed(seed))
         if isinstance(changed, str) or not (isinstance(changed, Sequence) and len(changed) == 2):
             raise ConfigError(f"batch_transform must return (images, labels), found {type(changed).__name__}.")
@@ -345,8 +342,8 @@ class Batches:
 
     Args:
         maker: Makes them.
-        order: What the epoch holds.
-        run: How far it is; it may move to another epoch until the first `next`.
+        order: The batches of the epoch.
+        run: The position; it may move to another epoch until the first `next`.
         batch_size: Samples per batch, unless a batch sampler decides it.
     """
 

@@ -29,7 +29,7 @@ _REMEDIES: Final = {
 
 
 class Identity(NamedTuple):
-    """What a state belongs to: a state of anything else is refused."""
+    """The dataset and order of a state: a state of anything else is refused."""
 
     seed: int
     length: int  # samples in an epoch
@@ -39,7 +39,7 @@ class Identity(NamedTuple):
 
 @dataclass
 class Run:
-    """How far one iterator is."""
+    """The position of one iterator."""
 
     epoch: int
     delivered: int  # positions of the order, by all ranks together; with a user's sampler, of its indices
@@ -52,8 +52,8 @@ class Cursor:
     """The position of a loader.
 
     Args:
-        order: What an epoch holds.
-        identity: What a state belongs to.
+        order: The batches of an epoch.
+        identity: The dataset and order that states belong to.
         has_sampler: The order is a user's, and its state is part of a state.
     """
 

@@ -339,12 +339,12 @@ def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:
     """True if a crop draws anything for images of these sizes, (n, 2); otherwise all epochs are the same."""
     drawn = False
 
-    def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+    def draws(field: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
         nonlocal drawn
         drawn = True
         return np.zeros((len(rows), 4), dtype=np.uint32)
 
-    crop.boxes(np.asarray(sizes, dtype=np.int32), words)
+    crop.boxes(np.asarray(sizes, dtype=np.int32), draws)
     return drawn
 
 

@@ -263,7 +263,7 @@ class DiffuseMixLoader:
         if isinstance(self._order, SamplerOrder):
             raise ConfigError("plan: the batches are a sampler's; give its indices to dataset.planner.batch instead.")
         order = self._order.epochs
-        return self.dataset.planner.batch(epoch, order.indices(epoch, order.places(step)))
+        return self.dataset.planner.batch(epoch, order.indices(epoch, order.positions(step)))
 
     def stats(self) -> LoaderStats:
         """Return where the newest iterator's time has gone so far."""

@@ -1,4 +1,4 @@
-"""Pieces: one table for what a batch shows of its images, from the plan's windows to the mix.
+"""Pieces: one table for the visible parts of a batch's images, from the plan's windows to the mix.
 
     request(dataset, plan)  ──>  Pieces: locations, windows  ──decoder──>  Pieces: pixels  ──> mix
 
@@ -24,7 +24,7 @@ from dali_diffusemix.plan.windows import visible_parts
 
 @dataclass(kw_only=True)
 class Pieces:
-    """What n samples show of their originals and edits: first where to find it, then its pixels.
+    """The visible parts of n samples' originals and edits: first the windows to decode, then the decoded pixels.
 
     A decoder fills in `table["data"]` and what it decoded more than asked, `on_host`, `owners` and `errors`.
     """
@@ -84,7 +84,7 @@ class Pieces:
         return failed
 
     def replace(self, sample: int, other: "Pieces") -> None:
-        """Put the only sample of other pieces in the place of one of these."""
+        """Replace a sample by the only sample of other pieces."""
         self.table[:, sample], self.on_host[:, sample] = other.table[:, 0], other.on_host[:, 0]
         self.owners.extend(other.owners)
 

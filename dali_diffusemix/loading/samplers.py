@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 
 
 class BatchIndices(NamedTuple):
@@ -78,10 +78,10 @@ class OwnOrder:
         _ = self.epochs
 
     @property
-    def epochs(self) -> Schedule:
+    def epochs(self) -> EpochOrder:
         """The order that this rank takes part in. Raises ConfigError."""
         rank, world_size = self.ranks()
-        return Schedule(
+        return EpochOrder(
             length=self.length,
             batch_size=self.batch_size,
             shuffle=self.shuffle,
@@ -98,7 +98,7 @@ class OwnOrder:
         order = self.epochs
         size = order.global_batch_size
         for step in range(delivered // size, len(order)):
-            yield BatchIndices(step, (step + 1) * size, order.indices(epoch, order.places(step)))
+            yield BatchIndices(step, (step + 1) * size, order.indices(epoch, order.positions(step)))
 
     def begin(self) -> None:
         return None

@@ -3,8 +3,8 @@
     pieces in host memory ──> one block of page-locked memory ──> one block on the GPU
            copied by threads, off the GIL            on a stream of its own, beside training
 
-What a GPU decodes becomes ready on the same stream, which has no other work: DALI orders its next work behind the stream
-that its outputs were handed to, and would wait for training if that were training's stream.
+What a GPU decodes becomes ready on the same stream. It has no other work: DALI orders its next work behind the stream
+that its outputs were handed to, and would wait for training if that were the training stream.
 
 torch's allocators own both blocks: page-locked memory is reused when the copy from it is done, the GPU's when the work
 that reads it is done. Blocks are as large as the largest batch so far, so that they can replace each other.

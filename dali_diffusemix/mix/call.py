@@ -1,4 +1,4 @@
-"""One call a batch: from decoded pieces and a plan to the training tensor.
+"""One call per batch: from decoded pieces and a plan to the training tensor.
 
 `mix` computes the specification of `mix.pixel` for a batch, with the fused kernel of kernels/mix.cpp where it was
 built, and `mix_on_device` with the GPU's. They work on a `piece_table`: a piece is a rectangle of decoded pixels and
@@ -27,6 +27,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.windows import visible_parts
 
 if TYPE_CHECKING:
     import torch
@@ -126,11 +127,11 @@ def mix(
     expected = format.shape(count, plan.output_size)
     if out.shape != expected or out.dtype != format.storage or not out.flags.c_contiguous:
         raise ConfigError(
-            f"out must be contiguous {format.storage} of shape {expected}, found {out.dtype} of shape {out.shape}"
+            f"out must be contiguous {format.storage} of shape {expected}, found {out.dtype} of shape {out.shape}."
         )
     _check_tables(plan, pieces, 0 if bank is None else len(bank))
     if threads < 1:
-        raise ConfigError(f"threads must be at least 1, found {threads}")
+        raise ConfigError(f"threads must be at least 1, found {threads}.")
     if not native.mix(pieces, row_table(plan), bank, out, format, threads):
         for row, (original, edit) in enumerate(pieces.T):
             fractal = None if bank is None or plan.fractal[row] < 0 else bank[plan.fractal[row]]
@@ -146,7 +147,7 @@ def mix_on_device(
     out: "torch.Tensor",
     format: TensorFormat,
 ) -> None:
-    """Mix a batch on a GPU: one launch on torch's current stream, which nothing here waits for.
+    """Mix a batch on a GPU: one launch on torch's current stream, without waiting for it.
 
     Args:
         plan: n rows, at most 65535.
@@ -174,10 +175,10 @@ def mix_on_device(
     ):
         raise ConfigError(
             f"out must be a CUDA tensor of {format.dtype}, shape {shape} and {layout}, found {out.dtype} of shape "
-            f"{tuple(out.shape)} on {out.device}"
+            f"{tuple(out.shape)} on {out.device}."
         )
     if len(plan) > 65535:
-        raise ConfigError(f"a batch on a GPU has at most 65535 samples, found {len(plan)}; take a smaller batch_size")
+        raise ConfigError(f"a batch on a GPU must have at most 65535 samples, found {len(plan)}; reduce batch_size.")
     _check_tables(plan, pieces, 0 if bank is None else len(bank))
     if len(plan):
         # The tables go after the launch: torch gives their memory to nothing that could run before it on this stream.
@@ -187,24 +188,25 @@ def mix_on_device(
 def _check_tables(plan: BatchPlan, pieces: NDArray[np.void], fractals: int) -> None:
     if pieces.shape != (2, len(plan)):
         raise ConfigError(
-            f"pieces must be (2, {len(plan)}), the originals and the edits of the plan's rows, found {pieces.shape}"
+            f"pieces must be (2, {len(plan)}), the originals and the edits of the plan's rows, found {pieces.shape}."
         )
-    # A source of which a sample shows nothing needs no piece: which, only the plan's visible_parts knows.
+    # A source of which a sample shows nothing needs no piece. Rows with one of two pieces are believed to know which.
     originals, edits = pieces["data"]
-    if not np.where(plan.mixed, originals | edits, originals).all():
-        raise ConfigError("every row needs a piece of its original, and every mixed row one of its original or edit")
+    without = np.flatnonzero(np.where(plan.mixed, originals | edits, originals) == 0).tolist()
+    if any(visible_parts(plan.row(row), np.ones((2, 1, 2), dtype=np.int32)).any() for row in without):
+        raise ConfigError("every row needs a piece of its original, and every mixed row one of its original or edit.")
     if len(plan) and plan.fractal.max() >= fractals:
-        raise ConfigError(f"the plan wants fractal {plan.fractal.max()}, the bank holds {fractals}")
+        raise ConfigError(f"plan.fractal must be below the bank's {fractals}, found {plan.fractal.max()}.")
     for name, table in zip(("original", "edit"), pieces, strict=True):
         inside = (table["top"] >= 0) & (table["left"] >= 0) & (table["height"] > 0) & (table["width"] > 0)
         inside &= table["top"] + table["height"] <= table["image_height"]
         inside &= table["left"] + table["width"] <= table["image_width"]
         if wrong := np.flatnonzero(~inside & (table["data"] != 0)).tolist():
-            raise ConfigError(f"a piece must lie in its image, found row {wrong[0]} of the {name}s: {table[wrong[0]]}")
+            raise ConfigError(f"a piece must lie in its image, found row {wrong[0]} of the {name}s: {table[wrong[0]]}.")
 
 
 def _whole_image(piece: np.void) -> NDArray[np.uint8]:
-    """(height, width, 3) uint8: the image that a piece is of; what the piece leaves out is not seen and 0."""
+    """(height, width, 3) uint8: the image of a piece, 0 outside the piece, where it is not seen."""
     height, width = int(piece["height"]), int(piece["width"])
     buffer = (ctypes.c_uint8 * (height * width * 3)).from_address(int(piece["data"]))
     pixels: NDArray[np.uint8] = np.ctypeslib.as_array(buffer).reshape(height, width, 3)

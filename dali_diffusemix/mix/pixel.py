@@ -1,21 +1,12 @@
-"""The specification of every pixel, in NumPy."""
-
-from typing import TYPE_CHECKING
+"""The specification of every pixel, in NumPy; its geometry is `plan.geometry`."""
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.plan.batch import BatchPlan
-from dali_diffusemix.plan.geometry import seam_ramp
-from dali_diffusemix.plan.spec import MASKS
-
-if TYPE_CHECKING:
-    pass
 from dali_diffusemix.mix.tensor import TensorFormat
-
-# --------------------------------------------------------------------------------------------------------------
-# The specification
-# --------------------------------------------------------------------------------------------------------------
+from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.geometry import Axis, centre, inside, seam_ramp
+from dali_diffusemix.plan.spec import MASKS
 
 
 def resample_weights(start: float, extent: float, output: int, source: int) -> NDArray[np.float32]:
@@ -25,19 +16,20 @@ def resample_weights(start: float, extent: float, output: int, source: int) -> N
     to 1. An output pixel whose centre lies outside the image has no weights and becomes 0.
 
     Args:
-        start: Where the box begins, source pixels.
-        extent: Length of the box, source pixels.
+        start: Where the box begins, relative to the image.
+        extent: Length of the box, relative to the image.
         output: Output pixels.
         source: Source pixels.
 
     Returns:
         (output, source) float32.
     """
-    scale = extent / output
-    centre = start + extent * ((np.arange(output) + 0.5) / output)
-    distance = np.abs(np.arange(source) + 0.5 - centre[:, None]) / max(scale, 1.0)
-    weights = np.maximum(1 - distance, 0)
-    weights[(centre < 0) | (centre >= source)] = 0
+    axis = Axis(start, extent, output, source)
+    i, x = np.arange(output)[:, None], np.arange(source)
+    at = axis.source_centre(i)
+    first, end = axis.taps(at)
+    weights = np.maximum(1 - np.abs((x + 0.5 - at) / axis.reach), 0)
+    weights[(x < first) | (x >= end) | ~inside(centre(start, extent, i, output))] = 0
     total = weights.sum(axis=1, keepdims=True)
     return np.asarray(weights / np.where(total > 0, total, 1), dtype=np.float32)
 
@@ -47,7 +39,7 @@ def resample(image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int
 
     Args:
         image: (height, width, 3) uint8.
-        box: (top, left, height, width), image pixels; may leave the image, where the result is 0.
+        box: (top, left, height, width), relative to the image, which it may leave; there the result is 0.
         size: (height, width) of the output.
 
     Returns:
@@ -64,7 +56,7 @@ def edit_weight(mask: int, seam_width: float, span: NDArray[np.float64], size: t
     """M: the weight of the edit at every output pixel.
 
     Args:
-        mask: Position in `MASKS`.
+        mask: Index in `MASKS`.
         seam_width: w, a fraction of what the mask spans.
         span: (top, left, height, width): the output within what the mask spans.
         size: (height, width) of the output.
@@ -74,8 +66,7 @@ def edit_weight(mask: int, seam_width: float, span: NDArray[np.float64], size: t
     """
     name = MASKS[mask]
     axis = 1 if name in ("left", "right") else 0
-    t = span[axis] + span[axis + 2] * ((np.arange(size[axis]) + 0.5) / size[axis])
-    m = seam_ramp(t, seam_width)
+    m = seam_ramp(centre(span[axis], span[axis + 2], np.arange(size[axis]), size[axis]), seam_width)
     m = m if name in ("right", "bottom") else 1 - m
     return np.asarray(m, dtype=np.float32).reshape((1, -1) if axis == 1 else (-1, 1))
 
@@ -100,33 +91,23 @@ def mixed_image(
         (height, width, 3) float32 in [0, 255].
     """
     size = plan.output_size
-    image = _resample_relative(original, plan.box[row], size)
+    image = resample(original, plan.box[row], size)
     if edit is not None:
         m = edit_weight(int(plan.mask[row]), plan.seam_width, plan.span[row], size)[..., None]
-        image = m * _resample_relative(edit, plan.box[row], size) + (1 - m) * image
+        image = m * resample(edit, plan.box[row], size) + (1 - m) * image
     if fractal is not None:
         upside_down, left_right = plan.fractal_flip[row]
         fractal = fractal[:: -1 if upside_down else 1, :: -1 if left_right else 1]
         weight = plan.fractal_weight[row]
-        blended = (1 - weight) * image + weight * _resample_relative(fractal, plan.span[row], size)
+        blended = (1 - weight) * image + weight * resample(fractal, plan.span[row], size)
         image = np.where(_inside(plan.box[row], size)[..., None], blended, np.float32(0))
     return image[:, ::-1] if plan.flip[row] else image
 
 
-def _resample_relative(
-    image: NDArray[np.uint8], box: NDArray[np.float64], size: tuple[int, int]
-) -> NDArray[np.float32]:
-    height, width = image.shape[:2]
-    return resample(image, box * np.array([height, width, height, width]), size)
-
-
 def _inside(box: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """(height, width) bool: whose centres lie in the image; outside is 0, fractal or not."""
-    inside = []
-    for axis in (0, 1):
-        centre = box[axis] + box[axis + 2] * ((np.arange(size[axis]) + 0.5) / size[axis])
-        inside.append((centre >= 0) & (centre < 1))
-    return np.asarray(np.logical_and.outer(*inside))
+    """(height, width): True where the centre lies in the image. Outside is 0, fractal or not."""
+    rows, columns = (inside(centre(box[axis], box[axis + 2], np.arange(size[axis]), size[axis])) for axis in (0, 1))
+    return rows[:, None] & columns
 
 
 def encode(image: NDArray[np.float32], format: TensorFormat) -> NDArray[np.generic]:

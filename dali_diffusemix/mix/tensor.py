@@ -1,16 +1,12 @@
 """The training tensor: its type, layout and normalisation."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError
-
-if TYPE_CHECKING:
-    pass
-
 
 IMAGENET_MEAN: Final = (0.485, 0.456, 0.406)
 IMAGENET_STD: Final = (0.229, 0.224, 0.225)
@@ -27,7 +23,7 @@ DTYPES: Final[tuple[DtypeName, ...]] = ("float32", "float16", "bfloat16", "uint8
 
 @dataclass(frozen=True, kw_only=True)
 class TensorFormat:
-    """What the values of the training tensor look like."""
+    """Type, layout and normalisation of the training tensor."""
 
     dtype: DtypeName = "float32"
     channels_last: bool = False
@@ -36,19 +32,19 @@ class TensorFormat:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype must be one of {DTYPES}, found {self.dtype!r}")
+            raise ConfigError(f"dtype must be one of {DTYPES}, found {self.dtype!r}.")
         if self.normalize is None:
             return
         if self.dtype == "uint8":
-            raise ConfigError("dtype uint8 holds plain pixels: give normalize=None, or take a float dtype")
+            raise ConfigError("dtype uint8 holds plain pixels: give normalize=None, or take a float dtype.")
         try:
             fits = np.asarray(self.normalize, dtype=np.float64).shape == (2, 3)
         except (TypeError, ValueError):  # of other lengths, or no numbers
             fits = False
         if not fits:
-            raise ConfigError(f"normalize must be (mean, std), three numbers each, found {self.normalize}")
+            raise ConfigError(f"normalize must be (mean, std), three numbers each, found {self.normalize}.")
         if min(self.normalize[1]) <= 0:
-            raise ConfigError(f"normalize's deviations must be above 0, found {self.normalize[1]}")
+            raise ConfigError(f"normalize's deviations must be above 0, found {self.normalize[1]}.")
 
     @property
     def storage(self) -> np.dtype[np.generic]:

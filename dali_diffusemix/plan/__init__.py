@@ -1,16 +1,17 @@
 """The plan: everything random about a batch, as arrays, decided before an image is opened.
 
-    spec, crops      what users choose: `MixSpec`, `TrainCrop` and its kin
-    order            which samples a rank's batches hold
+    spec, crops      the user's choices: `MixSpec`, `TrainCrop`, `RandomCrop`, `EvalCrop`
+    order            the samples of a rank's batches
     batch            (seed, epoch, indices) to a `BatchPlan`, one row per sample
-    windows          which pixels of each source those rows show
+    geometry         centres, inside, seam and taps: the law that windows, specification and kernels share
+    windows          the pixels of each source that those rows show
 
-All of it is a pure function of its arguments, and all sample randomness is drawn here.
+All of it is a pure function of its arguments, and all sample randomness is drawn here; `base.philox` has the register.
 """
 
 from dali_diffusemix.plan.batch import PLAN_VERSION, BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop, EvalCrop, RandomCrop, TrainCrop
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -19,11 +20,11 @@ __all__ = [
     "PLAN_VERSION",
     "BatchPlan",
     "Crop",
+    "EpochOrder",
     "EvalCrop",
     "MixSpec",
     "Planner",
     "RandomCrop",
-    "Schedule",
     "TrainCrop",
     "visible_parts",
 ]

@@ -1,4 +1,4 @@
-"""The batch: everything random about it, as arrays, one row per sample.
+"""The plan of a batch: everything random about it, as arrays, one row per sample.
 
 `Planner` turns (seed, epoch, indices) into a `BatchPlan`, a pure function: a row depends on neither batch size, worker,
 rank nor history, and any row of any epoch costs the same.
@@ -11,17 +11,27 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dali_diffusemix.base.philox import below, check_seed, draw, uniform
+from dali_diffusemix.base.philox import (
+    CROP,
+    EDIT,
+    FLIP,
+    FRACTAL,
+    MASK,
+    MIXED,
+    WEIGHT,
+    below,
+    check_seed,
+    draw,
+    uniform,
+)
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan.crops import CROP, FLIP, Crop, Words
+from dali_diffusemix.plan.crops import Crop, Draws
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 PLAN_VERSION: Final = 1
 """Frozen by golden vectors: another value means that the same seed gives other samples."""
 
-# The third word of the counter: which decision a draw is for.
-_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT = range(5)
-_COMMON: Final = (_MIXED, _EDIT, _MASK, _FRACTAL, _WEIGHT, FLIP, CROP)
+_COMMON: Final = (MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, CROP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +39,10 @@ class BatchPlan:
     """One row per sample. Boxes are (top, left, height, width) relative to the image they lie in."""
 
     epoch: int
-    index: NDArray[np.int64]  # (n,) place in the epoch's numbering of samples
+    index: NDArray[np.int64]  # (n,) number of the sample in the epoch
     original: NDArray[np.int64]  # (n,) row of the catalog
     edit: NDArray[np.int64]  # (n,) row of the edit index; -1: not mixed
-    mask: NDArray[np.int8]  # (n,) position in MASKS; -1: not mixed
+    mask: NDArray[np.int8]  # (n,) index in MASKS; -1: not mixed
     box: NDArray[np.float64]  # (n, 4) the crop; may leave [0, 1]
     span: NDArray[np.float64]  # (n, 4) the output within what mask and fractal span
     seam_width: float  # of what the mask spans
@@ -47,19 +57,19 @@ class BatchPlan:
 
     @property
     def mixed(self) -> NDArray[np.bool_]:
-        """(n,) whether the sample shows an edit."""
+        """(n,) True where the sample shows an edit."""
         return self.edit >= 0
 
-    def row(self, place: int) -> "BatchPlan":
+    def row(self, row: int) -> "BatchPlan":
         """The plan of one sample, a view."""
-        return replace(self, **{name: getattr(self, name)[place : place + 1] for name in self._columns()})
+        return replace(self, **{name: getattr(self, name)[row : row + 1] for name in self._columns()})
 
     def with_rows(self, rows: Mapping[int, "BatchPlan"]) -> "BatchPlan":
-        """A plan with other rows, of one sample each, at some places."""
+        """The plan with some rows replaced by plans of one sample each."""
         columns = {name: getattr(self, name).copy() for name in self._columns()}
-        for place, row in rows.items():
+        for row, other in rows.items():
             for name, column in columns.items():
-                column[place] = getattr(row, name)[0]
+                column[row] = getattr(other, name)[0]
         return replace(self, **columns)
 
     def unmixed(self) -> "BatchPlan":
@@ -80,7 +90,7 @@ class BatchPlan:
 
 
 class EditTable(Protocol):
-    """Which edits each original has, sorted by original."""
+    """The edits of each original, sorted by original."""
 
     @property
     def starts(self) -> NDArray[np.int64]:
@@ -94,7 +104,7 @@ class EditTable(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Planner:
-    """Turns (epoch, indices) into rows. Holds what decides them, draws nothing until asked.
+    """Turns (epoch, indices) into rows. Holds what decides them and draws nothing until asked.
 
     In a fixed epoch index i is original i. In an expanded one the first N indices are the originals, unmixed, and
     index N + j is edit j.
@@ -112,16 +122,16 @@ class Planner:
         if self.mix is None:
             return
         if self.edits is None:
-            raise ConfigError("mix needs edits: found mix without edits; give an edit store or take mix=None")
+            raise ConfigError("edits must be given with mix, found None; give an edit store or take mix=None.")
         if len(self.edits.starts) != len(self.sizes) + 1:
             raise ConfigError(
                 f"edits must be of these originals: found starts for {len(self.edits.starts) - 1} originals, "
-                f"{len(self.sizes)} in the catalog"
+                f"{len(self.sizes)} in the catalog."
             )
         if self.fractals < 1 and self.mix.fractal_weight_range[1] > 0:
             raise ConfigError(
                 f"fractal_weight {self.mix.fractal_weight} needs a fractal bank of at least 1, found {self.fractals}; "
-                "give fractals=, or take fractal_weight=0"
+                "give fractals=, or take fractal_weight=0."
             )
 
     def __len__(self) -> int:
@@ -143,45 +153,44 @@ class Planner:
         index = np.atleast_1d(np.asarray(indices, dtype=np.int64))
         count = len(index)
         if count and not (index.min() >= 0 and index.max() < len(self)):
-            raise ConfigError(f"index must lie in [0, {len(self)}), found {index.min()} to {index.max()}")
+            raise ConfigError(f"index must lie in [0, {len(self)}), found {index.min()} to {index.max()}.")
         # One call for what nearly every row needs; a crop's later tries are drawn for the rows that need them.
         common = dict(zip(_COMMON, draw(self.seed, epoch, index, _COMMON), strict=True))
 
-        def words(which: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
-            if which in common:
-                return np.asarray(common[which][rows])
-            return np.asarray(draw(self.seed, epoch, index[rows], [which])[0])
+        def draws(field: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+            if field in common:
+                return np.asarray(common[field][rows])
+            return np.asarray(draw(self.seed, epoch, index[rows], [field])[0])
 
-        original, edit = self._sources(index, words)
+        original, edit = self._sources(index, draws)
         sizes = np.asarray(self.sizes[original], dtype=np.int32)
-        box, flip = self.crop.boxes(sizes, words)
+        box, flip = self.crop.boxes(sizes, draws)
         mixed = edit >= 0
         rows = np.arange(count)
         mix = self.mix or MixSpec()
-        mask_words = words(_MASK, rows)[:, 0]
+        of_mask, of_fractal = draws(MASK, rows)[:, 0], draws(FRACTAL, rows)
         masks = np.array([MASKS.index(m) for m in mix.masks], dtype=np.int8)
-        fractal_words = words(_FRACTAL, rows)
         low, high = mix.fractal_weight_range
-        weight = np.where(mixed, low + (high - low) * uniform(words(_WEIGHT, rows)[:, 0]), 0).astype(np.float32)
+        weight = np.where(mixed, low + (high - low) * uniform(draws(WEIGHT, rows)[:, 0]), 0).astype(np.float32)
         blended = weight > 0
         return BatchPlan(
             epoch=epoch,
             index=index,
             original=original,
             edit=edit,
-            mask=np.where(mixed, masks[below(mask_words, len(masks))], np.int8(-1)),
+            mask=np.where(mixed, masks[below(of_mask, len(masks))], np.int8(-1)),
             box=box,
             span=box if mix.order == "mix_then_crop" else np.tile([0.0, 0.0, 1.0, 1.0], (count, 1)),
             seam_width=mix.seam_width,
             flip=flip,
-            fractal=np.where(blended, below(fractal_words[:, 0], self.fractals), -1),
-            fractal_flip=(fractal_words[:, 1:3] >> np.uint32(31)).astype(np.bool_) & blended[:, None],
+            fractal=np.where(blended, below(of_fractal[:, 0], self.fractals), -1),
+            fractal_flip=(of_fractal[:, 1:3] >> np.uint32(31)).astype(np.bool_) & blended[:, None],
             fractal_weight=weight,
             output_size=self.crop.output_size,
         )
 
-    def _sources(self, index: NDArray[np.int64], words: Words) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which original and which edit each sample shows; -1 where it shows no edit."""
+    def _sources(self, index: NDArray[np.int64], draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The original and the edit of each sample; -1 where it shows no edit."""
         if self.mix is None or self.edits is None:
             return index, np.full(len(index), -1, dtype=np.int64)
         if self.mix.epoch == "expanded":
@@ -194,5 +203,5 @@ class Planner:
         first = np.asarray(self.edits.starts[index])
         count = np.asarray(self.edits.starts[index + 1]) - first
         probability = count / (1 + count) if self.mix.probability is None else self.mix.probability
-        mixed = (uniform(words(_MIXED, rows)[:, 0]) < probability) & (count > 0)
-        return index, np.where(mixed, first + below(words(_EDIT, rows)[:, 0], count), -1)
+        mixed = (uniform(draws(MIXED, rows)[:, 0]) < probability) & (count > 0)
+        return index, np.where(mixed, first + below(draws(EDIT, rows)[:, 0], count), -1)

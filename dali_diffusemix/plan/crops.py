@@ -1,22 +1,17 @@
-"""Crops: which box of an image becomes the sample."""
+"""Crops: the box of an image that becomes the sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.base.philox import below, uniform
+from dali_diffusemix.base.philox import CROP, FLIP, below, uniform
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.plan.spec import check_number, check_range
 
-FLIP: Final = 5
-"""Field of a crop's flip."""
-CROP: Final = 16
-"""Field of a crop's first try; the others follow."""
-
-Words: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[np.uint32]]
+Draws: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[np.uint32]]
 """(field, rows (m,)) to (m, 4) uint32: the draws of one field for some rows of the batch."""
 
 
@@ -28,12 +23,12 @@ class Crop(Protocol):
         """(height, width) of the sample, pixels."""
         ...
 
-    def boxes(self, sizes: NDArray[np.int32], words: Words) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """Return boxes and flips.
 
         Args:
             sizes: (n, 2) int32, (height, width) of each original in pixels.
-            words: Draws, by field (`CROP` and following, and `FLIP`) and rows.
+            draws: The draws of a field (`FLIP`, `CROP` or one after it, of `base.philox`) for some rows.
 
         Returns:
             (n, 4) float64 boxes (top, left, height, width) relative to the image, which they may leave;
@@ -45,12 +40,12 @@ class Crop(Protocol):
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     height, width = (value, value) if isinstance(value, int) else value
     if not (1 <= height <= 16384 and 1 <= width <= 16384):
-        raise ConfigError(f"{name} must be 1 to 16384 pixels, an int or (height, width), found {value!r}")
+        raise ConfigError(f"{name} must be 1 to 16384 pixels, an int or (height, width), found {value!r}.")
     return int(height), int(width)
 
 
-def _flips(probability: float, count: int, words: Words) -> NDArray[np.bool_]:
-    return uniform(words(FLIP, np.arange(count))[:, 0]) < probability
+def _flips(probability: float, count: int, draws: Draws) -> NDArray[np.bool_]:
+    return uniform(draws(FLIP, np.arange(count))[:, 0]) < probability
 
 
 def _relative(boxes: NDArray[np.float64], extents: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -93,14 +88,14 @@ class TrainCrop:
         check_range("ratio", self.ratio, 1e-3, 1e3)
         check_number("flip", self.flip, 0, 1)
         if self.scale[1] == 0:
-            raise ConfigError(f"scale must allow an area above 0, found {self.scale}")
+            raise ConfigError(f"scale must allow an area above 0, found {self.scale}.")
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the sample, pixels."""
         return _pair("size", self.size)
 
-    def boxes(self, sizes: NDArray[np.int32], words: Words) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`."""
         extents = sizes.astype(np.float64)
         boxes = self._fallback(extents)
@@ -109,7 +104,7 @@ class TrainCrop:
         for attempt in range(self._TRIES):
             if not rows.size:
                 break
-            drawn = words(CROP + attempt, rows)
+            drawn = draws(CROP + attempt, rows)
             area = extents[rows].prod(axis=1) * self._between(drawn[:, 0], *self.scale)
             ratio = np.exp(self._between(drawn[:, 1], log_low, log_high))
             shape = np.rint(np.sqrt(np.stack([area / ratio, area * ratio], axis=1)))
@@ -118,11 +113,11 @@ class TrainCrop:
             corner = below(drawn[fits, 2:], extents[taken] - shape + 1)
             boxes[taken] = np.concatenate([corner, shape], axis=1)
             rows = rows[~fits]
-        return _relative(boxes, extents), _flips(self.flip, len(sizes), words)
+        return _relative(boxes, extents), _flips(self.flip, len(sizes), draws)
 
     @staticmethod
-    def _between(words: NDArray[np.uint32], low: float, high: float) -> NDArray[np.float64]:
-        return low + (high - low) * uniform(words)
+    def _between(drawn: NDArray[np.uint32], low: float, high: float) -> NDArray[np.float64]:
+        return low + (high - low) * uniform(drawn)
 
     def _fallback(self, extents: NDArray[np.float64]) -> NDArray[np.float64]:
         height, width = extents[:, 0], extents[:, 1]
@@ -136,10 +131,10 @@ class TrainCrop:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A box of the output's size at a random place of the (resized, padded) image, flipped half the time.
+    """A box of the output's size at a random position in the (resized, padded) image, flipped half the time.
 
     The box may leave the image; what lies outside is 0 before normalisation. An image that is smaller than `size`,
-    padding included, is placed at random inside the sample.
+    padding included, lies at random inside the sample.
     """
 
     size: int | tuple[int, int]
@@ -147,7 +142,7 @@ class RandomCrop:
     resize: int | tuple[int, int] | None = field(default=None, kw_only=True)
     """The image is first resized: an int is its shorter side, a pair (height, width) is exact; None leaves it."""
     padding: int = field(default=0, kw_only=True)
-    """How far the box may leave the (resized) image on every side, pixels."""
+    """Margin by which the box may leave the (resized) image on every side, pixels."""
     flip: float = field(default=0.5, kw_only=True)
     """Probability of a left-right flip."""
 
@@ -156,7 +151,7 @@ class RandomCrop:
         if self.resize is not None:
             _pair("resize", self.resize)
         if self.padding < 0:
-            raise ConfigError(f"padding must be at least 0 pixels, found {self.padding}")
+            raise ConfigError(f"padding must be at least 0 pixels, found {self.padding}.")
         check_number("flip", self.flip, 0, 1)
 
     @property
@@ -164,16 +159,16 @@ class RandomCrop:
         """(height, width) of the sample, pixels."""
         return _pair("size", self.size)
 
-    def boxes(self, sizes: NDArray[np.int32], words: Words) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`."""
         extents = _resized(sizes, self.resize)
         shape = np.broadcast_to(np.array(self.output_size, dtype=np.float64), extents.shape)
         first, last = np.float64(-self.padding), extents + self.padding - shape
         low, high = np.minimum(first, last), np.maximum(first, last)
-        drawn = words(CROP, np.arange(len(sizes)))
+        drawn = draws(CROP, np.arange(len(sizes)))
         corner = low + below(drawn[:, :2], high - low + 1)
         boxes = np.concatenate([corner, shape], axis=1)
-        return _relative(boxes, extents), _flips(self.flip, len(sizes), words)
+        return _relative(boxes, extents), _flips(self.flip, len(sizes), draws)
 
 
 @dataclass(frozen=True)
@@ -195,7 +190,7 @@ class EvalCrop:
         """(height, width) of the sample, pixels."""
         return _pair("size", self.size)
 
-    def boxes(self, sizes: NDArray[np.int32], words: Words) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`. Offsets are whole pixels, rounded half to even, as torchvision's CenterCrop."""
         resize = round(min(self.output_size) * 8 / 7) if self.resize is None else self.resize
         extents = _resized(sizes, resize)

@@ -1,4 +1,4 @@
-"""The order: which samples a rank's batches hold."""
+"""The order of an epoch: the samples of every rank's batches."""
 
 import functools
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ from dali_diffusemix.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """Which samples a rank's batches hold: the epoch's order cut into global batches, those cut among ranks.
+class EpochOrder:
+    """The samples of a rank's batches: the epoch's order cut into global batches, those cut among ranks.
 
-    Global batch s is batch_size x world_size consecutive places of the order. Rank r takes batch_size of them,
-    from r x batch_size on. The last R < batch_size x world_size places are cut at R x r // world_size; if
+    Global batch s is batch_size x world_size consecutive positions of the order. Rank r takes batch_size of them,
+    from r x batch_size on. The last R < batch_size x world_size positions are cut at R x r // world_size; if
     R < world_size they are first filled up to world_size from the epoch's start. So with the global batch size
     fixed, every full step sees the same samples whatever the number of ranks, and all ranks take as many steps.
     """
@@ -39,13 +39,13 @@ class Schedule:
             ("world_size", self.world_size),
         ):
             if value < 1:
-                raise ConfigError(f"{name} must be at least 1, found {value}")
+                raise ConfigError(f"{name} must be at least 1, found {value}.")
         if not 0 <= self.rank < self.world_size:
-            raise ConfigError(f"rank must lie in [0, world_size {self.world_size}), found {self.rank}")
+            raise ConfigError(f"rank must lie in [0, world_size {self.world_size}), found {self.rank}.")
 
     @property
     def global_batch_size(self) -> int:
-        """Places that all ranks together take in one step."""
+        """Positions that all ranks together take in one step."""
         return self.batch_size * self.world_size
 
     def __len__(self) -> int:
@@ -57,12 +57,12 @@ class Schedule:
     def count(self) -> int:
         """Samples that this rank takes in an epoch."""
         steps = len(self)
-        return (steps - 1) * self.batch_size + len(self.places(steps - 1)) if steps else 0
+        return (steps - 1) * self.batch_size + len(self.positions(steps - 1)) if steps else 0
 
-    def places(self, step: int) -> NDArray[np.int64]:
-        """(n,) places of the epoch's order that this rank takes at `step`."""
+    def positions(self, step: int) -> NDArray[np.int64]:
+        """(n,) positions in the epoch's order that this rank takes at `step`."""
         if not 0 <= step < len(self):
-            raise ConfigError(f"step must lie in [0, {len(self)}), found {step}")
+            raise ConfigError(f"step must lie in [0, {len(self)}), found {step}.")
         start = step * self.global_batch_size
         remaining = self.length - start
         if remaining >= self.global_batch_size:
@@ -72,15 +72,15 @@ class Schedule:
         low, high = filled * self.rank // self.world_size, filled * (self.rank + 1) // self.world_size
         return (start + np.arange(low, high)) % self.length
 
-    def indices(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """(n,) sample indices that stand at these places in this epoch."""
+    def indices(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) sample indices at these positions of this epoch."""
         if not self.shuffle:
-            return places
-        block = places // _BLOCK
-        out = np.empty(len(places), dtype=np.int64)
+            return positions
+        block = positions // _BLOCK
+        out = np.empty(len(positions), dtype=np.int64)
         for number in np.unique(block):
             here = block == number
-            out[here] = _order_block(self.length, self.seed, epoch, int(number))[places[here] % _BLOCK]
+            out[here] = _order_block(self.length, self.seed, epoch, int(number))[positions[here] % _BLOCK]
         return out
 
 
@@ -89,7 +89,7 @@ _BLOCK: Final = 8192
 
 @functools.lru_cache(maxsize=8)
 def _order_block(length: int, seed: int, epoch: int, number: int) -> NDArray[np.int64]:
-    """A stretch of the epoch's order. NumPy computes a stretch in little more time than one batch of it."""
+    """A block of the epoch's order. NumPy computes one in little more time than a batch of it."""
     start = number * _BLOCK
     block = Permutation(length, seed=seed, epoch=epoch)(np.arange(start, min(start + _BLOCK, length)))
     block.setflags(write=False)

@@ -1,4 +1,4 @@
-"""Visible parts: which pixels of each source a sample is made of."""
+"""Visible parts: the pixels of each source that a sample is made of."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.plan.batch import BatchPlan
-from dali_diffusemix.plan.geometry import centre, seam_ramp
+from dali_diffusemix.plan.geometry import Axis, before, beyond, centre, seam_ramp
 from dali_diffusemix.plan.spec import MASKS
 
 
@@ -35,9 +35,12 @@ def visible_parts(plan: BatchPlan, sizes: NDArray[np.int32]) -> NDArray[np.int32
         empty = ~plan.mixed if is_edit else np.zeros(len(plan), dtype=np.bool_)
         for axis in (0, 1):
             first, last = _seen_outputs(plan, axis, is_edit)
-            begin, end = _taps(plan, axis, first, last, size[:, axis])
-            window[:, axis], window[:, axis + 2] = begin, end
-            empty |= (first > last) | (begin >= end)
+            line = Axis(plan.box[:, axis], plan.box[:, axis + 2], plan.output_size[axis], size[:, axis])
+            window[:, axis], window[:, axis + 2] = (
+                line.taps(line.source_centre(first))[0],
+                line.taps(line.source_centre(last))[1],
+            )
+            empty |= first > last
         window[empty] = 0
     return windows
 
@@ -49,14 +52,14 @@ def _first_output(
     near: float,
     reached: Callable[[NDArray[np.float64]], NDArray[np.bool_]],
 ) -> NDArray[np.int64]:
-    """(n,) the first output pixel whose centre has `reached` what begins near a place; `output` if none has."""
-    place = np.clip(np.ceil((near - start) / extent * output - 0.5), -1, output + 1).astype(np.int64)
+    """(n,) the first output pixel whose centre has `reached` what begins near a coordinate; `output` if none has."""
+    pixel = np.clip(np.ceil((near - start) / extent * output - 0.5), -1, output + 1).astype(np.int64)
     # The division rounds: step to the pixel on which the condition itself turns.
     for _ in range(2):
-        place = np.where(reached(centre(start, extent, place - 1, output)), place - 1, place)
+        pixel = np.where(reached(centre(start, extent, pixel - 1, output)), pixel - 1, pixel)
     for _ in range(2):
-        place = np.where(reached(centre(start, extent, place, output)), place, place + 1)
-    return np.clip(place, 0, output)
+        pixel = np.where(reached(centre(start, extent, pixel, output)), pixel, pixel + 1)
+    return np.clip(pixel, 0, output)
 
 
 def _seen_outputs(plan: BatchPlan, axis: int, is_edit: bool) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -64,8 +67,8 @@ def _seen_outputs(plan: BatchPlan, axis: int, is_edit: bool) -> tuple[NDArray[np
     output = plan.output_size[axis]
     start, extent = plan.box[:, axis], plan.box[:, axis + 2]
     # Inside the image.
-    first = _first_output(start, extent, output, 0.0, lambda t: t >= 0)
-    last = _first_output(start, extent, output, 1.0, lambda t: t >= 1) - 1
+    first = _first_output(start, extent, output, 0.0, lambda t: ~before(t))
+    last = _first_output(start, extent, output, 1.0, beyond) - 1
     # On its side of the seam: M > 0 from `high` on, M < 1 before `low`.
     start, extent, width = plan.span[:, axis], plan.span[:, axis + 2], plan.seam_width
     high = _first_output(start, extent, output, 0.5 - width / 2, lambda t: seam_ramp(t, width) > 0)
@@ -78,15 +81,3 @@ def _seen_outputs(plan: BatchPlan, axis: int, is_edit: bool) -> tuple[NDArray[np
         else:
             last = np.where(rows, np.minimum(last, low - 1), last)
     return first, last
-
-
-def _taps(
-    plan: BatchPlan, axis: int, first: NDArray[np.int64], last: NDArray[np.int64], size: NDArray[np.int32]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(n,) first source pixel that the first output pixel's filter reads, and the one after the last's last."""
-    output = plan.output_size[axis]
-    start, extent = plan.box[:, axis] * size, plan.box[:, axis + 2] * size
-    reach = np.maximum(extent / output, 1.0)
-    begin = np.maximum(centre(start, extent, first, output) - reach + 0.5, 0)
-    end = np.minimum(centre(start, extent, last, output) + reach + 0.5, size)
-    return begin.astype(np.int64), end.astype(np.int64)

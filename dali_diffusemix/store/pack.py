@@ -42,7 +42,7 @@ _MOST_SIDE: Final = 65500  # libjpeg's limit
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """How to pack. With neither `max_side` nor `quality` no pixel changes.
+    """Options of packing. With neither `max_side` nor `quality` no pixel changes.
 
     Raises ConfigError if a field breaks its rule.
     """

@@ -51,7 +51,7 @@ from dali_diffusemix.store.shards import (
     remedy,
 )
 
-# Each open or mapped shard holds a file descriptor, of which a process has 1024 as a rule; ImageNet has 2,500 shards.
+# Each open or mapped shard holds a file descriptor. A process usually may have 1024; ImageNet has 2,500 shards.
 _OPEN_SHARDS = 200
 _LEFT_OUT = -1  # in place of the shard, for an original that was not packed
 
@@ -375,10 +375,10 @@ class OriginalStore:
         return f"<OriginalStore {self._tars.where!r}: {len(self)} originals>"
 
     def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """The locations of the files of these originals, (n,), or the error: a shard is missing or was changed, or the
-        original was left out when the store was packed.
+        """The locations of the files of these originals, (n,), or the error if a shard is missing or was changed.
 
-        For a store at a URL, waits for their shards, and has the rest fetched in the background.
+        An original that was left out when the store was packed is an error, too. For a store at a URL, waits for their
+        shards, and has the rest fetched in the background.
 
         Raises:
             MirrorError: The URL does not answer or refuses, or the disk is full.

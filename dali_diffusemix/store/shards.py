@@ -9,7 +9,7 @@ import tarfile
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -152,13 +152,15 @@ class DamagedShard:
 
 def list_shards(store: Path) -> dict[str, int]:
     """Name to size in bytes of all files in the shards' folder."""
+    sizes = {}
     try:
-        with os.scandir(store / "shards") as entries:
-            return {entry.name: entry.stat().st_size for entry in entries}
-    except FileNotFoundError:
-        return {}
+        with suppress(FileNotFoundError), os.scandir(store / "shards") as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # a temporary file that another part has renamed
+                    sizes[entry.name] = entry.stat().st_size
     except OSError as error:
         raise StoreError(f"{str(store / 'shards')!r}: cannot be listed ({error.strerror}).") from error
+    return sizes
 
 
 def finished_shards(kind: Kind, store: Path, count: int) -> dict[int, ShardRecord]:

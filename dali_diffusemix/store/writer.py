@@ -130,7 +130,7 @@ class StoreWriter:
                 if before != now:
                     raise StoreError(
                         f"{str(self.path)!r}: the prompt {prompt!r} is denied to {list(before)} in the store, found "
-                        f"{list(now)}; go on with the store's own, or give another folder."
+                        f"{list(now)}; keep the store's own, or give another folder."
                     )
             header = self._header.extended(prompts, variants, len(self.catalog), originals_per_shard, denied)
             if len(header.prompts) > MOST or variants > MOST:
@@ -269,7 +269,7 @@ class OriginalStoreWriter:
         return {number: record.verdicts for number, record in finished.items()}
 
     def finish(self, left_out: str) -> None:
-        """Derive the catalog and the index of the store from its shards, all of which must be finished.
+        """Derive the catalog and the index of the store from its shards, which must all be finished.
 
         Args:
             left_out: The reason for which the catalog rejects originals that were not accepted.
@@ -348,7 +348,7 @@ def _check_settings(store: Path, stored: Settings, asked: Settings) -> None:
             f"\n  {name}: {stored.get(name)!r} in the store, {asked.get(name)!r} asked for" for name in names
         )
         raise StoreError(
-            f"{str(store)!r}: the store was made with other settings; go on with its own, or give another folder:"
+            f"{str(store)!r}: the store was made with other settings; keep its own, or give another folder:"
             f"{differences}"
         )
 

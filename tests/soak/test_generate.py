@@ -157,7 +157,7 @@ def test_on_ray_with_an_actor_killed_the_store_is_the_same(
         os.kill(actors[0], signal.SIGKILL)
         out, err = run.communicate(timeout=300)
     assert run.returncode == 0, err
-    assert "begun again" in err
+    assert "started again" in err
     assert int(out.splitlines()[-1]) == EDITS
     assert content(tmp_path / "ray") == whole
     measured(edits=EDITS, killed="one of two actors, in its shard")

@@ -1,8 +1,8 @@
-"""Editors: what turns an original into its edit under a prompt.
+"""Editors: turn an original into its edit under a prompt.
 
-An editor is one method. `ProceduralEditor` ships with the package and needs no model; it is *not* diffusion.
-`DiffusersEditor` runs an instruction-editing pipeline of diffusers. An editor is described by a config, which processes
-hand to each other, and loaded from it where the work is done.
+An editor has one method. `ProceduralEditor` needs no model; it is *not* diffusion. `DiffusersEditor` runs an
+instruction-editing pipeline of diffusers. A config describes an editor: processes pass it on, and load the editor from
+it where the work is done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,15 +26,15 @@ PROMPTS = (
 """The nine prompts of the paper."""
 
 TEMPLATE = "A transformed version of image into {prompt}"
-"""What the paper's editor is told; `{prompt}` is one of `PROMPTS`."""
+"""The instruction to the paper's editor; `{prompt}` is one of `PROMPTS`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditTask:
-    """One edit to make: which image of the batch, under which prompt, from which seed."""
+    """One edit to make: of an image of the batch, under a prompt, from a seed."""
 
     image: int
-    """Position in the batch of images; several tasks may share one image."""
+    """Index into the batch of images; several tasks may share one image."""
     prompt: str
     """The bare prompt, without the template."""
     seed: int
@@ -49,51 +49,51 @@ class Editor(Protocol):
 
         Args:
             images: Originals, each (height, width, 3) uint8 RGB.
-            tasks: What to make. An edit depends on its own image, prompt and seed only, never on the batch.
+            tasks: The edits to make. An edit depends only on its own image, prompt and seed, never on the batch.
 
         Returns:
-            Edits, each (height, width, 3) uint8 RGB of its image's size. One that came out with numbers that are not
-            finite is float32 instead, those numbers left in it, so that it can be told from a black image.
+            Edits, each (height, width, 3) uint8 RGB of its image's size. An edit with numbers that are not finite is
+            float32 and keeps them, so that it can be told from a black image.
         """
         ...
 
 
 class EditorConfig(Protocol):
-    """Which editor, and how it edits: a frozen value, checked when it is made, that can be pickled."""
+    """An editor and its options: a frozen value that checks itself and can be pickled."""
 
     @property
     def accelerated(self) -> bool:
-        """Whether it wants a GPU where there is one."""
+        """True if it uses a GPU if there is one."""
         ...
 
     @property
     def multiple(self) -> int:
-        """What both sides of the images given to the editor must be divisible by."""
+        """The divisor of both sides of the images that it takes."""
         ...
 
     def settings(self) -> Mapping[str, str | int | float | bool | None]:
-        """What an edit store records: all that decides an edit besides its image, prompt and seed."""
+        """The settings that an edit store records: all that decides an edit besides its image, prompt and seed."""
         ...
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Say what is wrong before any work is begun.
+        """Check it before any work begins.
 
         Raises:
             ConfigError: It does not know a prompt, or cannot use its model.
-            MissingDependencyError: What it needs is not installed.
+            MissingDependencyError: A package that it needs is not installed.
         """
         ...
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> Editor:
-        """Make the editor.
+        """Load the editor.
 
         Args:
-            prompts: Those that tasks may name.
+            prompts: The prompts that tasks may name.
             device: "cpu", "cuda" or "cuda:N".
-            batch_size: Edits made at once, at most.
+            batch_size: The most edits made at once.
 
         Raises:
             ConfigError: It does not know a prompt, or cannot use its model.
-            MissingDependencyError: What it needs is not installed.
+            MissingDependencyError: A package that it needs is not installed.
         """
         ...

@@ -1,10 +1,10 @@
-"""The diffusers editor: instruction-editing pipelines, by hub id or folder, as fast as their results allow.
+"""The diffusers editor: runs instruction-editing pipelines, by hub id or folder.
 
     prompts --text encoder, once a run--> embeddings ──┐
     images --VAE, once for all their prompts--> latents ┴─ batches: UNet, scheduler --VAE--> edits
 
-Every edit has a generator of its own for its noise, so that a result depends on its image, prompt and seed, not on what
-else is in its batch (but for the last bits of the arithmetic, which batches of other sizes may round otherwise).
+Every edit has its own generator for its noise, so it depends on its image, prompt and seed, not on its batch (except
+for rounding: a batch of another size may differ in the last bits).
 """
 
 import hashlib
@@ -36,9 +36,9 @@ SCHEDULERS: Final[Mapping[str, tuple[str, Mapping[str, Any]]]] = {
     "ddim": ("DDIMScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
-"""Name to diffusers' class and what it is made with; "default" is the model's own."""
+"""Name to diffusers' class and its options; "default" is the model's own scheduler."""
 
-_ENDINGS: Final = (".json", ".txt", ".model", ".safetensors")  # of the files that a model is made of
+_ENDINGS: Final = (".json", ".txt", ".model", ".safetensors")  # of a model's files
 _DTYPES: Final = ("float16", "bfloat16", "float32")
 _INSTRUCT: Final = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXLInstructPix2PixPipeline")
 
@@ -47,10 +47,10 @@ _INSTRUCT: Final = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionXL
 class DiffusersConfig:
     """An instruction-editing pipeline of diffusers; the defaults are the released code's.
 
-    The two InstructPix2Pix pipelines (Stable Diffusion, SDXL) are made for; any other whose call takes a prompt and an
-    image is called as it is.
+    InstructPix2Pix (Stable Diffusion and SDXL) has a fast path; any other pipeline that takes a prompt and an image is
+    called as it is.
 
-    Raises ConfigError where a field breaks its rule.
+    Raises ConfigError if a field breaks its rule.
     """
 
     model: str = "timbrooks/instruct-pix2pix"  # hub id, or the folder of a saved pipeline, with safetensors
@@ -59,12 +59,12 @@ class DiffusersConfig:
     steps: int = 100  # 20 do for dpm-solver++
     guidance: float = 4.0  # by the prompt
     image_guidance: float = 1.5  # by the image, where the pipeline has it
-    template: str = TEMPLATE  # {prompt} is where the prompt goes
-    dtype: str = "float16"  # or "bfloat16", "float32": what a CPU needs
-    compile: bool = field(default=False, metadata={"setting": False})  # torch.compile of what denoises
+    template: str = TEMPLATE  # {prompt} is replaced by the prompt
+    dtype: str = "float16"  # or "bfloat16" or "float32"; a CPU needs one of these
+    compile: bool = field(default=False, metadata={"setting": False})  # torch.compile the denoiser
 
     accelerated: ClassVar[bool] = True
-    multiple: ClassVar[int] = 8  # pixels that one latent stands for
+    multiple: ClassVar[int] = 8  # pixels per latent
 
     def __post_init__(self) -> None:
         if self.scheduler not in (*SCHEDULERS, "default"):
@@ -83,10 +83,10 @@ class DiffusersConfig:
             raise ConfigError(f"template must hold {{prompt}}, where the prompt goes; found {self.template!r}.")
 
     def settings(self) -> dict[str, str | int | float | bool | None]:
-        """What an edit store records. A folder's revision is a hash of its files, so it may be moved.
+        """The settings that an edit store records. A folder's revision is a hash of its files, so it may be moved.
 
         Raises:
-            ConfigError: The model is not there.
+            ConfigError: There is no such model.
         """
         folder = _folder(self.model, self.revision)
         return {
@@ -103,10 +103,10 @@ class DiffusersConfig:
         }
 
     def check(self, prompts: Sequence[str]) -> None:
-        """Look at the model's files; any prompt will do.
+        """Check the model's files. Any prompt is valid.
 
         Raises:
-            ConfigError: The model is not there, has weights that are not safetensors, or wants its own code to be run.
+            ConfigError: There is no such model, its weights are not safetensors, or it needs code of its own.
             MissingDependencyError: diffusers or transformers is not installed.
         """
         folder = _folder(self.model, self.revision)
@@ -117,8 +117,8 @@ class DiffusersConfig:
         """Load the pipeline onto a device.
 
         Raises:
-            ConfigError: The model is not there, is no pipeline that edits, has weights that are not safetensors or
-                wants code of its own to be run; or the CPU is asked for float16.
+            ConfigError: There is no such model, it is no editing pipeline, its weights are not safetensors, it needs
+                code of its own, or float16 is asked for on a CPU.
             MissingDependencyError: diffusers or transformers is not installed.
         """
         if device == "cpu" and self.dtype == "float16":
@@ -127,7 +127,7 @@ class DiffusersConfig:
 
 
 class DiffusersEditor:
-    """Edits with a diffusion pipeline; made by `DiffusersConfig.load`."""
+    """Edits with a diffusion pipeline; `DiffusersConfig.load` makes it."""
 
     def __init__(self, pipeline: Any, config: DiffusersConfig, prompts: Sequence[str], batch_size: int) -> None:
         self._pipeline = pipeline
@@ -146,86 +146,85 @@ class DiffusersEditor:
 
         Args:
             images: Originals, each (height, width, 3) uint8 RGB; sides divisible by 8.
-            tasks: What to make; each names one of the editor's prompts.
+            tasks: The edits to make; each names one of the editor's prompts.
 
         Raises:
-            ConfigError: A task names another prompt, or one edit alone is too much for the GPU's memory.
+            ConfigError: A task names another prompt, or a single edit does not fit in the GPU's memory.
         """
         for task in tasks:
             if task.prompt not in self._texts:
-                raise ConfigError(f"prompt: the editor was made for {list(self._texts)}, found {task.prompt!r}.")
+                raise ConfigError(
+                    f"prompt must be one of {list(self._texts)}, found {task.prompt!r}; name it in `load`."
+                )
         edits: dict[int, NDArray[Any]] = {}
         # Images of one size make a batch.
-        order = sorted(range(len(tasks)), key=lambda place: images[tasks[place].image].shape[:2])
+        order = sorted(range(len(tasks)), key=lambda task: images[tasks[task].image].shape[:2])
         with self._computing():
-            for _, group in groupby(order, key=lambda place: images[tasks[place].image].shape[:2]):
-                places = list(group)
-                latents = self._encode(images, {tasks[place].image for place in places}) if self._instructs else {}
-                while places:
-                    batch = places[: self._batch_size]
+            for _, group in groupby(order, key=lambda task: images[tasks[task].image].shape[:2]):
+                left = list(group)
+                latents = self._encode(images, {tasks[task].image for task in left}) if self._instructs else {}
+                while left:
+                    batch = left[: self._batch_size]
                     try:
-                        made = self._make([images[tasks[place].image] for place in batch], latents, tasks, batch)
+                        made = self._make(images, latents, [tasks[task] for task in batch])
                     except Exception as error:
                         self._halve(error)
                         continue
                     edits.update(zip(batch, made, strict=True))
-                    places = places[len(batch) :]
-        return [edits[place] for place in range(len(tasks))]
+                    left = left[len(batch) :]
+        return [edits[task] for task in range(len(tasks))]
 
     def _make(
-        self,
-        images: Sequence[NDArray[np.uint8]],
-        latents: Mapping[int, Any],
-        tasks: Sequence[EditTask],
-        batch: Sequence[int],
+        self, images: Sequence[NDArray[np.uint8]], latents: Mapping[int, Any], tasks: Sequence[EditTask]
     ) -> list[NDArray[Any]]:
+        """Edit images of one size in one call of the pipeline."""
         import torch
         from PIL import Image
 
-        height, width = images[0].shape[:2]
+        height, width = images[tasks[0].image].shape[:2]
         asked: dict[str, Any] = {
             "num_inference_steps": self._config.steps,
             "guidance_scale": self._config.guidance,
             "image_guidance_scale": self._config.image_guidance,
-            # The CPU's, so that the noise is the same on every device.
-            "generator": [torch.Generator("cpu").manual_seed(tasks[place].seed) for place in batch],
+            # On the CPU, so that the noise is the same for every device.
+            "generator": [torch.Generator("cpu").manual_seed(task.seed) for task in tasks],
             "height": height,
             "width": width,
             "output_type": "pt",
         }
         if self._instructs:
-            asked["image"] = torch.cat([latents[tasks[place].image] for place in batch])
-            embeddings = [self._embeddings[tasks[place].prompt] for place in batch]
+            asked["image"] = torch.cat([latents[task.image] for task in tasks])
+            embeddings = [self._embeddings[task.prompt] for task in tasks]
             asked |= {name: torch.cat([one[name] for one in embeddings]) for name in embeddings[0]}
         else:
-            asked["image"] = [Image.fromarray(image) for image in images]
-            asked["prompt"] = [self._texts[tasks[place].prompt] for place in batch]
+            asked["image"] = [Image.fromarray(images[task.image]) for task in tasks]
+            asked["prompt"] = [self._texts[task.prompt] for task in tasks]
         given = {name: value for name, value in asked.items() if name in self._takes}
         return _pixels(self._pipeline(**given).images)
 
     def _embed(self, text: str) -> dict[str, Any]:
-        """A prompt's embeddings, as the pipeline's call takes them."""
+        """A prompt's embeddings, as arguments of the pipeline's call."""
         pipeline = self._pipeline
         names = ["prompt_embeds", "negative_prompt_embeds"]
         if "pooled_prompt_embeds" in self._takes:
             names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"]
             values = pipeline.encode_prompt(text, device=pipeline.device, do_classifier_free_guidance=True)
         else:
-            # Of three parts, prompt, negative and negative again, the call takes two.
+            # The three parts are prompt, negative and negative again; the call takes the first two.
             embedded = pipeline._encode_prompt(text, pipeline.device, 1, True)
             values = (embedded[:1], embedded[1:2])
         return dict(zip(names, values, strict=True))
 
-    def _encode(self, images: Sequence[NDArray[np.uint8]], places: set[int]) -> dict[int, Any]:
-        """Image to its latents, (1, 4, height / 8, width / 8); each goes through the VAE once."""
+    def _encode(self, images: Sequence[NDArray[np.uint8]], wanted: set[int]) -> dict[int, Any]:
+        """Index of an image to its latents, (1, 4, height / 8, width / 8); each goes through the VAE once."""
         import torch
 
-        pipeline, left = self._pipeline, sorted(places)
+        pipeline, left = self._pipeline, sorted(wanted)
         latents: dict[int, Any] = {}
         dtype = next(pipeline.unet.parameters()).dtype
         while left:
             batch = left[: self._batch_size]
-            pixels = torch.from_numpy(np.stack([images[place] for place in batch])).to(pipeline.device)
+            pixels = torch.from_numpy(np.stack([images[index] for index in batch])).to(pipeline.device)
             pixels = pixels.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1
             try:
                 encoded = pipeline.prepare_image_latents(pixels, len(batch), 1, dtype, pipeline.device, False)
@@ -239,7 +238,7 @@ class DiffusersEditor:
         return latents
 
     def _halve(self, error: Exception) -> None:
-        """Go on with half of the batch if it was too large for the GPU; else raise the error."""
+        """Halve the batch size if the GPU's memory was too small; else raise the error."""
         import torch
 
         if not isinstance(error, torch.OutOfMemoryError):
@@ -248,15 +247,15 @@ class DiffusersEditor:
             torch.cuda.empty_cache()
         if self._batch_size == 1:
             raise ConfigError(
-                "edit_size must be such that one edit fits into the GPU's memory, found too little for a batch of 1: "
-                f"make it smaller, or the dtype (now {self._config.dtype}), or use a GPU with more. {error}"
+                "edit_size must be such that one edit fits in the GPU's memory, found too little for a batch of 1: "
+                f"make it smaller, or the dtype ({self._config.dtype}), or use a GPU with more memory. {error}"
             ) from error
         self._batch_size //= 2
-        _log.warning("The GPU's memory is too small for the batch; going on with %d edits at once.", self._batch_size)
+        _log.warning("The batch does not fit in the GPU's memory; its size is halved to %d edits.", self._batch_size)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        """On a CPU with one thread, so that a store's bytes do not depend on how many processes shared the cores."""
+        """Run without gradients; on a CPU with one thread, so that results do not depend on the number of threads."""
         import torch
 
         threads = torch.get_num_threads()
@@ -280,13 +279,13 @@ def _pixels(images: Any) -> list[NDArray[Any]]:
     finite = images.isfinite().all(dim=3).all(dim=2).all(dim=1).tolist()
     whole = (images.nan_to_num() * 255).round().clamp(0, 255).to(torch.uint8).cpu().numpy()
     return [
-        np.ascontiguousarray(whole[place]) if ok else (images[place] * 255).cpu().numpy()
-        for place, ok in enumerate(finite)
+        np.ascontiguousarray(whole[index]) if ok else (images[index] * 255).cpu().numpy()
+        for index, ok in enumerate(finite)
     ]
 
 
 def _load(config: DiffusersConfig, device: str) -> Any:
-    """A pipeline, ready to be called."""
+    """Load a pipeline, ready to be called."""
     diffusers = _diffusers()
     import torch
 
@@ -334,17 +333,18 @@ def _load(config: DiffusersConfig, device: str) -> Any:
 def _diffusers() -> Any:
     try:
         import diffusers
-        import transformers  # noqa: F401 - what most pipelines read prompts with
+        import transformers  # noqa: F401 - most pipelines need it for prompts
     except ImportError as error:
         raise MissingDependencyError(
-            f"the diffusers editor needs diffusers and transformers ({error}): pip install 'dali-diffusemix[generate]'"
+            f"the diffusers editor needs diffusers and transformers ({error}); run `pip install "
+            "'dali-diffusemix[generate]'`."
         ) from error
     return diffusers
 
 
 @contextmanager
 def _quiet(diffusers: Any) -> Iterator[None]:
-    """Without the chatter of loading: what goes wrong is raised."""
+    """Silence messages while a pipeline is loaded; errors are raised."""
     import transformers
 
     loggers: list[tuple[Any, Callable[[], int]]] = [
@@ -367,21 +367,21 @@ def _quiet(diffusers: Any) -> Iterator[None]:
 
 @lru_cache(8)
 def _folder(model: str, revision: str | None) -> Path:
-    """Where a model's files are; those of the hub are fetched, safetensors and configs alone."""
+    """The folder of a model's files; from the hub, only safetensors and configs are fetched."""
     if Path(model).is_dir():
         if revision is not None:
             raise ConfigError(f"revision must be left out for a model in a folder, found {revision!r}.")
         return Path(model).absolute()
     if model.startswith(("/", ".", "~")) or model.count("/") != 1:
         raise ConfigError(
-            f"model must be a folder or a hub id (owner/name), and else the editor is 'procedural'; found {model!r}, "
+            f"model must be a folder or a hub id (owner/name), unless the editor is 'procedural'; found {model!r}, "
             "which is no folder."
         )
     _diffusers()
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{ending}" for ending in _ENDINGS]
-    # What is there is used as it is: no network is asked on a cluster's nodes.
+    # A local copy is used as it is: a cluster's nodes need no network.
     failure: Exception | None = None
     for local in (True, False):
         try:
@@ -391,8 +391,8 @@ def _folder(model: str, revision: str | None) -> Path:
         except Exception as error:  # of the network, of the hub, of the disk
             failure = error
     raise ConfigError(
-        f"model: {model!r} is neither a folder nor to be had from the hub ({type(failure).__name__}: {failure}). Where "
-        f"there is a network, `hf download {model}` fetches it; or give the folder of a copy."
+        f"model: {model!r} is neither a folder nor available from the hub ({type(failure).__name__}: {failure}). On a "
+        f"machine with a network, `hf download {model}` fetches it; or give the folder of a copy."
     ) from failure
 
 
@@ -409,11 +409,13 @@ def _model_index(folder: Path) -> dict[str, Any]:
 
 
 def _check_files(folder: Path, model: str) -> None:
-    """Refuse what would run code: modules in the folder, and weights that are pickled."""
+    """Refuse models that would run code: modules in the folder, and pickled weights."""
     for name, source in _model_index(folder).items():
         library = source[0] if isinstance(source, list) and source else None
         if isinstance(library, str) and library not in ("diffusers", "transformers") and library.endswith(".py"):
-            raise ConfigError(f"model: {model!r} wants {library} to be run for its {name}; no code of a model is run.")
+            raise ConfigError(
+                f"model: {model!r} needs its own code {library} for its {name}; no code of a model is run."
+            )
         if (folder / name).is_dir() and (scripts := sorted((folder / name).glob("*.py"))):
             raise ConfigError(
                 f"model: {model!r} brings code of its own ({name}/{scripts[0].name}), and no code of a model is run; "
@@ -426,7 +428,7 @@ def _check_files(folder: Path, model: str) -> None:
             and not any((folder / name).glob("*.safetensors"))
         ):
             raise ConfigError(
-                f"model: {model!r} has pickled weights alone ({name}), which may run code when they are read; give one "
+                f"model: {model!r} has only pickled weights ({name}), which may run code when they are read; give one "
                 "with safetensors (`save_pretrained(..., safe_serialization=True)` writes them)."
             )
     if scripts := sorted(folder.glob("*.py")):
@@ -443,7 +445,7 @@ def _check_files(folder: Path, model: str) -> None:
 
 @lru_cache(8)
 def _revision(folder: Path) -> str:
-    """What a folder's model is: a hash of its files' names and contents."""
+    """The revision of a model in a folder: a hash of its files' names and contents."""
     whole = hashlib.sha256()
     for file in sorted(file for file in folder.rglob("*") if file.suffix in _ENDINGS):
         with file.open("rb") as stream:

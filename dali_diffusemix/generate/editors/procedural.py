@@ -1,12 +1,12 @@
-"""Restylings of the nine prompts in NumPy and Pillow: an editor for machines without a diffusion model.
+"""The procedural editor: restyles photographs for the nine prompts with NumPy and Pillow, without a diffusion model.
 
-Everything here is procedural, not diffusion: a photograph is graded, simplified and overlaid, never imagined anew.
+This is not diffusion: a photograph is graded, simplified and overlaid; nothing new is imagined.
 
     photograph -> colour grade (3-D table) -> simplify or tessellate -> light, strokes, snow, paper -> edit
 
 Colours are float32 in 0 to 1, (height, width, 3); fields such as masks and noise are float32, (height, width).
 Lengths are in units: a photograph's geometric mean side is 256 units, whatever its size in pixels, so that an edit
-of a larger copy looks alike. Every random choice comes from the task's own generator.
+of a larger copy looks alike. All random choices come from the task's own generator.
 """
 
 import math
@@ -31,13 +31,13 @@ _UNITS = 256.0
 
 @dataclass(frozen=True, kw_only=True)
 class ProceduralConfig:
-    """The procedural editor. It has nothing to choose."""
+    """The procedural editor. It has no options."""
 
     accelerated: ClassVar[bool] = False
     multiple: ClassVar[int] = 1
 
     def settings(self) -> dict[str, str]:
-        """What an edit store records; `revision` changes whenever any pixel would."""
+        """The settings that an edit store records; `revision` changes if any pixel would."""
         return {
             "editor": "procedural",
             "model": "none (procedural restyling, not diffusion)",
@@ -49,7 +49,7 @@ class ProceduralConfig:
         ProceduralEditor(prompts)
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "ProceduralEditor":
-        """Make the editor; it knows no devices and no batches. Raises ConfigError: a prompt is none of the nine."""
+        """Make the editor; device and batch size do not matter. Raises ConfigError if a prompt is none of the nine."""
         return ProceduralEditor(prompts)
 
 
@@ -57,16 +57,16 @@ class ProceduralEditor:
     """Restyles photographs for the nine prompts without a model: procedural, not diffusion.
 
     An edit keeps the photograph's composition, so its label holds, and takes the colours, light and texture of the
-    prompt. It is a pure function of (image, prompt, seed), given one NumPy and one Pillow. It is there for
-    demonstrations, tests and machines without an accelerator; nothing says that it trains as well as a diffusion
-    model's edit.
+    prompt. It is a pure function of (image, prompt, seed) for given versions of NumPy and Pillow. It serves
+    demonstrations, tests and machines without an accelerator; it is not shown to train as well as a diffusion model's
+    edit.
     """
 
     def __init__(self, prompts: Sequence[str] = PROMPTS) -> None:
         """Check the prompts.
 
         Args:
-            prompts: Those that tasks may name, out of the nine in `PROMPTS`.
+            prompts: The prompts that tasks may name, out of the nine in `PROMPTS`.
 
         Raises:
             ConfigError: A prompt is none of the nine.
@@ -84,28 +84,28 @@ class ProceduralEditor:
 
         Args:
             images: Originals, each (height, width, 3) uint8 RGB, at least 1x1.
-            tasks: What to make; each names one of the editor's prompts.
+            tasks: The edits to make; each names one of the editor's prompts.
 
         Returns:
             Edits, each (height, width, 3) uint8 RGB of its image's size.
 
         Raises:
-            ConfigError: A task names a prompt that the editor was not made for.
+            ConfigError: A task names another prompt.
             DataError: An image is not (height, width, 3) uint8.
         """
         edits: dict[int, NDArray[np.uint8]] = {}
-        # Image by image, so that what one image's tasks share is computed once and then let go.
-        order = sorted(range(len(tasks)), key=lambda place: tasks[place].image)
-        for image, places in groupby(order, key=lambda place: tasks[place].image):
+        # Image by image, so that the views that its tasks share are computed once and then freed.
+        order = sorted(range(len(tasks)), key=lambda task: tasks[task].image)
+        for image, of_image in groupby(order, key=lambda task: tasks[task].image):
             photo = _Photo(images[image])
-            edits.update((place, self._restyle(photo, tasks[place])) for place in places)
-        return [edits[place] for place in range(len(tasks))]
+            edits.update((task, self._restyle(photo, tasks[task])) for task in of_image)
+        return [edits[task] for task in range(len(tasks))]
 
     def _restyle(self, photo: "_Photo", task: EditTask) -> NDArray[np.uint8]:
         if task.prompt not in self._prompts:
             raise ConfigError(
-                f"prompt: a task asks for {task.prompt!r}, but this editor was made for "
-                f"{', '.join(map(repr, self._prompts))}; name it in ProceduralEditor(prompts=...)."
+                f"prompt must be one of {list(self._prompts)}, found {task.prompt!r}; name it in "
+                "ProceduralEditor(prompts=...)."
             )
         rng = np.random.Generator(np.random.Philox(key=task.seed))
         return _to_bytes(_RESTYLINGS[task.prompt](photo, rng))
@@ -151,12 +151,12 @@ class _Photo:
 
     @cached_property
     def y(self) -> Floats:
-        """Height in the picture, (height, 1): 0 at the top, 1 at the bottom."""
+        """Distance from the top, (height, 1): 0 at the top, 1 at the bottom."""
         return _centres(self.height)[:, None] / np.float32(self.height)
 
     @cached_property
     def x(self) -> Floats:
-        """Place across the picture, (1, width): 0 at the left, 1 at the right."""
+        """Distance from the left, (1, width): 0 at the left, 1 at the right."""
         return _centres(self.width)[None, :] / np.float32(self.width)
 
     def distance(self, x: float, y: float) -> Floats:
@@ -171,7 +171,7 @@ class _Photo:
 
 
 def _centres(count: int) -> Floats:
-    """Places of the pixels' centres along an axis, (count,)."""
+    """Coordinates of the pixels' centres along an axis, (count,)."""
     return np.arange(count, dtype=np.float32) + np.float32(0.5)
 
 
@@ -218,7 +218,7 @@ def _lowpass(field: Floats, cell: float) -> Floats:
 
 
 def _noise(rng: np.random.Generator, photo: _Photo, cell: float | tuple[float, float], octaves: int = 1) -> Floats:
-    """Smooth noise around 0.5, (height, width); `cell` is its grain in units, (down, across) if it is stretched."""
+    """Smooth noise around 0.5, (height, width); `cell` is its grain in units, (down, across) if they differ."""
     down, across = cell if isinstance(cell, tuple) else (cell, cell)
     total = np.zeros(photo.shape, np.float32)
     for octave in range(octaves):
@@ -240,10 +240,10 @@ def _rgb(*codes: str) -> Floats:
     return np.array([[int(code[i : i + 2], 16) / 255 for i in (0, 2, 4)] for code in codes], np.float32)
 
 
-def _ramp(field: Floats, colours: Floats, places: Sequence[float] | None = None) -> Floats:
-    """Colour a field by a gradient: `colours` stand at `places`, evenly from 0 to 1 unless given."""
-    stops = np.linspace(0, 1, len(colours)) if places is None else np.asarray(places)
-    table = np.stack([np.interp(np.linspace(0, 1, 256), stops, colours[:, c]) for c in range(3)], 1)
+def _ramp(field: Floats, colours: Floats, stops: Sequence[float] | None = None) -> Floats:
+    """Colour a field by a gradient: `colours` stand at `stops`, by default evenly from 0 to 1."""
+    at = np.linspace(0, 1, len(colours)) if stops is None else np.asarray(stops)
+    table = np.stack([np.interp(np.linspace(0, 1, 256), at, colours[:, c]) for c in range(3)], 1)
     index = (np.clip(field, 0, 1) * 255 + 0.5).astype(np.uint8)
     return np.asarray(np.take(table.astype(np.float32), index, axis=0))
 
@@ -393,12 +393,12 @@ def _scatter_leaves(picture: Image.Image, unit: float, rng: np.random.Generator)
     count = int(rng.integers(14, 24))
     sizes = 3.5 + 8.0 * rng.random(count) ** 2
     turns, tilts = rng.random(count) * 2 * math.pi, 0.35 + 0.65 * rng.random(count)
-    places = rng.random((count, 2)) * [picture.width, picture.height]
+    centres = rng.random((count, 2)) * [picture.width, picture.height]
     inks = rng.integers(0, len(_LEAF_COLOURS), count)
     for i in np.argsort(sizes, kind="stable"):
         mask = _leaf(sizes[i] * unit, turns[i], tilts[i])
         colour = tuple(int(c) for c in _LEAF_COLOURS[inks[i]] * 255)
-        corner = (int(places[i, 0] - mask.width / 2), int(places[i, 1] - mask.height / 2))
+        corner = (int(centres[i, 0] - mask.width / 2), int(centres[i, 1] - mask.height / 2))
         picture.paste(colour, (*corner, corner[0] + mask.width, corner[1] + mask.height), mask)
     return picture
 
@@ -413,15 +413,15 @@ def _leaf(radius: float, turn: float, tilt: float) -> Image.Image:
     points = np.stack([rim * np.cos(angles), tilt * rim * np.sin(angles)], 1)
     spin = np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
 
-    def place(outline: NDArray[np.float64]) -> list[tuple[float, ...]]:
+    def points_of(outline: NDArray[np.float64]) -> list[tuple[float, ...]]:
         return [tuple(point) for point in (((outline @ spin.T) * radius + side / 2) * fine).tolist()]
 
     mask = Image.new("L", (side * fine, side * fine))
     draw = ImageDraw.Draw(mask)
-    draw.polygon(place(points), fill=235)
+    draw.polygon(points_of(points), fill=235)
     for tip in points[[0, 9, 35]]:
-        draw.line(place(np.array([[-0.3, 0.0], 0.85 * tip])), fill=150, width=max(1, round(radius * fine / 14)))
-    draw.line(place(np.array([[-0.3, 0.0], [-1.0, 0.12 * tilt]])), fill=235, width=max(1, round(radius * fine / 9)))
+        draw.line(points_of(np.array([[-0.3, 0.0], 0.85 * tip])), fill=150, width=max(1, round(radius * fine / 14)))
+    draw.line(points_of(np.array([[-0.3, 0.0], [-1.0, 0.12 * tilt]])), fill=235, width=max(1, round(radius * fine / 9)))
     return mask.reduce(fine)
 
 
@@ -447,7 +447,7 @@ def _wintry(rgb: Floats) -> Floats:
 
 
 def _flakes(photo: _Photo, rng: np.random.Generator) -> Floats:
-    """How much falling snow covers, (height, width): many small flakes far off, a few large and blurred ones near."""
+    """Cover by falling snow, (height, width): many small flakes far away, a few large, blurred ones nearby."""
     cover = np.zeros(photo.shape, np.float32)
     for count, radius, opacity, blur in ((420, 0.7, 0.7, 0.0), (110, 1.3, 0.9, 0.5), (22, 3.2, 0.75, 1.6)):
         layer = Image.new("L", (2 * photo.width, 2 * photo.height))
@@ -470,7 +470,7 @@ _ROSE = _rgb("241c66", "6a3a9c", "d8588a", "ff9a70", "c44a72", "5a2868", "2a1850
 
 def _sunset(photo: _Photo, rng: np.random.Generator) -> Floats:
     """Purple above, fire along the horizon, a low sun and its haze; what stands before the sun stays dark."""
-    sun, height, backdrop = _sun_place(photo, rng)
+    sun, height, backdrop = _sun_position(photo, rng)
     horizon, size = max(0.45, height + 0.1), rng.uniform(0.06, 0.1)
     colour = _graded(photo.picture, _dusk)
     drift = 0.05 * (_noise(rng, photo, (14, 90), 2) - 0.5)
@@ -489,8 +489,8 @@ def _sunset(photo: _Photo, rng: np.random.Generator) -> Floats:
     return _mix(colour, _colour(1.0, 0.94, 0.72), 0.95 * clear * _smoothstep(gap, size, 0.85 * size))
 
 
-def _sun_place(photo: _Photo, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Where the sun goes, as fractions (across, down), and how bright it is there: the likeliest sky of a few tries."""
+def _sun_position(photo: _Photo, rng: np.random.Generator) -> tuple[float, float, float]:
+    """The sun's position, as fractions (across, down), and the brightness there: the likeliest sky of a few draws."""
     small = _resize(photo.luma, (16, 16), Image.Resampling.BOX)
     ragged = _resize(np.abs(photo.luma - _lowpass(photo.luma, 10 * photo.unit)), (16, 16), Image.Resampling.BOX)
     across, down = rng.uniform([[0.1], [0.12]], [[0.9], [0.5]], (2, 12))
@@ -599,7 +599,7 @@ def _curtain(columns: int, rng: np.random.Generator) -> Floats:
 
 
 _GROUTS = _rgb("1c1917", "1c1917", "16202c", "7d7365")
-"""What shows in the joints, besides a quarter of the tile's own colour."""
+"""Colours of the joints, to which a quarter of the tile's own colour is added."""
 
 
 def _mosaic(photo: _Photo, rng: np.random.Generator) -> Floats:
@@ -624,17 +624,17 @@ def _tessellate(tile: int, angles: Floats, offsets: NDArray[np.float64]) -> tupl
 
     Args:
         tile: Side of a cell, in pixels; each cell has one square.
-        angles: How each is turned, (rows + 2, columns + 2) radians: a margin of one cell all around.
-        offsets: Where its centre lies from its cell's, (2, rows + 2, columns + 2), down and across, in cells.
+        angles: The squares' rotations, (rows + 2, columns + 2) radians, with a margin of one cell all around.
+        offsets: Their centres relative to the cells', (2, rows + 2, columns + 2), down and across, in cells.
 
     Returns:
-        Owner, gap and bevel, each (rows·tile, columns·tile): the flat index of the square, how much farther the next
-        one is (0 on a joint), and how far up and left of its square's centre the pixel lies.
+        Owner, gap and bevel, each (rows·tile, columns·tile): the flat index of the pixel's square, the additional
+        distance to the next one (0 on a joint), and the pixel's distance up and left of its square's centre.
     """
     rows, columns = angles.shape[0] - 2, angles.shape[1] - 2
     ids = np.arange(angles.size, dtype=np.int32).reshape(angles.shape)
     sites = (ids, np.cos(angles), np.sin(angles), *offsets.astype(np.float32))
-    place = _centres(tile) / np.float32(tile) - np.float32(0.5)
+    within = _centres(tile) / np.float32(tile) - np.float32(0.5)  # a cell, its centre at 0
     # Axes (row, pixel row, column, pixel column): a cell's site broadcasts over its pixels, without any gathering.
     shape = (rows, tile, columns, tile)
     owner = np.zeros(shape, np.int32)
@@ -644,8 +644,8 @@ def _tessellate(tile: int, angles: Floats, offsets: NDArray[np.float64]) -> tupl
         for dx in (-1, 0, 1):
             window = (slice(1 + dy, 1 + dy + rows), None, slice(1 + dx, 1 + dx + columns), None)
             name, cosine, sine, below, beside = (site[window] for site in sites)
-            down = place[None, :, None, None] - dy - below
-            across = place[None, None, None, :] - dx - beside
+            down = within[None, :, None, None] - dy - below
+            across = within[None, None, None, :] - dx - beside
             distance = np.maximum(np.abs(cosine * across + sine * down), np.abs(cosine * down - sine * across))
             closer = distance < nearest
             np.minimum(second, np.maximum(nearest, distance), out=second)
@@ -699,14 +699,14 @@ def _sealed(colour: Floats, unit: float, rng: np.random.Generator) -> Floats:
 
 def _inked(rgb: Floats) -> Floats:
     """The nearest ink; hue counts more than brightness."""
-    stretched = np.clip((rgb - 0.5) * 1.1 + 0.53, 0, 1)
-    stretched = _saturated(stretched, 1.25)
+    vivid = np.clip((rgb - 0.5) * 1.1 + 0.53, 0, 1)
+    vivid = _saturated(vivid, 1.25)
 
     def opponent(colour: Floats) -> Floats:
         luma = _brightness(colour)
         return np.stack([luma, 1.2 * (colour[:, 0] - luma), 1.2 * (colour[:, 2] - luma)], 1)
 
-    gaps = ((opponent(stretched)[:, None] - opponent(_WOODBLOCK)[None]) ** 2).sum(-1)
+    gaps = ((opponent(vivid)[:, None] - opponent(_WOODBLOCK)[None]) ** 2).sum(-1)
     return np.asarray(_WOODBLOCK[gaps.argmin(1)], np.float32)
 
 

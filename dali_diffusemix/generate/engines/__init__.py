@@ -1,7 +1,7 @@
-"""Engines: where the shards of an edit store are made. Which engine ran cannot be seen in the result.
+"""Engines: run the jobs that make the shards of an edit store. The result does not depend on the engine.
 
-An engine is one method. `LocalEngine` works in this process, or in one process for each device; `RayEngine` in actors
-of a Ray cluster.
+An engine has one method. `LocalEngine` works in this process, or in one process per device; `RayEngine` in actors of a
+Ray cluster.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,18 +12,19 @@ Report = TypeVar("Report")
 
 
 class Engine(Protocol):
-    """Runs jobs, each whole and on its own."""
+    """Runs independent jobs."""
 
     def run(self, start: Callable[[str], Callable[[Job], Iterable[Report]]], jobs: Sequence[Job]) -> Iterator[Report]:
         """Run every job, in any order and on any number of processes, and yield its reports as they come.
 
         Args:
-            start: Called once in each process that works, with its device ("cpu", "cuda", "cuda:1"); returns what does
-                one job, and holds what is costly to make (a model). It, the jobs and the reports can be pickled.
-            jobs: What to do. A job that is done twice, after a process was lost, leaves the same as one done once; its
-                reports say how far the job has come, not what is new, so that a repeated one counts once.
+            start: Called once in each worker process, with its device ("cpu", "cuda", "cuda:1"); returns a function
+                that runs one job, and holds what is costly to make (a model). It, the jobs and the reports can be
+                pickled.
+            jobs: The jobs. One that runs twice, after a process was lost, has the effect of one run; its reports tell
+                the state of the job, not what is new, so that a repeated report counts once.
 
         Raises:
-            DiffuseMixError: The first error that a job raised; jobs not yet begun are left.
+            DiffuseMixError: The first error that a job raised; jobs that have not begun are left.
         """
         ...

@@ -1,8 +1,7 @@
-"""The engine of one machine: in this process, or one process for each device.
+"""The engine of one machine: runs jobs in this process, or in one process per device.
 
-Worker processes are spawned, never forked: threads, CUDA and DALI do not survive a fork. Each has a pipe of its own to
-this process. It ends at once when that pipe closes, whatever it is doing, so that none outlives a process that was
-killed.
+Worker processes are spawned, never forked: threads, CUDA and DALI do not survive a fork. Each has a pipe to this
+process and exits at once when it closes, so that none outlives a killed process.
 """
 
 import contextlib
@@ -20,38 +19,34 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from dali_diffusemix.base.cpus import cpus
-from dali_diffusemix.errors import ConfigError, WorkerError
+from dali_diffusemix.errors import ConfigError, DiffuseMixError, WorkerError
 from dali_diffusemix.generate.engines import Job, Report
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 10.0  # seconds that a worker has to end by itself, when all is done
+_PATIENCE = 10.0  # seconds that a worker has to exit at the end
 _ROOT = "dali_diffusemix"  # the logger whose records workers send
 
 
 def default_devices(accelerated: bool) -> tuple[str, ...]:
-    """Where work is best done here: on every GPU, if it wants GPUs and there are any; else on every processor.
-
-    Args:
-        accelerated: Whether the work wants a GPU.
-    """
+    """The devices to work on: every GPU if the work uses GPUs and there are any, else every CPU."""
     if accelerated:
         import torch
 
         if torch.cuda.is_available():
-            return tuple(f"cuda:{place}" for place in range(torch.cuda.device_count()))
+            return tuple(f"cuda:{device}" for device in range(torch.cuda.device_count()))
     return ("cpu",) * cpus()
 
 
 class LocalEngine:
-    """Runs jobs in their order, in this process or, with more than one device, in a process for each."""
+    """Runs jobs in order, in this process or, with several devices, in one process per device."""
 
     def __init__(self, devices: Sequence[str] = ("cpu",), *, attempts: int = 3) -> None:
         """Choose the devices.
 
         Args:
-            devices: "cpu", "cuda" or "cuda:N" for each worker; one may be named more than once.
-            attempts: How often a job is begun whose worker dies.
+            devices: "cpu", "cuda" or "cuda:N" for each worker; a device may be repeated.
+            attempts: How often a job is started at most if its workers die.
 
         Raises:
             ConfigError: There is no device, or no attempt.
@@ -66,11 +61,11 @@ class LocalEngine:
         """Yield the reports of all jobs as they come; see `Engine.run`.
 
         Raises:
-            WorkerError: A worker process died over one job as often as is tried.
+            WorkerError: The worker processes of a job died, as often as it may be started.
         """
         self._stopped = False
         if not jobs:
-            return  # nothing is worth loading a model for
+            return  # no model need be loaded
         if len(self.devices) == 1:
             work = start(self.devices[0])
             for job in jobs:
@@ -84,11 +79,11 @@ class LocalEngine:
             yield from self._supervise(workers, deque((job, 1) for job in jobs))
 
     def stop(self) -> None:
-        """Leave the jobs that are not begun; those under way go on, and `run` ends with them."""
+        """Start no more jobs; `run` ends with those under way."""
         self._stopped = True
 
     def _supervise(self, workers: Sequence["_Worker"], waiting: deque[tuple[Any, int]]) -> Iterator[Any]:
-        """Hand out jobs, gather reports, replace workers that die."""
+        """Hand out jobs, collect reports, replace workers that die."""
         for worker in workers:
             worker.take(waiting)
         while busy := [worker for worker in workers if worker.job is not None]:
@@ -121,18 +116,18 @@ class LocalEngine:
                 f"a worker process ended ({how}) {attempt} times over the same job, {job}; if memory is short, use "
                 "fewer workers or smaller batches."
             )
-        _log.warning("A worker process ended (%s); its job is begun again in a new one.", how)
+        _log.warning("A worker process ended (%s); its job is started again in a new one.", how)
         waiting.appendleft((job, attempt + 1))
         worker.begin()
         worker.take(waiting)
 
 
 class _Worker:
-    """A worker process, seen from here."""
+    """A worker process and the job that it runs."""
 
     process: BaseProcess
     pipe: Connection
-    job: tuple[Any, int] | None  # what it is at, and which attempt that is
+    job: tuple[Any, int] | None  # with the number of the attempt
 
     def __init__(self, start: Callable[[str], Any], device: str, workers: int) -> None:
         self._start, self._device, self._workers = start, device, workers
@@ -143,7 +138,7 @@ class _Worker:
         return self
 
     def begin(self) -> None:
-        """Start the process, the first or another."""
+        """Start a process, the first or a new one."""
         context = multiprocessing.get_context("spawn")
         self.job = None
         self.pipe, theirs = context.Pipe()
@@ -155,25 +150,22 @@ class _Worker:
         )
         with _threads_limited(self._workers):
             self.process.start()
-        theirs.close()  # so that the pipe ends when the process does
+        theirs.close()  # so that the pipe closes with the process
 
     def take(self, waiting: deque[tuple[Any, int]]) -> None:
-        """Begin the next job, if there is one."""
+        """Start the next job, if there is one."""
         self.job = waiting.popleft() if waiting else None
         if self.job is not None:
-            with contextlib.suppress(OSError):  # it died; the pipe's end says so
+            with contextlib.suppress(OSError):  # it died, which closes the pipe
                 self.pipe.send(self.job[0])
 
     def how_it_ended(self) -> str:
         self.process.join(5)
         code = self.process.exitcode
-        if code is not None and code < 0:
-            return (
-                f"{signal.Signals(-code).name}, which the system sends when memory runs out"
-                if code == -9
-                else (signal.Signals(-code).name)
-            )
-        return f"exit code {code}"
+        if code is None or code >= 0:
+            return f"exit code {code}"
+        why = ", which the system sends when memory runs out" if code == -signal.SIGKILL else ""
+        return signal.Signals(-code).name + why
 
     def __exit__(self, error: object, *_: object) -> None:
         if error is None:
@@ -188,7 +180,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _threads_limited(workers: int) -> Iterator[None]:
-    """Have processes begun in here share the processors, unless the user has said how many threads each has."""
+    """Divide the CPUs among the processes that are started in here, unless the user has set their threads."""
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     each = str(max(1, cpus() // workers))
     ours = [name for name in names if name not in os.environ]
@@ -204,7 +196,7 @@ def _threads_limited(workers: int) -> Iterator[None]:
 
 
 def _work(pipe: Connection, start: Callable[[str], Callable[[Any], Iterable[Any]]], device: str) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; who started this decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the parent decides
     jobs: deque[Any] = deque()
     come = threading.Semaphore(0)
     sending = threading.Lock()
@@ -214,7 +206,7 @@ def _work(pipe: Connection, start: Callable[[str], Callable[[Any], Iterable[Any]
             while True:
                 jobs.append(pipe.recv())
                 come.release()
-        os._exit(1)  # nobody is left to work for
+        os._exit(1)  # the parent is dead
 
     def send(kind: str, content: object = None) -> None:
         with sending:
@@ -237,23 +229,18 @@ def _work(pipe: Connection, start: Callable[[str], Callable[[Any], Iterable[Any]
                 send("report", report)
             send("done")
     except BaseException as error:
-        error.add_note("".join(traceback.format_exception(error)).rstrip() if not _is_ours(error) else f"on {device}")
+        ours = isinstance(error, DiffuseMixError)
+        error.add_note(f"on {device}" if ours else "".join(traceback.format_exception(error)).rstrip())
         send("error", _portable(error))
 
 
-def _is_ours(error: BaseException) -> bool:
-    from dali_diffusemix.errors import DiffuseMixError
-
-    return isinstance(error, DiffuseMixError)
-
-
 def _portable(error: BaseException) -> BaseException:
-    """The error, or what can be said of one that cannot be pickled."""
+    """The error, or a RuntimeError with its text if it cannot be pickled."""
     try:
         again = pickle.loads(pickle.dumps(error))  # our own object, a moment old
         if type(again) is type(error):
             return error
-    except Exception:  # whatever a class does when it is copied
+    except Exception:  # a class may raise anything when it is copied
         pass
     portable = RuntimeError(f"{type(error).__name__}: {error}")
     portable.__notes__ = list(getattr(error, "__notes__", ()))

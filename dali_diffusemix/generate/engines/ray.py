@@ -1,4 +1,4 @@
-"""The engine of a cluster: an actor of Ray for each worker. Ray is imported only here."""
+"""The engine of a Ray cluster: one actor per worker. Ray is imported only here."""
 
 import logging
 import socket
@@ -11,14 +11,14 @@ from dali_diffusemix.generate.engines import Job, Report
 
 _log = logging.getLogger(__name__)
 
-_PATIENCE = 60.0  # seconds until it is said that no worker has begun
-_CONNECT = 10.0  # seconds that a cluster's address has to answer in
+_PATIENCE = 60.0  # seconds before the warning that no worker has started
+_CONNECT = 10.0  # seconds that a cluster's address has to answer
 
 
 class RayEngine:
-    """Runs jobs in actors of a Ray cluster. One that dies is replaced, and its job is begun again.
+    """Runs jobs in actors of a Ray cluster. An actor that dies is replaced, and its job is started again.
 
-    Originals and store must lie at the same paths on all nodes, and the package be installed there.
+    Originals and store must be at the same paths on all nodes, and the package installed there.
     """
 
     def __init__(
@@ -30,14 +30,14 @@ class RayEngine:
         num_cpus: float = 1,
         attempts: int = 3,
     ) -> None:
-        """Describe the workers; nothing is connected to before `run`.
+        """Describe the workers; `run` connects to the cluster.
 
         Args:
-            address: Of the cluster; None: the one that this process is connected to, else one of its own, here.
-            workers: How many actors; None: as many as the cluster has room for now.
-            num_gpus: GPUs of an actor, also less than 1; None: 1 where the cluster has any.
-            num_cpus: Processors of an actor.
-            attempts: How often a job is begun whose actor dies.
+            address: Of the cluster; None: the one that this process is connected to, else a new one on this machine.
+            workers: The number of actors; None: as many as the cluster has room for at present.
+            num_gpus: GPUs per actor, possibly less than 1; None: 1 if the cluster has any.
+            num_cpus: CPUs per actor.
+            attempts: How often a job is started at most if its actors die.
 
         Raises:
             ConfigError: A number is out of range.
@@ -60,8 +60,8 @@ class RayEngine:
         Raises:
             MissingDependencyError: Ray is not installed.
             ConfigError: The cluster does not answer.
-            WorkerError: The cluster has no node that could run a worker, or workers died over one job as often as is
-                tried.
+            WorkerError: No node of the cluster can run a worker, or the actors of a job died, as often as it may be
+                started.
         """
         self._stopped = False
         if not jobs:
@@ -78,38 +78,38 @@ class RayEngine:
                 )
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(
-                    f"address must be that of a Ray cluster that answers, found {self.address!r}: {error}"
+                    f"address must be that of a Ray cluster that answers, found {self.address!r}: {error}."
                 ) from error
         try:
-            yield from _Run(ray, self, start, jobs).reports()
+            yield from _RayRun(ray, self, start, jobs).reports()
         finally:
             if ours:
                 ray.shutdown()
 
     def stop(self) -> None:
-        """Leave the jobs that are not begun; those under way go on, and `run` ends with them."""
+        """Start no more jobs; `run` ends with those under way."""
         self._stopped = True
 
     @property
     def stopped(self) -> bool:
-        """Whether no more jobs are to be begun."""
+        """True if no more jobs are to be started."""
         return self._stopped
 
 
 class _Actor:
-    """Does jobs one after another in a process of the cluster."""
+    """Runs jobs one after another in a process of the cluster."""
 
     def __init__(self, start: Callable[[str], Callable[[Any], Iterable[Any]]], device: str) -> None:
         self._start, self._device = start, device
         self._work: Callable[[Any], Iterable[Any]] | None = None
 
     def do(self, job: Any) -> Iterator[Any]:
-        # What goes wrong in making a worker is an error of a job: one in here would pass for an actor that died.
+        # Here, so that an error is one of a job: in __init__ it would look like an actor that died.
         self._work = self._work or self._start(self._device)
         yield from self._work(job)
 
 
-class _Run:
+class _RayRun:
     """One call of `RayEngine.run`."""
 
     def __init__(self, ray: Any, engine: RayEngine, start: Callable[[str], Any], jobs: Sequence[Any]) -> None:
@@ -131,7 +131,7 @@ class _Run:
         self._start = ray.put(start)
         self._device = "cuda" if gpus else "cpu"
         self._class = ray.remote(num_gpus=gpus, num_cpus=engine.num_cpus, max_restarts=0)(_Actor)
-        self._at: dict[Any, tuple[Any, Any, int]] = {}  # a job's reports to its actor, the job and the attempt
+        self._at: dict[Any, tuple[Any, Any, int]] = {}  # a stream of reports to its actor, job and attempt
 
     def reports(self) -> Iterator[Any]:
         ray, begun = self._ray, False
@@ -142,7 +142,7 @@ class _Run:
                 ready, _ = ray.wait(list(self._at), num_returns=1, timeout=None if begun else _PATIENCE)
                 if not ready:
                     _log.warning(
-                        "No worker has begun after %d s: the Ray cluster is busy, or loads; %s are free.",
+                        "No worker has started after %d s: the Ray cluster is busy, or loads; %s are free.",
                         _PATIENCE,
                         ray.available_resources(),
                     )
@@ -154,7 +154,7 @@ class _Run:
                 ray.kill(actor)
 
     def _begin(self, actor: Any) -> None:
-        """Give an actor the next job; let go of it if there is none."""
+        """Give an actor the next job; end it if there is none."""
         if self._waiting and not self._engine.stopped:
             job, attempt = self._waiting.popleft()
             self._at[actor.do.options(num_returns="streaming").remote(job)] = actor, job, attempt
@@ -162,7 +162,7 @@ class _Run:
             self._ray.kill(actor)
 
     def _next(self, stream: Any) -> Iterator[Any]:
-        """What a stream has to say: a report, its end, or what went wrong."""
+        """Take the next report of a stream, its end, or its error."""
         ray = self._ray
         actor, job, attempt = self._at[stream]
         try:
@@ -174,21 +174,21 @@ class _Run:
         except ray.exceptions.RayActorError as error:
             del self._at[stream]
             if attempt >= self._attempts:
-                raise WorkerError(f"an actor of Ray died {attempt} times over the same job, {job}: {error}") from error
-            _log.warning("An actor of Ray died; its job is begun again in a new one. %s", str(error).splitlines()[0])
+                raise WorkerError(f"an actor of Ray died {attempt} times over the same job, {job}: {error}.") from error
+            _log.warning("An actor of Ray died; its job is started again in a new one. %s", str(error).splitlines()[0])
             self._waiting.appendleft((job, attempt + 1))
             self._begin(self._class.remote(self._start, self._device))
             return
         except ray.exceptions.RayTaskError as error:
-            # Ours as they were raised; others say where in the actor it was.
+            # Ours are raised as they were; others keep the actor's traceback.
             raise error.cause if isinstance(error.cause, DiffuseMixError) else error from None
         yield report
 
 
 def _knock(address: str | None) -> None:
-    """Raise ConnectionError where nothing answers at host:port, which Ray would go on trying for minutes.
+    """Raise ConnectionError if nothing answers at host:port; Ray itself would try for minutes.
 
-    Other kinds of addresses ("auto", "local", ray://) are Ray's own affair.
+    Other kinds of addresses ("auto", "local", ray://) are left to Ray.
     """
     host, _, port = (address or "").rpartition(":")
     if not host or "://" in host or not port.isdecimal():
@@ -204,5 +204,5 @@ def _ray() -> Any:
         import ray
         import ray.exceptions
     except ImportError as error:
-        raise MissingDependencyError("this engine needs Ray: pip install 'dali-diffusemix[ray]'") from error
+        raise MissingDependencyError("this engine needs Ray; run `pip install 'dali-diffusemix[ray]'`.") from error
     return ray

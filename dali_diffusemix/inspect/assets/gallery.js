@@ -1,5 +1,5 @@
 "use strict";
-// The gallery: filters pages first, then what is in them; a page is fetched when it comes into view.
+// The gallery: filters pages first, then their edits; a page is loaded when it scrolls into view.
 const content = JSON.parse(document.getElementById("content").textContent);
 const gallery = (() => {
   const pages = content.pages.map(() => null); // groups of a page, once loaded
@@ -99,7 +99,7 @@ const gallery = (() => {
       place.style.minHeight = page.groups * 140 + "px";
       watcher.observe(place);
     });
-    if (!at("gallery").children.length) element("p", "No edit is like that.", at("gallery"));
+    if (!at("gallery").children.length) element("p", "No edit matches the filters.", at("gallery"));
     count();
   }
 
@@ -114,7 +114,7 @@ const gallery = (() => {
     const total = sum(content.tally), hours = content.runs.seconds / 3600;
     const shown = content.shown < total ? ` ${content.shown} of them are shown below.` : "";
     at("facts").textContent = `${total} edits of ${content.originals} originals in ${content.classes.length} classes.`
-      + shown + (content.beside ? "" : " The originals are not at hand: give report --root to see them.");
+      + shown + (content.beside ? "" : " Originals were not found; give report --root to show them.");
     const occur = content.verdicts.map((_, v) => v).filter((v) => content.tally.some((c) => c.some((p) => p[v])));
     const table = at("tally");
     const head = element("tr", null, table);

@@ -1,15 +1,15 @@
-"""Pictures of what the plan does to some samples.
+"""Pictures of samples, as the plan makes them.
 
     contact_sheet    caption | original  edit  mask | hybrid  fractal  augmented     as in the paper's Figure 3
-    epochs_sheet     original | augmented, in one epoch after another
-    presets_sheet    original | mask  augmented | mask  augmented                    each pair under a mix of its own
-    parts_sheet      caption | original  edit | augmented                            what of each the loader decodes
-    animation        augmented, a frame an epoch
+    epochs_sheet     original | augmented, in several epochs
+    presets_sheet    original | mask  augmented | mask  augmented                    a pair for each mix
+    parts_sheet      caption | original  edit | augmented                            the parts that the loader decodes
+    animation        augmented, one frame per epoch
 
-Every cell is computed by the specification in `mixing` from a row of the dataset's own plan, and is the output grid
-pixel for pixel where it shows a sample. `encoded` gives the content of a file.
+Every cell is computed by the specification in `mix.pixel` from a row of the dataset's plan; a cell that shows a sample
+is the output grid, pixel for pixel. `encoded` returns the content of a file.
 
-    sheets, animation -> samples (a row of a plan with its images), canvas (where things lie) -> lettering (type)
+    sheets, animation -> samples (a row of a plan with its images), canvas (layout) -> lettering (text)
 """
 
 from dali_diffusemix.inspect.preview.animation import ANIMATION_ENDINGS, SHEET_ENDINGS, animation, encoded

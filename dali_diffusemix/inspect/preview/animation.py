@@ -1,4 +1,4 @@
-"""One image over the epochs, a frame each; and the files that pictures become."""
+"""One sample over several epochs, one frame each; and the encoding of pictures as files."""
 
 import io
 from collections.abc import Sequence
@@ -14,29 +14,29 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.spec import MASKS
 
 SHEET_ENDINGS: Final = (".png", ".jpg")
-"""What the name of a file with a sheet may end in."""
+"""Endings of a file with a sheet."""
 ANIMATION_ENDINGS: Final = (".webp", ".gif")
-"""What the name of a file with an animation may end in."""
+"""Endings of a file with an animation."""
 
 _FRAME_MILLISECONDS: Final = 1000
 _WEBP_QUALITY: Final = 80
 _JPEG_QUALITY: Final = 90
 
-_LEAST, _MOST = 224, 512  # pixels of a frame's longest side
+_LEAST, _MOST = 224, 512  # longest side of a frame in pixels
 _STRIP = 54  # height of the caption
 
 
 def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) -> list[Image.Image]:
-    """Draw one sample in one epoch after another: what the network sees of it, with a caption below.
+    """Draw one sample in several epochs, as the network sees it, with a caption below.
 
     Args:
-        dataset: What to draw from; its seed, mix and crop decide the samples.
-        index: Which sample.
-        epochs: One a frame, 1 to 100 of them; `dataset.epoch` is left alone.
+        dataset: The dataset; its seed, mix and crop decide the samples.
+        index: The sample.
+        epochs: 1 to 100 epochs, one per frame; `dataset.epoch` does not change.
 
     Returns:
-        Frames, RGB, all of one size: the output grid pixel for pixel, enlarged by a whole number where it is below 224
-        pixels and shrunk where it is above 512, and under it the class, the epoch, the prompt and the mask.
+        RGB frames of one size: the output grid pixel for pixel, enlarged by a whole number below 224 pixels and shrunk
+        above 512; below it the class, the epoch, the prompt and the mask.
 
     Raises:
         ConfigError: The sample is not in the dataset, or there are none or too many epochs.
@@ -44,9 +44,9 @@ def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) 
     """
     check_epochs(epochs)
     frames = []
-    for place, epoch in enumerate(epochs):
+    for number, epoch in enumerate(epochs, 1):
         sample = Sample.of(dataset, dataset.planner.batch(epoch, [index]), 0)
-        frames.append(_frame(sample, epoch, (place + 1) / len(epochs)))
+        frames.append(_frame(sample, epoch, number / len(epochs)))
     return frames
 
 
@@ -72,23 +72,23 @@ def _frame(sample: Sample, epoch: int, progress: float) -> Image.Image:
 
 
 def encoded(pictures: Sequence[Image.Image], ending: str) -> bytes:
-    """Return the content of a file: a sheet, or an animation that goes round and round, a second a frame.
+    """Return the content of a file: a sheet, or an endless animation with one frame per second.
 
     Args:
-        pictures: One sheet; or the frames of an animation, all of one size.
-        ending: One of `SHEET_ENDINGS` for a sheet, of `ANIMATION_ENDINGS` for an animation. PNG keeps every pixel.
+        pictures: One sheet, or the frames of an animation, all of one size.
+        ending: One of `SHEET_ENDINGS` for a sheet, or of `ANIMATION_ENDINGS` for an animation. PNG keeps every pixel.
 
     Raises:
-        ConfigError: The ending is unknown, or of a sheet where there are several pictures.
+        ConfigError: The ending is unknown, or is that of a sheet and there are several pictures.
     """
     if ending not in SHEET_ENDINGS + ANIMATION_ENDINGS:
-        raise ConfigError(f"ending must be one of {SHEET_ENDINGS + ANIMATION_ENDINGS}, found {ending!r}")
+        raise ConfigError(f"ending must be one of {SHEET_ENDINGS + ANIMATION_ENDINGS}, found {ending!r}.")
     stream = io.BytesIO()
     first, *others = pictures
     if ending in SHEET_ENDINGS:
         if others:
             raise ConfigError(
-                f"{ending} holds one picture, found {len(pictures)}: take one of {ANIMATION_ENDINGS} for an animation"
+                f"{ending} must have one picture, found {len(pictures)}; an animation ends in {ANIMATION_ENDINGS}."
             )
         if ending == ".png":
             first.save(stream, "PNG")

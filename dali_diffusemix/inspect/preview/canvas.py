@@ -1,4 +1,4 @@
-"""The sheet of paper: colours, where things lie, and how they are drawn.
+"""The sheet of paper: colours, layout, and drawing.
 
 left                                       in groups, with a wider gap before each
   header           column    column            column
@@ -41,17 +41,17 @@ Window: TypeAlias = tuple[int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Where things lie on a sheet, pixels."""
+    """The layout of a sheet, in pixels."""
 
     rows: int
     columns: int
     cell: tuple[int, int]  # (height, width)
     zoom: float  # of the output grid
-    groups: tuple[int, ...] = ()  # columns that begin a group
-    captions: int = 0  # width of the captions at the left, 0: none; as those below, times `scale`
+    groups: tuple[int, ...] = ()  # first columns of groups
+    captions: int = 0  # width of the captions at the left, 0 for none; multiplied by `scale`, like the next ones
     notes: int = 0  # lines under each cell
     footer_lines: int = 2
-    scale: float = 1.0  # of type and space
+    scale: float = 1.0  # of text and space
 
     _MARGIN = 36
     _GAP = 10
@@ -62,7 +62,7 @@ class Layout:
     _NOTE = 18
     _FOOTER = 46
     _FOOTNOTE = 19
-    _SHOWN = 960  # width that type is made for: a wider sheet has larger type, to be read when it is shown smaller
+    _SHOWN = 960  # width at which text has its normal size; on a wider sheet it is larger, to be legible when shrunk
 
     @classmethod
     def of(
@@ -76,11 +76,11 @@ class Layout:
         notes: int = 0,
         enlarged: bool = True,
     ) -> "Layout":
-        """Lay out cells for samples of a size; the type is `enlarged` where the sheet is wide, or as it is."""
+        """Lay out cells for samples of a size; text is `enlarged` if the sheet is wide."""
         zoom = zoom_of(output_size)
         height, width = (max(1, round(side * zoom)) for side in output_size)
         space = 2 * cls._MARGIN + captions + (columns - 1) * cls._GAP + len(groups) * (cls._GROUP_GAP - cls._GAP)
-        # The width of the sheet is columns x width + scale x space.
+        # The width of the sheet is columns * width + scale * space.
         scale = max(1.0, columns * width / max(1, cls._SHOWN - space)) if enlarged else 1.0
         return cls(
             rows=rows,
@@ -94,32 +94,32 @@ class Layout:
         )
 
     def scaled(self, length: float) -> int:
-        """A length, or a size of type, on this sheet."""
+        """Return a length, or a text size, on this sheet."""
         return round(length * self.scale)
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) of the sheet, as Pillow has it."""
+        """(width, height) of the sheet, in Pillow's order."""
         return self.right + self.left, self.footer + self.scaled(self._FOOTER + self._FOOTNOTE * self.footer_lines)
 
     @property
     def left(self) -> int:
-        """Left edge of what is on the sheet."""
+        """Left edge of the content."""
         return self.scaled(self._MARGIN)
 
     @property
     def right(self) -> int:
-        """Right edge of what is on the sheet."""
+        """Right edge of the content."""
         return self.column(self.columns - 1) + self.cell[1]
 
     def column(self, column: int) -> int:
-        """Left edge of a column."""
+        """Return the left edge of a column."""
         groups = sum(column >= first for first in self.groups)
         space = self._MARGIN + self.captions + column * self._GAP + groups * (self._GROUP_GAP - self._GAP)
         return self.scaled(space) + column * self.cell[1]
 
     def row(self, row: int) -> int:
-        """Top of a row."""
+        """Return the top of a row."""
         height = self.cell[0] + (self.scaled(8 + self._NOTE * self.notes) if self.notes else 0)
         height = max(height, self.scaled(self._CAPTION) if self.captions else 0)
         return self.scaled(self._HEADER) + row * (height + self.scaled(self._ROW_GAP))
@@ -129,19 +129,19 @@ class Layout:
         """Top of the footer."""
         return self.row(self.rows) - self.scaled(self._ROW_GAP)
 
-    def place(self, row: int, column: int) -> tuple[int, int]:
-        """(left, top) of a cell, as Pillow has it."""
+    def corner(self, row: int, column: int) -> tuple[int, int]:
+        """Return (left, top) of a cell, in Pillow's order."""
         return self.column(column), self.row(row)
 
 
 def zoom_of(output_size: tuple[int, int], least: int = 128, most: int = 384) -> float:
-    """How samples are enlarged, by a whole number, to reach a size, or shrunk so that they do not exceed one."""
+    """Return the zoom of samples: a whole number to reach `least` pixels, or below 1 to stay within `most`."""
     longest = max(output_size)
     return math.ceil(least / longest) if longest < least else min(1.0, most / longest)
 
 
 def zoomed(pixels: NDArray[np.uint8], zoom: float) -> Image.Image:
-    """An image on the output grid, enlarged or shrunk."""
+    """Return an image on the output grid, enlarged or shrunk."""
     image = Image.fromarray(pixels)
     if zoom == 1:
         return image
@@ -150,7 +150,7 @@ def zoomed(pixels: NDArray[np.uint8], zoom: float) -> Image.Image:
 
 
 class Sheet:
-    """A sheet as it is drawn, with its footer there already."""
+    """A sheet that is being drawn; it starts with its footer."""
 
     def __init__(self, layout: Layout, footer: Sequence[str]) -> None:
         lines = [line for note in footer for line in wrapped(note, layout.scaled(13), layout.right - layout.left)]
@@ -163,28 +163,28 @@ class Sheet:
             self._write(self.layout.left, baseline, text, 13, MUTED)
 
     def title(self, name: str, below: str) -> None:
-        """Write what the sheet is at the top of it, above the captions."""
+        """Write the title of the sheet, above the captions."""
         self._head(self.layout.left, self.layout.scaled(self.layout.captions), name, below, 22)
 
     def head(self, column: int, name: str, below: str, columns: int = 1) -> None:
-        """Write a name at the top of a column or of several, and a line below it."""
+        """Write a name at the top of one or more columns, and a line below it."""
         left = self.layout.column(column)
         self._head(left, self.layout.column(column + columns - 1) + self.layout.cell[1] - left, name, below, 18)
 
     def divide(self, row: int) -> None:
-        """Draw a hairline above a row."""
+        """Draw a thin line above a row."""
         self._rule(self.layout.row(row) - self.layout.scaled(Layout._ROW_GAP) // 2)
 
     def caption(self, row: int, lines: Sequence[tuple[int, Line]]) -> None:
-        """Write what stands at the left of a row: lines, and how far down each."""
+        """Write the caption at the left of a row: lines, each with its distance from the top."""
         scaled, top = self.layout.scaled, self.layout.row(row)
         most = scaled(self.layout.captions - Layout._GROUP_GAP)
         for down, (text, size, colour) in lines:
             self._write(self.layout.left, top + scaled(down), text, size, colour, most)
 
     def cell(self, row: int, column: int, content: Image.Image | tuple[str, str], notes: Sequence[Line] = ()) -> None:
-        """Draw a cell, a picture or why there is none in two lines, with notes under it."""
-        (left, top), (height, across) = self.layout.place(row, column), self.layout.cell
+        """Draw a cell, with notes below it: a picture, or two lines that say why there is none."""
+        (left, top), (height, across) = self.layout.corner(row, column), self.layout.cell
         scaled = self.layout.scaled
         if isinstance(content, Image.Image):
             self.image.paste(content, (left, top))
@@ -216,7 +216,7 @@ class Sheet:
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """Where a whole image and its crop lie in a cell; the crop may leave the image."""
+    """The rectangles of a whole image and its crop in a cell; the crop may extend beyond the image."""
 
     cell: tuple[int, int]  # (height, width)
     left: int
@@ -227,31 +227,31 @@ class Frame:
 
     @classmethod
     def of(cls, sample: Sample, cell: tuple[int, int]) -> "Frame":
-        """The frame of a sample's original, and of its edit, which is as if it were of the same size."""
+        """Return the frame of a sample's original; its edit is drawn in the same frame."""
         return cls.around(sample.original.shape[:2], sample.box, cell)
 
     @classmethod
     def around(cls, image_size: tuple[int, ...], box: NDArray[np.float64], cell: tuple[int, int]) -> "Frame":
-        """As large as image and box (top, left, height, width), pixels of the image, fit in the cell."""
+        """Return the largest frame in which the image and the box (top, left, height, width) in its pixels fit."""
         size = np.array(image_size, dtype=np.float64)
         first, last = np.minimum(0, box[:2]), np.maximum(size, box[:2] + box[2:])
         scale = float((np.array(cell) / (last - first)).min())
         height, width = (max(1, int(side)) for side in np.rint(size * scale))
         corner = (np.array(cell) - (last - first) * scale) / 2 - first * scale
-        top, left = (int(place) for place in np.rint(corner))
-        crop_top, crop_left = (int(place) for place in np.rint(corner + box[:2] * scale))
-        crop_bottom, crop_right = (int(place) for place in np.rint(corner + (box[:2] + box[2:]) * scale))
-        # Of a picture that is one pixel wide here, the crop is so too.
+        top, left = (int(edge) for edge in np.rint(corner))
+        crop_top, crop_left = (int(edge) for edge in np.rint(corner + box[:2] * scale))
+        crop_bottom, crop_right = (int(edge) for edge in np.rint(corner + (box[:2] + box[2:]) * scale))
+        # The crop is at least one pixel wide.
         crop = (crop_left, crop_top, max(crop_right, crop_left + 1), max(crop_bottom, crop_top + 1))
         return cls(cell=cell, left=left, top=top, height=height, width=width, crop=crop)
 
     @property
     def corner(self) -> tuple[int, int]:
-        """Where the image begins, as Pillow has it."""
+        """(left, top) of the image, in Pillow's order."""
         return self.left, self.top
 
     def rectangle(self, window: Window, image_size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """A window of an image's pixels as (left, top, right, bottom) in the cell; empty where the window is."""
+        """Return a window of the image's pixels as (left, top, right, bottom) in the cell; empty if the window is."""
         (top, left, bottom, right), (height, width) = window, image_size
         if left >= right or top >= bottom:
             return self.left, self.top, self.left, self.top
@@ -260,7 +260,7 @@ class Frame:
         return *first, self.left + math.ceil(right * across), self.top + math.ceil(bottom * down)
 
     def show(self, image: Image.Image, seam: tuple[int, float] | None = None) -> Image.Image:
-        """A whole image with the crop outlined and the rest faded; the same frame for an original and its edit."""
+        """Return the whole image with the crop outlined and the rest faded."""
         bright = self._bright(image)
         if seam is not None:
             self._draw_seam(ImageDraw.Draw(bright), *seam)
@@ -270,7 +270,7 @@ class Frame:
         return canvas
 
     def show_part(self, image: Image.Image, part: tuple[int, int, int, int], line: int) -> Image.Image:
-        """A whole image with a part of it (a rectangle in the cell) outlined, the crop too, and the rest faded."""
+        """Return the whole image with a part (a rectangle in the cell) and the crop outlined, and the rest faded."""
         bright = self._bright(image)
         canvas = self._faded(bright)
         draw = ImageDraw.Draw(canvas)
@@ -283,7 +283,7 @@ class Frame:
         return canvas
 
     def show_whole(self, image: Image.Image) -> Image.Image:
-        """A whole image as it is."""
+        """Return the whole image."""
         canvas = Image.new("RGB", self.cell[::-1], PANEL)
         canvas.paste(self._resized(image), self.corner)
         return canvas
@@ -292,7 +292,7 @@ class Frame:
         return image.convert("RGB").resize((self.width, self.height), Image.Resampling.LANCZOS)
 
     def _bright(self, image: Image.Image) -> Image.Image:
-        # On black, as a sample is where the crop leaves the image.
+        # On black, as in a sample outside the image.
         bright = Image.new("RGB", self.cell[::-1])
         bright.paste(self._resized(image), self.corner)
         return bright
@@ -305,15 +305,15 @@ class Frame:
 
     def _outline_crop(self, draw: ImageDraw.ImageDraw) -> None:
         left, top, right, bottom = self.crop
-        # Dark about light, to be seen on every photograph.
+        # Dark around light, visible on every photograph.
         draw.rectangle([left, top, right - 1, bottom - 1], outline=INK)
         if right - left > 4 and bottom - top > 4:
             draw.rectangle([left + 1, top + 1, right - 2, bottom - 2], outline=PAPER)
 
-    def _draw_seam(self, draw: ImageDraw.ImageDraw, axis: int, place: float) -> None:
+    def _draw_seam(self, draw: ImageDraw.ImageDraw, axis: int, offset: float) -> None:
         if axis == 1:
-            x = self.left + round(place * self.width)
+            x = self.left + round(offset * self.width)
             draw.line([(x, self.top), (x, self.top + self.height - 1)], fill=ACCENT, width=2)
         else:
-            y = self.top + round(place * self.height)
+            y = self.top + round(offset * self.height)
             draw.line([(self.left, y), (self.left + self.width - 1, y)], fill=ACCENT, width=2)

@@ -1,4 +1,4 @@
-"""Type: Pillow's own font, and the signs that it lacks."""
+"""Text in Pillow's default font, and the characters that it lacks."""
 
 import math
 import unicodedata
@@ -7,8 +7,8 @@ from typing import Final, TypeAlias
 
 from PIL import Image, ImageDraw, ImageFont
 
-# Pillow's own font is at hand everywhere and handsome, but small: these are drawn. (width, lines) in ems, y upwards
-# from the baseline.
+# Pillow's default font is always available, but lacks these characters, which are drawn: (width, lines) in ems, y
+# upwards from the baseline.
 _Point: TypeAlias = tuple[float, float]
 _RING: Final[tuple[_Point, ...]] = tuple(
     (0.43 + 0.31 * math.cos(turn * math.pi / 12), 0.33 + 0.31 * math.sin(turn * math.pi / 12)) for turn in range(25)
@@ -27,10 +27,10 @@ _OVERSAMPLING: Final = 8
 Colour: TypeAlias = tuple[int, int, int]
 
 
-def write(image: Image.Image, place: tuple[float, float], text: str, size: int, colour: Colour) -> None:
-    """Write one line on an RGB image, from its place (x, baseline) on."""
+def write(image: Image.Image, position: tuple[float, float], text: str, size: int, colour: Colour) -> None:
+    """Write one line on an RGB image, starting at (x, baseline)."""
     draw = ImageDraw.Draw(image)
-    x, baseline = place
+    x, baseline = position
     for run in runs(text):
         if run in _STROKES:
             image.paste(colour, (round(x), round(baseline) - size), _drawn(run, size))
@@ -40,12 +40,12 @@ def write(image: Image.Image, place: tuple[float, float], text: str, size: int, 
 
 
 def width(text: str, size: int) -> float:
-    """Pixels that a line takes."""
+    """Return the width of a line in pixels."""
     return sum(_STROKES[run][0] * size if run in _STROKES else _font(size).getlength(run) for run in runs(text))
 
 
 def fitted(text: str, size: int, most: float) -> tuple[str, int]:
-    """The text and its size, so that it fits in a width: smaller by a fifth at most, and then cut."""
+    """Return the text and its size, so that it fits in a width: up to a fifth smaller, and then cut."""
     least = math.ceil(0.8 * size)
     while size > least and width(text, size) > most:
         size -= 1
@@ -57,7 +57,7 @@ def fitted(text: str, size: int, most: float) -> tuple[str, int]:
 
 
 def wrapped(text: str, size: int, most: float, between: str = "  ·  ") -> list[str]:
-    """The text in lines of a width, broken between its parts, else between words; a single word may be wider."""
+    """Return the text in lines, broken between its parts or else between words; a single word may be wider."""
     lines: list[str] = []
     for part in text.split(between):
         longer = f"{lines[-1]}{between}{part}" if lines else part
@@ -71,7 +71,7 @@ def wrapped(text: str, size: int, most: float, between: str = "  ·  ") -> list[
 
 
 def runs(text: str) -> list[str]:
-    """The text as stretches that the font has, and signs that are drawn. Others lose accents, or become '?'."""
+    """Split the text into runs in the font and drawn characters; others lose accents, or become '?'."""
     found = [""]
     for character in text:
         if character in _STROKES:
@@ -97,7 +97,7 @@ def _has_glyph(character: str) -> bool:
 
 @cache
 def _drawn(character: str, size: int) -> Image.Image:
-    """A character's mask; its baseline lies `size` pixels below its top."""
+    """The mask of a character; its baseline is `size` pixels below its top."""
     width, lines = _STROKES[character]
     em = size * _OVERSAMPLING
     mask = Image.new("L", (math.ceil(width * size) * _OVERSAMPLING, (size + 2) * _OVERSAMPLING))

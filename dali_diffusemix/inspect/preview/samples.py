@@ -1,4 +1,4 @@
-"""Samples: rows of a plan with their images; which of them to show, and how much of their images is decoded."""
+"""Samples: rows of a plan with their images; the choice of samples to show, and the parts that are decoded."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from dali_diffusemix.loading.quarantine import Failure, Substitution
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan, Planner
-from dali_diffusemix.plan.order import Schedule
+from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -25,28 +25,28 @@ _MOST_EPOCHS: Final = 100
 _PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
 
 
-# Which to show --------------------------------------------------------------------------------------------------------
+# Samples to show ------------------------------------------------------------------------------------------------------
 
 
 def spread_indices(dataset: DiffuseMixDataset, *, epoch: int = 0, rows: int = 8) -> list[int]:
     """Choose samples worth showing: the first mixed ones of the epoch's shuffled order, spread over the classes.
 
-    Where there are not enough of them, unmixed ones fill up. Raises ConfigError unless 1 ≤ rows ≤ 64.
+    If there are not enough of them, unmixed ones are added. Raises ConfigError unless 1 ≤ rows ≤ 64.
     """
     return _spread(dataset, dataset.planner, epoch, rows)
 
 
 def _spread(dataset: DiffuseMixDataset, planner: Planner, epoch: int, rows: int) -> list[int]:
     if not 1 <= rows <= MOST_ROWS:
-        raise ConfigError(f"rows must lie in 1 to {MOST_ROWS}, found {rows}")
-    order = Schedule(length=len(planner), batch_size=512, shuffle=True, seed=dataset.seed)
+        raise ConfigError(f"rows must lie in 1 to {MOST_ROWS}, found {rows}.")
+    order = EpochOrder(length=len(planner), batch_size=512, shuffle=True, seed=dataset.seed)
     share = math.ceil(rows / len(dataset.classes))
     shown: Counter[int] = Counter()
     chosen: list[int] = []
-    further: list[int] = []  # mixed, of classes that have their share
+    further: list[int] = []  # mixed, of classes with enough samples
     plain: list[int] = []
     for step in range(len(order)):
-        plan = planner.batch(epoch, order.indices(epoch, order.places(step)))
+        plan = planner.batch(epoch, order.indices(epoch, order.positions(step)))
         columns = (plan.index, dataset.labels_of(plan), plan.mixed)
         for index, label, mixed in zip(*(column.tolist() for column in columns), strict=True):
             if not mixed:
@@ -72,25 +72,25 @@ def matching_indices(
 ) -> dict[str, list[int]]:
     """Find samples of the same originals under each of several mixes.
 
-    An index means an original in a fixed epoch, and an original or an edit in an expanded one. So a fixed mix shows its
-    sample of the original, and an expanded one, which has several, the one with the edit that the first fixed mix draws
-    for this original; unmixed, where that leaves it unmixed. Without a fixed mix an edit is drawn as if one were there.
+    In a fixed epoch an index means an original; in an expanded epoch, an original or an edit. So a fixed mix shows its
+    sample of the original. An expanded mix has several samples of it and shows the one with the edit that the first
+    fixed mix draws for this original, or the unmixed one. Without a fixed mix, an edit is drawn as in a fixed one.
 
     Args:
-        dataset: What to draw from; its own mix does not matter.
-        mixes: By name.
-        epoch: The epoch that is drawn.
+        dataset: The dataset; its own mix does not matter.
+        mixes: Mixes by name.
+        epoch: The epoch.
         originals: Rows of the catalog; None chooses them as `spread_indices` does.
-        rows: How many, where `originals` is None; 1 to 64.
+        rows: Number of originals if `originals` is None; 1 to 64.
 
     Returns:
-        Indices by the mix's name, all lists as long as the originals.
+        Indices by the name of the mix, one for each original.
 
     Raises:
-        ConfigError: An original is not in the catalog, or there is no mix, or nothing to mix with.
+        ConfigError: An original is not in the catalog, there is no mix, or there is nothing to mix with.
     """
     if not mixes:
-        raise ConfigError("mixes must name at least 1 mix, found none")
+        raise ConfigError("mixes must name at least 1 mix, found none.")
     fixed = [mix for mix in mixes.values() if mix.epoch == "fixed"]
     reference = replace(
         dataset.planner, mix=fixed[0] if fixed else replace(next(iter(mixes.values())), epoch="fixed", probability=1)
@@ -99,8 +99,8 @@ def matching_indices(
     chosen = np.array(_spread(dataset, reference, epoch, rows) if originals is None else originals, dtype=np.int64)
     if chosen.size and not (chosen.min() >= 0 and chosen.max() < count):
         raise ConfigError(
-            f"originals must lie in [0, {count}), found {chosen.min()} to {chosen.max()}: mixes side by side show the "
-            "same originals, whatever an index means under each; give rows of the catalog"
+            f"originals must lie in [0, {count}), found {chosen.min()} to {chosen.max()}; give rows of the catalog, "
+            "because mixes side by side show the same originals."
         )
     edit = reference.batch(epoch, chosen).edit
     expanded = np.where(edit >= 0, count + edit, chosen)
@@ -110,24 +110,24 @@ def matching_indices(
 def check_epochs(epochs: Sequence[int]) -> None:
     """Raise ConfigError unless there are 1 to 100 of them."""
     if not 1 <= len(epochs) <= _MOST_EPOCHS:
-        raise ConfigError(f"epochs must name 1 to {_MOST_EPOCHS} epochs, found {len(epochs)}")
+        raise ConfigError(f"epochs must name 1 to {_MOST_EPOCHS} epochs, found {len(epochs)}.")
 
 
-# How much is decoded --------------------------------------------------------------------------------------------------
+# Decoded parts -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoded:
-    """What the loader decodes for one sample: windows (top, left, bottom, right), all 0 where nothing is."""
+class DecodedParts:
+    """The windows (top, left, bottom, right) that the loader decodes for one sample; all 0 if nothing."""
 
     original: tuple[int, int, int, int]
     original_size: tuple[int, int]  # (height, width) pixels
     edit: tuple[int, int, int, int]
-    edit_size: tuple[int, int]  # (0, 0): not mixed
+    edit_size: tuple[int, int]  # (0, 0) if not mixed
 
     @classmethod
-    def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan) -> list["Decoded"]:
-        """Of every row of a plan, by `visible_parts`."""
+    def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan) -> list["DecodedParts"]:
+        """Return those of every row of a plan, by `visible_parts`."""
         sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
         sizes[0] = dataset.catalog.sizes[plan.original]
         if dataset.store is not None and plan.mixed.any():
@@ -141,29 +141,29 @@ class Decoded:
 
     @property
     def pixels(self) -> tuple[int, int]:
-        """How many pixels are decoded of the original and of the edit."""
+        """Number of pixels that are decoded of the original and of the edit."""
         original, edit = ((bottom - top) * (right - left) for top, left, bottom, right in (self.original, self.edit))
         return original, edit
 
     @property
     def whole(self) -> tuple[int, int]:
-        """How many pixels the original and the edit have."""
+        """Number of pixels of the original and of the edit."""
         return math.prod(self.original_size), math.prod(self.edit_size)
 
 
 def decoded_shares(
     dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """What share of its images' pixels the loader decodes for each of some samples, as `plan.visible_parts` has it.
+    """Return the share of pixels that the loader decodes of the images of some samples, by `plan.visible_parts`.
 
     Returns:
-        (n, 3) of the original, of the edit (NaN where the sample is not mixed), and of all the pixels of both, or of
-        the original alone where the sample is not mixed.
+        (n, 3): of the original; of the edit, NaN if the sample is not mixed; of both together, or of the original if
+        the sample is not mixed.
 
     Raises:
         ConfigError: An index or the epoch lies outside its range.
     """
-    decoded = Decoded.of(dataset, dataset.planner.batch(epoch, indices))
+    decoded = DecodedParts.of(dataset, dataset.planner.batch(epoch, indices))
     pixels = np.array([one.pixels for one in decoded], dtype=np.float64).reshape(-1, 2)
     whole = np.array([one.whole for one in decoded], dtype=np.float64).reshape(-1, 2)
     whole[whole == 0] = np.nan
@@ -175,28 +175,28 @@ def decoded_shares(
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A row of the plan with its images. What is not there is None."""
+    """A row of the plan with its images, None for those that it lacks."""
 
-    plan: BatchPlan  # of this sample, or of the one that takes its place
+    plan: BatchPlan  # of this sample, or of its substitute
     row: int
     class_name: str
     prompt: str | None
-    original: NDArray[np.uint8]  # (height, width, 3), and so are the next two, each of its own size
+    original: NDArray[np.uint8]  # (height, width, 3), like the next two; their sizes differ
     edit: NDArray[np.uint8] | None
     fractal: NDArray[np.uint8] | None
 
     @classmethod
     def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan, row: int, planner: Planner | None = None) -> "Sample":
-        """The sample of a row; where that cannot be made, the one that takes its place in training.
+        """Return the sample of a row, or, if it cannot be made, its substitute in training.
 
         Args:
-            dataset: Whose images they are; what fails goes into its quarantine.
-            plan: Rows, of any mix.
-            row: Which.
-            planner: Whose rows they are; the dataset's unless given.
+            dataset: The dataset of the images; failures go into its quarantine.
+            plan: A plan, of any mix.
+            row: A row of the plan.
+            planner: The planner of the plan; by default that of the dataset.
 
         Raises:
-            DecodeError: It cannot be made, and the dataset has on_error="raise".
+            DecodeError: The sample cannot be made, and the dataset has on_error="raise".
         """
         plan = plan.row(row)
         (images, *_), failures = dataset.decode_all(plan)
@@ -217,16 +217,16 @@ class Sample:
         )
 
     def hybrid(self) -> NDArray[np.uint8]:
-        """H on the output grid, (height, width, 3) uint8."""
+        """Return H on the output grid, (height, width, 3) uint8."""
         return _rounded(mixed_image(self.plan, self.row, self.original, self.edit))
 
     def fractal_alone(self) -> NDArray[np.uint8]:
-        """F on the output grid, (height, width, 3) uint8: the sample as it would be with λ = 1."""
+        """Return F on the output grid, (height, width, 3) uint8: the sample with λ = 1."""
         whole = replace(self.plan, fractal_weight=np.ones_like(self.plan.fractal_weight))
         return _rounded(mixed_image(whole, self.row, self.original, None, self.fractal))
 
     def augmented(self) -> NDArray[np.uint8]:
-        """A on the output grid, (height, width, 3) uint8: what the network sees."""
+        """Return A on the output grid, (height, width, 3) uint8: what the network sees."""
         return _rounded(mixed_image(self.plan, self.row, self.original, self.edit, self.fractal))
 
     @property
@@ -236,24 +236,24 @@ class Sample:
         return box
 
     def mask(self, size: tuple[int, int]) -> NDArray[np.uint8]:
-        """M over the whole image, (height, width) uint8, and beyond the crop as if that went on."""
+        """Return M over the whole image, (height, width) uint8, continued beyond the crop."""
         weight = edit_weight(int(self.plan.mask[self.row]), self.plan.seam_width, self._span_of_image(), size)
         return np.broadcast_to(np.rint(255 * weight).astype(np.uint8), size)
 
     def seam(self) -> tuple[int, float]:
-        """The axis across the seam (0 down, 1 to the right), and the seam's place on it; the image's side is 1."""
+        """Return the axis across the seam (0 down, 1 to the right) and its offset there, as a share of the image."""
         axis = 1 if MASKS[int(self.plan.mask[self.row])] in ("left", "right") else 0
         span = self._span_of_image()
         return axis, float((0.5 - span[axis]) / span[axis + 2])
 
     def _span_of_image(self) -> NDArray[np.float64]:
-        """The image within what mask and fractal span, where the plan has the output within it."""
+        """The image within the span of mask and fractal; the plan has the output within it."""
         box, span = self.plan.box[self.row], self.plan.span[self.row]
         extent = span[2:] / box[2:]
         return np.concatenate([span[:2] - extent * box[:2], extent])
 
     def details(self) -> list[str]:
-        """What the plan decided, for the caption."""
+        """Return the decisions of the plan, as lines of a caption."""
         plan, row = self.plan, self.row
         top, left, height, width = self.box
         lines = [
@@ -270,7 +270,7 @@ class Sample:
 def _substitute(
     dataset: DiffuseMixDataset, plan: BatchPlan, failures: Mapping[int, Failure], planner: Planner
 ) -> tuple[BatchPlan, ImagePair]:
-    """What takes the place of a sample: its row and its images."""
+    """Return the plan and the images of a sample's substitute."""
 
     def decode(rows: BatchPlan) -> tuple[ImagePair, Mapping[int, Failure]]:
         pairs, failed = dataset.decode_all(rows)

@@ -1,4 +1,4 @@
-"""The sheets: what stands in their cells."""
+"""The sheets, and the content of their cells."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, Frame, Layout, Line, Sheet, zoomed
 from dali_diffusemix.inspect.preview.samples import (
     MOST_ROWS,
-    Decoded,
+    DecodedParts,
     Sample,
     check_epochs,
     matching_indices,
@@ -30,31 +30,31 @@ COLUMNS: Final = (
     ("fractal", "F"),
     ("augmented", "A = (1−λ)H + λF"),
 )
-"""The columns' names, and the paper's symbols for them."""
+"""Names of the columns, and the paper's symbols."""
 
 _CAPTIONS: Final = 206
 _MOST_SAMPLES: Final = 512  # on one sheet
 _EPOCHS_A_LINE: Final = 6
-_MOST_COUNTED: Final = 4096  # samples that a share of the whole epoch is taken from
+_MOST_COUNTED: Final = 4096  # samples from which the share of a whole epoch is computed
 
 
 def contact_sheet(
     dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
 ) -> Image.Image:
-    """Draw samples of a dataset, one a row: original, edit, mask, hybrid, fractal, augmented.
+    """Draw samples of a dataset, one per row: original, edit, mask, hybrid, fractal, augmented.
 
     Args:
-        dataset: What to draw from; its seed, mix and crop decide the samples.
-        epoch: The epoch whose samples are drawn; `dataset.epoch` is left alone.
-        indices: Which samples; None takes `spread_indices`.
-        rows: How many, where `indices` is None; 1 to 64.
+        dataset: The dataset; its seed, mix and crop decide the samples.
+        epoch: The epoch of the samples; `dataset.epoch` does not change.
+        indices: The samples; None takes `spread_indices`.
+        rows: Number of samples if `indices` is None; 1 to 64.
 
     Returns:
         The sheet, RGB. Cells of the last three columns are the output grid pixel for pixel, enlarged by a whole
-        number where it is below 128 pixels and shrunk where it is above 384.
+        number below 128 pixels and shrunk above 384.
 
     Raises:
-        ConfigError: A sample is not in the dataset, or there are none or too many of them.
+        ConfigError: A sample is not in the dataset, or there are none or too many samples.
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
@@ -73,19 +73,19 @@ def contact_sheet(
 def epochs_sheet(
     dataset: DiffuseMixDataset, *, epochs: Sequence[int], indices: Sequence[int] | None = None, rows: int = 8
 ) -> Image.Image:
-    """Draw samples of a dataset over several epochs: the original, then what becomes of it in each.
+    """Draw samples of a dataset over several epochs: the original, then the augmented sample in each epoch.
 
     Args:
-        dataset: What to draw from; its seed, mix and crop decide the samples.
-        epochs: 1 to 100 of them, six a line; `dataset.epoch` is left alone.
-        indices: Which samples; None takes `spread_indices` of the first epoch.
-        rows: How many, where `indices` is None; 1 to 64.
+        dataset: The dataset; its seed, mix and crop decide the samples.
+        epochs: 1 to 100 epochs, six per line; `dataset.epoch` does not change.
+        indices: The samples; None takes `spread_indices` of the first epoch.
+        rows: Number of samples if `indices` is None; 1 to 64.
 
     Returns:
         The sheet, RGB, its samples as in `contact_sheet`.
 
     Raises:
-        ConfigError: A sample is not in the dataset, or there are none or too many of them or of the epochs.
+        ConfigError: A sample is not in the dataset, or there are none or too many samples or epochs.
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     check_epochs(epochs)
@@ -93,7 +93,7 @@ def epochs_sheet(
     if len(chosen) * len(epochs) > _MOST_SAMPLES:
         raise ConfigError(
             f"indices times epochs must be at most {_MOST_SAMPLES} samples on a sheet, found {len(chosen)} times "
-            f"{len(epochs)}; draw fewer at once"
+            f"{len(epochs)}; draw fewer at once."
         )
     plans = [dataset.planner.batch(epoch, chosen) for epoch in epochs]
     lines = -(-len(epochs) // _EPOCHS_A_LINE)
@@ -103,12 +103,12 @@ def epochs_sheet(
     sheet.head(0, *COLUMNS[0])
     name, symbols = COLUMNS[-1]
     sheet.head(1, f"{name}, epoch by epoch", symbols, across)
-    for place in range(len(chosen)):
-        top = place * lines
-        if place:
+    for row_of_plan in range(len(chosen)):
+        top = row_of_plan * lines
+        if top:
             sheet.divide(top)
         for number, plan in enumerate(plans):
-            sample = Sample.of(dataset, plan, place)
+            sample = Sample.of(dataset, plan, row_of_plan)
             if not number:
                 sheet.cell(top, 0, _whole(sample, layout), _named(sample))
             row, column = top + number // across, 1 + number % across
@@ -125,28 +125,28 @@ def presets_sheet(
     indices: Mapping[str, Sequence[int]] | None = None,
     rows: int = 8,
 ) -> Image.Image:
-    """Draw the same originals under several mixes: the original, then mask and augmented sample under each.
+    """Draw the same originals under several mixes: the original, then mask and augmented sample for each mix.
 
     Args:
-        dataset: What to draw from; its seed and crop decide the samples, its own mix does not matter.
-        mixes: By the name that the sheet gives them.
-        epoch: The epoch whose samples are drawn.
-        indices: Which samples of each mix, by name, row for row of the same original; None takes `matching_indices`.
-        rows: How many, where `indices` is None; 1 to 64.
+        dataset: The dataset; its seed and crop decide the samples, its own mix does not matter.
+        mixes: Mixes by name; the names are column titles.
+        epoch: The epoch of the samples.
+        indices: Samples of each mix, by name, of the same originals in the same order; None takes `matching_indices`.
+        rows: Number of samples if `indices` is None; 1 to 64.
 
     Returns:
         The sheet, RGB, its samples as in `contact_sheet`.
 
     Raises:
-        ConfigError: Samples of one row are of different originals, a sample is not in its mix's epoch, there are none
-            or too many of them, or nothing to mix with.
+        ConfigError: Samples in a row have different originals, a sample is not in its mix's epoch, there are none or
+            too many of them, or there is nothing to mix with.
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     indices = matching_indices(dataset, mixes, epoch=epoch, rows=rows) if indices is None else indices
     if not mixes or set(indices) != set(mixes):
         raise ConfigError(
             f"indices must be given for each of at least 1 mix, found them for {sorted(indices)} and mixes "
-            f"{sorted(mixes)}; take `matching_indices`"
+            f"{sorted(mixes)}; use `matching_indices`."
         )
     planners = {name: replace(dataset.planner, mix=mix) for name, mix in mixes.items()}
     plans = {name: planner.batch(epoch, indices[name]) for name, planner in planners.items()}
@@ -156,13 +156,13 @@ def presets_sheet(
         if not np.array_equal(plan.original, first.original):
             raise ConfigError(
                 f"indices must name samples of the same originals under each mix, found originals "
-                f"{first.original.tolist()} and, under {name!r}, {plan.original.tolist()}; take `matching_indices`"
+                f"{first.original.tolist()} and, under {name!r}, {plan.original.tolist()}; use `matching_indices`."
             )
-    groups = tuple(1 + 2 * place for place in range(len(plans)))
+    groups = tuple(1 + 2 * number for number in range(len(plans)))
     layout = Layout.of(first.output_size, rows=len(first), columns=1 + 2 * len(plans), groups=groups, notes=2)
     about = [*dict.fromkeys(line for mix in mixes.values() for line in _about_epoch(dataset, mix))]
     if about:
-        about.insert(0, "A row is of one original. Where its index differs between mixes, so do crop, mask, fractal.")
+        about.insert(0, "A row shows one original. If its index differs between mixes, so do crop, mask and fractal.")
     sheet = Sheet(layout, [*about, *_footnotes(dataset, epoch, mixed=False)])
     sheet.head(0, *COLUMNS[0])
     for column, (name, mix) in zip(groups, mixes.items(), strict=True):
@@ -174,9 +174,9 @@ def presets_sheet(
             sample = Sample.of(dataset, plan, row, planners[name])
             if column == 1:
                 sheet.cell(row, 0, _whole(sample, layout), _named(sample))
-            place = f"index {sample.plan.index[0]} of {len(planners[name])}"
+            index = f"index {sample.plan.index[0]} of {len(planners[name])}"
             sheet.cell(row, column, *_masked(sample, layout))
-            under = [*_drawn(sample)[:1], (place, 13, MUTED)]
+            under = [*_drawn(sample)[:1], (index, 13, MUTED)]
             sheet.cell(row, column + 1, zoomed(sample.augmented(), layout.zoom), under)
     return sheet.image
 
@@ -184,20 +184,20 @@ def presets_sheet(
 def parts_sheet(
     dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
 ) -> Image.Image:
-    """Draw what the loader decodes: original and edit with that part outlined, and the sample that is made of them.
+    """Draw the parts that the loader decodes: original and edit with the part outlined, and the sample made from them.
 
     Args:
-        dataset: What to draw from; its seed, mix and crop decide the samples.
-        epoch: The epoch whose samples are drawn; `dataset.epoch` is left alone.
-        indices: Which samples; None takes `spread_indices`.
-        rows: How many, where `indices` is None; 1 to 64.
+        dataset: The dataset; its seed, mix and crop decide the samples.
+        epoch: The epoch of the samples; `dataset.epoch` does not change.
+        indices: The samples; None takes `spread_indices`.
+        rows: Number of samples if `indices` is None; 1 to 64.
 
     Returns:
-        The sheet, RGB, its samples as in `contact_sheet`. Outlined are the windows of `plan.visible_parts`, and the
-        crop; all that is not decoded is faded.
+        The sheet, RGB, its samples as in `contact_sheet`. The windows of `plan.visible_parts` and the crop are
+        outlined; parts that are not decoded are faded.
 
     Raises:
-        ConfigError: A sample is not in the dataset, or there are none or too many of them.
+        ConfigError: A sample is not in the dataset, or there are none or too many samples.
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
@@ -210,7 +210,7 @@ def parts_sheet(
         if row:
             sheet.divide(row)
         sample = Sample.of(dataset, plan, row)
-        _draw_parts(sheet, row, sample, *Decoded.of(dataset, sample.plan))
+        _draw_parts(sheet, row, sample, *DecodedParts.of(dataset, sample.plan))
     return sheet.image
 
 
@@ -223,7 +223,7 @@ def _chosen(dataset: DiffuseMixDataset, epoch: int, indices: Sequence[int] | Non
 
 def _check_count(samples: int) -> None:
     if not 1 <= samples <= MOST_ROWS:
-        raise ConfigError(f"indices must name 1 to {MOST_ROWS} samples, found {samples}")
+        raise ConfigError(f"indices must name 1 to {MOST_ROWS} samples, found {samples}.")
 
 
 # Cells ----------------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def _draw_caption(sheet: Sheet, row: int, sample: Sample) -> None:
     sheet.caption(row, lines)
 
 
-def _draw_parts(sheet: Sheet, row: int, sample: Sample, decoded: Decoded) -> None:
+def _draw_parts(sheet: Sheet, row: int, sample: Sample, decoded: DecodedParts) -> None:
     _draw_caption(sheet, row, sample)
     layout = sheet.layout
     frame, line = Frame.of(sample, layout.cell), layout.scaled(2.5)
@@ -295,7 +295,7 @@ def _whole(sample: Sample, layout: Layout) -> Image.Image:
 
 
 def _masked(sample: Sample, layout: Layout) -> tuple[Image.Image | tuple[str, str], list[Line]]:
-    """The cell of a mask, with its notes."""
+    """Return the cell of a mask and its notes."""
     if sample.edit is None:
         return ("not mixed:", "shown as it is"), []
     frame = Frame.of(sample, layout.cell)
@@ -310,7 +310,7 @@ def _named(sample: Sample) -> list[Line]:
 
 
 def _drawn(sample: Sample) -> list[Line]:
-    """Prompt and mask, or that there are none."""
+    """Return prompt and mask, or that the sample is not mixed."""
     if sample.prompt is None:
         return [("not mixed", 13, MUTED)]
     return [(f"“{sample.prompt}”", 13, ACCENT), (_mask(sample), 13, MUTED)]
@@ -324,7 +324,7 @@ def _mask(sample: Sample) -> str:
 
 
 def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> list[str]:
-    """What the samples of a sheet were made with; the mix too, unless the sheet names it elsewhere."""
+    """Return the settings of the samples on a sheet, with the mix unless the sheet names it elsewhere."""
     presets = {MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
     mix = "none" if dataset.mix is None else presets.get(dataset.mix, str(dataset.mix))
     crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", str(dataset.crop))
@@ -340,14 +340,14 @@ def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> 
 
 
 def _listed(numbers: Sequence[int]) -> str:
-    """Numbers with commas between, and stretches of them with a dash."""
-    stretches: list[list[int]] = []
+    """Return numbers as text; consecutive ones as a range."""
+    ranges: list[list[int]] = []
     for number in numbers:
-        if stretches and number == stretches[-1][-1] + 1:
-            stretches[-1].append(number)
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
         else:
-            stretches.append([number])
-    return ", ".join(str(one[0]) if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in stretches)
+            ranges.append([number])
+    return ", ".join(str(one[0]) if len(one) == 1 else f"{one[0]} to {one[-1]}" for one in ranges)
 
 
 def _about_mix(mix: MixSpec) -> str:
@@ -356,13 +356,13 @@ def _about_mix(mix: MixSpec) -> str:
 
 
 def _about_epoch(dataset: DiffuseMixDataset, mix: MixSpec | None) -> list[str]:
-    """What an index means, where it is not an original."""
+    """Return the meaning of an index, if it is not an original."""
     if mix is None or mix.epoch == "fixed":
         return []
     count, samples = len(dataset.catalog), len(replace(dataset.planner, mix=mix))
     return [
-        f"An expanded epoch has {samples} samples: first {count} originals, unmixed, then {samples - count} edits, "
-        "each mixed with its original."
+        f"An expanded epoch has {samples} samples: first {count} unmixed originals, then {samples - count} edits, each "
+        "mixed with its original."
     ]
 
 
@@ -372,10 +372,9 @@ def _about_shares(dataset: DiffuseMixDataset, epoch: int, plan: BatchPlan) -> li
     of = f"all {count} samples" if len(spread) == count else f"{len(spread)} of {count} samples"
     here, everywhere = (
         100 * sum(sum(one.pixels) for one in decoded) / sum(sum(one.whole) for one in decoded)
-        for decoded in (Decoded.of(dataset, plan), Decoded.of(dataset, dataset.planner.batch(epoch, spread)))
+        for decoded in (DecodedParts.of(dataset, plan), DecodedParts.of(dataset, dataset.planner.batch(epoch, spread)))
     )
     return [
-        "Bold outline: what is decoded. Thin outline: the crop.",
-        f"Decoded are {here:.0f} % of the pixels of the images shown, and {everywhere:.0f} % of those of {of} of the "
-        "epoch.",
+        "Bold outline: the decoded part. Thin outline: the crop.",
+        f"Decoded pixels: {here:.0f} % in the images shown, {everywhere:.0f} % in {of} of the epoch.",
     ]

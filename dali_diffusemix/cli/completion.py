@@ -1,0 +1,28 @@
+"""`completion`: the script that makes a shell complete commands."""
+
+import click
+from click.shell_completion import get_completion_class
+
+from dali_diffusemix.cli.display import echo
+
+
+@click.command("completion", short_help="Print the script for tab completion in a shell.")
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion_command(ctx: click.Context, shell: str) -> None:
+    """Print the script that makes SHELL complete commands, options and paths.
+
+    \b
+    At the end of ~/.bashrc   eval "$(dali-diffusemix completion bash)"
+    At the end of ~/.zshrc    eval "$(dali-diffusemix completion zsh)"
+    In ~/.config/fish/config.fish   dali-diffusemix completion fish | source
+
+    \b
+    Example:
+      dali-diffusemix completion bash
+    """
+    complete = get_completion_class(shell)
+    assert complete is not None
+    source = complete(ctx.find_root().command, {}, "dali-diffusemix", "_DALI_DIFFUSEMIX_COMPLETE").source()
+    # Click's script for fish splits at every comma, which breaks lists of prompts.
+    echo(source.replace('string split ","', 'string split --max 1 ","'), nl=False)

@@ -1,0 +1,217 @@
+"""`generate`: edits of originals, into a store."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+
+from dali_diffusemix.cli.display import Display, echo
+from dali_diffusemix.cli.generate_options import GenerateOptions, command_line_option, read_options, template
+from dali_diffusemix.cli.options import PATH, completed, json_option
+from dali_diffusemix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dali_diffusemix.generate.config import GenerateConfig, PromptFile
+    from dali_diffusemix.generate.engines import Engine
+
+# Options that are fields of PromptFile, of GenerateConfig and of DiffusersConfig, with the same names.
+_PROMPTS: Final = ("prompts", "template", "deny")
+_EDITS: Final = (
+    *("size", "edit_size", "resize", "variants", "seed", "retry", "quality", "batch_size", "originals_per_shard"),
+)
+_DIFFUSION: Final = ("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
+
+
+class _GenerateCommand(click.Command):
+    """Names the options file where the command line has an option that only the file has."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            name = error.option_name.lstrip("-").replace("-", "_")
+            if name not in GenerateOptions.__dataclass_fields__:
+                raise
+            raise click.UsageError(
+                f"{error.option_name} is an option of the file only; write it there as {name}, and give --config FILE.",
+                ctx,
+            ) from error
+
+
+def _to_prompts(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Prompts from text such as autumn,snowy."""
+    if value is None:
+        return None
+    if value.endswith(".toml"):
+        raise click.BadParameter(f"{value!r} must be prompts separated by commas; give the file as --config.")
+    words = tuple(word.strip() for word in value.split(","))
+    if not all(words):
+        raise click.BadParameter(f"{value!r} must be prompts separated by commas; write a,b,c.")
+    return words
+
+
+def _print_config(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        echo(template(), nl=False)
+        ctx.exit()
+
+
+def _prompts() -> Iterable[str]:
+    from dali_diffusemix.generate.editors import PROMPTS
+
+    return PROMPTS
+
+
+def _layouts() -> Iterable[str]:
+    from dali_diffusemix.catalog.layouts import LAYOUTS
+
+    return LAYOUTS
+
+
+@click.command("generate", cls=_GenerateCommand, short_help="Edit the images of ROOT into the folder STORE.")
+@click.argument("root", type=PATH)
+@click.argument("store", type=PATH)
+@command_line_option("editor", "NAME", shell_complete=completed(lambda: ["procedural"], kind="dir"))
+@command_line_option("prompts", "A,B", callback=_to_prompts, shell_complete=completed(_prompts, many=True))
+@command_line_option("size", "N")
+@command_line_option("variants", "N")
+@command_line_option("seed", "N")
+@command_line_option("retry", "N")
+@command_line_option("batch_size", "N")
+@command_line_option("device", "NAME")
+@command_line_option("part", "I/N")
+@command_line_option("layout", "NAME", shell_complete=completed(_layouts))
+@click.option("--config", type=PATH, metavar="FILE", help="Read these and all other options from a TOML file.")
+@click.option(
+    "--print-config",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_config,
+    help="Print a commented file of all options.",
+)
+@json_option
+def generate_command(root: Path, store: Path, config: Path | None, as_json: bool, **given: Any) -> None:
+    """Edit the images of ROOT, a folder or a packed store, into the folder STORE. Running it again makes only
+    what is missing. The procedural editor uses no model: it is not diffusion.
+
+    \b
+    Example:
+      dali-diffusemix generate data/train cache/edits --prompts autumn,snowy
+    """
+    from dali_diffusemix.catalog.layouts import read_layout
+    from dali_diffusemix.generate.config import PromptFile
+    from dali_diffusemix.generate.run import generate, list_originals
+    from dali_diffusemix.store import WHOLE, Part
+
+    display = Display(as_json)
+    in_file = {} if config is None else read_options(config)
+    options = GenerateOptions(**{**in_file, **{name: value for name, value in given.items() if value is not None}})
+    written = PromptFile.parse({name: in_file[name] for name in _PROMPTS if name in in_file}, config or "")
+    edits = _config_of(options, written)
+    engine = _engine_of(options, edits.editor_config.accelerated)
+    if options.layout is not None:
+        root, catalog = read_layout(options.layout, root, options.split or "train")
+    elif options.split is not None:
+        raise ConfigError(f"split must be left out without a layout, found {options.split!r}; set layout too.")
+    else:
+        with display.progress("Reading headers", "images") as progress:
+            catalog = list_originals(root, progress=progress)
+    with display.progress("Making edits", "edits") as progress:
+        summary = generate(
+            root,
+            store,
+            edits,
+            catalog=catalog,
+            engine=engine,
+            part=WHOLE if options.part is None else Part.parse(options.part),
+            progress=progress,
+            rejects=display.rejects,
+        )
+    if catalog.rejected:
+        display.line(f"{len(catalog.rejected)} files left out; `dali-diffusemix index` lists them")
+    for verdict, count in summary.verdicts.items():
+        if verdict == "accepted":
+            display.line(f"{count} edits of {len(catalog)} images")
+        elif count:
+            display.line(f"{count} not used: {verdict}")
+    if options.editor in (None, "procedural"):
+        display.line("restyled by the procedural editor: not diffusion")
+    rejected = {prompt: _rejected(verdicts) for prompt, verdicts in summary.by_prompt.items()}
+    display.lines(f"{count:>8}  rejected under {prompt!r}" for prompt, count in rejected.items() if count)
+    if summary.made:
+        display.line(f"{summary.made} made now, in {summary.seconds:.1f} s: {summary.images_per_second:.1f}/s")
+    else:
+        display.line("all were there already")
+    if summary.missing:
+        display.line(f"{summary.missing} shards are left to other parts")
+    display.line(f"kept in {store}")
+    display.result(
+        {
+            "store": str(store),
+            "originals": len(catalog),
+            "rejected": len(catalog.rejected),
+            "verdicts": dict(summary.verdicts),
+            "by_prompt": {prompt: dict(verdicts) for prompt, verdicts in summary.by_prompt.items()},
+            "by_class": {name: dict(verdicts) for name, verdicts in summary.by_class.items()},
+            "made": summary.made,
+            "missing_shards": summary.missing,
+            "seconds": summary.seconds,
+            "images_per_second": summary.images_per_second,
+        }
+    )
+
+
+def _rejected(verdicts: Mapping[str, int]) -> int:
+    from dali_diffusemix.store import REJECTIONS
+
+    return sum(verdicts.get(name, 0) for name in REJECTIONS)
+
+
+def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
+    """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
+    from dali_diffusemix.generate.config import GenerateConfig
+    from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+
+    prompts = written.prompts if options.prompts is None else tuple(options.prompts)
+    making = _given(options, _EDITS) | {
+        "prompts": prompts,
+        "denied": {prompt: classes for prompt, classes in written.denied.items() if prompt in prompts},
+    }
+    diffusion = _given(options, _DIFFUSION)
+    if options.editor not in (None, "procedural"):
+        return GenerateConfig(editor=DiffusersConfig(model=options.editor, **diffusion), **making)
+    diffusion.pop("template", None)  # the same prompts may serve both kinds of editors
+    for name, value in diffusion.items():
+        raise ConfigError(
+            f"{name} must be left out for the procedural editor, found {value!r}; name a model as editor, or remove it."
+        )
+    return GenerateConfig(**making)
+
+
+def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
+    """Return the engine that runs the work."""
+    from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
+    from dali_diffusemix.generate.engines.ray import RayEngine
+
+    if options.engine not in (None, "local", "ray"):
+        raise ConfigError(f"engine must be 'local' or 'ray', found {options.engine!r}.")
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"workers must be 1 or more, found {options.workers}.")
+    if options.engine == "ray":
+        if options.device is not None:
+            raise ConfigError(
+                f"device must be left out with engine 'ray', found {options.device!r}; Ray places workers by num_gpus."
+            )
+        return RayEngine(
+            address=options.address, workers=options.workers, num_gpus=options.num_gpus if accelerated else 0
+        )
+    for name, value in _given(options, ("address", "num_gpus")).items():
+        raise ConfigError(f"{name} must be left out with engine 'local', found {value!r}; set engine = \"ray\".")
+    devices = default_devices(accelerated) if options.device is None else (options.device,)
+    return LocalEngine([devices[worker % len(devices)] for worker in range(options.workers or len(devices))])
+
+
+def _given(options: GenerateOptions, names: Iterable[str]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(options, name)) is not None}

@@ -1,0 +1,155 @@
+"""All options of `generate`: their names, types and meanings, and the TOML file that sets them.
+
+Some of them are options of the command line too, which wins over the file. Nothing heavy is imported here, because
+`--help` shows these texts.
+"""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, Final, get_args
+
+import click
+
+from dali_diffusemix.errors import ConfigError
+
+__all__ = ["GenerateOptions", "command_line_option", "read_options", "template"]
+
+
+def _option(text: str, example: Any, default: str | None = "") -> Any:
+    """An option that is unset unless it is given.
+
+    Args:
+        text: Its meaning: a sentence.
+        example: Its value in the template.
+        default: What an unset one means: the example if empty; None if `text` says it.
+    """
+    if default == "":
+        default = example if isinstance(example, str) else json.dumps(example)
+    return field(default=None, metadata={"text": text, "example": example, "default": default})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options that were given; None: not given."""
+
+    editor: str | None = _option("procedural (default), or a model: hub id or local folder.", "procedural", None)
+    prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
+    size: int | None = _option("Side length of an edit in pixels.", 256)
+    edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
+    resize: str | None = _option("squash (to a square) or keep (the aspect ratio).", "squash")
+    variants: int | None = _option("Edits per image and prompt.", 1)
+    seed: int | None = _option("The same seed gives the same edits.", 0)
+    retry: int | None = _option("New attempts for a rejected edit.", 0)
+    quality: int | None = _option("JPEG quality, 1 to 100.", 90)
+    batch_size: int | None = _option("Edits per batch.", 16)
+    originals_per_shard: int | None = _option(
+        "Originals per shard; a killed run loses at most one shard per worker.", 64, "512, with a model 64"
+    )
+
+    template: str | None = _option(
+        "Text that the model is given.", "A transformed version of image into {prompt}", "this"
+    )
+    revision: str | None = _option("Branch, tag or commit of a model on the hub.", "main", "the hub's default")
+    scheduler: str | None = _option(
+        "euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm or default (the model's).", "euler-ancestral"
+    )
+    steps: int | None = _option("Diffusion steps; 20 are enough for dpm-solver++.", 100)
+    guidance: float | None = _option("Guidance by the prompt.", 4.0)
+    image_guidance: float | None = _option("Guidance by the image.", 1.5)
+    dtype: str | None = _option("float16, bfloat16 or float32; a CPU needs float32.", "float16")
+    compile: bool | None = _option("Compile the model: it takes minutes to start, and is faster afterwards.", False)
+
+    engine: str | None = _option("local (this machine) or ray (a cluster).", "local")
+    device: str | None = _option("cpu, cuda or cuda:N.", "cuda:0", "all GPUs, else all cores")
+    workers: int | None = _option("Number of worker processes.", 4, "one per device")
+    address: str | None = _option("Address of the Ray cluster.", "HOST:6379", "Ray on this machine")
+    num_gpus: float | None = _option("GPUs per Ray worker.", 1.0, "1 if the cluster has any")
+    part: str | None = _option("Make only the I-th of N parts.", "1/4", None)
+
+    layout: str | None = _option("Published dataset that ROOT holds, such as cub or flowers.", "cub", None)
+    split: str | None = _option("Split of the layout, or several as A+B.", "train")
+
+    deny: Mapping[str, Any] | None = _option(
+        "Classes, or patterns of classes, and the prompts that would change their label.", {}, None
+    )
+
+
+_SECTIONS: Final = {  # by the first option in them
+    "editor": "Edits",
+    "template": "The diffusion model",
+    "engine": "Where to run",
+    "layout": "Originals",
+    "deny": "Prompts to skip for some classes",
+}
+_DENY: Final = '#[deny]\n#"yellow *" = ["autumn", "sunset"]'
+_OPTIONS: Final[Mapping[str, Field[Any]]] = {one.name: one for one in fields(GenerateOptions)}
+_RULES: Final[Mapping[type, str]] = {
+    str: "a string",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+}
+
+
+def _type_of(option: Field[Any]) -> Any:
+    """The type of its values; a generic alias for lists and tables."""
+    (kind,) = (one for one in get_args(option.type) if one is not NoneType)
+    return kind
+
+
+def command_line_option(name: str, metavar: str, **more: Any) -> Callable[..., Any]:
+    """Return the decorator that gives a command one of these options."""
+    option = _OPTIONS[name]
+    kind, default = _type_of(option), option.metadata["default"]
+    return click.option(
+        f"--{name.replace('_', '-')}",
+        type=kind if kind in _RULES else str,
+        metavar=metavar,
+        help=option.metadata["text"] + (f"  [default: {default}]" if default else ""),
+        **more,
+    )
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """Read an options file; returns the options that it sets. The prompts in it are checked by `PromptFile`.
+
+    Raises:
+        ConfigError: It is not a TOML file, or has an unknown key or a value of the wrong type.
+    """
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(
+            f"config must be a TOML file, found {str(file)!r}: {error}; `dali-diffusemix generate --print-config` "
+            "prints one."
+        ) from error
+    for name, value in content.items():
+        if name not in _OPTIONS:
+            raise ConfigError(
+                f"config must have known keys, found {name!r} in {str(file)!r}; these are {', '.join(_OPTIONS)}."
+            )
+        kind = _type_of(_OPTIONS[name])
+        allowed = (int, float) if kind is float else kind
+        if kind in _RULES and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
+            raise ConfigError(f"{name} must be {_RULES[kind]}, found {value!r} in {str(file)!r}; correct it there.")
+    return content
+
+
+def template() -> str:
+    """Return an options file with every option commented out, with its meaning and default."""
+    return "\n".join(_template_lines()) + "\n"
+
+
+def _template_lines() -> Iterator[str]:
+    yield "# Options of `dali-diffusemix generate ROOT STORE --config FILE`."
+    yield "# Remove the # before a line to set an option; the command line wins over this file."
+    for name, option in _OPTIONS.items():
+        if name in _SECTIONS:
+            yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
+        default = option.metadata["default"]
+        yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
+        yield _DENY if name == "deny" else f"#{name} = {json.dumps(option.metadata['example'])}"

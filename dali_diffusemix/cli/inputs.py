@@ -1,0 +1,158 @@
+"""`index`, `fractals` and `pack`: what training and generation read."""
+
+from pathlib import Path
+
+import click
+
+from dali_diffusemix.cli.display import Display
+from dali_diffusemix.cli.options import PATH, json_option
+from dali_diffusemix.errors import ConfigError
+
+
+@click.command("index")
+@click.argument("root", type=PATH)
+@click.option("--refresh", is_flag=True, help="List again: add new files, drop deleted ones.")
+@click.option("--workers", type=int, metavar="N", help="Threads that read headers.  [default: 8]")
+@json_option
+def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool) -> None:
+    """List the images of ROOT, a folder of class folders.
+
+    The list is kept, so that later commands start at once. Every skipped file is shown with the reason.
+
+    \b
+    Example:
+      dali-diffusemix index data/train
+    """
+    import numpy as np
+
+    from dali_diffusemix.catalog.listing import index
+    from dali_diffusemix.catalog.table import default_location
+    from dali_diffusemix.store import OriginalStore
+
+    if OriginalStore.find(root) is not None:
+        raise ConfigError(
+            f"root must be a folder of images, found a packed store, {str(root)!r}, which is listed already; index the "
+            "folder that it was packed from."
+        )
+    display = Display(as_json)
+    location = default_location(root)
+    with display.progress("Reading headers", "images") as progress:
+        catalog = index(root, location=location, refresh=refresh, workers=workers, progress=progress)
+    counts = np.bincount(catalog.labels, minlength=len(catalog.classes)).tolist()
+    display.line(f"{len(catalog)} images in {len(catalog.classes)} classes")
+    display.lines((f"{count:>8}  {name}" for name, count in zip(catalog.classes, counts, strict=True)), most=20)
+    if catalog.rejected:
+        display.line(f"{len(catalog.rejected)} left out")
+        display.lines(f"  {one.path}: {one.reason}" for one in catalog.rejected)
+    display.line(f"kept in {location}")
+    display.result(
+        {
+            "root": str(root),
+            "images": len(catalog),
+            "classes": dict(zip(catalog.classes, counts, strict=True)),
+            "rejected": [{"path": one.path, "reason": one.reason} for one in catalog.rejected],
+            "fingerprint": catalog.fingerprint,
+            "catalog": str(location),
+        }
+    )
+
+
+@click.command("fractals")
+@click.argument("path", type=PATH)
+@click.option("--count", default=64, show_default=True, metavar="N", help="Number of fractals.")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Side length in pixels.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same fractals.")
+@click.option("--from-folder", type=PATH, metavar="DIR", help="Use the images of a folder instead.")
+@click.option("--overwrite", is_flag=True, help="Replace PATH if it exists.")
+@json_option
+@click.pass_context
+def fractals_command(
+    ctx: click.Context,
+    path: Path,
+    count: int,
+    size: int,
+    seed: int,
+    from_folder: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Render fractal flames into a bank, the file PATH.
+
+    \b
+    Example:
+      dali-diffusemix fractals cache/fractals.npy --count 64
+    """
+    from dali_diffusemix.fractals.bank import bank_from_folder, render_bank
+
+    display = Display(as_json)
+    left_out: list[tuple[Path, str]] = []
+    if from_folder is None:
+        with display.progress("Rendering fractals", "fractals") as progress:
+            bank = render_bank(path, count=count, size=size, seed=seed, overwrite=overwrite, progress=progress)
+    else:
+        for name in ("count", "seed"):
+            if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name} is for rendering; leave it out beside --from-folder.")
+        with display.progress("Reading images", "images") as progress:
+            bank, left_out = bank_from_folder(path, from_folder, size=size, overwrite=overwrite, progress=progress)
+    display.line(f"{len(bank)} fractals of {size} x {size} pixels in {path}")
+    if left_out:
+        display.line(f"{len(left_out)} files left out")
+        display.lines(f"  {file}: {reason}" for file, reason in left_out)
+    display.result(
+        {
+            "path": str(path),
+            "shape": bank.shape,
+            "left_out": [{"path": str(file), "reason": reason} for file, reason in left_out],
+        }
+    )
+
+
+@click.command("pack", short_help="Pack the images of ROOT into a store that is faster to read.")
+@click.argument("root", type=PATH)
+@click.argument("store", type=PATH)
+@click.option("--max-side", type=int, metavar="N", help="Shrink images whose longest side is over N pixels.")
+@click.option("--quality", type=int, metavar="N", help="JPEG quality, 1 to 100.  [default: 90 with --max-side]")
+@click.option("--no-tiles", is_flag=True, help="Copy files byte for byte; loading them takes longer.")
+@json_option
+def pack_command(
+    root: Path, store: Path, max_side: int | None, quality: int | None, no_tiles: bool, as_json: bool
+) -> None:
+    """Pack the images of ROOT into the folder STORE, which is faster to read.
+
+    Without --max-side and --quality no pixel changes: JPEGs are divided into tiles, so that loading reads
+    only the visible ones. With either option, every image is encoded again as JPEG. Running it again
+    resumes. Train on STORE in place of ROOT: edits made from one fit the other.
+
+    \b
+    Example:
+      dali-diffusemix pack data/train cache/originals --max-side 500
+    """
+    from dali_diffusemix.catalog.listing import index
+    from dali_diffusemix.store import OriginalStore
+    from dali_diffusemix.store.pack import PackConfig, pack
+
+    display = Display(as_json)
+    config = PackConfig(max_side=max_side, quality=quality, tiled=not no_tiles)
+    catalog = None
+    if OriginalStore.find(root) is None:  # a store is refused by `pack`
+        with display.progress("Reading headers", "images") as progress:
+            catalog = index(root, progress=progress)
+    with display.progress("Packing", "images") as progress:
+        summary = pack(root, store, config, catalog=catalog, progress=progress)
+    display.line(f"{summary.originals} images, {summary.bytes / 1e6:.1f} MB")
+    if summary.left_out:
+        display.line(f"{len(summary.left_out)} left out: they could not be decoded")
+        display.lines(f"  {one.path}" for one in summary.left_out)
+    display.line(f"{summary.made} done now, in {summary.seconds:.1f} s" if summary.made else "all were there already")
+    display.line(f"kept in {store}")
+    display.result(
+        {
+            "store": str(store),
+            "originals": summary.originals,
+            "bytes": summary.bytes,
+            "left_out": [{"path": one.path, "reason": one.reason} for one in summary.left_out],
+            "made": summary.made,
+            "seconds": summary.seconds,
+        }
+    )

@@ -1,0 +1,119 @@
+"""`verify`, `report` and `export`: what can be done with a finished store."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dali_diffusemix.cli.display import Display
+from dali_diffusemix.cli.options import PATH, json_option
+
+
+@click.command("verify", short_help="Check every file and image of STORE.")
+@click.argument("store", type=PATH)
+@click.option("--quick", is_flag=True, help="Check hashes only, without decoding images.")
+@click.option("--discard", is_flag=True, help="Mark damaged shards, so that the next run makes them again.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads.  [default: one per core]")
+@json_option
+def verify_command(store: Path, quick: bool, discard: bool, workers: int | None, as_json: bool) -> None:
+    """Check every file and image of STORE, which holds edits or packed originals.
+
+    Nothing is changed without --discard; `generate` or `pack` makes discarded shards again. The exit code
+    is 1 if something is wrong.
+
+    \b
+    Example:
+      dali-diffusemix verify cache/edits
+    """
+    from dali_diffusemix.inspect.verify import discard as discard_damaged
+    from dali_diffusemix.inspect.verify import verify
+
+    display = Display(as_json)
+    with display.progress("Verifying", "shards") as progress:
+        found = verify(store, decoding=not quick, workers=workers, progress=progress)
+    display.line(f"{found.shards} shards, {found.images} images, {found.bytes / 1e6:.1f} MB")
+    if found.missing:
+        display.line(f"{found.missing} shards are not finished; run the command that makes them again")
+    display.lines(str(problem) for problem in found.problems)
+    if found.damaged and discard:
+        discard_damaged(store, found)
+        display.line(f"{len(found.damaged)} damaged shards discarded; run the command that made them again")
+    elif found.damaged:
+        display.line(f"{len(found.damaged)} shards are damaged; use --discard to have them made again")
+    elif not found.problems:
+        display.line("nothing is wrong")
+    display.result(
+        {
+            "store": str(store),
+            "shards": found.shards,
+            "missing": found.missing,
+            "images": found.images,
+            "bytes": found.bytes,
+            "damaged": list(found.damaged),
+            "problems": [{"shard": one.shard, "file": one.file, "what": one.what} for one in found.problems],
+        }
+    )
+    if found.problems:
+        click.get_current_context().exit(1)
+
+
+@click.command("report", short_help="Write a gallery of the edits in STORE, for any browser.")
+@click.argument("store", type=PATH)
+@click.option("--out", type=PATH, default="report", show_default=True, metavar="DIR", help="Where to write.")
+@click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
+@click.option("--most", default=10_000, show_default=True, metavar="N", help="Maximum number of edits shown.")
+@json_option
+def report_command(store: Path, out: Path, root: Path | None, most: int, as_json: bool) -> None:
+    """Write a gallery of the edits in STORE: pages that any browser opens from disk.
+
+    It shows originals beside their edits, verdicts, scores, settings and cost. Filter it by class, prompt
+    and verdict.
+
+    \b
+    Example:
+      dali-diffusemix report cache/edits --out report
+    """
+    from dali_diffusemix.inspect.report import write_report
+
+    display = Display(as_json)
+    with display.progress("Drawing", "edits") as progress:
+        gallery = write_report(store, out, root=root, most=most, progress=progress)
+    shown = f"{gallery.edits} of " if gallery.edits < gallery.of else ""
+    display.line(f"{shown}{gallery.of} edits in {gallery.page}")
+    display.result(
+        {"page": str(gallery.page), "edits": gallery.edits, "of": gallery.of, "originals": gallery.originals}
+    )
+
+
+@click.command("export", short_help="Write images and edits as an ImageFolder, for other loaders.")
+@click.argument("root", type=PATH)
+@click.argument("store", type=PATH)
+@click.argument("out", type=PATH)
+@click.option("--mixed", is_flag=True, help="Write mixed images in place of edits.")
+@click.option("--fractals", type=PATH, metavar="FILE", help="The fractal bank, for --mixed.")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Side length of a mixed image in pixels.")
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same mixed images.")
+@click.option("--quality", default=95, show_default=True, metavar="N", help="JPEG quality of mixed images.")
+@json_option
+def export_command(root: Path, store: Path, out: Path, as_json: bool, **options: Any) -> None:
+    """Write the images of ROOT and their edits in STORE to OUT as an ImageFolder, for other loaders.
+
+    Each edit is written beside its original, in the folder of its class. With --mixed each edit is first
+    mixed with its original and a fractal: the result is the same in every epoch, unlike with this
+    package's loader.
+
+    \b
+    Example:
+      dali-diffusemix export data/train cache/edits exported
+    """
+    from dali_diffusemix.inspect.export import export
+
+    display = Display(as_json)
+    with display.progress("Exporting", "images") as progress:
+        exported = export(root, store, out, progress=progress, **options)
+    display.line(f"{exported.originals} originals and {exported.edits} {exported.kind} in {out}")
+    if exported.left_out:
+        display.line(f"{exported.left_out} left out: they could not be decoded")
+    display.result(
+        {"out": str(out), "originals": exported.originals, "edits": exported.edits, "left_out": exported.left_out}
+    )

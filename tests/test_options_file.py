@@ -1,0 +1,183 @@
+"""cli.generate_options: the file of `generate --config`: every option by its name, the command line before it."""
+
+import json
+import re
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import make_images, run, run_json
+
+from dali_diffusemix.cli.generate import _config_of, _engine_of
+from dali_diffusemix.cli.generate_options import GenerateOptions, read_options, template
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.generate import GenerateConfig, PromptFile
+from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig
+from dali_diffusemix.generate.engines.local import LocalEngine
+from dali_diffusemix.generate.engines.ray import RayEngine
+from dali_diffusemix.store import EditStore
+
+NAMES = [field.name for field in fields(GenerateOptions)]
+NO_PROMPTS = PromptFile.parse({}, "")
+
+
+def file(folder: Path, text: str) -> Path:
+    (folder / "edits.toml").write_text(text, encoding="utf-8")
+    return folder / "edits.toml"
+
+
+def options(folder: Path, text: str) -> GenerateOptions:
+    return GenerateOptions(**read_options(file(folder, text)))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "cache"))
+    return make_images(tmp_path / "root", classes=2, images=2)
+
+
+# The template ---------------------------------------------------------------------------------------------------------
+
+
+def uncommented() -> str:
+    return re.sub(r"^#(?! )", "", template(), flags=re.MULTILINE)
+
+
+def test_the_template_names_every_option_and_sets_none(tmp_path: Path) -> None:
+    assert run("generate", "--print-config").stdout == template()
+    assert read_options(file(tmp_path, template())) == {}
+    content = read_options(file(tmp_path, uncommented()))
+    assert list(content) == NAMES
+    assert max(map(len, template().splitlines())) <= 120
+    for name in NAMES:
+        before = template().split(f"\n#{name} = " if name != "deny" else "\n#[deny]")[0].splitlines()[-1]
+        assert re.fullmatch(r"# .*\.", before), name
+
+
+def test_its_defaults_are_those_of_the_code() -> None:
+    """Wherever the template does not say another default, its value is the default."""
+    content = tomllib.loads(uncommented())
+    ours: dict[str, Any] = {}
+    for config in (GenerateConfig, DiffusersConfig):
+        ours |= {field.name: field.default for field in fields(config)}
+    compared = {
+        field.name
+        for field in fields(GenerateOptions)
+        if field.metadata["default"] in (content[field.name], json.dumps(content[field.name]), "this")
+    }
+    assert compared >= {"size", "resize", "variants", "seed", "retry", "quality", "batch_size", "template", "steps"}
+    for name in compared - {"engine", "split"}:
+        assert content[name] == ours[name], name
+    scheduler = next(field for field in fields(GenerateOptions) if field.name == "scheduler").metadata["text"]
+    assert all(name in scheduler for name in SCHEDULERS)
+
+
+# What a file may hold -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_sets_any_option_and_the_command_line_wins(root: Path, tmp_path: Path) -> None:
+    config = file(
+        tmp_path,
+        'prompts = ["autumn", "snowy"]\nsize = 32\nvariants = 2\nquality = 70\ndevice = "cpu"\n'
+        '[deny]\n"class 0" = ["autumn"]\n',
+    )
+    made = run_json("generate", root, tmp_path / "edits", "--config", config, "--variants", 1)
+    assert made["by_prompt"] == {"autumn": {"denied": 2, "accepted": 2}, "snowy": {"accepted": 4}}
+    store = EditStore.open(tmp_path / "edits")
+    assert store.settings["size"] == 32 and store.settings["quality"] == 70
+    # Denials of prompts that are not asked for wait until they are.
+    again = run_json("generate", root, tmp_path / "one", "--config", config, "--prompts", "snowy")
+    assert again["by_prompt"] == {"snowy": {"accepted": 8}}
+
+
+def test_a_file_of_prompts_alone_is_one(root: Path, tmp_path: Path) -> None:
+    config = file(tmp_path, 'template = "make it {prompt}"\nprompts = ["autumn"]\n[deny]\n"*" = ["autumn"]\n')
+    made = run_json("generate", root, tmp_path / "edits", "--config", config)
+    assert made["by_prompt"] == {"autumn": {"denied": 4}}
+
+
+def test_options_of_the_model_and_of_the_engine(tmp_path: Path) -> None:
+    given = options(
+        tmp_path,
+        'editor = "a/b"\ntemplate = "{prompt}"\nsteps = 20\nscheduler = "dpm-solver++"\nguidance = 3\n'
+        'compile = true\nedit_size = 256\nsize = 32\nengine = "ray"\naddress = "here:1"\nworkers = 3\nnum_gpus = 0.5\n',
+    )
+    config = _config_of(given, NO_PROMPTS)
+    assert config.editor == DiffusersConfig(
+        model="a/b", template="{prompt}", steps=20, scheduler="dpm-solver++", guidance=3, compile=True
+    )
+    assert (config.size, config.edit_size) == (32, 256)
+    engine = _engine_of(given, True)
+    assert isinstance(engine, RayEngine)
+    assert (engine.address, engine.workers, engine.num_gpus) == ("here:1", 3, 0.5)
+    local = _engine_of(options(tmp_path, 'device = "cuda:1"\nworkers = 2'), True)
+    assert isinstance(local, LocalEngine) and local.devices == ("cuda:1", "cuda:1")
+
+
+def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
+    config = file(tmp_path, 'layout = "cub"\nsplit = "test"')
+    assert "cub" in run("generate", root, tmp_path / "edits", "--config", config, code=1).stderr
+    assert "must be one of" in run("generate", root, tmp_path / "edits", "--layout", "cups", code=1).stderr
+    alone = run("generate", root, tmp_path / "edits", "--config", file(tmp_path, 'split = "test"'), code=1)
+    assert "split must be left out without a layout, found 'test'" in alone.stderr
+
+
+# What is refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sizes = 3", "config must have known keys, found 'sizes' in .*; these are editor, prompts, size, .*, deny"),
+        ("edit-size = 3", "found 'edit-size'"),
+        ("size = '256'", "size must be a whole number, found '256' in '.*edits.toml'; correct it there"),
+        ("size = 256.0", r"size must be a whole number, found 256\.0"),
+        ("seed = true", "seed must be a whole number, found True"),
+        ("guidance = '4'", "guidance must be a number, found '4'"),
+        ("compile = 1", "compile must be true or false, found 1"),
+        ("editor = 1", "editor must be a string, found 1"),
+        ("part = 3", "part must be a string, found 3"),
+        ("size = ", "config must be a TOML file, found '.*edits.toml'.*--print-config"),
+        ("prompts = 'autumn,snowy'", "prompts must be a list of strings, found 'autumn,snowy'"),
+        ("prompts = ['autumn']\n[deny]\nx = ['snowy']", "denies 'snowy' to 'x'"),
+        ("deny = 3", r"\[deny\] a table"),
+        ("steps = 20", "steps must be left out for the procedural editor, found 20; name a model as editor"),
+        ("engine = 'slurm'", "engine must be 'local' or 'ray', found 'slurm'"),
+        ("workers = 0", "workers must be 1 or more, found 0"),
+        ("engine = 'ray'\ndevice = 'cuda'", "device must be left out with engine 'ray', found 'cuda'"),
+        ("address = 'here:1'", "address must be left out with engine 'local', found 'here:1'"),
+        ("num_gpus = 1", "num_gpus must be left out with engine 'local', found 1"),
+        ("quality = 101", "quality must be a whole number from 1 to 100, found 101"),
+        ("editor = 'a/b'\nscheduler = 'magic'", "scheduler must be one of"),
+    ],
+)
+def test_what_is_wrong_is_named(root: Path, tmp_path: Path, text: str, message: str) -> None:
+    result = run("generate", root, tmp_path / "edits", "--config", file(tmp_path, text), code=1)
+    assert re.search(message, result.stderr), result.stderr
+    assert result.stderr.startswith("Error: ") and result.stderr.endswith(".\n") and result.stdout == ""
+    assert not (tmp_path / "edits").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"config must be a TOML file, found '.*none\.toml'"):
+        read_options(tmp_path / "none.toml")
+
+
+def test_the_command_line_says_what_only_the_file_has() -> None:
+    for name, option in (("steps", "--steps"), ("edit_size", "--edit-size")):
+        result = run("generate", "a", "b", option, 3, code=2)
+        assert f"{option} is an option of the file only; write it there as {name}, and give --config" in result.stderr
+    assert re.search("No such option.*--more", run("generate", "--more", code=2).stderr)
+    assert "give the file as --config" in run("generate", "a", "b", "--prompts", "prompts.toml", code=2).stderr
+
+
+def test_files_in_the_documents_are_read(tmp_path: Path) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    for page in ("generation", "imagenet"):
+        blocks = re.findall(r"^```toml\n(.*?)^```$", (docs / f"{page}.md").read_text(), re.MULTILINE | re.DOTALL)
+        assert blocks
+        for text in blocks:
+            content = read_options(file(tmp_path, text))
+            _config_of(GenerateOptions(**content), PromptFile.parse({"prompts": content["prompts"]}, ""))
