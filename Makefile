@@ -22,6 +22,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/typed_user.py
 	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp
 
 # The pages, into site/. With FIGURES=demo, the folder that `make demo` leaves, their figures are drawn anew.

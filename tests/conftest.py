@@ -20,6 +20,7 @@ import hypothesis
 import pytest
 from material import MakeStore, shared, write_photograph
 
+from dali_diffusemix import DiffuseMixDataset, MixSpec, TrainCrop
 from dali_diffusemix.fractals import FractalBank, render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 
@@ -102,6 +103,12 @@ def imagenet_edits(once: Callable[[str, Make], Path]) -> tuple[Path, Path]:
 @pytest.fixture(scope="session")
 def bank(tmp_path_factory: pytest.TempPathFactory) -> FractalBank:
     return render_bank(tmp_path_factory.mktemp("bank") / "fractals.npy", count=4, size=64)
+
+
+@pytest.fixture
+def dataset(photos: Path, edits: Path, bank: FractalBank) -> DiffuseMixDataset:
+    """33 samples of 24 x 24, mixed as in the paper."""
+    return DiffuseMixDataset(photos, crop=TrainCrop(24), mix=MixSpec.paper(), edits=edits, fractals=bank, seed=3)
 
 
 @pytest.fixture(scope="session")

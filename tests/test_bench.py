@@ -1,13 +1,16 @@
 """bench: contenders measured on real files in processes of their own, the advice, the text, and the command."""
 
 import json
+import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 from click.testing import CliRunner
 
 from dali_diffusemix import cli
@@ -31,6 +34,17 @@ from dali_diffusemix.store.pack import PackConfig, pack
 
 CONTENDERS = ["diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"]
 SMALL: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "size": 24, "rounds": 2, "seconds": 0.02}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forks() -> Iterator[None]:
+    """Contenders run in forks of a process that has imported torch and DALI; test_damage_in_commands.py spawns them."""
+    get_context = multiprocessing.get_context
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            multiprocessing, "get_context", lambda name=None: warm.CONTEXT if name == "spawn" else get_context(name)
+        )
+        yield
 
 
 @pytest.fixture(scope="module")

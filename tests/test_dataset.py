@@ -3,14 +3,13 @@
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from material import shared, write_photograph
 from torch.utils.data import DataLoader
 
@@ -132,10 +131,11 @@ def test_persistent_workers_see_a_new_epoch(photos: Path, edits: Path, bank: Fra
 
 
 EPOCHS_IN_WORKERS = """
-import sys
+import sys, warnings
 from torch.utils.data import DataLoader
 from dali_diffusemix import DiffuseMixDataset, TrainCrop
 
+warnings.simplefilter("always")
 for persistent in (False, True):
     dataset = DiffuseMixDataset(sys.argv[1], crop=TrainCrop(16))
     loader = DataLoader(dataset, batch_size=4, num_workers=2, persistent_workers=persistent)
@@ -150,8 +150,7 @@ for persistent in (False, True):
 
 def test_an_epoch_never_repeats_silently_in_workers(photos: Path) -> None:
     """Neither in workers that are made for each epoch nor in persistent ones."""
-    command = [sys.executable, "-W", "always", "-c", EPOCHS_IN_WORKERS, str(photos)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr.split("done")
+    said = warm.run("-c", EPOCHS_IN_WORKERS, photos).stderr.split("done")
     assert len(said) == 7
     for epochs in (said[:3], said[3:6]):
         assert "Repeated" not in epochs[0] + epochs[1]

@@ -10,13 +10,13 @@ import pickle
 import random
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from material import write_photograph
 from PIL import Image
 
@@ -221,10 +221,10 @@ generate(root, store, GenerateConfig(**config), progress=progress)
 """
 
 
-def command(root: Path, store: Path, config: GenerateConfig, limit: int = 0) -> list[str]:
+def script(root: Path, store: Path, config: GenerateConfig, limit: int = 0) -> warm.Script:
     names = ("prompts", "size", "batch_size", "originals_per_shard")
     chosen = {name: getattr(config, name) for name in names}
-    return [sys.executable, "-c", RUN, str(root), str(store), json.dumps(chosen), str(limit)]
+    return warm.Script("-c", RUN, root, store, json.dumps(chosen), limit)
 
 
 def stamps(store: Path) -> dict[str, tuple[int, int]]:
@@ -243,8 +243,7 @@ def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_tw
     config = GenerateConfig(prompts=PROMPTS[:4], size=48, originals_per_shard=2, batch_size=1)
     finished: dict[str, tuple[int, int]] = {}
     for kill in range(4):
-        with subprocess.Popen(command(root, tmp_path / "killed", config), stdout=subprocess.PIPE) as run:
-            assert run.stdout is not None
+        with script(root, tmp_path / "killed", config) as run:
             if kill:  # else at its very beginning
                 for _ in range(rng.randint(1, 7)):  # within a shard, or between two
                     run.stdout.readline()
@@ -255,7 +254,8 @@ def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_tw
         assert finished.items() <= now.items()
         finished = now
     assert 0 < len(finished) < 20
-    subprocess.run(command(root, tmp_path / "killed", config), check=True, stdout=subprocess.DEVNULL)
+    with script(root, tmp_path / "killed", config) as run:
+        assert (run.communicate()[1], run.returncode) == ("", 0)
     assert finished.items() <= stamps(tmp_path / "killed").items()
     generate(root, tmp_path / "whole", config)
     assert content(tmp_path / "killed") == content(tmp_path / "whole")
@@ -312,11 +312,10 @@ def test_a_file_that_cannot_grow_stops_the_run_and_leaves_no_half_file(tmp_path:
     for row in range(12):
         put(tmp_path / "train" / "ants" / f"{row}.jpg", row)
     config = dataclasses.replace(SMALL, size=64, originals_per_shard=6)
-    run = subprocess.run(
-        command(tmp_path / "train", tmp_path / "store", config, 20_000), capture_output=True, text=True, check=False
-    )
+    with script(tmp_path / "train", tmp_path / "store", config, 20_000) as run:
+        errors = run.communicate()[1]
     assert run.returncode == 1
-    error = run.stderr.splitlines()[-1]
+    error = errors.splitlines()[-1]
     assert "StoreError" in error and "Finished shards stay" in error and "same command again" in error
     assert not [name for name in content(tmp_path / "store") if "edits" in name or name.endswith(".tmp")]
     generate(tmp_path / "train", tmp_path / "store", config)

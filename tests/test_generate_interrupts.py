@@ -3,13 +3,12 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
 
 import pytest
+import warm
 from material import encoded, photograph, write_photograph
 
 from dali_diffusemix import EditStore
@@ -19,8 +18,8 @@ from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.store import UnfinishedStoreWarning
 
 PROMPTS = ("autumn", "mosaic")
-CONFIG = GenerateConfig(prompts=PROMPTS, variants=3, size=96, batch_size=2, originals_per_shard=40)
-COUNT = 80  # originals: two shards
+CONFIG = GenerateConfig(prompts=PROMPTS, variants=3, size=96, batch_size=2, originals_per_shard=15)
+COUNT = 30  # originals: two shards
 EDITS = 6 * COUNT
 
 RUN = """
@@ -36,7 +35,7 @@ if __name__ == "__main__":
     else:
         from dali_diffusemix.generate.engines.local import LocalEngine
         engine = LocalEngine(("cpu",) * int(engine))
-    sizes = dict(size=96, batch_size=int(batch_size), originals_per_shard=40)
+    sizes = dict(size=96, batch_size=int(batch_size), originals_per_shard=15)
     config = GenerateConfig(prompts=("autumn", "mosaic"), variants=3, **sizes)
     def progress(done, total):
         print(done, flush=True)
@@ -72,14 +71,7 @@ def interrupted(
     originals: Path, store: Path, engine: str, after: int, *, batch_size: int = 2, twice: bool = False
 ) -> tuple[list[int], int, int]:
     """Run until so many edits are done, and interrupt: what was said was done, what is kept and made again."""
-    with subprocess.Popen(
-        [sys.executable, "-c", RUN, str(originals), str(store), engine, str(batch_size)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as run:
-        assert run.stdout is not None and run.stderr is not None
+    with warm.Script("-c", RUN, originals, store, engine, batch_size, session=True) as run:
         said: list[int] = []
         sent, line, errors = False, "", ""
         for line in run.stdout:
@@ -138,14 +130,9 @@ def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_
 def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command += "from dali_diffusemix.cli import main; main()"
-    options = ["--variants", "20", "--batch-size", "1", "--device", "cpu"]  # 14,400 edits
+    options = ["--variants", "20", "--batch-size", "1", "--device", "cpu"]  # 5,400 edits
     store = tmp_path / "edits"
-    with subprocess.Popen(
-        [sys.executable, "-c", command, "generate", str(originals), str(store), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as run:
+    with warm.Script("-c", command, "generate", originals, store, *options) as run:
         until = time.monotonic() + 60
         while not any(file.stat().st_size for file in (store / "shards").glob(".*.tmp")) and time.monotonic() < until:
             time.sleep(0.02)
@@ -188,5 +175,5 @@ def test_a_part_that_was_damaged_since_is_made_anew(originals: Path, whole: dict
 
 
 def test_shards_are_smaller_where_an_edit_takes_long() -> None:
-    assert CONFIG.shard_length == 40 and GenerateConfig().shard_length == 512
+    assert CONFIG.shard_length == 15 and GenerateConfig().shard_length == 512
     assert GenerateConfig(editor="some/model").shard_length == 64

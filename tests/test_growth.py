@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from hypothesis import given
 from hypothesis import strategies as st
 from material import write_photograph
@@ -173,8 +172,7 @@ def test_killed_while_it_grows_a_store_can_be_read_and_gone_on_with(root: Path, 
     shutil.copytree(tmp_path / "before", tmp_path / "whole")
     generate(root, tmp_path / "whole", CONFIG)
     whole = content(tmp_path / "whole")
-    command = [sys.executable, "-c", GROW, root, tmp_path / "before", tmp_path]
-    moments = int(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    moments = int(warm.run("-c", GROW, root, tmp_path / "before", tmp_path).stdout)
     assert moments > 8
     for moment in range(moments):
         store = tmp_path / f"killed{moment}"
@@ -207,11 +205,9 @@ def test_parts_at_the_same_time(root: Path, tmp_path: Path) -> None:
         "generate(sys.argv[1], sys.argv[2], GenerateConfig(prompts=('autumn', 'mosaic'), size=32, "
         "originals_per_shard=3, batch_size=2), part=Part.parse(sys.argv[3]))"
     )
-    runs = [
-        subprocess.Popen([sys.executable, "-c", script, root, tmp_path / "parts", f"{number}/3"])
-        for number in (1, 2, 3)
-    ]
-    assert [run.wait() for run in runs] == [0, 0, 0]
+    for run in [warm.Script("-c", script, root, tmp_path / "parts", f"{number}/3") for number in (1, 2, 3)]:
+        with run:
+            assert (run.communicate()[1], run.returncode) == ("", 0)
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
@@ -293,9 +289,8 @@ with StoreWriter.open(sys.argv[2], index(sys.argv[1]), {}, Part.parse(sys.argv[3
 
 
 def test_a_process_that_is_dead_holds_nothing_whatever_the_clock_says(root: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLD, str(root), str(tmp_path / "store"), "1/2"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
-        assert run.stdout is not None and run.stdout.readline() == "held\n"
+    with warm.Script("-c", HOLD, root, tmp_path / "store", "1/2") as run:
+        assert run.stdout.readline() == "held\n"
         os.utime(tmp_path / "store" / ".lock", (0, 0))
         message = rf"process {run.pid} on .*\(part 1/2\) is writing"
         with pytest.raises(StoreError, match=message), StoreWriter.open(tmp_path / "store", index(root), {}):

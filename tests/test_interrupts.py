@@ -4,15 +4,9 @@ It is thrown at single lines of the loader, the decoder, reading and DALI's own 
 function; `make soak` takes every line twice, and 500 signals at random moments.
 """
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from interrupting import Case, Thrown, make_case
-
-from dali_diffusemix import DiffuseMixDataset, EvalCrop
-from dali_diffusemix.loading.decoder import PieceDecoder
-from dali_diffusemix.loading.pieces import Pieces, request
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -30,26 +24,6 @@ def test_after_an_exception_at_any_line_every_batch_is_right(case: Case) -> None
     draw = np.random.default_rng()
     for at in case.places(draw)[int(draw.integers(30)) :: 30]:
         case.throw(at)
-
-
-def test_an_error_comes_in_its_turn(photos: Path) -> None:
-    """What cannot be begun while later batches are asked for takes none of those before with it."""
-    dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
-
-    def pieces() -> Pieces:
-        return request(dataset, dataset.planner.batch(0, np.arange(4)), visible_only=True)
-
-    def gone() -> Pieces:
-        raise OSError("the storage does not answer")
-
-    decoder = PieceDecoder(4, threads=1)
-    for make in (pieces, gone, pieces):
-        decoder.submit(make)
-    decoded = decoder.fetch()
-    assert decoded.table["data"][0].all() and not decoded.errors
-    with pytest.raises(OSError, match="does not answer"):
-        decoder.fetch()
-    decoder.close()
 
 
 def test_what_was_thrown_passes_through(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:

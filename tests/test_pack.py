@@ -7,8 +7,6 @@ import pickle
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import warm
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -467,13 +466,11 @@ def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_tw
         (root / "a" / f"{i:02}.jpg").write_bytes(data[i % 4])
     finished: dict[str, tuple[int, int]] = {}
     for kill in range(6):
-        command = [sys.executable, "-c", RUN, str(root), str(store)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as run:
-            assert run.stdin is not None
-            assert run.stdout is not None
+        with warm.Script("-c", RUN, root, store) as run:
             for _ in range(kill and rng.randint(1, 6)):  # first at its very beginning
                 run.stdout.readline()
-                run.stdin.write(b"\n")  # it waits for this: however slow we are, it cannot come to its end
+                run.stdin.write("\n")  # it waits for this: however slow we are, it cannot come to its end
+                run.stdin.flush()
             time.sleep(rng.uniform(0, 0.3 if kill == 0 else 0.02))
             run.kill()
         assert run.returncode == -signal.SIGKILL

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import warm
 
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError, StoreError
@@ -308,7 +309,7 @@ def test_a_killed_process_is_gone_on_with(url: str, local: Path, proxy: Proxy) -
         "EditStore.open(sys.argv[1]).encoded(0)"
     )
     part = Mirror(url).folder / "shards" / ".edits-000000.part"
-    with subprocess.Popen([sys.executable, "-c", script, url]) as process:
+    with warm.Script("-c", script, url) as process:
         deadline = time.monotonic() + 20
         while not part.exists() or part.stat().st_size < 50_000:
             assert process.poll() is None and time.monotonic() < deadline
@@ -475,9 +476,8 @@ def test_two_processes_fetch_each_shard_once(url: str, local: Path, proxy: Proxy
         "store = EditStore.open(sys.argv[1]); store.extents(np.arange(len(store)))\n"
         "print([int(store.encoded(edit).sum()) for edit in range(len(store))])"
     )
-    command = [sys.executable, "-c", script, url]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [process.communicate(timeout=60)[0] for process in processes]
+    processes = [warm.Script("-c", script, url) for _ in range(2)]
+    outputs = [process.communicate(60)[0] for process in processes]
     assert [json.loads(output) for output in outputs] == [digest_of(EditStore.open(local))] * 2
     assert len(proxy.asked_for(".tar")) == len(set(proxy.asked_for(".tar"))) == SHARDS
     for name in ("index.npy", "starts.npy"):

@@ -1,4 +1,4 @@
-"""A user's program, as tests/test_api.py has `mypy --strict` check it: what the public API is typed as."""
+"""A user's program, checked by `mypy --strict` in `make check` and `make dist`: how the public API is typed."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, assert_type

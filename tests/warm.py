@@ -18,14 +18,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(
     [
         "torch.utils.data",
         "torch.distributed",
         "nvidia.dali.fn",
         "nvidia.dali.pipeline",
         "dali_diffusemix.loading.loader",
+        "dali_diffusemix.generate",
     ]
 )
 
@@ -40,11 +41,11 @@ class Script:
     """
 
     def __init__(self, *arguments: object, env: dict[str, str] | None = None, session: bool = False) -> None:
-        pipes = [_context.Pipe(duplex=False) for _ in range(3)]
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(3)]
         theirs = [pipes[0][0], pipes[1][1], pipes[2][1]]
         given = [str(argument) for argument in arguments]
         environment = {**os.environ, **(env or {})}
-        self._process = _context.Process(target=_run, args=(given, environment, Path.cwd(), session, theirs))
+        self._process = CONTEXT.Process(target=_run, args=(given, environment, Path.cwd(), session, theirs))
         self._process.start()
         self.pid = self._process.pid
         ours = [pipes[0][1], pipes[1][0], pipes[2][0]]

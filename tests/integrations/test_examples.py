@@ -1,12 +1,11 @@
 """The examples run, from the command line."""
 
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import warm
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -14,12 +13,8 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def run(name: str, data: Path, *options: str) -> str:
-    command = [sys.executable, EXAMPLES / name, data / "photos", data / "photos", data / "edits", data / "fractals.npy"]
-    done = subprocess.run(
-        [*command, "--batch-size", "8", "--size", "64", *options], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    given = (data / "photos", data / "photos", data / "edits", data / "fractals.npy", "--batch-size", 8, "--size", 64)
+    return warm.run(EXAMPLES / name, *given, *options, timeout=120).stdout
 
 
 @pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
