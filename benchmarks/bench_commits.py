@@ -2,8 +2,8 @@
 
     python benchmarks/bench_commits.py /path/to/other/checkout data/train --out benchmarks/results/DATE-commits.json
 
-Each checkout loads the same photographs in processes of its own, in turns (before, after, plain DALI, before, ...), with
-every sample mixed, then plain. `before` is the other checkout (its C library must be built), `after` is this one.
+Each checkout loads the same photographs in processes of its own, in turns (before, after, plain DALI, before, ...),
+with every sample mixed, then plain. `before` is the other checkout (its C library must be built), `after` is this one.
 Reported are medians of images per second and, per round, after over before and each over plain DALI.
 """
 

@@ -213,7 +213,7 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
             assert f"cannot be read ({reason})" in str(batch.errors[row]) and str(tmp_path) in str(batch.errors[row])
     assert "short at byte 50" in str(batch.errors[5]) and batch.errors[6] is gone
     for row, remedy in ((0, "restore it, or run `index --refresh`"), (5, IN_STORE)):
-        assert str(batch.errors[row]).endswith(remedy)
+        assert str(batch.errors[row]).endswith(f"{remedy}.")
 
 
 @pytest.mark.parametrize("form", ["JPEG", "progressive", "PNG"])
