@@ -89,12 +89,12 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(scope="module", params=CASES)
 def case(request: pytest.FixtureRequest) -> tuple[str, str]:
     return request.param  # type: ignore[no-any-return]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def make(case: tuple[str, str], dataset: DiffuseMixDataset) -> Make:
     """Makes the same loader again, of either kind."""
     whose, order = case
@@ -122,7 +122,7 @@ def after(loader: Any, epochs: int, steps: int) -> Any:
     return loader.state_dict()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(make: Make) -> list[list[Any]]:
     loader = make()
     return [seen(loader) for _ in range(3)]
@@ -148,11 +148,17 @@ def test_a_state_before_the_first_iter(make: Make, whole: list[list[Any]]) -> No
 
 @pytest.mark.parametrize("epochs", [0, 1])
 def test_a_state_within_an_epoch(make: Make, whole: list[list[Any]], epochs: int) -> None:
+    first = make()
+    for _ in range(epochs):
+        seen(first)
+    batches = iter(first)
     for steps in range(1, STEPS):
+        next(batches)
         resumed = make()
-        resumed.load_state_dict(after(make(), epochs, steps))
+        resumed.load_state_dict(copy.deepcopy(first.state_dict()))
         assert seen(resumed) == whole[epochs][steps:], steps
-        assert seen(resumed) == whole[epochs + 1], steps
+        if steps in (1, STEPS - 1):
+            assert seen(resumed) == whole[epochs + 1], steps
 
 
 def test_a_state_after_an_epoch(make: Make, whole: list[list[Any]]) -> None:
