@@ -184,9 +184,22 @@ class Bucket:
         self._files.rm_file(f"{self._name}/edits/{name}")
 
 
+@pytest.fixture(scope="module")
+def unchanged(s3_port: int, local: Path) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "somebody")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+        return Bucket(s3_port, "unchanged").upload(local)
+
+
 @pytest.fixture
-def url(bucket: Bucket, local: Path) -> str:
-    return bucket.upload(local)
+def url(request: pytest.FixtureRequest, proxy: Proxy, local: Path) -> str:
+    """A store in the test's own bucket, if it wants one, else in one that no test changes."""
+    if "bucket" in request.fixturenames:
+        bucket: Bucket = request.getfixturevalue("bucket")
+        return bucket.upload(local)
+    unchanged: str = request.getfixturevalue("unchanged")
+    return unchanged
 
 
 def check(store: EditStore | OriginalStore, local: EditStore | OriginalStore) -> None:
