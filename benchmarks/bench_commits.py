@@ -24,14 +24,14 @@ from dali_diffusemix.generate import GenerateConfig, generate
 
 # Answers "seconds" lines with images per second, in steady state.
 SERVER = """
-import sys, time
+import itertools, sys, time
 from pathlib import Path
 from dali_diffusemix import bench
 root, edits, fractals, threads, which = sys.argv[1:]
 material = bench.Material(root=Path(root), files=Path(root), edits=Path(edits), fractals=Path(fractals),
                           epochs=64, num_workers=int(threads))
 contender = bench.plain_dali(material) if which == "plain_dali" else bench.diffusemix(material, mixed=which == "mixed")
-batches = contender.epoch()
+batches = itertools.chain.from_iterable(contender.epoch() for _ in itertools.count())
 for line in sys.stdin:
     for _ in range(contender.ahead + 4):
         next(batches)
@@ -101,10 +101,11 @@ def main() -> None:
                 servers = {f"before, {which}": old, f"after, {which}": new, f"plain DALI beside {which}": dali}
                 for server in servers.values():
                     server.turn(options.seconds)
-                time.sleep(1)
-                for _ in range(options.rounds):
-                    for name, server in servers.items():
-                        found.setdefault(name, []).append(server.turn(options.seconds))
+                for number in range(options.rounds):
+                    # In both directions, and each alone: what one has prefetched is done before the next begins.
+                    for name in list(servers)[:: -1 if number % 2 else 1]:
+                        time.sleep(0.5)
+                        found.setdefault(name, []).append(servers[name].turn(options.seconds))
     commit = subprocess.check_output(["git", "-C", str(before), "rev-parse", "HEAD"], text=True).strip()
     content = {
         "benchmark": "bench_commits",
