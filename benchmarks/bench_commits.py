@@ -4,7 +4,8 @@
 
 Each checkout loads the same photographs in processes of its own, in turns (before, after, plain DALI, before, ...),
 with every sample mixed, then plain. `before` is the other checkout (its C library must be built), `after` is this one.
-Reported are medians of images per second and, per round, after over before and each over plain DALI.
+Reported are medians of images per second, of wall time and of processor time (which a busy machine disturbs less), and,
+per round, after over before and each over plain DALI.
 """
 
 import argparse
@@ -35,10 +36,10 @@ batches = itertools.chain.from_iterable(contender.epoch() for _ in itertools.cou
 for line in sys.stdin:
     for _ in range(contender.ahead + 4):
         next(batches)
-    images, begin = 0, time.perf_counter()
+    images, begin, cpu = 0, time.perf_counter(), bench.cpu_seconds()
     while time.perf_counter() - begin < float(line):
         images += next(batches)
-    print(images / (time.perf_counter() - begin), flush=True)
+    print(images / (time.perf_counter() - begin), images / (bench.cpu_seconds() - cpu), flush=True)
 """
 
 
@@ -55,12 +56,12 @@ class Server:
             cwd=checkout,
         )
 
-    def turn(self, seconds: float) -> float:
-        """Return images per second."""
+    def turn(self, seconds: float) -> list[float]:
+        """Return images per second, and images per second of processor time of all threads."""
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{seconds}\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        return list(map(float, self._process.stdout.readline().split()))
 
     def __enter__(self) -> Self:
         return self
@@ -90,7 +91,7 @@ def main() -> None:
         generate(options.root, edits, GenerateConfig(prompts=("sunset",), size=256))
         render_bank(bank, count=64, size=256)
         inputs = [str(path.resolve()) for path in (options.root, edits, bank)]
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[list[float]]] = {}
         for which in ("mixed", "plain"):
             arguments = (*inputs, str(options.threads))
             with (
@@ -107,22 +108,26 @@ def main() -> None:
                         time.sleep(0.5)
                         found.setdefault(name, []).append(servers[name].turn(options.seconds))
     commit = subprocess.check_output(["git", "-C", str(before), "rev-parse", "HEAD"], text=True).strip()
+    kinds = {"": 0, " (of processor time)": 1}
+    rates = {f"{name}{kind}": [turn[i] for turn in turns] for name, turns in found.items() for kind, i in kinds.items()}
+    pairs = [("after", "before", which) for which in ("mixed", "plain")]
     content = {
         "benchmark": "bench_commits",
         "settings": {"before": commit, "threads": options.threads, "seconds": options.seconds, "batch_size": 64},
         "results": {
             name: {
-                "images_per_second": round(statistics.median(rates), 1),
-                "rounds": [round(rate, 1) for rate in rates],
+                "images_per_second": round(statistics.median(taken), 1),
+                "rounds": [round(rate, 1) for rate in taken],
             }
-            for name, rates in found.items()
+            for name, taken in rates.items()
         },
         "ratios": {
-            f"after over before, {which}": ratios(found[f"after, {which}"], found[f"before, {which}"])
-            for which in ("mixed", "plain")
+            f"{new} over {old}, {which}{kind}": ratios(rates[f"{new}, {which}{kind}"], rates[f"{old}, {which}{kind}"])
+            for new, old, which in pairs
+            for kind in kinds
         }
         | {
-            f"{when} over plain DALI, {which}": ratios(found[f"{when}, {which}"], found[f"plain DALI beside {which}"])
+            f"{when} over plain DALI, {which}": ratios(rates[f"{when}, {which}"], rates[f"plain DALI beside {which}"])
             for which in ("mixed", "plain")
             for when in ("before", "after")
         },
