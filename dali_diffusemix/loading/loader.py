@@ -161,7 +161,7 @@ class DiffuseMixLoader:
         if sampler is None and batch_sampler is None:
             self._order = OwnOrder(len(dataset), batch_size, self.shuffle, drop_last, dataset.seed, self._ranks)
             if rank is not None:
-                self._order.check()
+                _ = self._order.epochs  # refuses a rank outside the world size
         else:
             if batch_sampler is None:
                 batch_sampler = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.images.reading import Location
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.quarantine import Failure
-from dali_diffusemix.mix.call import PIECE
+from dali_diffusemix.mix.call import piece_table
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -47,11 +47,9 @@ class Pieces:
             windows: (2, n, 4) top, left, bottom, right, upright pixels; empty where nothing is shown.
             sizes: (2, n, 2) height and width of the upright images.
         """
-        table = np.zeros(windows.shape[:2], dtype=PIECE)
-        table["top"], table["left"] = windows[..., 0], windows[..., 1]
-        table["height"], table["width"] = windows[..., 2] - windows[..., 0], windows[..., 3] - windows[..., 1]
-        table["image_height"], table["image_width"] = sizes[..., 0], sizes[..., 1]
-        return cls(locations=locations, table=table)
+        begin, end = windows[..., :2], windows[..., 2:]
+        nowhere = np.zeros(windows.shape[:2], dtype=np.uint64)
+        return cls(locations=locations, table=piece_table(nowhere, end - begin, origins=begin, image_sizes=sizes))
 
     def __len__(self) -> int:
         """Samples."""
@@ -77,10 +75,9 @@ class Pieces:
 
     def failures(self) -> dict[int, Failure]:
         """Why samples cannot be made, by sample; of one whose original and edit failed, the original."""
-        kinds = {(sample, row): error for (row, sample), error in self.errors.items()}
         failed: dict[int, Failure] = {}
-        for sample, row in sorted(kinds):
-            failed.setdefault(sample, Failure("edit" if row else "original", kinds[sample, row]))
+        for row, sample in sorted(self.errors):  # originals first
+            failed.setdefault(sample, Failure("edit" if row else "original", self.errors[row, sample]))
         return failed
 
     def replace(self, sample: int, other: "Pieces") -> None:

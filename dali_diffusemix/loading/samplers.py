@@ -73,10 +73,6 @@ class OwnOrder:
     seed: int
     ranks: Ranks
 
-    def check(self) -> None:
-        """Raise ConfigError unless rank and world size fit together."""
-        _ = self.epochs
-
     @property
     def epochs(self) -> EpochOrder:
         """The order that this rank takes part in. Raises ConfigError."""
