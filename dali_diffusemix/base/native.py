@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 _FILE = "libdali_diffusemix.so"
+_INTERFACE: Final = 2  # kernels/mix.cpp has the same
 _DTYPES: Final = ("float32", "float16", "bfloat16", "uint8")  # as kernels/mix.cpp counts them
 
 
@@ -39,9 +40,13 @@ class SampleFormat(Protocol):
 
 
 def load() -> ctypes.CDLL:
-    """Load the library. Raises OSError or ModuleNotFoundError where it was not built."""
+    """Load the library. Raises OSError or ModuleNotFoundError where it was not built, or built from older sources."""
     with resources.as_file(resources.files("dali_diffusemix.kernels") / _FILE) as path:
-        return ctypes.CDLL(str(path))
+        loaded = ctypes.CDLL(str(path))
+    found = loaded.dali_diffusemix_interface() if hasattr(loaded, "dali_diffusemix_interface") else 1
+    if found != _INTERFACE:
+        raise OSError(f"{_FILE} has interface {found}, this version needs {_INTERFACE}")
+    return loaded
 
 
 @functools.cache

@@ -29,7 +29,6 @@ from numpy.typing import NDArray
 from dali_diffusemix import __version__
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.engines import Engine
 from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
@@ -41,7 +40,7 @@ from dali_diffusemix.store import (
     Part,
     StoreWriter,
 )
-from dali_diffusemix.store.mirror import is_url
+from dali_diffusemix.store.writer import local_folders
 
 _log = logging.getLogger(__name__)
 
@@ -115,19 +114,10 @@ def generate(
         Interrupted: Ctrl-C was pressed (a KeyboardInterrupt).
     """
     begin = time.perf_counter()
-    for name, given in (("root", root), ("store", store)):
-        if isinstance(given, str) and is_url(given):
-            raise ConfigError(
-                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
-            )
-    root, store = Path(root).absolute(), Path(store).absolute()
+    root, store = local_folders(root, store)
     config = config or GenerateConfig()
     config.editor_config.check(config.prompts)
     settings = config.settings()
-    if store.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(
-            f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
-        )
     originals = list_originals(root) if catalog is None else catalog
     if engine is None:
         devices = default_devices(config.editor_config.accelerated)

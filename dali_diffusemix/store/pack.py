@@ -29,7 +29,7 @@ from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import RESTARTS, decode, encode, tile
 from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter, index_is_current
-from dali_diffusemix.store.mirror import is_url
+from dali_diffusemix.store.writer import local_folders
 
 _log = logging.getLogger(__name__)
 
@@ -107,17 +107,8 @@ def pack(
             decoded, or the disk is full: then finished shards stay, and the same call resumes.
     """
     begin = time.perf_counter()
-    for name, given in (("root", root), ("store", store)):
-        if isinstance(given, str) and is_url(given):
-            raise ConfigError(
-                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
-            )
-    root, store = Path(root).absolute(), Path(store).absolute()
+    root, store = local_folders(root, store)
     config = config or PackConfig()
-    if store.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(
-            f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
-        )
     if OriginalStore.find(root) is not None:
         raise ConfigError(f"root must be a folder of images, found a packed store, {str(root)!r}; pack its folder.")
     originals = index(root) if catalog is None else catalog

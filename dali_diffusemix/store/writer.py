@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from dali_diffusemix.base.files import locked, remove_temporary
 from dali_diffusemix.catalog.headers import Rejected
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import StoreError
+from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.store.catalogs import check_originals, grown_catalog, open_catalog
 from dali_diffusemix.store.index import EditIndex, IndexRecord, gather, tally
 from dali_diffusemix.store.layout import (
@@ -206,6 +206,25 @@ class StoreWriter:
             )
             record.write(self.path, files)
         return tally(records, self.catalog, len(self._header.prompts))
+
+
+def local_folders(root: str | os.PathLike[str], store: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """The absolute folders of originals and of the store to make of them.
+
+    Raises ConfigError if one of them is a URL, or the store lies inside the root.
+    """
+    for name, given in (("root", root), ("store", store)):
+        if isinstance(given, str) and is_url(given):
+            raise ConfigError(
+                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
+            )
+    source, target = Path(root).absolute(), Path(store).absolute()
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(
+            f"store must lie outside the root, where it would pass for a class; found {str(target)!r} in "
+            f"{str(source)!r}."
+        )
+    return source, target
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:
