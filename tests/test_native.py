@@ -14,7 +14,7 @@ def test_a_library_of_other_sources_is_refused(
     """As an update leaves it behind: its structs may differ, and a call would end the process."""
     native.load()
     monkeypatch.setattr(native, "_INTERFACE", 99)
-    with pytest.raises(OSError, match="has interface 2, this version needs 99"):
+    with pytest.raises(OSError, match="it has interface 2, this version needs 99"):
         native.load()
     native.library.cache_clear()
     try:
@@ -28,5 +28,5 @@ def test_a_library_of_other_sources_is_refused(
 def test_a_library_from_before_the_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     libc = ctypes.CDLL(None)  # has no such function either
     monkeypatch.setattr(ctypes, "CDLL", lambda path: libc)
-    with pytest.raises(OSError, match="has interface 1"):
+    with pytest.raises(OSError, match="it has interface 1"):
         native.load()

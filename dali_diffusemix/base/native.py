@@ -45,7 +45,9 @@ def load() -> ctypes.CDLL:
         loaded = ctypes.CDLL(str(path))
     found = loaded.dali_diffusemix_interface() if hasattr(loaded, "dali_diffusemix_interface") else 1
     if found != _INTERFACE:
-        raise OSError(f"{_FILE} has interface {found}, this version needs {_INTERFACE}")
+        raise OSError(
+            f"{_FILE} was built from another version: it has interface {found}, this version needs {_INTERFACE}"
+        )
     return loaded
 
 
