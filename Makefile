@@ -4,14 +4,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test soak check docs dist clean
+.PHONY: demo test slow soak check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
 
 # On all cores; TESTS= gives pytest arguments of its own. A test by itself: .venv/bin/python -m pytest tests/test_plan.py
+PYTEST = $(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal $(TESTS)
+	$(PYTEST) -m "not slow" $(TESTS)
+
+# The tests that take seconds each, mostly for the processes that they start. CI runs them too.
+slow: $(INSTALLED)
+	$(PYTEST) -m slow $(TESTS)
 
 # A quarter of an hour: kills, damage, memory, a million rows, Ray, a browser. Leaves a record; SOAK= gives pytest arguments of its own.
 SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json

@@ -114,6 +114,7 @@ def run_scripts(commands: list[tuple[object, ...]]) -> None:
     run(SCRIPTS, json.dumps([[str(BENCHMARKS / str(script)), *map(str, rest)] for script, *rest in commands]))
 
 
+@pytest.mark.slow
 def test_what_record_writes_agrees_with_the_schema(tmp_path: Path) -> None:
     run(RECORDED, tmp_path / "new.json")
     record = json.loads((tmp_path / "new.json").read_text())
@@ -121,6 +122,7 @@ def test_what_record_writes_agrees_with_the_schema(tmp_path: Path) -> None:
     assert record["results"]["diffusemix"]["peak_memory_mib"] > 0
 
 
+@pytest.mark.slow
 def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
     """Of the scripts that take seconds."""
     for number in range(4):
@@ -144,6 +146,7 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
 # Scripts --------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_script_starts() -> None:
     pytest.importorskip("kornia")
     scripts = [file.relative_to(BENCHMARKS) for file in sorted(BENCHMARKS.rglob("*.py")) if file.name != "record.py"]

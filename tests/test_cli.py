@@ -194,6 +194,7 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
         assert (drawn["width"], drawn["height"]) == image.size
 
 
+@pytest.mark.slow
 def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path: Path) -> None:
     stores = ("--edits", made / "edits", "--fractals", made / "fractals.npy")
     given = ("preview", made / "root", *stores, "--crop-size", 64)
@@ -386,6 +387,7 @@ def test_notes_are_shown_and_unexpected_errors_keep_their_traceback(
         run("index", root)
 
 
+@pytest.mark.slow
 def test_names_that_are_no_text_are_printed_safely(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9 '\"\n\x1b[31m")
     root = tmp_path / os.fsdecode(b"r\xff")
@@ -508,6 +510,7 @@ def short_demo(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(demo, name, value)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short_demo")
 def test_the_demo_goes_the_whole_way_again_and_again(tmp_path: Path) -> None:
     pytest.importorskip("skimage")

@@ -132,6 +132,7 @@ def run(*arguments: object) -> str:
     return result.output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ["", "--parts", "--epochs 0-2", "--preset paper,release", "--indices 5"])
 def test_preview_goes_on(root: Path, edits: Path, bank: FractalBank, tmp_path: Path, options: str) -> None:
     said = run(
@@ -162,6 +163,7 @@ def test_export_leaves_out_damaged_edits_too(root: Path, edits: Path, bank: Frac
         decode(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("root", ["cut"], indirect=True)
 def test_bench_leaves_out_what_cannot_be_decoded(
     root: Path, edits: Path, packed: Path, bank: FractalBank, tmp_path: Path

@@ -148,6 +148,7 @@ for persistent in (False, True):
 """
 
 
+@pytest.mark.slow
 def test_an_epoch_never_repeats_silently_in_workers(photos: Path) -> None:
     """Neither in workers that are made for each epoch nor in persistent ones."""
     said = warm.run("-c", EPOCHS_IN_WORKERS, photos).stderr.split("done")

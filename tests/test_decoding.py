@@ -67,6 +67,7 @@ def test_a_crash_is_an_answer(child: str, error: str, monkeypatch: pytest.Monkey
     assert auto._trial("gpu", 0, 1) == {"error": error}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_a_trial_says_why() -> None:
     """The real thing, up to the point where a driver is needed."""
@@ -74,6 +75,7 @@ def test_without_a_gpu_a_trial_says_why() -> None:
     assert "error" in auto._trial("gpu", 0, 1)
 
 
+@pytest.mark.slow
 def test_a_trial_measures_and_compares(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of it but the GPU: photographs, decoder, one copy, Pillow's pixels."""
     pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")

@@ -67,6 +67,7 @@ def difference(one: NDArray[Any], other: NDArray[Any]) -> int:
 # What is made --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_an_edit_is_what_the_pipeline_makes_the_released_way(
     kind: str, request: pytest.FixtureRequest, images: list[Picture]

@@ -217,6 +217,7 @@ def test_another_global_batch_is_refused(ranks: dict[int, list[dict[str, Any]]])
         assert "batch_size x world_size = 6" in rank["refused"]
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on(folders: tuple[Path, ...], tmp_path: Path) -> None:
     """At a random step and time; `make soak` kills it twenty times, and trains on with fewer processes."""
     import numpy as np

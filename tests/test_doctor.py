@@ -23,6 +23,8 @@ from dali_diffusemix.doctor import Answer, Examination, advice, attempts, lanes,
 from dali_diffusemix.doctor.lanes import Lane
 from dali_diffusemix.doctor.probes import EXTRAS, PROBES
 
+pytestmark = pytest.mark.slow
+
 PACKAGE = Path(dali_diffusemix.__file__).parent
 
 

@@ -45,7 +45,7 @@ def cluster(importable: None) -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.fixture(params=["one process", "two processes", "ray"])
+@pytest.fixture(params=["one process", "two processes", pytest.param("ray", marks=pytest.mark.slow)])
 def engine(request: pytest.FixtureRequest) -> Engine:
     if request.param == "ray":
         request.getfixturevalue("cluster")
@@ -91,7 +91,7 @@ def test_a_worker_that_cannot_begin_says_why(engine: Engine, tmp_path: Path) -> 
         list(engine.run(Start("no model"), tasks(tmp_path)))
 
 
-@pytest.fixture(params=["two processes", "ray"])
+@pytest.fixture(params=["two processes", pytest.param("ray", marks=pytest.mark.slow)])
 def many(request: pytest.FixtureRequest) -> Engine:
     if request.param == "ray":
         request.getfixturevalue("cluster")
@@ -99,6 +99,7 @@ def many(request: pytest.FixtureRequest) -> Engine:
     return LocalEngine(("cpu", "cpu"), attempts=2)
 
 
+@pytest.mark.slow
 def test_the_job_of_a_worker_that_dies_is_begun_again(
     many: Engine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -109,6 +110,7 @@ def test_the_job_of_a_worker_that_dies_is_begun_again(
     assert caplog.text.count("its job is started again") == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_every_worker_ends_the_run(many: Engine, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"2 times over the same job, Task\(name='1'"):
         list(many.run(Start(), tasks(tmp_path, 6, _1="die")))

@@ -14,6 +14,7 @@ from odd import every_kind
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
 
+@pytest.mark.slow
 def test_five_hundred_damaged_files(tmp_path: Path) -> None:
     found = fuzz(0, len(every_kind()), 500, tmp_path)
     assert found.faults() == ""

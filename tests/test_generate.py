@@ -165,6 +165,7 @@ def test_odd_names_and_kinds_of_files(tmp_path: Path) -> None:
         assert decode(store.encoded(edit)).shape == (24, 24, 3)
 
 
+@pytest.mark.slow
 def test_real_photographs_as_people_have_them(tmp_path: Path) -> None:
     folder = SHARED / "ants_bees" / "val"
     if not folder.is_dir():
@@ -235,6 +236,7 @@ def stamps(store: Path) -> dict[str, tuple[int, int]]:
     }
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_twice(tmp_path: Path) -> None:
     """Four times; `make soak` kills ten times, with a diffusion editor and several workers."""
     root, rng = tmp_path / "train", random.Random(0)
@@ -308,6 +310,7 @@ def test_reports_of_a_repeated_job_count_once(root: Path, tmp_path: Path) -> Non
 # Full disks ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_that_cannot_grow_stops_the_run_and_leaves_no_half_file(tmp_path: Path) -> None:
     for row in range(12):
         put(tmp_path / "train" / "ants" / f"{row}.jpg", row)
@@ -358,6 +361,7 @@ def test_a_full_disk_keeps_what_is_finished_and_a_read_only_one_can_be_read(
         generate(root, disk / "store", config)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
     for row in range(20):
         put(tmp_path / "train" / "ants" / f"{row}.jpg", row)

@@ -95,6 +95,7 @@ def interrupted(
     return said, int(found[1]), int(found[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["1", "2", "ray"])
 def test_what_is_judged_is_kept(originals: Path, whole: dict[str, bytes], tmp_path: Path, engine: str) -> None:
     if engine == "ray":
@@ -117,6 +118,7 @@ def test_what_is_judged_is_kept(originals: Path, whole: dict[str, bytes], tmp_pa
     assert content(store) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["1", "2"])
 def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_path: Path, engine: str) -> None:
     store = tmp_path / "edits"
@@ -127,6 +129,7 @@ def test_the_second_stops_at_once(originals: Path, whole: dict[str, bytes], tmp_
     assert content(store) == whole
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     command += "from dali_diffusemix.cli import main; main()"
@@ -143,6 +146,7 @@ def test_the_command_says_what_is_kept(originals: Path, tmp_path: Path) -> None:
     assert found is not None and int(found[1]) > 0, said
 
 
+@pytest.mark.slow
 def test_users_handlers_are_left_alone(originals: Path, tmp_path: Path) -> None:
     """Where somebody handles the signal already, that stays so; and an `Interrupted` is a KeyboardInterrupt."""
     caught: list[int] = []
@@ -163,6 +167,7 @@ def test_users_handlers_are_left_alone(originals: Path, tmp_path: Path) -> None:
     assert issubclass(Interrupted, KeyboardInterrupt)
 
 
+@pytest.mark.slow
 def test_a_part_that_was_damaged_since_is_made_anew(originals: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     store = tmp_path / "edits"
     interrupted(originals, store, "1", 20)

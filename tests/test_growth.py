@@ -163,6 +163,7 @@ print(moment)
 """
 
 
+@pytest.mark.slow
 def test_killed_while_it_grows_a_store_can_be_read_and_gone_on_with(root: Path, tmp_path: Path) -> None:
     """At every replacement of a file."""
     generate(root, tmp_path / "before", CONFIG)

@@ -19,6 +19,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return make_case(tmp_path_factory.mktemp("case"), request.param)
 
 
+@pytest.mark.slow
 def test_after_an_exception_at_any_line_every_batch_is_right(case: Case) -> None:
     """At every 30th line, from another on each time."""
     draw = np.random.default_rng()

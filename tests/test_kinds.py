@@ -289,6 +289,7 @@ def damaged_codes(content: bytes, i: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 def test_it_lives_and_prints_nothing(tmp_path: Path) -> None:
     kinds = odd.every_kind()
     repeated = {

@@ -458,6 +458,7 @@ pack(sys.argv[1], sys.argv[2], PackConfig(max_side=300, originals_per_shard=2), 
 """
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_it_ends_with_the_same_store_and_makes_nothing_twice(tmp_path: Path) -> None:
     root, store, rng = tmp_path / "train", tmp_path / "killed", random.Random(0)
     (root / "a").mkdir(parents=True)

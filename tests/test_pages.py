@@ -108,6 +108,7 @@ def run_command(words: list[str]) -> None:
         assert known, f"nobody looks at {program!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_all_blocks_run_in_order(page: str, project: Path) -> None:
     if page not in ("README.md", "docs/getting-started.md"):

@@ -93,6 +93,7 @@ def test_any_position_can_be_looked_up_alone(length: int, seed: int, data: st.Da
     assert together.tolist() == [int(permutation([position])[0]) for position in positions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [2, 3, 4, 5])
 def test_all_orders_of_a_few_are_equally_likely(length: int) -> None:
     keys = [(seed, epoch) for seed in range(30) for epoch in range(40)]
@@ -101,6 +102,7 @@ def test_all_orders_of_a_few_are_equally_likely(length: int) -> None:
     assert chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [16, 100, 257])
 def test_every_index_is_equally_likely_at_every_position_and_after_every_other(length: int) -> None:
     at_position = np.zeros((length, length))

@@ -309,6 +309,7 @@ def test_a_row_is_an_original_and_its_samples_epoch_by_epoch(
     assert dataset.epoch == 0
 
 
+@pytest.mark.slow
 def test_frames_of_the_animation_are_the_samples_of_the_epochs(folder: Path) -> None:
     dataset = dataset_of(folder, MixSpec(probability=0.5))
     epochs = [0, 1, 2, 3, 9]

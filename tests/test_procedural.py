@@ -197,6 +197,7 @@ def look(image: Pixels) -> Plane:
     return np.concatenate([*halves, values.std((0, 1)), 40 * texture, [plane.std() for plane in chroma]])
 
 
+@pytest.mark.slow
 def test_a_simple_classifier_tells_the_prompts_apart_on_unseen_photographs() -> None:
     photographs = imagenet(24)
     editor = ProceduralEditor()

@@ -1,5 +1,6 @@
 """The loader's protocol: samplers, ranks, transforms, state, statistics and lifetime."""
 
+import contextlib
 import copy
 import gc
 import os
@@ -274,7 +275,8 @@ def test_statistics_say_who_waits(
 def dali_threads() -> set[str]:
     names = set()
     for task in Path("/proc/self/task").iterdir():
-        names.add(f"{task.name} {(task / 'comm').read_text().strip()}")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            names.add(f"{task.name} {(task / 'comm').read_text().strip()}")
     return {name for name in names if "DALI" in name or "dali" in name}
 
 
@@ -315,6 +317,7 @@ def run(script: str, *arguments: Path) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it_within_two_seconds(photos: Path) -> None:
     """The best of three: the machine may be busy."""
     seconds = []
@@ -429,6 +432,7 @@ WORKS = (
 )
 
 
+@pytest.mark.slow
 def test_processes_end(photos: Path) -> None:
     """With nothing to say, and without waiting for threads that are not there."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, photos, *WORKS], capture_output=True, text=True, timeout=120)
@@ -480,6 +484,7 @@ def test_an_iterator_is_not_copied(dataset: DiffuseMixDataset) -> None:
     assert len(list(batches)) == len(loader_of(dataset))
 
 
+@pytest.mark.slow
 def test_a_ctrl_c_while_dali_is_imported_does_no_harm(photos: Path) -> None:
     script = """
 import os, signal, sys, threading, time

@@ -74,6 +74,7 @@ class Files:
         return index, index not in self.edits
 
 
+@pytest.mark.slow
 @quiet
 @given(st.data())
 def test_what_is_remembered_changes_nothing(data: st.DataObject) -> None:
@@ -163,6 +164,7 @@ def seconds(loader: DiffuseMixLoader) -> float:
     return time.process_time() - begin
 
 
+@pytest.mark.slow
 @quiet
 def test_damaged_files_in_a_row_take_no_longer_than_spread_ones(tmp_path: Path) -> None:
     """80 of 400 in a row and 8 spread ones, in turn; the best of several epochs."""

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted(file.stem for file in (ROOT / "docs").glob("*.md"))
 
 pytest.importorskip("mkdocs")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

@@ -138,6 +138,7 @@ def test_any_value_in_any_json(photos: Path, stores: Path, tmp_path: Path, kind:
     assert exchange_values(photos, stores, tmp_path / "here", kind, first=random.randrange(8), every=8) > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["edits", "packed"])
 def test_any_number_in_any_table(photos: Path, stores: Path, tmp_path: Path, kind: str) -> None:
     rng = random.Random(2)

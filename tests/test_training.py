@@ -27,6 +27,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").glob("*.toml"))
 
 pytestmark = [
+    pytest.mark.slow,
     # kornia scripts some of its functions on import.
     pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN"),  # which its flags have, too

@@ -57,12 +57,14 @@ def check(found: dict[str, Any], data: Path) -> None:
     assert before == after and before
 
 
+@pytest.mark.slow
 def test_one_process(data: Path, tmp_path: Path) -> None:
     found = report(data, tmp_path)
     check(json.loads(json.dumps(found)), data)
     assert found["sizes"] == found["own sizes"] == [7, 7, 7, 7, 5]
 
 
+@pytest.mark.slow
 def test_two_processes(data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT]
     done = subprocess.run([*command, data, tmp_path], capture_output=True, text=True, timeout=120)

@@ -17,6 +17,7 @@ def run(name: str, data: Path, *options: str) -> str:
     return warm.run(EXAMPLES / name, *given, *options, timeout=120).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("lightning") is None, reason="Lightning is not installed")
 def test_lightning_module(data: Path, tmp_path: Path) -> None:
     found = run("lightning_module.py", data, "--out", str(tmp_path), "--epochs", "2")
@@ -24,6 +25,7 @@ def test_lightning_module(data: Path, tmp_path: Path) -> None:
     assert (tmp_path / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="Accelerate is not installed")
 def test_accelerate_loop(data: Path, tmp_path: Path) -> None:
     options = ("--cpu", "--out", str(tmp_path / "out"), "--save-every", "2")

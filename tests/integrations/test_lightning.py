@@ -35,6 +35,7 @@ def test_the_trainer_chooses_the_epoch(data: Path, uninterrupted: tuple[Path, An
     assert record(uninterrupted[0]) == expected(data)
 
 
+@pytest.mark.slow
 def test_resume_after_every_step(data: Path, tmp_path: Path, uninterrupted: tuple[Path, list[torch.Tensor]]) -> None:
     """The same batches and the same weights, wherever training is taken up again: the ends of epochs too."""
     folder, weights = uninterrupted
@@ -63,6 +64,7 @@ def test_validation_within_the_epoch_disturbs_nothing(data: Path, tmp_path: Path
     assert len(record(tmp_path, "validation")) == 5 * 2 * EPOCHS
 
 
+@pytest.mark.slow
 def test_two_processes_take_up_what_one_began(data: Path, tmp_path: Path, uninterrupted: tuple[Path, Any]) -> None:
     """The state counts for all ranks together: with the global batch the same, the number of ranks may change."""
     command = [sys.executable, FIT, data, tmp_path, "--devices", "2", "--resume", uninterrupted[0] / "step=7.ckpt"]
