@@ -32,6 +32,8 @@ from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.store import OriginalStore
 from dali_diffusemix.store.pack import PackConfig, pack
 
+pytestmark = pytest.mark.slow
+
 CONTENDERS = ["diffusemix", "plain", "plain_dali", "pillow_plain", "pillow_mixed"]
 SMALL: dict[str, Any] = {"batch_size": 2, "num_workers": 1, "size": 24, "rounds": 2, "seconds": 0.02}
 
@@ -98,7 +100,6 @@ def test_the_text_fits_a_terminal(result: BenchResult) -> None:
     assert lines[-1].startswith("Advice: ")
 
 
-@pytest.mark.slow
 def test_the_command_without_edits(photos: Path, tmp_path: Path) -> None:
     pack(photos, tmp_path / "packed")
     options = "--batch-size 8 --threads 1 --size 48 --rounds 2 --seconds 0.02 --json"
@@ -233,7 +234,6 @@ def hanging() -> Contender:
     return Contender(epoch=epoch, ahead=1)
 
 
-@pytest.mark.slow
 def test_one_that_dies_or_hangs_costs_only_its_own_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_START", 40)  # four processes at once, on a machine that may be busy
     factories = {"dying": dying, "waiting": waiting, "hanging": hanging, "broken": broken}

@@ -26,6 +26,8 @@ from dali_diffusemix.generate.editors import PROMPTS
 PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]
 FRACTALS = ("fractals", "f.npy", "--count", "3", "--size", "32")
 
+pytestmark = pytest.mark.slow
+
 
 def environment(**given: str) -> dict[str, str]:
     """The user's, without what says how to show things."""
@@ -74,7 +76,6 @@ def test_a_terminal_has_a_bar_that_goes_away(tmp_path: Path) -> None:
     assert in_a_terminal(tmp_path, "fractals", "g.npy", "--count", "1", "--size", "16", "--json")[1].startswith("{")
 
 
-@pytest.mark.slow
 def test_colours_are_of_terminals_that_want_them(tmp_path: Path) -> None:
     error = "Error: 'none': there is no such folder"
     assert in_a_terminal(tmp_path, "index", "none")[1].rpartition("\x1b[2K")[2].startswith("\x1b[1;31mError: ")
