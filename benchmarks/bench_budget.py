@@ -67,7 +67,7 @@ def main() -> None:
         epochs = itertools.count()
 
         def made(epoch: int, indices: Sequence[int]) -> Pieces:
-            return request(dataset, dataset.planner.batch(epoch, indices), visible_only=True)
+            return request([(dataset, dataset.planner.batch(epoch, indices))], visible_only=True)
 
         def coming() -> Iterator[Callable[[], Pieces]]:
             """The batches of another epoch, before they are planned."""

@@ -6,6 +6,7 @@
     │   ├── CatalogError        a folder of originals, or the catalog of one, cannot be used
     │   └── DecodeError         one image cannot be decoded
     ├── StoreError              an edit store or fractal bank on disk cannot be used
+    ├── LoaderTimeoutError      a batch was not read within the loader's timeout (also a RuntimeError)
     ├── WorkerError             processes that generate died, or none can be had
     └── MissingDependencyError  an optional package, driver or compiler is not there (also an ImportError)
 
@@ -35,6 +36,10 @@ class DecodeError(DataError):
 
 class StoreError(DiffuseMixError):
     """An edit store or a fractal bank on disk cannot be used."""
+
+
+class LoaderTimeoutError(DiffuseMixError, RuntimeError):
+    """A batch was not read within the loader's timeout."""
 
 
 class WorkerError(DiffuseMixError):

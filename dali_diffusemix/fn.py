@@ -469,6 +469,7 @@ class _Mix:
             batch = BatchPlan(
                 epoch=0,
                 index=where,
+                view=np.zeros_like(where),
                 original=where,
                 edit=np.where(mixed, 0, -1)[where],
                 mask=part["mask"].astype(np.int8),

@@ -40,6 +40,7 @@ def plan_of(
     return BatchPlan(
         epoch=0,
         index=np.arange(count),
+        view=np.zeros(count, dtype=np.int64),
         original=np.arange(count),
         edit=np.where(mask >= 0, np.arange(count), -1),
         mask=mask,

@@ -22,7 +22,7 @@ def test_an_error_comes_in_its_turn(photos: Path) -> None:
     dataset = DiffuseMixDataset(photos, crop=EvalCrop(24))
 
     def pieces() -> Pieces:
-        return request(dataset, dataset.planner.batch(0, np.arange(4)), visible_only=True)
+        return request([(dataset, dataset.planner.batch(0, np.arange(4)))], visible_only=True)
 
     def gone() -> Pieces:
         raise OSError("the storage does not answer")

@@ -88,7 +88,7 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
     decoder = loader._maker.take_decoder(9)
     for step, (images, _) in enumerate(loader):
         plan = loader.plan(0, step)
-        decoder.submit(lambda plan=plan: request(dataset, plan, visible_only=visible_parts))
+        decoder.submit(lambda plan=plan: request([(dataset, plan)], visible_only=visible_parts))
         pieces = decoder.fetch()
         moved, block = upload(pieces.table, pieces.on_host)
         assert pieces.on_host[pieces.table["data"] != 0].all()

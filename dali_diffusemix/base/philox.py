@@ -6,10 +6,11 @@ is a key of two 32-bit words and a counter of four; it yields four 32-bit draws.
 This is the register of all streams. No two share an address:
 
     key               counter                                stream
-    (seed, epoch)     (index low, index high, field, 0)      a sample: MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, and
+    (seed, epoch)     (index low, index high, field, view)   a sample: MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, and
                                                              CROP and the fields after it, a crop's tries
     (seed, epoch)     (step low, step high, field, 0)        the batch transform of rank r: BATCH_TRANSFORM + r
     (seed, epoch)     (round, 0, PERMUTATION, 0)             the epoch's order
+    (seed, SPLIT)     (round, 0, PERMUTATION, 0)             the parts of a dataset; no epoch reaches SPLIT
     (seed, FLAME)     (block, step, index, attempt)          fractal flames; no epoch reaches FLAME
 
 Outside this register: editors seed generators of NumPy's or torch's with a SHA-256 of the edit's address
@@ -42,6 +43,8 @@ BATCH_TRANSFORM: Final = 2**31
 """Field: the batch transform of rank 0; the other ranks follow."""
 PERMUTATION: Final = 2**32 - 1
 """Field: the round keys of the epoch's order."""
+SPLIT: Final = 0x53504C54
+"""Second word of the key, where the others have the epoch: the parts of a dataset."""
 FLAME: Final = 0x464C414D
 """Second word of the key, where the others have the epoch: fractal flames. kernels/flame.cpp has the same number."""
 
@@ -89,7 +92,7 @@ def check_seed(seed: int, epoch: int) -> None:
             raise ConfigError(f"{name} must be at least 0 and below 2**32, found {value}.")
 
 
-def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArray[np.uint32]:
+def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike, views: ArrayLike = 0) -> NDArray[np.uint32]:
     """Return four draws for every (index, field).
 
     Args:
@@ -97,6 +100,7 @@ def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArra
         epoch: 0 ≤ epoch < 2³².
         indices: (n,) sample indices, 0 ≤ index < 2⁶³.
         fields: (f,) which decision the draws are for, 0 ≤ field < 2³².
+        views: (n,) or one for all, how often the index came before in the epoch, 0 ≤ view < 2³².
 
     Returns:
         (f, n, 4) uint32.
@@ -108,6 +112,7 @@ def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike) -> NDArra
     counter[..., 0] = indices & _LOW
     counter[..., 1] = indices >> _WORD
     counter[..., 2] = fields[:, None]
+    counter[..., 3] = np.asarray(views, dtype=np.uint64)
     return philox4x32(counter, (seed, epoch))
 
 

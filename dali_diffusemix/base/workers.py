@@ -28,6 +28,13 @@ class Result(Generic[_T]):
         """True if the task has ended."""
         return self._found is not None or not self._box.empty()
 
+    def wait(self, seconds: float) -> bool:
+        """Wait for the task's end for so many seconds at most. Returns True if it has ended."""
+        if self._found is None:
+            with suppress(Empty):
+                self._found = self._box.get(timeout=seconds)
+        return self._found is not None
+
     def error(self) -> BaseException | None:
         """The exception that the task raised, if any; waits for its end."""
         self._found = self._found or self._box.get()
@@ -82,11 +89,11 @@ class Workers:
             while True:
                 self._tasks.get_nowait()
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Drop the tasks that have not begun, and wait for the end of those that have."""
         self.drop()
         _end(self._tasks, self._count)
-        for thread in self._threads:
+        for thread in self._threads if wait else ():
             if thread.ident is not None:  # it was started
                 thread.join()
 

@@ -4,10 +4,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.files import write
@@ -48,7 +48,7 @@ class Material:
         dataset = DiffuseMixDataset(
             self.root,
             catalog=None if self.catalog is None else Catalog.open(self.catalog),
-            edits=self.edits if mixed or self.catalog is None else None,
+            edits=self.edits if mixed or self.catalog is None else None,  # plain with edits: of their originals only
             fractals=self.fractals if mixed else None,
             mix=MixSpec(probability=1) if mixed else None,
             crop=TrainCrop(self.size),
@@ -68,8 +68,8 @@ class _LongPlanner(Planner):
     def __len__(self) -> int:
         return super().__len__() * self.epochs
 
-    def batch(self, epoch: int, indices: Any) -> BatchPlan:
-        return super().batch(epoch, np.asarray(indices) % super().__len__())
+    def batch(self, epoch: int, indices: ArrayLike, views: ArrayLike = 0) -> BatchPlan:
+        return super().batch(epoch, np.asarray(indices) % super().__len__(), views)
 
 
 def extract(store: OriginalStore, rows: Sequence[int], folder: Path) -> Path:

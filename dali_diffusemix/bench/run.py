@@ -89,7 +89,7 @@ def bench(
         given, lacking = ("edits", "fractals") if fractals is None else ("fractals", "edits")
         raise ConfigError(f"edits and fractals must be given together, found {given} alone; give {lacking} too.")
     dali()
-    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, crop=TrainCrop(size), seed=seed)
+    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=None, crop=TrainCrop(size), seed=seed)
     with tempfile.TemporaryDirectory(prefix="dali-diffusemix-bench-") as scratch:
         material = Material(
             root=Path(root),

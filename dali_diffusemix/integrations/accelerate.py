@@ -16,7 +16,6 @@ from accelerate.data_loader import DataLoaderStateMixin
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.batches import Batch
-from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.plan.order import EpochOrder
 
@@ -42,7 +41,7 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
         self._even = accelerator.even_batches
 
     @property
-    def dataset(self) -> DiffuseMixDataset:
+    def dataset(self) -> Any:
         return self.loader.dataset
 
     @property

@@ -14,7 +14,6 @@ import torch
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.batches import Batch
-from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.loader import DiffuseMixLoader
 from dali_diffusemix.loading.seeding import globally_seeded
 
@@ -35,10 +34,10 @@ class TimmLoader:
     def __init__(self, loader: DiffuseMixLoader, mixup_fn: Mixup | None) -> None:
         self.loader = loader
         self._mixup = mixup_fn
-        self._epoch = loader.dataset.epoch
+        self._epoch = self._of_dataset()
 
     @property
-    def dataset(self) -> DiffuseMixDataset:
+    def dataset(self) -> Any:
         return self.loader.dataset
 
     @property
@@ -65,11 +64,16 @@ class TimmLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Return the iterator of the epoch that the script has set on the dataset."""
-        epoch = self.dataset.epoch
-        if epoch != self._epoch:
-            self._epoch = epoch
+        epoch = self._of_dataset()
+        if epoch is not None and epoch != self._epoch:
             self.loader.set_epoch(epoch)
-        return iter(self.loader)
+        batches = iter(self.loader)
+        self._epoch = self._of_dataset()
+        return batches
+
+    def _of_dataset(self) -> int | None:
+        """The epoch of the dataset, which the loader sets too; a Subset of torch has none."""
+        return getattr(self.dataset, "epoch", None)
 
 
 def prepare(loader: DiffuseMixLoader, mixup_fn: Mixup | None = None) -> TimmLoader:

@@ -8,11 +8,12 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dali_diffusemix.base import gpu, native
 from dali_diffusemix.base.philox import BATCH_TRANSFORM, draw
@@ -20,12 +21,13 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading import auto
 from dali_diffusemix.loading.cursor import Run
 from dali_diffusemix.loading.dali import GpuDecoding
-from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.decoder import PieceDecoder
 from dali_diffusemix.loading.memory import BatchMemory
+from dali_diffusemix.loading.parts import Parts
 from dali_diffusemix.loading.pieces import Pieces, request
 from dali_diffusemix.loading.quarantine import Failure, Quarantine, Substitution
-from dali_diffusemix.loading.samplers import BatchIndices, Order, Ranks
+from dali_diffusemix.loading.ranks import Ranks
+from dali_diffusemix.loading.samplers import BatchIndices, Order
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix.call import mix, mix_on_device
 from dali_diffusemix.mix.tensor import DtypeName, TensorFormat
@@ -55,6 +57,8 @@ class Delivery:
     prefetch_factor: int
     return_index: bool
     visible_parts: bool
+    pin_memory: bool
+    timeout: float
 
     def __post_init__(self) -> None:
         if self.device.type not in ("cuda", "cpu"):
@@ -104,26 +108,27 @@ class BatchMaker:
     """Makes the batches of a loader, for any number of iterators; holds what they share.
 
     Args:
-        dataset: Decides every sample.
+        parts: The datasets, which decide every sample.
         delivery: Settings of delivery.
         ranks: This process's rank, which seeds the batch transform.
         batch_transform: Changes each batch.
     """
 
-    def __init__(
-        self, dataset: DiffuseMixDataset, delivery: Delivery, ranks: Ranks, batch_transform: BatchTransform | None
-    ) -> None:
-        self.dataset = dataset
+    def __init__(self, parts: Parts, delivery: Delivery, ranks: Ranks, batch_transform: BatchTransform | None) -> None:
+        self.parts = parts
         self.delivery = delivery
         self.batch_transform = batch_transform
         self.quarantine = Quarantine()
         self.device = delivery.device  # with its number, once `prepare` was called
         self._ranks = ranks
-        self._format = TensorFormat(
-            dtype=DTYPES[delivery.dtype],
-            channels_last=delivery.memory_format is torch.channels_last,
-            normalize=dataset.normalize,
-        )
+        self._formats = [
+            TensorFormat(
+                dtype=DTYPES[delivery.dtype],
+                channels_last=delivery.memory_format is torch.channels_last,
+                normalize=dataset.normalize,
+            )
+            for dataset in parts.datasets
+        ]
         self._forget()
 
     def _forget(self) -> None:
@@ -131,14 +136,14 @@ class BatchMaker:
         self._way: GpuDecoding | None = None  # to decode; None is on the CPU
         self._prepared = False
         self._free: list[PieceDecoder] = []  # building one takes longer than a batch
-        self._substitution: Substitution[Pieces] | None = None
+        self._substitutions: dict[int, Substitution[Pieces]] = {}  # by the dataset's number, as the next one
         self._upload: PieceUpload | None = None
-        self._bank: gpu.DeviceBank | None = None
+        self._banks: dict[int, gpu.DeviceBank] = {}
         self._retained = gpu.Retained()
         self._memory = BatchMemory()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("dataset", "delivery", "batch_transform", "quarantine", "device", "_ranks", "_format")
+        kept = ("parts", "delivery", "batch_transform", "quarantine", "device", "_ranks", "_formats")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,7 +159,7 @@ class BatchMaker:
         if not self._prepared:
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
             self._prepared = True
-        self._substitution = None  # files may have been repaired since
+        self._substitutions.clear()  # files may have been repaired since
 
     @property
     def decoded_on(self) -> Literal["cpu", "gpu"]:
@@ -165,10 +170,11 @@ class BatchMaker:
         """Release the free decoders and all memory; decoders in use stay."""
         self._retained.wait()
         self._memory = BatchMemory()
-        self._substitution = None
+        self._substitutions.clear()
         while self._free:
             self._free.pop().close()
-        self._bank = self._upload = None
+        self._banks.clear()
+        self._upload = None
 
     # --- decoders
 
@@ -202,86 +208,150 @@ class BatchMaker:
         begin = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         with torch.cuda.device(self.device) if on_gpu else nullcontext():
-            pieces = decoder.fetch(self._uploader().stream if on_gpu else None)
+            pieces = decoder.fetch(self._uploader().stream if on_gpu else None, self.delivery.timeout)
             clock.idle += time.perf_counter() - begin
-            plan = planned.plan if not pieces.errors else self._substituted(planned.plan, pieces, decoder)
+            shares = planned.shares if not pieces.errors else self._substituted(planned.shares, pieces, decoder)
             begin = time.perf_counter()
-            images = self._mixed_on_gpu(plan, pieces) if on_gpu else self._mixed(plan, pieces)
+            images = self._images(shares, pieces)
             clock.mix += time.perf_counter() - begin
-            labels = torch.from_numpy(self.dataset.labels_of(plan))
+            labels = self._labels(shares)
             if on_gpu:
                 labels = labels.pin_memory().to(self.device, non_blocking=True)
         batch: Batch = (images, labels)
         if self.batch_transform is not None:
-            batch = self._transformed(self.batch_transform, images, labels, plan.epoch, planned.batch.step)
-        return (*batch, torch.from_numpy(plan.index.copy())) if self.delivery.return_index else batch
+            batch = self._transformed(self.batch_transform, images, labels, planned.epoch, planned.batch.step)
+        if self.delivery.return_index:
+            batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
+        return tuple(map(_pinned, batch)) if self._pins else batch
 
-    def _substituted(self, plan: BatchPlan, pieces: Pieces, decoder: PieceDecoder) -> BatchPlan:
-        """Replace the samples that cannot be made, in the pieces and in the plan that is returned."""
+    @property
+    def _pins(self) -> bool:
+        """True if batches on the CPU are in page-locked memory."""
+        return self.delivery.pin_memory and self.device.type == "cpu" and torch.cuda.is_available()
+
+    def _substituted(self, shares: "list[_Share]", pieces: Pieces, decoder: PieceDecoder) -> "list[_Share]":
+        """Replace the samples that cannot be made, in the pieces and in the plans that are returned."""
+        failures = pieces.failures()
+        return [self._substituted_in(share, failures, pieces, decoder) for share in shares]
+
+    def _substituted_in(
+        self, share: "_Share", failures: Mapping[int, Failure], pieces: Pieces, decoder: PieceDecoder
+    ) -> "_Share":
+        number, plan, columns = share.number, share.plan, share.columns
+        dataset = self.parts.datasets[number]
+        here = {sample - columns.start: one for sample, one in failures.items() if sample in _range(columns)}
+        if not here:
+            return share
 
         def decode(rows: BatchPlan) -> tuple[Pieces, Mapping[int, Failure]]:
-            found = decoder.decode_now(request(self.dataset, rows, visible_only=self.delivery.visible_parts))
+            found = decoder.decode_now(request([(dataset, rows)], visible_only=self.delivery.visible_parts))
             return found, found.failures()
 
-        if self._substitution is None:
-            dataset = self.dataset
-            self._substitution = Substitution(
+        if number not in self._substitutions:
+            self._substitutions[number] = Substitution(
                 dataset.planner, dataset.name_of, dataset.on_error, size_of=lambda pieces: pieces.nbytes
             )
         rows = {}
-        found = self._substitution(plan, pieces.failures(), decode, self.quarantine)
-        for sample, (row, others) in found.items():
-            rows[sample] = row
-            pieces.replace(sample, others)
-        return plan.with_rows(rows)
+        for row, (substitute, others) in self._substitutions[number](plan, here, decode, self.quarantine).items():
+            rows[row] = substitute
+            pieces.replace(columns.start + row, others)
+        return replace(share, plan=plan.with_rows(rows))
 
-    def _mixed(self, plan: BatchPlan, pieces: Pieces) -> torch.Tensor:
-        buffer = self._memory.take(self._format.shape(len(plan), plan.output_size), self._format.storage)
-        bank = self.dataset.bank
+    def _images(self, shares: "list[_Share]", pieces: Pieces) -> torch.Tensor:
+        """The mixed samples, in the order of the batch."""
+        make = self._mixed_on_gpu if self.device.type == "cuda" else self._mixed
+        made = [make(share, pieces) for share in shares]
+        return _in_order(shares, made)
+
+    def _mixed(self, share: "_Share", pieces: Pieces) -> torch.Tensor:
+        plan, format = share.plan, self._formats[share.number]
+        shape = format.shape(len(plan), plan.output_size)
+        if self._pins:
+            # torch uses pinned memory again, once nobody holds it and copies from it are done.
+            images = torch.empty(shape, dtype=self.delivery.dtype, pin_memory=True)
+            buffer = images.view(_STORED.get(self.delivery.dtype, self.delivery.dtype)).numpy().view(format.storage)
+        else:
+            buffer = self._memory.take(shape, format.storage)
+            images = torch.from_numpy(buffer).view(self.delivery.dtype)
+        bank = self.parts.datasets[share.number].bank
         mix(
             plan,
-            pieces.table,
+            pieces.table[:, share.columns],
             None if bank is None else bank.images,
             out=buffer,
-            format=self._format,
+            format=format,
             threads=self.delivery.threads,
         )
-        images = torch.from_numpy(buffer).view(self.delivery.dtype)
-        return images.permute(0, 3, 1, 2) if self._format.channels_last else images
+        return images.permute(0, 3, 1, 2) if format.channels_last else images
 
-    def _mixed_on_gpu(self, plan: BatchPlan, pieces: Pieces) -> torch.Tensor:
+    def _mixed_on_gpu(self, share: "_Share", pieces: Pieces) -> torch.Tensor:
+        plan, columns = share.plan, share.columns
         images = torch.empty(
             (len(plan), 3, *plan.output_size),
             dtype=self.delivery.dtype,
             device=self.device,
             memory_format=self.delivery.memory_format,
         )
-        table, copied = self._uploader()(pieces.table, pieces.on_host)
-        mix_on_device(plan, table, self._device_bank(), out=images, format=self._format)
+        table, copied = self._uploader()(pieces.table[:, columns], pieces.on_host[:, columns])
+        mix_on_device(plan, table, self._device_bank(share.number), out=images, format=self._formats[share.number])
         del copied  # only here: its memory must not go to work that could run before the mix
         if self._way is not None:
             self._retained.add(tuple(pieces.owners), self.device)
         return images
 
+    def _labels(self, shares: "list[_Share]") -> torch.Tensor:
+        """The targets, in the order of the batch, on the CPU."""
+        found = [torch.from_numpy(self.parts.datasets[share.number].labels_of(share.plan)) for share in shares]
+        return _in_order(shares, found)
+
+    def _indices(self, planned: "_Planned", shares: "list[_Share]") -> NDArray[np.int64]:
+        """(n,) the index of each sample in what the loader was given; of a substitute of a dataset, its own."""
+        if len(shares) == 1 and self.parts.whole:
+            return shares[0].plan.index.copy()
+        return planned.batch.indices
+
     def _uploader(self) -> PieceUpload:
         self._upload = self._upload or PieceUpload(self.device, self.delivery.threads)
         return self._upload
 
-    def _device_bank(self) -> gpu.DeviceBank | None:
-        bank = self.dataset.bank
-        if bank is not None and self._bank is None:
-            self._bank = gpu.device_bank(bank.path or bank, bank.images, self.device)
-        return self._bank
+    def _device_bank(self, number: int) -> gpu.DeviceBank | None:
+        bank = self.parts.datasets[number].bank
+        if bank is None:
+            return None
+        if number not in self._banks:
+            self._banks[number] = gpu.device_bank(bank.path or bank, bank.images, self.device)
+        return self._banks[number]
 
     def _transformed(
         self, transform: BatchTransform, images: torch.Tensor, labels: torch.Tensor, epoch: int, step: int
     ) -> Batch:
-        draws = draw(self.dataset.seed, epoch, [step], [BATCH_TRANSFORM + self._ranks()[0]])[0, 0].astype(np.uint64)
+        field = BATCH_TRANSFORM + self._ranks()[0]
+        draws = draw(self.parts.first.seed, epoch, [step], [field])[0, 0].astype(np.uint64)
         seed = int(draws[0] << np.uint64(32) | draws[1])
         changed = transform(images, labels, torch.Generator(self.device).manual_seed(seed))
         if isinstance(changed, str) or not (isinstance(changed, Sequence) and len(changed) == 2):
             raise ConfigError(f"batch_transform must return (images, labels), found {type(changed).__name__}.")
         return tuple(changed)
+
+
+# What NumPy can hold of the types that it lacks.
+_STORED: Final = {torch.bfloat16: torch.int16}
+
+
+def _range(columns: slice) -> range:
+    return range(columns.start, columns.stop)
+
+
+def _pinned(part: torch.Tensor) -> torch.Tensor:
+    return part.pin_memory() if isinstance(part, torch.Tensor) and not part.is_pinned() else part
+
+
+def _in_order(shares: "list[_Share]", made: list[torch.Tensor]) -> torch.Tensor:
+    """The rows that the datasets made, in the order of the batch."""
+    if len(made) == 1:
+        return made[0]
+    order = torch.from_numpy(np.argsort(np.concatenate([share.rows for share in shares])))
+    return torch.cat(made)[order.to(made[0].device)]
 
 
 @dataclass
@@ -369,7 +439,7 @@ class Batches:
         assert self._decoder is not None
         planned = self._under_way.popleft()
         batch = self._maker.deliver(planned, self._decoder, self.clock)
-        self.run.delivered = planned.batch.delivered
+        self.run.delivered, self.run.checksum = planned.batch.delivered, planned.batch.checksum
         self.clock.count(batch, begin)
         return batch
 
@@ -402,23 +472,37 @@ class Batches:
                 self._decoder = self._maker.take_decoder(self._batch_size or len(order.indices))
                 self.clock.start(self._decoder)
             maker = self._maker
-            planned = _Planned(maker.dataset, self.run.epoch, order, visible_only=maker.delivery.visible_parts)
+            planned = _Planned(maker.parts, self.run.epoch, order, visible_only=maker.delivery.visible_parts)
             self._decoder.submit(planned)
             self._under_way.append(planned)
 
 
+@dataclass(frozen=True)
+class _Share:
+    """The samples of a batch that one dataset makes: its plan, and where they lie."""
+
+    number: int  # of the dataset
+    plan: BatchPlan
+    rows: NDArray[np.int64]  # (m,) in the batch
+    columns: slice  # of the batch's pieces
+
+
 class _Planned:
-    """A batch under way. Called in the decoder's reading thread, it makes the plan and the pieces to decode.
+    """A batch under way. Called in the decoder's reading thread, it makes the plans and the pieces to decode.
 
     It does not hold the maker, which would otherwise live as long as that thread works on it.
     """
 
-    plan: BatchPlan
+    shares: list[_Share]
 
-    def __init__(self, dataset: DiffuseMixDataset, epoch: int, batch: BatchIndices, *, visible_only: bool) -> None:
-        self.batch = batch
-        self._dataset, self._epoch, self._visible_only = dataset, epoch, visible_only
+    def __init__(self, parts: Parts, epoch: int, batch: BatchIndices, *, visible_only: bool) -> None:
+        self.epoch, self.batch = epoch, batch
+        self._parts, self._visible_only = parts, visible_only
 
     def __call__(self) -> Pieces:
-        self.plan = self._dataset.planner.batch(self._epoch, self.batch.indices)
-        return request(self._dataset, self.plan, visible_only=self._visible_only)
+        datasets, self.shares, start = self._parts.datasets, [], 0
+        for number, rows, indices, views in self._parts.shares(self.batch.indices, self.batch.views):
+            plan = datasets[number].planner.batch(self.epoch, indices, views)
+            self.shares.append(_Share(number, plan, rows, slice(start, start + len(rows))))
+            start += len(rows)
+        return request([(datasets[one.number], one.plan) for one in self.shares], visible_only=self._visible_only)

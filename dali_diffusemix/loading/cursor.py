@@ -11,7 +11,7 @@ or a user's sampler) says what an epoch holds; the cursor only says where in it 
 """
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -44,6 +44,7 @@ class Run:
     epoch: int
     delivered: int  # positions of the order, by all ranks together; with a user's sampler, of its indices
     sampler: object  # the order's state when the epoch began
+    checksum: int = 0  # of the delivered indices of a sampler
     started: bool = False  # a batch was asked for
     running: bool = True  # until it is finished or closed
 
@@ -55,13 +56,23 @@ class Cursor:
         order: The batches of an epoch.
         identity: The dataset and order that states belong to.
         has_sampler: The order is a user's, and its state is part of a state.
+        announce: Called with each epoch that is begun or set.
     """
 
-    def __init__(self, order: Order, identity: Identity, *, has_sampler: bool) -> None:
+    def __init__(
+        self,
+        order: Order,
+        identity: Identity,
+        *,
+        has_sampler: bool,
+        announce: Callable[[int], None] | None = None,
+    ) -> None:
+        self._announce = announce
         self._order = order
         self._identity = identity
         self._has_sampler = has_sampler
         self._next = (0, 0)  # epoch and delivered positions that the next run begins with
+        self._checksum = 0  # of those positions
         self._newest: Run | None = None  # None: the next run decides, as after `load`
         self._lock = threading.Lock()
 
@@ -82,26 +93,34 @@ class Cursor:
         with self._lock:  # several threads may begin: each gets an epoch and a run of its own
             epoch, delivered = self._next
             self._next = epoch + 1, 0
-            run = self._newest = Run(epoch, delivered, self._order.begin())
+            run = self._newest = Run(epoch, delivered, self._order.begin(), self._checksum)
+            self._checksum = 0
+        self.announce(epoch)
         return run
+
+    def announce(self, epoch: int) -> None:
+        """Say that an epoch is begun, by this cursor or by a user of the order."""
+        if self._announce is not None:
+            self._announce(epoch)
 
     def finish(self, run: Run) -> None:
         """A run has delivered everything: a state taken from here on is the beginning of the epoch after it."""
         if run is self._newest:
-            run.epoch, run.delivered, run.sampler = run.epoch + 1, 0, self._order.state()
+            run.epoch, run.delivered, run.sampler, run.checksum = run.epoch + 1, 0, self._order.state(), 0
         run.running = False
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next run. A position inside that epoch, as a loaded state gives it, is kept."""
         check_seed(self._identity.seed, epoch)
+        self.announce(epoch)
         run = self._newest
         if run is not None and run.running and not run.started:
             # DataLoader asks its sampler at the first `next`, and so do we.
-            self._next = run.epoch, run.delivered
+            self._next, self._checksum = (run.epoch, run.delivered), run.checksum
             if epoch != run.epoch:
-                run.epoch, run.delivered = epoch, 0
+                run.epoch, run.delivered, run.checksum = epoch, 0, 0
         if epoch != self._next[0]:
-            self._next = epoch, 0
+            self._next, self._checksum = (epoch, 0), 0
         if run is not None and not run.running:
             self._newest = None
 
@@ -121,6 +140,7 @@ class Cursor:
         }
         if self._has_sampler:
             state["sampler"] = self._order.state() if run is None else run.sampler
+            state["checksum"] = self._checksum if run is None else run.checksum
         return state
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -146,6 +166,7 @@ class Cursor:
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"state must hold whole numbers as epoch and places, found {dict(state)!r}.") from error
         check_seed(self._identity.seed, epoch)
-        self._order.resume(delivered, state.get("sampler"))
-        self._next = epoch, delivered
+        checksum = state.get("checksum")
+        self._order.resume(delivered, state.get("sampler"), checksum)
+        self._next, self._checksum = (epoch, delivered), checksum or 0
         self._newest = None

@@ -3,15 +3,17 @@
 Samples are decoded by Pillow here and mixed by the same call as in `DiffuseMixLoader`, which is faster.
 """
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, overload
+from typing import Any, Final, Literal, overload
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from dali_diffusemix.base.philox import check_seed
@@ -22,7 +24,8 @@ from dali_diffusemix.fractals.bank import FractalBank
 from dali_diffusemix.images.codec import decode_listed
 from dali_diffusemix.images.reading import IN_STORE
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
-from dali_diffusemix.loading.samplers import from_the_end
+from dali_diffusemix.loading.samplers import View, addresses
+from dali_diffusemix.loading.subset import Divisible
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan, Planner
@@ -31,7 +34,9 @@ from dali_diffusemix.plan.spec import MixSpec
 from dali_diffusemix.store import EditStore, OriginalStore
 from dali_diffusemix.store.mirror import MirrorError, is_url
 
+_log = logging.getLogger(__name__)
 _Path = str | os.PathLike[str]
+Sample = tuple[torch.Tensor, Any]
 ImagePair = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
 
 # The shared cells: the epoch, the samples that the main process and each worker served in it, and one bit per original
@@ -48,25 +53,36 @@ class RepeatedEpochWarning(UserWarning):
     """
 
 
-class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
+# What decides samples: the plan is made from it once.
+_FIXED: Final = ("crop", "mix", "normalize", "seed", "targets", "augment")
+_TRANSFORMS: Final = ("transform", "target_transform", "transforms")
+
+
+class DiffuseMixDataset(Divisible, Dataset[Sample]):
     """A map-style dataset of DiffuseMix samples, with ImageFolder's attributes.
 
     `dataset[i]` is a pure function of (seed, epoch, i): a (3, height, width) float32 tensor and its label. In an
     `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
 
+    What decides a sample cannot be changed afterwards: make another dataset.
+
     Args:
         root: Folder of originals, root/class/**/image, or a packed store of originals, which may be a URL.
         catalog: The originals to use, for other layouts: paths relative to `root`. Default: the edit store's catalog;
             without edits, the packed store's, or the one in the user's cache folder, which is made on first use.
-        edits: Edit store, or its folder or URL. Required with `mix`.
+        edits: Edit store, or its folder or URL. Required with a `mix`.
         fractals: Fractal bank, or its file. Required if `mix` blends fractals.
-        mix: How to mix; None gives plain samples, for validation.
-        crop: How to crop, and the output size.
+        mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None.
+        crop: How to crop, and the output size. Required.
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
-        seed: 0 ≤ seed < 2³².
+        seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
+            a distributed run the loaders take that of rank 0.
+        targets: What is delivered in the labels' place, a row for each original in the order of `samples`: (n,)
+            integers; or float32, (n,) or (n, k): soft labels, several labels, regression.
         on_error: What to do with an image that cannot be read or decoded. "substitute": for a failed edit, use the
             original unmixed; for a failed original, use the sample of the next index (the first follows the last);
             log it in `quarantine`. "raise": raise DecodeError.
+        transform, target_transform: ImageFolder's; they raise with what to write instead.
 
     Raises:
         CatalogError: the folder holds no images, or its catalog cannot be used.
@@ -78,21 +94,31 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     """The images that this object could not read or decode in this process, by path; a loader has its own."""
 
     original_store: OriginalStore | None  # its image r is row r of the catalog; None: originals are files
+    transform = target_transform = None
 
     def __init__(
         self,
         root: _Path,
+        transform: None = None,
+        target_transform: None = None,
         *,
-        crop: Crop,
+        crop: Crop | None = None,
         catalog: Catalog | None = None,
         edits: EditStore | _Path | None = None,
         fractals: FractalBank | _Path | None = None,
-        mix: MixSpec | None = None,
+        mix: MixSpec | Literal["auto"] | None = "auto",
         normalize: Normalize | None = IMAGENET,
-        seed: int = 0,
+        seed: int | None = None,
+        targets: ArrayLike | None = None,
         on_error: OnError = "substitute",
     ) -> None:
-        _check_kinds(crop, mix)
+        for name, value in (("transform", transform), ("target_transform", target_transform)):
+            if value is not None:
+                raise ConfigError(_RECIPES[name].format(name=name, found=value))
+        if isinstance(mix, str) and mix == "auto":
+            mix = None if edits is None else MixSpec.paper()
+        crop = _checked_crop(crop)
+        _check_mix(mix)
         self.root = root if isinstance(root, str) and is_url(root) else Path(root)
         if isinstance(self.root, Path) and not self.root.is_dir():
             raise CatalogError(f"{str(root)!r}: there is no such folder; give the folder of the originals.")
@@ -116,6 +142,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         self.mix = mix
         self.crop = crop
         self.normalize = normalize
+        self.seed_given = seed is not None
+        if seed is None:
+            seed = torch.initial_seed() % 2**32
+            _log.info("The dataset's seed is %d, from torch.initial_seed(); seed= gives another.", seed)
         self.seed = seed
         self.planner = Planner(
             seed=seed,
@@ -135,7 +165,24 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         self._warned_of = -1
         self._cells.share_memory_()  # type: ignore[no-untyped-call]
         self._substitution: Substitution[ImagePair] | None = None
-        self._targets: list[int] | None = None
+        self._targets = None if targets is None else _checked_targets(targets, len(self.catalog))
+        self._labels: list[int] | None = None
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in _TRANSFORMS:
+            raise ConfigError(_RECIPES.get(name, _RECIPES["transform"]).format(name=name, found=value))
+        if name in _FIXED and "_cells" in self.__dict__:
+            raise ConfigError(
+                f"{name} of a dataset cannot be changed, found {value!r}: it decides the samples, and some of them are "
+                f"planned ahead; make another dataset, DiffuseMixDataset(..., {name}=...), and a loader of it."
+            )
+        super().__setattr__(name, value)
+
+    def take_seed(self, seed: int) -> None:
+        """Take another seed, as all ranks do that were not given one."""
+        self.__dict__["seed"] = seed
+        self.planner = replace(self.planner, seed=seed)
+        self._substitution = None
 
     @property
     def classes(self) -> list[str]:
@@ -158,12 +205,24 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     imgs = samples
 
     @property
-    def targets(self) -> list[int]:
-        """Label of every original."""
+    def targets(self) -> Any:
+        """The target of every original: a list of labels, or the array that the dataset was given."""
+        if self._targets is not None:
+            return self._targets
         # Made once: loops access it for every sample.
-        if self._targets is None:
-            self._targets = self.catalog.labels.tolist()
-        return self._targets
+        if self._labels is None:
+            self._labels = self.catalog.labels.tolist()
+        return self._labels
+
+    def class_labels(self) -> NDArray[np.int64]:
+        """(originals,) int64 class numbers. Raises ConfigError if the targets are none."""
+        targets = self.catalog.labels if self._targets is None else self._targets
+        if targets.ndim != 1 or targets.dtype.kind != "i" or targets.min(initial=0) < 0:
+            raise ConfigError(f"targets must be class numbers, found {targets.dtype} of shape {targets.shape}.")
+        return np.asarray(targets, dtype=np.int64)
+
+    def _whole(self) -> "tuple[DiffuseMixDataset, NDArray[np.int64]]":
+        return self, np.arange(len(self))
 
     @property
     def epoch(self) -> int:
@@ -179,25 +238,36 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
     def __len__(self) -> int:
         return len(self.planner)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self._samples_of(from_the_end([index], len(self)))[0]
+    def __getitem__(self, index: int | View) -> Sample:
+        return self.samples_at(*addresses([index], len(self)))[0]
 
-    def __getitems__(self, indices: Sequence[int]) -> list[tuple[torch.Tensor, int]]:
+    def __getitems__(self, indices: Sequence[int | View]) -> list[Sample]:
         """The samples of a batch of indices. DataLoader calls this instead of `dataset[i]`."""
-        checked = from_the_end(indices, len(self))
-        self._count(len(checked))
-        return self._samples_of(checked)
+        return self.samples_at(*addresses(indices, len(self)), counted=True)
 
     def path_of(self, original: int) -> str:
         """Path of an original, by its row in the catalog; with a packed store, there is no such file."""
         return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
 
-    def labels_of(self, plan: BatchPlan) -> NDArray[np.int64]:
-        """(n,) int64 labels of a plan's rows."""
+    def labels_of(self, plan: BatchPlan) -> NDArray[Any]:
+        """The labels of a plan's rows, (n,) int64; or the rows of `targets`."""
+        if self._targets is not None:
+            return self._targets[plan.original]
         return np.asarray(self.catalog.labels[plan.original], dtype=np.int64)
 
-    def _samples_of(self, indices: NDArray[np.int64]) -> list[tuple[torch.Tensor, int]]:
-        plan = self.planner.batch(self.epoch, indices)
+    def samples_at(
+        self, indices: NDArray[np.int64], views: NDArray[np.int64], *, counted: bool = False
+    ) -> list[Sample]:
+        """The samples of (n,) indices and views.
+
+        Args:
+            indices: 0 ≤ index < len(self).
+            views: How often each index came before in the epoch.
+            counted: Warn if the epoch is drawn a second time.
+        """
+        if counted:
+            self._count(int((views == 0).sum()))
+        plan = self.planner.batch(self.epoch, indices, views)
         images, failures = self.decode_all(plan)
         if self._substitution is not None:  # it may have remembered a failure of one of these
             self._substitution.correct(plan.epoch, np.delete(plan.index, list(failures)))
@@ -214,7 +284,10 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         )
         # Copies, so that one sample does not keep the memory of its batch.
         samples = [image.clone() for image in tensor] if len(plan) > 1 else [tensor[0]]
-        return list(zip(samples, self.labels_of(plan).tolist(), strict=True))
+        labels = self.labels_of(plan)
+        # As an int, which default_collate makes int64 of; a tensor of float32 stays one.
+        targets = labels.tolist() if labels.ndim == 1 and labels.dtype == np.int64 else list(torch.from_numpy(labels))
+        return list(zip(samples, targets, strict=True))
 
     def _substituted(
         self, plan: BatchPlan, images: list[ImagePair], failures: Mapping[int, Failure]
@@ -311,13 +384,14 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
             self._warned_of = epoch
             warnings.warn(
                 f"epoch {epoch} has been drawn once already and its samples repeat: call dataset.set_epoch(epoch) "
-                "before each epoch (DiffuseMixLoader counts epochs itself).",
+                "before each epoch (DiffuseMixLoader counts epochs itself). If a sampler repeats indices, wrap it: "
+                "distinct(sampler) (DiffuseMixLoader counts repeats itself).",
                 RepeatedEpochWarning,
                 stacklevel=2,
             )
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_substitution": None, "_targets": None}
+        return {**self.__dict__, "_substitution": None, "_labels": None}
 
     def __repr__(self) -> str:
         return (
@@ -326,13 +400,43 @@ class DiffuseMixDataset(Dataset[tuple[torch.Tensor, int]]):
         )
 
 
-def _check_kinds(crop: object, mix: object) -> None:
-    """Refuse values that are easily mistaken for a crop or a mix, and would fail far from here."""
+_RECIPES: Final = {
+    "transform": (
+        "{name} must be left out, found {found!r}: crop= crops and flips, normalize= normalises, and for the rest of a "
+        "transform give the loader batch_transform=globally_seeded(lambda images, labels, _: (transform(images), "
+        "labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
+        "RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
+    ),
+    "target_transform": (
+        "{name} must be left out, found {found!r}: give the targets themselves, a row for each original, for example "
+        "targets=[target_transform(label) for label in dataset.targets]."
+    ),
+}
+
+
+def _checked_crop(crop: Any) -> Crop:
+    """Refuse values that are easily mistaken for a crop, and would fail far from here."""
     if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
         size = crop if isinstance(crop, int) else 224
         raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size}).")
+    return crop  # type: ignore[no-any-return]
+
+
+def _check_mix(mix: object) -> None:
     if mix is not None and not isinstance(mix, MixSpec):
         raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets.")
+
+
+def _checked_targets(targets: ArrayLike, originals: int) -> NDArray[Any]:
+    """The targets as an array of int64 or float32 with a row for each original."""
+    found = np.asarray(targets)
+    if found.ndim < 1 or len(found) != originals or found.dtype.kind not in "iubf":
+        raise ConfigError(
+            f"targets must be numbers with a row for each of {originals} originals, in the order of dataset.samples, "
+            f"found shape {found.shape} of {found.dtype}."
+        )
+    classes = found.ndim == 1 and found.dtype.kind in "iu"
+    return np.array(found, dtype=np.int64 if classes else np.float32)
 
 
 def _draws(crop: Crop, sizes: NDArray[np.int32]) -> bool:

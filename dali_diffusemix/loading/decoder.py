@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.base.workers import Result, Workers
-from dali_diffusemix.errors import DecodeError
+from dali_diffusemix.errors import DecodeError, LoaderTimeoutError
 from dali_diffusemix.images.codec import decode_listed
 from dali_diffusemix.images.reading import IN_STORE, Encoded, Extent, name_of, read
 from dali_diffusemix.loading.dali import GpuDecoding, Pipeline, gate
@@ -81,6 +81,7 @@ class PieceDecoder:
         self._memory: list[NDArray[np.uint8]] = []  # free, to read into
         self._fetched: _ReadPieces | None = None
         self._process = os.getpid()
+        self._hangs = False  # the reading thread waits for a storage that does not answer
         self.intact = True
         """True while the decoder can be used: no exception has passed through its calls."""
 
@@ -110,13 +111,23 @@ class PieceDecoder:
             self._reading.append(self._reader.submit(_read, make, memory))
             self._advance()
 
-    def fetch(self, stream: int | None = None) -> Pieces:
+    def fetch(self, stream: int | None = None, timeout: float = 0) -> Pieces:
         """Return the oldest batch, decoded.
 
         Args:
             stream: A CUDA stream, not the default one, that waits for what the GPU decodes; the caller does not wait.
                 What the CPU decodes is waited for here. DALI's later work waits for what this stream holds by then.
+            timeout: Seconds to wait for its reading; 0 is as long as it takes.
+
+        Raises:
+            LoaderTimeoutError: it was not read in time.
         """
+        if timeout and not self._decoding and not self._reading[0].wait(timeout):
+            self.intact, self._hangs = False, True
+            raise LoaderTimeoutError(
+                f"timeout of {timeout:g} seconds is over, and a batch is still being read. Check that the storage "
+                "answers, or give the loader a longer timeout."
+            )
         with self._call():
             self._advance()
             batch = self._decoding.popleft()
@@ -176,7 +187,7 @@ class PieceDecoder:
     def close(self) -> None:
         """Release threads and memory."""
         self.intact = False
-        self._reader.close()
+        self._reader.close(wait=not self._hangs)
         self._pillow.close()
         self._reading.clear()
         self._decoding.clear()

@@ -1,40 +1,34 @@
 """The loader: DataLoader's protocol. `batches` makes the tensors, `cursor` knows the position in the epoch."""
 
+import logging
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler
+from torch.utils.data import BatchSampler, ConcatDataset, RandomSampler, SequentialSampler, Subset
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading import auto
+from dali_diffusemix.loading import arguments, auto
 from dali_diffusemix.loading.batches import Batch, Batches, BatchMaker, BatchTransform, Clock, Delivery, LoaderStats
 from dali_diffusemix.loading.cursor import Cursor, Identity
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.parts import Parts
 from dali_diffusemix.loading.quarantine import Quarantine
-from dali_diffusemix.loading.samplers import Order, OrderBatchSampler, OrderSampler, OwnOrder, Ranks, SamplerOrder
+from dali_diffusemix.loading.ranks import Ranks, initialised, seeds_of_rank_0
+from dali_diffusemix.loading.samplers import Order, OrderBatchSampler, OrderSampler, OwnOrder, SamplerOrder
 from dali_diffusemix.plan.batch import BatchPlan
 
-# DataLoader's arguments that have no effect here: the neutral value, and what to do instead.
-_NO_EFFECT: Final[dict[str, tuple[object, str]]] = {
-    "collate_fn": (None, "batches are made whole; change them with batch_transform=, or in the training loop"),
-    "pin_memory": (False, "batches are on the loader's device already"),
-    "pin_memory_device": ("", "batches are on the device already"),
-    "timeout": (0, "there are no worker processes to wait for"),
-    "worker_init_fn": (None, "there are no worker processes; all randomness comes from the dataset's seed"),
-    "multiprocessing_context": (None, "there are no worker processes"),
-    "persistent_workers": (False, "threads are always kept; close() ends them"),
-    "in_order": (True, "batches always come in order"),
-    "snapshot_every_n_steps": (1, "state_dict() is made when it is called, and costs nothing before"),
-}
+_log = logging.getLogger(__name__)
+AnyDataset: TypeAlias = DiffuseMixDataset | Subset[Any] | ConcatDataset[Any]
+
 # The order, the batches and the threads follow from these.
 _FIXED: Final = (
     *("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype", "num_workers"),
-    *("decode", "prefetch_factor", "return_index", "visible_parts"),
+    *("decode", "prefetch_factor", "return_index", "visible_parts", "pin_memory", "timeout"),
 )
 
 
@@ -46,15 +40,29 @@ class DiffuseMixLoader:
     `torch.utils.data.DataLoader`, whatever the batch size, the number of threads and of ranks.
 
     Args:
-        dataset: The dataset. It decides every sample; the loader only decides how samples are delivered.
+        dataset: The dataset, or a Subset or ConcatDataset of such. It decides every sample; the loader only decides how
+            samples are delivered.
         batch_size: Samples per batch, on each rank.
         shuffle: Deliver each epoch in an order of its own, drawn from the dataset's seed; with `generator`, in the
             order that DataLoader would draw from it.
-        sampler: The indices to load, in order; of this rank only, as with DataLoader. It is not told the epoch.
+        sampler: The indices to load, in order; of this rank only, as with DataLoader. It is not told the epoch. An
+            index that it repeats within an epoch has other random numbers each time.
         batch_sampler: The same as lists of indices, one per batch.
         num_workers: Threads that decode and mix; there are no worker processes. 0 is one thread.
+        collate_fn: None or torch's default_collate: batches are made whole.
+        pin_memory: With device="cpu", deliver in page-locked memory, from which `.to("cuda", non_blocking=True)` does
+            not wait. It is torch's, which uses it again once a batch is copied and nobody holds it.
+        drop_last: Drop the last batch if it is not full.
+        timeout: Seconds that `next()` waits for a batch to be read; 0 is as long as it takes.
+        worker_init_fn: Accepted with a warning, and not called.
+        generator: Draws the order when shuffling, instead of the dataset's seed.
+        prefetch_factor: Batches that are decoded ahead; as many again are read ahead. None is 2.
+        multiprocessing_context, persistent_workers, pin_memory_device, in_order, snapshot_every_n_steps: Accepted.
+            There are no worker processes, threads are always kept, batches always come in order, and a state is made
+            when it is asked for.
         device: Where samples are mixed and delivered: "cuda" (the current GPU at the first `iter`), "cuda:N" or "cpu".
-            On a GPU, batches are ordered on torch's current stream, and the host does not wait.
+            On a GPU, batches are ordered on torch's current stream, and the host does not wait. None is the GPU where
+            everything for it works, else the CPU.
         decode: Where images are decoded if the device is a GPU. "cpu": pixels are those of device="cpu", and the
             visible parts are copied to the GPU once per batch. "gpu" or a `GpuDecoding`: by DALI's mixed decoders,
             whose pixels differ slightly. "auto": on the GPU if that works on this machine and is at least 10 % faster;
@@ -62,9 +70,6 @@ class DiffuseMixLoader:
             the user's cache folder.
         dtype: float32, float16, bfloat16 or uint8 (which needs a dataset with normalize=None).
         memory_format: torch.contiguous_format or torch.channels_last.
-        drop_last: Drop the last batch if it is not full.
-        generator: Draws the order when shuffling, instead of the dataset's seed.
-        prefetch_factor: Batches that are decoded ahead; as many again are read ahead.
         rank: This process's share of each global batch of batch_size x world_size samples. None: that of
             torch.distributed if it is initialised, else 0. All ranks deliver the same number of batches.
         world_size: Number of processes that share a global batch; give both `rank` and `world_size`, or neither.
@@ -75,42 +80,52 @@ class DiffuseMixLoader:
         visible_parts: Decode only the parts of images that samples show. False decodes whole images, for comparison.
 
     Raises:
-        ConfigError: an argument breaks a rule.
+        ConfigError: an argument breaks a rule, or the ranks were given different seeds.
         MissingDependencyError: what the device needs is not installed; from `iter()`: there is no GPU; from `next()`:
             DALI is not installed.
         DecodeError: from `next()`: an image cannot be read or decoded, and the dataset has on_error="raise".
+        LoaderTimeoutError: from `next()`: a batch was not read within `timeout`.
         IndexError: from `next()`: a sampler yields an index that the dataset does not have.
     """
 
     def __init__(
         self,
-        dataset: DiffuseMixDataset,
+        dataset: AnyDataset,
         batch_size: int = 1,
         shuffle: bool | None = None,
         sampler: Iterable[int] | None = None,
         batch_sampler: Iterable[Sequence[int]] | None = None,
         num_workers: int = 0,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        pin_memory: bool = False,
+        drop_last: bool = False,
+        timeout: float = 0,
+        worker_init_fn: Callable[[int], None] | None = None,
+        multiprocessing_context: object = None,
+        generator: torch.Generator | None = None,
         *,
-        device: str | torch.device = "cuda",
+        prefetch_factor: int | None = None,
+        persistent_workers: bool = False,
+        pin_memory_device: str = "",
+        in_order: bool = True,
+        snapshot_every_n_steps: int = 1,
+        device: str | torch.device | None = None,
         decode: auto.Decode = "auto",
         dtype: torch.dtype = torch.float32,
         memory_format: torch.memory_format = torch.contiguous_format,
-        drop_last: bool = False,
-        generator: torch.Generator | None = None,
-        prefetch_factor: int | None = None,
         rank: int | None = None,
         world_size: int | None = None,
         batch_transform: BatchTransform | None = None,
         return_index: bool = False,
         visible_parts: bool = True,
-        **others: object,
     ) -> None:
-        _check_dataset(dataset)
-        _check_others(others)
-        prefetch_factor = 2 if prefetch_factor is None else prefetch_factor
-        _check_number("batch_size", batch_size, 1)
-        _check_number("num_workers", num_workers, 0)
-        _check_number("prefetch_factor", prefetch_factor, 1)
+        self._parts = Parts(dataset)
+        arguments.check_batch_size(batch_size)
+        arguments.check_number("num_workers", num_workers, 0)
+        arguments.check_number("prefetch_factor", 2 if prefetch_factor is None else prefetch_factor, 1)
+        arguments.check_collate(collate_fn)
+        arguments.check_timeout(timeout)
+        arguments.check_worker_init(worker_init_fn)
         if batch_transform is not None and not callable(batch_transform):
             raise ConfigError(
                 f"batch_transform must be a function of (images, labels, generator), found {batch_transform!r}."
@@ -132,44 +147,59 @@ class DiffuseMixLoader:
             )
         if shuffle and generator is not None and rank is not None:
             raise ConfigError("generator decides the order of one process: leave out rank and world_size, or it.")
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self.batch_size: int | None = batch_size if batch_sampler is None else None
         self.shuffle = bool(shuffle)
         self.num_workers = num_workers
+        self.pin_memory = pin_memory
+        self.drop_last = drop_last
+        self.timeout = timeout
+        self.worker_init_fn = worker_init_fn
+        self.multiprocessing_context = multiprocessing_context
+        self.generator = generator
+        # As DataLoader reports it.
+        self.prefetch_factor = 2 if prefetch_factor is None and num_workers else prefetch_factor
+        self.persistent_workers = persistent_workers
+        self.pin_memory_device = pin_memory_device
+        self.in_order = in_order
         self.decode = decode
         self.dtype = dtype
         self.memory_format = memory_format
-        self.drop_last = drop_last
-        self.generator = generator
-        self.prefetch_factor = prefetch_factor
         self.return_index = return_index
         self.visible_parts = visible_parts
         self._ranks = Ranks(None if rank is None or world_size is None else (rank, world_size))
+        self._agreed = self._agree(may_take=True)
+        self._said = False
         delivery = Delivery(
-            device=_device(device),
+            device=arguments.chosen_device(device),
             decode=decode,
             dtype=dtype,
             memory_format=memory_format,
             threads=max(1, num_workers),
-            prefetch_factor=prefetch_factor,
+            prefetch_factor=self.prefetch_factor or 2,
             return_index=return_index,
             visible_parts=visible_parts,
+            pin_memory=pin_memory,
+            timeout=timeout,
         )
+        length = len(dataset)
         if shuffle and generator is not None:
             sampler = RandomSampler(dataset, generator=generator)
         self._order: OwnOrder | SamplerOrder
         if sampler is None and batch_sampler is None:
-            self._order = OwnOrder(len(dataset), batch_size, self.shuffle, drop_last, dataset.seed, self._ranks)
+            seed = self._parts.first.seed
+            self._order = OwnOrder(length, batch_size, self.shuffle, drop_last, seed, self._ranks)
             if rank is not None:
                 _ = self._order.epochs  # refuses a rank outside the world size
         else:
             if batch_sampler is None:
                 batch_sampler = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
             sampler = getattr(batch_sampler, "sampler", None) if sampler is None else sampler
-            self._order = SamplerOrder(batch_sampler, sampler, generator, len(dataset))
-        identity = Identity(dataset.seed, len(dataset), self.shuffle, dataset.catalog.fingerprint)
-        self._cursor = Cursor(self._order, identity, has_sampler=isinstance(self._order, SamplerOrder))
-        self._maker = BatchMaker(dataset, delivery, self._ranks, batch_transform)
+            self._order = SamplerOrder(batch_sampler, sampler, generator, length, self._ranks)
+        identity = Identity(self._parts.first.seed, length, self.shuffle, self._parts.fingerprint)
+        has_sampler = isinstance(self._order, SamplerOrder)
+        self._cursor = Cursor(self._order, identity, has_sampler=has_sampler, announce=self._parts.set_epoch)
+        self._maker = BatchMaker(self._parts, delivery, self._ranks, batch_transform)
         self._clock: Clock | None = None  # of the newest iterator
 
     def __setattr__(self, name: str, value: object) -> None:
@@ -184,6 +214,8 @@ class DiffuseMixLoader:
         return len(self._order)
 
     def __iter__(self) -> "_Iterator":
+        self._agreed = self._agreed or self._agree(may_take=False)
+        self._say_share()
         self._maker.prepare()
         batches = Batches(self._maker, self._order, self._cursor.begin(), self.batch_size)
         self._clock = batches.clock
@@ -237,15 +269,11 @@ class DiffuseMixLoader:
     def quarantine(self, quarantine: Quarantine) -> None:
         self._maker.quarantine = quarantine
 
-    # DataLoader's attributes that have no effect here.
-    collate_fn = None
-    pin_memory = False
-    pin_memory_device = ""
-    timeout = 0
-    worker_init_fn = None
-    multiprocessing_context = None
-    persistent_workers = False
-    in_order = True
+    @property
+    def collate_fn(self) -> Callable[[list[Any]], Any]:
+        """default_collate; if a DataLoader with it would deliver something else, a function that raises."""
+        plain = self.batch_transform is None and self.dtype is torch.float32 and not self.return_index
+        return arguments.collate_of(plain=plain)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next `iter()`; later ones count on from there.
@@ -263,11 +291,48 @@ class DiffuseMixLoader:
         if isinstance(self._order, SamplerOrder):
             raise ConfigError("plan: the batches are a sampler's; give its indices to dataset.planner.batch instead.")
         order = self._order.epochs
-        return self.dataset.planner.batch(epoch, order.indices(epoch, order.positions(step)))
+        indices = order.indices(epoch, order.positions(step))
+        shares = list(self._parts.shares(indices, np.zeros_like(indices)))
+        if len(shares) > 1:
+            raise ConfigError("plan: the batches come from several datasets; ask the planner of each for its samples.")
+        return self._parts.first.planner.batch(epoch, shares[0].indices, shares[0].views)
 
     def stats(self) -> LoaderStats:
         """Return where the newest iterator's time has gone so far."""
         return LoaderStats() if self._clock is None else self._clock.stats()
+
+    def _agree(self, *, may_take: bool) -> bool:
+        """Agree with the other ranks on the seeds. Returns True once that is done.
+
+        Args:
+            may_take: A seed that nobody gave may become that of rank 0.
+        """
+        if self._ranks.given is not None or not initialised():
+            return False
+        datasets, (rank, _) = self._parts.datasets, self._ranks()
+        subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
+        for dataset, seed in zip(datasets, seeds_of_rank_0(subject, [one.seed for one in datasets]), strict=True):
+            if dataset.seed == seed:
+                continue
+            if dataset.seed_given or not may_take:
+                raise ConfigError(
+                    f"seed must be the same on all ranks: rank 0 has {seed}, rank {rank} has {dataset.seed}; give the "
+                    "dataset one seed, or leave it out and make the loader after init_process_group."
+                )
+            dataset.take_seed(seed)
+        return True
+
+    def _say_share(self) -> None:
+        """Log once that this process only gets its share: an evaluation by one rank alone would not notice."""
+        rank, world_size = self._ranks()
+        if isinstance(self._order, OwnOrder) and self._ranks.given is None and world_size > 1 and not self._said:
+            self._said = True
+            _log.info(
+                "Rank %d of %d gets its share of each epoch, because torch.distributed is initialised. A loader that "
+                "gives one rank the whole epoch: rank=0, world_size=1.",
+                rank,
+                world_size,
+            )
 
     # --- resuming
 
@@ -350,36 +415,3 @@ class _Iterator(Iterator[Batch]):
         # At the interpreter's end DALI is gone already.
         if not sys.is_finalizing():
             self.close()
-
-
-def _device(device: str | torch.device) -> torch.device:
-    try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device must be 'cuda', 'cuda:N' or 'cpu', found {str(device)!r}.") from error
-
-
-def _check_dataset(dataset: object) -> None:
-    if not isinstance(dataset, DiffuseMixDataset):
-        raise ConfigError(
-            f"dataset must be a DiffuseMixDataset, found {type(dataset).__name__}. Instead of it write\n"
-            '    dataset = DiffuseMixDataset("path/to/train", crop=TrainCrop(224), mix=None)\n'
-            "    loader = DiffuseMixLoader(dataset, batch_size=...)\n"
-            "or keep torch.utils.data.DataLoader for datasets of other kinds."
-        )
-
-
-def _check_number(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int | np.integer) or value >= 2**31:
-        raise ConfigError(f"{name} must be a whole number, at least {least}, found {value!r}.")
-    if value < least:
-        raise ConfigError(f"{name} must be at least {least}, found {value}.")
-
-
-def _check_others(others: Mapping[str, object]) -> None:
-    for name, value in others.items():
-        if name not in _NO_EFFECT:
-            raise TypeError(f"DiffuseMixLoader has no argument {name!r}")
-        neutral, remedy = _NO_EFFECT[name]
-        if value != neutral:
-            raise ConfigError(f"{name} has no effect here, found {value!r}: {remedy}. Leave it out.")

@@ -1,6 +1,6 @@
 """Pieces: one table for the visible parts of a batch's images, from the plan's windows to the mix.
 
-    request(dataset, plan)  ──>  Pieces: locations, windows  ──decoder──>  Pieces: pixels  ──> mix
+    request(datasets, plans)  ──>  Pieces: locations, windows  ──decoder──>  Pieces: pixels  ──> mix
 
 Of every array row 0 holds the originals and row 1 the edits, so the table goes into `mix` as it is.
 """
@@ -86,15 +86,27 @@ class Pieces:
         self.owners.extend(other.owners)
 
 
-def request(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool) -> Pieces:
-    """The pieces of a batch to decode: the visible parts of its images, or the whole images."""
+def request(shares: Sequence[tuple[DiffuseMixDataset, BatchPlan]], *, visible_only: bool) -> Pieces:
+    """The pieces to decode for the rows of one or several datasets: visible parts of the images, or whole images."""
+    found = [_requested(dataset, plan, visible_only=visible_only) for dataset, plan in shares]
+    originals, edits, windows, sizes = zip(*found, strict=True)
+    if len(found) == 1:
+        return Pieces.of([*originals[0], *edits[0]], windows[0], sizes[0])
+    locations = [one for kind in (originals, edits) for share in kind for one in share]
+    return Pieces.of(locations, np.concatenate(windows, axis=1), np.concatenate(sizes, axis=1))
+
+
+def _requested(
+    dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool
+) -> tuple[Sequence[Location | None], Sequence[Location | None], NDArray[np.int32], NDArray[np.int32]]:
+    """(n,) locations of the originals and of the edits, their (2, n, 4) windows and (2, n, 2) sizes."""
     store = dataset.store
     sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
     sizes[0] = dataset.catalog.sizes[plan.original]
     if store is not None and plan.mixed.any():
         sizes[1, plan.mixed] = store.sizes(plan.edit[plan.mixed])
     windows = visible_parts(plan, sizes) if visible_only else np.concatenate([np.zeros_like(sizes), sizes], axis=2)
-    return Pieces.of([*_originals(dataset, plan), *_edits(dataset, plan)], windows, sizes)
+    return _originals(dataset, plan), _edits(dataset, plan), windows, sizes
 
 
 def _originals(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location | None]:

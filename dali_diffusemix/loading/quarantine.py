@@ -1,8 +1,9 @@
 """The quarantine: substitutes for samples whose image cannot be read or decoded, and the log of such images.
 
-A substitute is a function of the file and of (seed, epoch, index), never of what happened before: for a failed edit the
-original unmixed, for a failed original the sample of the next index with that index's own row and label. So a damaged
-file changes the samples that show it and no others, on every rank, in every worker and in resumed runs.
+A substitute is a function of the file and of (seed, epoch, index, view), never of what happened before: for a failed
+edit the original unmixed, for a failed original the sample of the next index, in the same view, with that index's own
+row and label. So a damaged file changes the samples that show it and no others, on every rank, in every worker and in
+resumed runs.
 
 Failures are remembered for the rest of an epoch: n damaged files in a row then cost n decodes, instead of n per sample.
 That changes no sample, because a sample that failed would fail again.
@@ -108,10 +109,9 @@ class _Facts(Generic[_Pieces]):
 
     def __init__(self, samples: int) -> None:
         self.originals = bytearray(samples)  # by index: set if the sample cannot be made at all
-        self.edits = bytearray(samples)  # set if it can only be made unmixed
-        self._made: dict[
-            int, tuple[BatchPlan, _Pieces, int]
-        ] = {}  # with the size of the pieces in bytes; last used last
+        self.edits = bytearray(samples)  # set if its view 0 can only be made unmixed; other views have other edits
+        # By index and view, with the size of the pieces in bytes; last used last.
+        self._made: dict[tuple[int, int], tuple[BatchPlan, _Pieces, int]] = {}
         self._size = 0  # bytes of all of them
         self._lock = threading.Lock()  # iterators in several threads
 
@@ -126,19 +126,20 @@ class _Facts(Generic[_Pieces]):
                 yield sample
                 sample = self.originals.find(_UNKNOWN, sample + 1, stop)
 
-    def made(self, index: int) -> tuple[BatchPlan, _Pieces] | None:
+    def made(self, index: int, view: int) -> tuple[BatchPlan, _Pieces] | None:
         """A kept substitute, or None."""
         with self._lock:
-            kept = self._made.pop(index, None)
+            kept = self._made.pop((index, view), None)
             if kept is None:
                 return None
-            self._made[index] = kept
+            self._made[index, view] = kept
         return kept[:2]
 
     def keep(self, row: BatchPlan, pieces: _Pieces, size: int) -> None:
+        key = int(row.index[0]), int(row.view[0])
         with self._lock:
-            before = self._made.pop(int(row.index[0]), None)  # another thread's
-            self._made[int(row.index[0])] = row, pieces, size
+            before = self._made.pop(key, None)  # another thread's
+            self._made[key] = row, pieces, size
             self._size += size - (0 if before is None else before[2])
             while len(self._made) > 1 and self._size > _KEPT:
                 self._size -= self._made.pop(next(iter(self._made)))[2]
@@ -241,15 +242,17 @@ class _Search(Generic[_Pieces]):
             error.add_note(f"{kind} of sample {index} of epoch {row.epoch}: {name}")
             raise error
         known = self._facts.of(kind)
-        if known[index] != _LOGGED:
-            known[index] = _LOGGED
+        other = kind == "edit" and row.view[0] > 0
+        if other or known[index] != _LOGGED:
+            if not other:
+                known[index] = _LOGGED
             self._log.add(kind, name, str(error), row.epoch, index)
         self._last = f"{name!r}: {error}"
 
     def instead_of(self, row: BatchPlan, kind: Kind) -> tuple[BatchPlan, _Pieces]:
         """The substitute for a sample whose failure was noted."""
         found = self._made(row.unmixed()) if kind == "edit" else None
-        return found or self._following(row.epoch, int(row.index[0]))
+        return found or self._following(row.epoch, int(row.index[0]), int(row.view[0]))
 
     def _made(self, row: BatchPlan) -> tuple[BatchPlan, _Pieces] | None:
         """A sample, unmixed if its edit fails; None if its original fails."""
@@ -262,15 +265,15 @@ class _Search(Generic[_Pieces]):
                 return None
             row = row.unmixed()
 
-    def _following(self, epoch: int, index: int) -> tuple[BatchPlan, _Pieces]:
+    def _following(self, epoch: int, index: int, view: int) -> tuple[BatchPlan, _Pieces]:
         """The first sample after this one that can be made."""
         tried, ahead, asked = 0, 1, False
         candidates = self._facts.following(index)
-        while chosen := self._next(candidates, ahead):
-            if (kept := self._facts.made(chosen[0])) is not None:
+        while chosen := self._next(candidates, ahead, view):
+            if (kept := self._facts.made(chosen[0], view)) is not None:
                 return kept
-            for row in self._promising(self._plan(epoch, chosen)):
-                if (kept := self._facts.made(int(row.index[0]))) is not None:
+            for row in self._promising(self._plan(epoch, chosen, view)):
+                if (kept := self._facts.made(int(row.index[0]), view)) is not None:
                     return kept
                 if (found := self._made(row)) is not None:
                     self._facts.keep(*found, self._whole._size_of(found[1]))
@@ -288,21 +291,21 @@ class _Search(Generic[_Pieces]):
             f"The last failure: {self._last}."
         )
 
-    def _next(self, candidates: Iterator[int], count: int) -> list[int]:
+    def _next(self, candidates: Iterator[int], count: int, view: int) -> list[int]:
         chosen: list[int] = []
         for index in candidates:
             if self._whole._told(index):
                 self._facts.originals[index] = _TOLD
                 continue
             chosen.append(index)
-            if len(chosen) == count or self._facts.made(index) is not None:
+            if len(chosen) == count or self._facts.made(index, view) is not None:
                 break
         return chosen
 
-    def _plan(self, epoch: int, indices: list[int]) -> BatchPlan:
-        plan = self._planner.batch(epoch, indices)
+    def _plan(self, epoch: int, indices: list[int], view: int) -> BatchPlan:
+        plan = self._planner.batch(epoch, indices, view)
         edits = self._facts.edits
-        unmixed = {row: plan.row(row).unmixed() for row, index in enumerate(indices) if edits[index]}
+        unmixed = {row: plan.row(row).unmixed() for row, index in enumerate(indices) if view == 0 and edits[index]}
         return plan.with_rows(unmixed) if unmixed else plan
 
     def _promising(self, plan: BatchPlan) -> Iterator[BatchPlan]:

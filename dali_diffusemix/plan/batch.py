@@ -1,7 +1,7 @@
 """The plan of a batch: everything random about it, as arrays, one row per sample.
 
-`Planner` turns (seed, epoch, indices) into a `BatchPlan`, a pure function: a row depends on neither batch size, worker,
-rank nor history, and any row of any epoch costs the same.
+`Planner` turns (seed, epoch, indices, views) into a `BatchPlan`, a pure function: a row depends on neither batch size,
+worker, rank nor history, and any row of any epoch costs the same.
 """
 
 from collections.abc import Mapping
@@ -40,6 +40,7 @@ class BatchPlan:
 
     epoch: int
     index: NDArray[np.int64]  # (n,) number of the sample in the epoch
+    view: NDArray[np.int64]  # (n,) how often the index came before in the epoch; 0 unless a sampler repeats it
     original: NDArray[np.int64]  # (n,) row of the catalog
     edit: NDArray[np.int64]  # (n,) row of the edit index; -1: not mixed
     mask: NDArray[np.int8]  # (n,) index in MASKS; -1: not mixed
@@ -140,27 +141,41 @@ class Planner:
             return len(self.sizes) + int(self.edits.starts[-1])
         return len(self.sizes)
 
-    def batch(self, epoch: int, indices: ArrayLike) -> BatchPlan:
+    def originals_of(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) rows of the catalog of these samples."""
+        if len(self) == len(self.sizes) or self.edits is None:
+            return indices
+        edit = indices - len(self.sizes)
+        originals = indices.copy()
+        originals[edit >= 0] = self.edits.originals_of(edit[edit >= 0])
+        return originals
+
+    def batch(self, epoch: int, indices: ArrayLike, views: ArrayLike = 0) -> BatchPlan:
         """Return the rows of these samples in this epoch.
 
         Args:
             epoch: 0 ≤ epoch < 2³².
             indices: (n,) 0 ≤ index < len(self).
+            views: (n,) or one for all: how often the index came before in the epoch, 0 ≤ view < 2³². Another view of
+                the same index has other draws.
 
         Raises:
-            ConfigError: an index or the epoch lies outside its range.
+            ConfigError: an index, a view or the epoch lies outside its range.
         """
         index = np.atleast_1d(np.asarray(indices, dtype=np.int64))
+        view = np.broadcast_to(np.asarray(views, dtype=np.int64), index.shape)
         count = len(index)
         if count and not (index.min() >= 0 and index.max() < len(self)):
             raise ConfigError(f"index must lie in [0, {len(self)}), found {index.min()} to {index.max()}.")
+        if count and not (view.min() >= 0 and view.max() < 2**32):
+            raise ConfigError(f"view must lie in [0, 2**32), found {view.min()} to {view.max()}.")
         # One call for what nearly every row needs; a crop's later tries are drawn for the rows that need them.
-        common = dict(zip(_COMMON, draw(self.seed, epoch, index, _COMMON), strict=True))
+        common = dict(zip(_COMMON, draw(self.seed, epoch, index, _COMMON, view), strict=True))
 
         def draws(field: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
             if field in common:
                 return np.asarray(common[field][rows])
-            return np.asarray(draw(self.seed, epoch, index[rows], [field])[0])
+            return np.asarray(draw(self.seed, epoch, index[rows], [field], view[rows])[0])
 
         original, edit = self._sources(index, draws)
         sizes = np.asarray(self.sizes[original], dtype=np.int32)
@@ -176,6 +191,7 @@ class Planner:
         return BatchPlan(
             epoch=epoch,
             index=index,
+            view=view,
             original=original,
             edit=edit,
             mask=np.where(mixed, masks[below(of_mask, len(masks))], np.int8(-1)),
@@ -194,11 +210,7 @@ class Planner:
         if self.mix is None or self.edits is None:
             return index, np.full(len(index), -1, dtype=np.int64)
         if self.mix.epoch == "expanded":
-            edit = index - len(self.sizes)
-            is_edit = edit >= 0
-            original = index.copy()
-            original[is_edit] = self.edits.originals_of(edit[is_edit])
-            return original, np.where(is_edit, edit, -1)
+            return self.originals_of(index), np.maximum(index - len(self.sizes), -1)
         rows = np.arange(len(index))
         first = np.asarray(self.edits.starts[index])
         count = np.asarray(self.edits.starts[index + 1]) - first
