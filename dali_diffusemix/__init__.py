@@ -1,10 +1,10 @@
 """DiffuseMix (Islam et al., CVPR 2024) at load time: a drop-in replacement of PyTorch's DataLoader on NVIDIA DALI.
 
-    from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
+    from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, TrainCrop
 
     dataset = DiffuseMixDataset("data/train", edits="cache/edits", fractals="cache/fractals.npy",
-                                mix=MixSpec.paper(), crop=TrainCrop(224), seed=0)
-    loader = DiffuseMixLoader(dataset, batch_size=256, shuffle=True, num_workers=8, device="cpu")
+                                crop=TrainCrop(224), seed=0)
+    loader = DiffuseMixLoader(dataset, batch_size=256, shuffle=True, num_workers=8, pin_memory=True)
 
 Names are imported when they are first used: importing this package loads neither torch nor DALI.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         DataError,
         DecodeError,
         DiffuseMixError,
+        LoaderTimeoutError,
         MissingDependencyError,
         StoreError,
     )
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from dali_diffusemix.loading.dataset import DiffuseMixDataset, RepeatedEpochWarning
     from dali_diffusemix.loading.loader import DiffuseMixLoader
     from dali_diffusemix.loading.quarantine import Quarantined, QuarantineWarning
+    from dali_diffusemix.loading.samplers import ResumeWarning, distinct
     from dali_diffusemix.loading.seeding import globally_seeded
+    from dali_diffusemix.loading.subset import DiffuseMixSubset
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
@@ -45,20 +48,24 @@ __all__ = [
     "DiffuseMixDataset",
     "DiffuseMixError",
     "DiffuseMixLoader",
+    "DiffuseMixSubset",
     "EditStore",
     "EvalCrop",
     "FractalBank",
     "GpuDecoding",
     "LoaderStats",
+    "LoaderTimeoutError",
     "MissingDependencyError",
     "MixSpec",
     "QuarantineWarning",
     "Quarantined",
     "RandomCrop",
     "RepeatedEpochWarning",
+    "ResumeWarning",
     "StaleCatalogWarning",
     "StoreError",
     "TrainCrop",
+    "distinct",
     "globally_seeded",
 ]
 
@@ -66,6 +73,7 @@ _HOME = {
     "Catalog": "catalog",
     "DiffuseMixDataset": "loading.dataset",
     "DiffuseMixLoader": "loading.loader",
+    "DiffuseMixSubset": "loading.subset",
     "EditStore": "store",
     "EvalCrop": "plan",
     "FractalBank": "fractals",
@@ -76,8 +84,10 @@ _HOME = {
     "Quarantined": "loading.quarantine",
     "RandomCrop": "plan",
     "RepeatedEpochWarning": "loading.dataset",
+    "ResumeWarning": "loading.samplers",
     "StaleCatalogWarning": "catalog",
     "TrainCrop": "plan",
+    "distinct": "loading.samplers",
     "globally_seeded": "loading.seeding",
 }
 

@@ -38,7 +38,7 @@ def advance(order: Any, run: Run, batches: int) -> list[list[int]]:
     found = []
     for batch, _ in zip(order.batches(run.epoch, run.delivered), range(batches), strict=False):
         found.append(batch.indices.tolist())
-        run.delivered = batch.delivered
+        run.delivered, run.checksum = batch.delivered, batch.checksum
     return found
 
 
@@ -172,7 +172,7 @@ def test_a_samplers_state_is_that_of_the_epochs_beginning() -> None:
     def order() -> SamplerOrder:
         generator = torch.Generator().manual_seed(5)
         sampler = RandomSampler(range(LENGTH), generator=generator)
-        return SamplerOrder(BatchSampler(sampler, BATCH, False), sampler, generator, LENGTH)
+        return SamplerOrder(BatchSampler(sampler, BATCH, False), sampler, generator, LENGTH, Ranks(None))
 
     whole = order()
     cursor = cursor_of(whole)

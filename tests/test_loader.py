@@ -411,8 +411,8 @@ def test_a_gpu_that_cannot_be_used_is_one_clear_error(photos: Path) -> None:
         assert "is built without CUDA" in message and "dali-diffusemix[cuda12]" in message
         assert ("CuPy is not installed" in message) == (find_spec("cupy") is None)
         assert "device='cpu'" in message
-    with pytest.raises(MissingDependencyError):
-        DiffuseMixLoader(dataset)  # the default
+    if "is built without CUDA" in message:
+        assert DiffuseMixLoader(dataset).device == torch.device("cpu")  # the default takes what works
 
 
 def test_the_cuda_source_is_one_text_without_includes_of_ours() -> None:

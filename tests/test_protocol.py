@@ -70,21 +70,79 @@ def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
         ({"sampler": [1], "rank": 0, "world_size": 1}, "rank and world_size divide the loader's own order"),
         ({"rank": 1}, "rank and world_size must be given together"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size 2\), found 2"),
-        ({"batch_size": None}, "batch_size must be a whole number, at least 1, found None"),
-        ({"collate_fn": list}, r"collate_fn has no effect here.*batch_transform"),
-        (
-            {"pin_memory": True},
-            "pin_memory has no effect here, found True: batches are on the loader's device already",
-        ),
-        ({"persistent_workers": True}, "threads are always kept"),
-        ({"worker_init_fn": print}, "the dataset's seed"),
-        ({"timeout": 3}, "no worker processes"),
-        ({"in_order": False}, "batches always come in order"),
+        ({"batch_size": None}, "batch_size must be a whole number, at least 1, found None; .* for single samples give 1"),
+        ({"collate_fn": list}, r"(?s)collate_fn must be left out or be torch's default_collate, found .*batch_transform="),
+        ({"timeout": -1}, "timeout must be seconds, at least 0 .*, found -1"),
+        ({"timeout": "5"}, "timeout must be seconds, at least 0 .*, found '5'"),
     ],
 )
-def test_meaningless_arguments_are_refused(dataset: DiffuseMixDataset, options: dict[str, Any], message: str) -> None:
+def test_contradicting_and_impossible_arguments_are_refused(dataset: DiffuseMixDataset, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DiffuseMixLoader(dataset, **{"device": "cpu", **options})
+
+
+def test_what_is_satisfied_anyway_is_taken(dataset: DiffuseMixDataset) -> None:
+    """And reported, as by DataLoader."""
+    options: dict[str, Any] = {
+        "persistent_workers": True,
+        "multiprocessing_context": "spawn",
+        "pin_memory_device": "cuda",
+        "in_order": False,
+        "timeout": 30,
+        "snapshot_every_n_steps": 10,
+        "prefetch_factor": None,
+    }
+    loader = DiffuseMixLoader(dataset, 4, num_workers=2, device="cpu", **options)
+    options["prefetch_factor"] = 2
+    for name in set(options) - {"snapshot_every_n_steps"}:
+        assert getattr(loader, name) == options[name]
+    with pytest.raises(ConfigError, match="timeout of a loader cannot be changed"):
+        loader.timeout = 2
+    plain = DiffuseMixLoader(dataset, 4, num_workers=2, device="cpu")
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(loader, plain, strict=True))
+
+
+def test_what_has_no_effect_is_said(dataset: DiffuseMixDataset) -> None:
+    with pytest.warns(UserWarning, match="worker_init_fn is not called: .* the dataset's seed decides all samples"):
+        assert DiffuseMixLoader(dataset, device="cpu", worker_init_fn=print).worker_init_fn is print
+    if not torch.cuda.is_available():
+        loader = loader_of(dataset, 11, pin_memory=True)
+        with pytest.warns(UserWarning, match="pin_memory=True: there is no GPU on this machine"):
+            batches = list(loader)
+        assert len(list(loader)) == len(batches) == 3 and loader.pin_memory  # said once
+
+
+def test_the_device_is_what_works(dataset: DiffuseMixDataset) -> None:
+    assert DiffuseMixLoader(dataset).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+STUCK = """
+import sys, time
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, EvalCrop, LoaderTimeoutError
+
+class Stuck(EvalCrop):  # in the reading thread, as storage that does not answer
+    def boxes(self, sizes, draws):
+        if after < time.monotonic():
+            time.sleep(1000)
+        return super().boxes(sizes, draws)
+
+after = float("inf")
+loader = DiffuseMixLoader(DiffuseMixDataset(sys.argv[1], crop=Stuck(16)), 4, device="cpu", timeout=0.5)
+assert len(list(loader)) == 9
+after, begin = 0.0, time.monotonic()
+try:
+    list(loader)
+except LoaderTimeoutError as error:
+    assert isinstance(error, RuntimeError) and 0.4 < time.monotonic() - begin < 20
+    print(error)
+loader.close()
+"""
+
+
+def test_a_storage_that_does_not_answer_is_an_error_in_time(photos: Path) -> None:
+    """In a process of its own, which ends although its reading thread waits for ever."""
+    output, errors = warm.Script("-c", STUCK, photos).communicate(timeout=60)
+    assert output.startswith("timeout of 0.5 seconds is over, and a batch is still being read."), errors
 
 
 def test_what_the_order_follows_from_cannot_be_changed(dataset: DiffuseMixDataset) -> None:
@@ -99,7 +157,7 @@ def test_what_the_order_follows_from_cannot_be_changed(dataset: DiffuseMixDatase
 
 
 def test_unknown_arguments_and_indices_are_refused(dataset: DiffuseMixDataset) -> None:
-    with pytest.raises(TypeError, match="no argument 'batchsize'"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'batchsize'"):
         DiffuseMixLoader(dataset, device="cpu", batchsize=3)
     neutral = {"pin_memory": False, "timeout": 0, "collate_fn": None, "persistent_workers": False, "shuffle": None}
     assert len(DiffuseMixLoader(dataset, device="cpu", **neutral)) == 33  # type: ignore[arg-type]
@@ -515,9 +573,8 @@ print(len(list(loader)))
         ({"batch_size": 10**12}, "batch_size must be a whole number"),
         ({"num_workers": 1.5}, "num_workers must be a whole number, at least 0, found 1.5"),
         ({"prefetch_factor": "2"}, "prefetch_factor must be a whole number, at least 1, found '2'"),
-        ({"device": "cuda:-1"}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'cuda:-1'"),
-        ({"device": "gpu"}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'gpu'"),
-        ({"device": None}, "device must be 'cuda', 'cuda:N' or 'cpu', found 'None'"),
+        ({"device": "cuda:-1"}, "device must be 'cuda', 'cuda:N', 'cpu' or None, found 'cuda:-1'"),
+        ({"device": "gpu"}, "device must be 'cuda', 'cuda:N', 'cpu' or None, found 'gpu'"),
         ({"batch_transform": 3}, "batch_transform must be a function of"),
     ],
 )

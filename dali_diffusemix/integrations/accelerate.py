@@ -112,7 +112,7 @@ class AcceleratedLoader(DataLoaderStateMixin):  # type: ignore[misc]
             )
         state = self.state_dict()
         share = self.batch_size if "sampler" in state else self.total_batch_size
-        self.load_state_dict({**state, "places": count * share})
+        self.load_state_dict({**state, "places": count * share, "checksum": None})
         return self
 
     @property

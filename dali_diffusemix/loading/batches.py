@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dali_diffusemix.base import gpu, native
 from dali_diffusemix.base.philox import BATCH_TRANSFORM, draw
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading import auto
+from dali_diffusemix.loading import arguments, auto
 from dali_diffusemix.loading.cursor import Run
 from dali_diffusemix.loading.dali import GpuDecoding
 from dali_diffusemix.loading.decoder import PieceDecoder
@@ -157,6 +157,8 @@ class BatchMaker:
             if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
         if not self._prepared:
+            if self.delivery.pin_memory and self.device.type == "cpu":
+                arguments.warn_unless_pinned()
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
             self._prepared = True
         self._substitutions.clear()  # files may have been repaired since

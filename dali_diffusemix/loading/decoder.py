@@ -109,7 +109,7 @@ class PieceDecoder:
         with self._call():
             memory = self._memory.pop() if self._memory else None
             self._reading.append(self._reader.submit(_read, make, memory))
-            self._advance()
+            self._advance(wait=False)
 
     def fetch(self, stream: int | None = None, timeout: float = 0) -> Pieces:
         """Return the oldest batch, decoded.
@@ -129,7 +129,7 @@ class PieceDecoder:
                 "answers, or give the loader a longer timeout."
             )
         with self._call():
-            self._advance()
+            self._advance(wait=True)
             batch = self._decoding.popleft()
             if isinstance(batch, BaseException):
                 raise batch
@@ -194,10 +194,10 @@ class PieceDecoder:
         self._memory.clear()
         self._pipelines, self._single, self._fetched = {}, {}, None
 
-    def _advance(self) -> None:
-        """Give DALI what has been read. Waits for a read only if DALI has nothing to do."""
+    def _advance(self, *, wait: bool) -> None:
+        """Give DALI what has been read. If DALI has nothing to do, `wait` for a read."""
         while self._reading and len(self._decoding) < self._ahead:
-            if self._decoding and not self._reading[0].done():
+            if (self._decoding or not wait) and not self._reading[0].done():
                 break
             reading = self._reading.popleft()
             if (error := reading.error()) is not None:

@@ -1,6 +1,8 @@
 """docs/dropin.md: its tables name all that DataLoader has, what it says raises does, and its code runs."""
 
+import functools
 import inspect
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +11,29 @@ from typing import Any
 import pytest
 import torch
 from samples import training_set
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    DistributedSampler,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+    random_split,
+)
 
-from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, EvalCrop
+from dali_diffusemix import (
+    ConfigError,
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    EvalCrop,
+    FractalBank,
+    TrainCrop,
+    distinct,
+)
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -34,19 +56,14 @@ def code(title: str) -> str:
 
 ARGUMENTS, ATTRIBUTES = table("Arguments"), table("Attributes")
 
+CALLS = re.findall(r"^\| `(DataLoader\(.*\))` \| (.*?) \|$", section("Calls"), flags=re.MULTILINE)
+
 # Arguments that the table says raise, with a value that does.
 RAISING: dict[str, dict[str, Any]] = {
     "dataset": {"dataset": [1, 2, 3]},
     "batch_size": {"batch_size": None},
     "batch_sampler": {"batch_sampler": [[1]], "batch_size": 2},
     "collate_fn": {"collate_fn": torch.stack},
-    "pin_memory": {"pin_memory": True},
-    "timeout": {"timeout": 5},
-    "worker_init_fn": {"worker_init_fn": print},
-    "multiprocessing_context": {"multiprocessing_context": "spawn"},
-    "persistent_workers": {"persistent_workers": True},
-    "pin_memory_device": {"pin_memory_device": "cuda"},
-    "in_order": {"in_order": False},
 }
 
 
@@ -75,18 +92,66 @@ def test_it_raises_and_says_what_to_use(name: str, dataset: DiffuseMixDataset) -
         assert remedy.replace("by one kernel call", "").strip() in message or remedy.split(" by ")[0] in message
 
 
-def test_every_other_argument_is_taken(dataset: DiffuseMixDataset) -> None:
-    values: dict[str, dict[str, Any]] = {
-        "shuffle": {"shuffle": True},
-        "sampler": {"sampler": RandomSampler(dataset)},
-        "num_workers": {"num_workers": 2},
-        "drop_last": {"drop_last": True},
-        "generator": {"generator": torch.Generator()},
-        "prefetch_factor": {"prefetch_factor": 3},
-    }
-    assert set(values) == set(ARGUMENTS) - set(RAISING)
-    for options in values.values():
-        DiffuseMixLoader(dataset, device="cpu", **options)
+def seed_worker(worker: int) -> None:
+    random.seed(torch.initial_seed() + worker)
+
+
+def run(call: str, kind: str, new: Callable[[], tuple[DiffuseMixDataset, DiffuseMixDataset]], loader: Any) -> Any:
+    """The batches of two epochs of a call, as a script makes it."""
+    dataset, other = new()
+    names = {"dataset": dataset, "other": other, "seed_worker": seed_worker, "g": torch.Generator().manual_seed(3)}
+    names |= {"weights": [1.0, 5.0, 0.5] * 11, "DataLoader": loader, "default_collate": default_collate}
+    names |= {one.__name__: one for one in (BatchSampler, DistributedSampler, RandomSampler, SequentialSampler)}
+    names |= {one.__name__: one for one in (SubsetRandomSampler, WeightedRandomSampler)}
+    names |= {one.__name__: one for one in (ConcatDataset, Subset, random_split)}
+    if kind == "distinct" and loader is DataLoader:
+        call = re.sub(r"sampler=(.*)\)$", r"sampler=distinct(\1))", call)
+        names["distinct"] = distinct
+    torch.manual_seed(11)
+    made, found = eval(call, names), []
+    for epoch in range(2):
+        if loader is DataLoader:
+            for one in (dataset, other):
+                one.set_epoch(epoch)
+        found.append([(images.clone(), labels.clone()) for images, labels in made])
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:.*worker_init_fn is not called", "ignore:.*pin_memory")
+@pytest.mark.parametrize(("call", "kind"), CALLS, ids=[f"{i}" for i in range(len(CALLS))])
+def test_a_call_gives_what_dataloader_gives(
+    call: str, kind: str, photos: Path, edits: Path, bank: FractalBank
+) -> None:
+    def new() -> tuple[DiffuseMixDataset, DiffuseMixDataset]:
+        mixed = DiffuseMixDataset(photos, edits=edits, fractals=bank, crop=TrainCrop(16), seed=5)
+        return mixed, DiffuseMixDataset(photos, crop=EvalCrop(16), normalize=None, seed=6)
+
+    ours = functools.partial(DiffuseMixLoader, device="cpu")
+    if kind == "raises":
+        with pytest.raises(ConfigError):
+            run(call, kind, new, ours)
+        return
+    found, expected = run(call, kind, new, ours), run(call, kind, new, DataLoader)
+    assert len(found[0]) == len(expected[0])
+    if kind == "in order":
+        found, expected = ([sorted(one, key=lambda batch: float(batch[0].sum())) for one in both] for both in (found, expected))
+    for epoch, (batches, theirs) in enumerate(zip(found, expected, strict=True)):
+        for (images, labels), (their_images, their_labels) in zip(batches, theirs, strict=True):
+            assert images.shape == their_images.shape and images.dtype == their_images.dtype, epoch
+            assert labels.shape == their_labels.shape and labels.dtype == their_labels.dtype
+            if kind != "own order":
+                assert torch.equal(images, their_images) and torch.equal(labels, their_labels)
+    if kind == "own order":
+        if "drop_last" not in call:
+            pixels = [[image.numpy().tobytes() for images, _ in epoch for image in images] for epoch in found]
+            others = [[image.numpy().tobytes() for images, _ in epoch for image in images] for epoch in expected]
+            assert [sorted(one) for one in pixels] == [sorted(one) for one in others] and pixels != others
+    else:
+        assert kind in ("same", "distinct", "in order")
+
+
+def test_there_are_forty_calls() -> None:
+    assert len(CALLS) >= 40 and len(set(CALLS)) == len(CALLS)
 
 
 def test_neutral_values_and_dataloaders_defaults_are_taken(dataset: DiffuseMixDataset) -> None:
@@ -108,14 +173,13 @@ def test_attributes_are_as_the_table_says(dataset: DiffuseMixDataset) -> None:
         else:
             assert hasattr(ours, name)
     assert list(ours.sampler) == list(theirs.sampler) and list(ours.batch_sampler) == list(theirs.batch_sampler)
-    assert ours.prefetch_factor == 2
+    assert ours.prefetch_factor is None and DiffuseMixLoader(dataset, num_workers=2).prefetch_factor == 2
     assert DiffuseMixLoader(dataset, batch_sampler=[[1, 2]], device="cpu").batch_size is None
 
 
 def test_unknown_arguments_raise(dataset: DiffuseMixDataset) -> None:
-    for name in ("snapshot_every_n_steps", "nothing"):
-        with pytest.raises((TypeError, ConfigError), match=name):
-            DiffuseMixLoader(dataset, device="cpu", **{name: 3})
+    with pytest.raises(TypeError, match="nothing"):
+        DiffuseMixLoader(dataset, device="cpu", **{"nothing": 3})
 
 
 def run_resume(dataset: DiffuseMixDataset, checkpoint: Path, train: Callable[..., None]) -> None:
@@ -146,6 +210,14 @@ def test_the_resume_example(data: Path, tmp_path: Path) -> None:
         break
     assert not alive and len(seen) == len(whole)
     assert all(torch.equal(a, b) for a, b in zip(seen, whole, strict=True))
+
+
+def test_the_examples_of_repeats_and_parts(data: Path) -> None:
+    names: dict[str, Any] = {**globals(), "dataset": training_set(data), "generator": torch.Generator().manual_seed(1)}
+    exec(code("Repeats") + "\nfound = list(batches)", names)
+    assert sum(len(images) for images, _ in names["found"]) == 40
+    exec(code("Parts and targets"), names)
+    assert len(names["few"]) == 10 and len(names["training"]) + len(names["validation"]) == 33
 
 
 @pytest.mark.parametrize("title", ["Batch transforms", "timm"])
