@@ -1,14 +1,24 @@
 """samplers: a loader's own order on its ranks, and a user's sampler as DataLoader takes it."""
 
-from collections.abc import Iterator
+import io
+import random
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_protocol import delivered, loader_of
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    Sampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader
+from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, ResumeWarning
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
 
@@ -52,8 +62,12 @@ def test_the_order_is_the_one_that_dataloader_has(dataset: DiffuseMixDataset, ki
         images, labels = samples(dataset, epoch)
         batches, expected = list(ours), list(theirs)
         assert [indices.tolist() for _, _, indices in batches] == [indices.tolist() for indices, _ in expected]
+        seen = set[int]()
         for found, found_labels, indices in batches:
-            assert torch.equal(found, images[indices]) and torch.equal(found_labels, labels[indices])
+            assert torch.equal(found_labels, labels[indices])
+            for image, index in zip(found, indices.tolist(), strict=True):  # what comes again has another crop
+                assert torch.equal(image, images[index]) == (index not in seen)
+                seen.add(index)
 
 
 def test_a_sampler_gives_whole_numbers(dataset: DiffuseMixDataset) -> None:
@@ -63,6 +77,90 @@ def test_a_sampler_gives_whole_numbers(dataset: DiffuseMixDataset) -> None:
             next(iter(DiffuseMixLoader(dataset, device="cpu", sampler=[wrong])))  # type: ignore[list-item]
     batch = next(iter(DiffuseMixLoader(dataset, device="cpu", sampler=[torch.tensor(2)], return_index=True)))  # type: ignore[list-item]
     assert batch[2].tolist() == [2]
+
+
+class Shuffled(Sampler[int]):
+    """As many scripts have it: an order drawn from a global generator."""
+
+    def __init__(self, draw: Callable[[], list[int]]) -> None:
+        self.draw = draw
+
+    def __len__(self) -> int:
+        return 33
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.draw())
+
+
+def by_python() -> list[int]:
+    order = list(range(33))
+    random.shuffle(order)
+    return order
+
+
+GLOBAL: dict[str, Callable[[DiffuseMixDataset], Any]] = {
+    "RandomSampler": lambda dataset: RandomSampler(dataset),
+    "with replacement": lambda dataset: RandomSampler(dataset, replacement=True, num_samples=50),
+    "SubsetRandomSampler": lambda dataset: SubsetRandomSampler(range(30)),
+    "WeightedRandomSampler": lambda dataset: WeightedRandomSampler([1.0, 2.0, 3.0] * 11, 40),
+    "NumPy": lambda dataset: Shuffled(lambda: np.random.permutation(33).tolist()),
+    "Python": lambda dataset: Shuffled(by_python),
+}
+
+
+@pytest.mark.parametrize("kind", GLOBAL)
+def test_a_sampler_without_a_generator_is_dataloaders_and_resumes(dataset: DiffuseMixDataset, kind: str) -> None:
+    """Nearly every public script has one. Whatever else is drawn meanwhile changes nothing, and is not changed."""
+
+    def seed() -> None:
+        torch.manual_seed(9)
+        np.random.seed(9)
+        random.seed(9)
+
+    def epoch(loader: Any) -> Iterator[list[int]]:
+        for *_, indices in loader:
+            yield indices.tolist()
+            random.random(), np.random.random(), torch.rand(3)  # what training draws
+
+    def new() -> DiffuseMixLoader:
+        return DiffuseMixLoader(dataset, 6, sampler=GLOBAL[kind](dataset), device="cpu", return_index=True)
+
+    seed()
+    theirs = DataLoader([(0, i) for i in range(33)], 6, sampler=GLOBAL[kind](dataset))  # type: ignore[arg-type]
+    expected = [list(epoch(theirs)) for _ in range(2)]
+    seed()
+    loader, found, states = new(), [], []
+    for _ in range(2):
+        found.append([])
+        for batch in epoch(loader):
+            found[-1].append(batch)
+            states.append(loader.state_dict())
+    assert found == expected
+    for step in (0, 2, len(found[0]), len(found[0]) + 3):
+        torch.manual_seed(step)  # a new process
+        random.seed(step)
+        again = new()
+        buffer = io.BytesIO()
+        torch.save(states[step], buffer)
+        buffer.seek(0)
+        again.load_state_dict(torch.load(buffer, weights_only=True))
+        batches = iter(again)
+        first = next(batches)[2].tolist()
+        assert torch.equal(torch.get_rng_state(), torch.Generator().manual_seed(step).get_state())
+        number, place = divmod(step + 1, len(found[0]))
+        assert [first, *(one.tolist() for *_, one in batches)] == found[number][place:]
+
+
+def test_an_order_that_cannot_be_drawn_again_is_said(dataset: DiffuseMixDataset) -> None:
+    orders = iter([list(range(33)), list(range(32, -1, -1))])
+    loader = DiffuseMixLoader(dataset, 5, sampler=Shuffled(lambda: next(orders)), device="cpu")
+    next(iter(loader))
+    state = loader.state_dict()
+    loader.load_state_dict(state)
+    with pytest.warns(ResumeWarning, match="The sampler gives another order than the interrupted epoch had"):
+        next(iter(loader))
+    with pytest.warns(ResumeWarning, match="The state does not hold what redraws its epoch"):
+        loader.load_state_dict({**state, "sampler": None})
 
 
 @pytest.mark.parametrize("kind", ["generator", "random", "batches"])
