@@ -1,0 +1,166 @@
+"""The seed that nobody gives, in one process and in several; and what of a dataset cannot be changed."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import warm
+from torch.utils.data import ConcatDataset
+
+from dali_diffusemix import (
+    ConfigError,
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    EvalCrop,
+    FractalBank,
+    MixSpec,
+    TrainCrop,
+)
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
+
+
+def test_the_seed_is_torchs(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def first(seed: int | None) -> DiffuseMixDataset:
+        return DiffuseMixDataset(photos, crop=TrainCrop(16), seed=seed)
+
+    torch.manual_seed(2**40 + 123)
+    with caplog.at_level(logging.INFO):
+        one = first(None)
+    assert one.seed == 123 and "The dataset's seed is 123, from torch.initial_seed()" in caplog.text
+    torch.rand(5)
+    assert first(None).seed == 123  # what was drawn since does not matter
+    torch.manual_seed(124)
+    other = first(None)
+    assert torch.equal(one[3][0], first(123)[3][0]) and not torch.equal(one[3][0], other[3][0])
+    orders = [list(DiffuseMixLoader(each, 4, shuffle=True, device="cpu").batch_sampler) for each in (one, other)]
+    assert orders[0] != orders[1]
+    assert "seed=123" in repr(one)
+    state = DiffuseMixLoader(one, 4, device="cpu").state_dict()
+    assert state["seed"] == 123
+    with pytest.raises(ConfigError, match="seed of the state is 123, here it is 124; give the dataset this seed"):
+        DiffuseMixLoader(other, 4, device="cpu").load_state_dict(state)
+
+
+RANK = """
+import json, logging, sys
+import torch
+from torch import distributed
+from torch.utils.data import ConcatDataset
+from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, TrainCrop
+
+meeting, root, rank, case = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+torch.manual_seed(50 + rank)  # as scripts do it
+
+def begin():
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+
+def loader_of(seed=None, **options):
+    dataset = DiffuseMixDataset(root, crop=TrainCrop(16), seed=seed)
+    return DiffuseMixLoader(dataset, 5, device="cpu", return_index=True, **options)
+
+def seen(loader):
+    return [[i for *_, indices in loader for i in indices.tolist()] for _ in range(2)]
+
+if case == "late":
+    loader = loader_of()
+begin()
+if case == "agree":
+    first, second = loader_of(shuffle=True), loader_of(shuffle=True)
+    if rank == 0:  # evaluation by one rank alone
+        alone = loader_of(rank=0, world_size=1)
+        assert sorted(seen(alone)[0]) == list(range(33))
+        DiffuseMixLoader(DiffuseMixDataset(root, crop=TrainCrop(20)), 4, device="cpu")
+    both = DiffuseMixDataset(root, crop=TrainCrop(16)), DiffuseMixDataset(root, crop=TrainCrop(16), seed=4)
+    third = DiffuseMixLoader(ConcatDataset(both), 4, device="cpu")
+    found = [seen(first), seen(second), first.dataset.seed, [one.seed for one in both]]
+else:
+    try:
+        found = list(loader if case == "late" else loader_of(seed=60 + rank)) and "no error"
+    except ConfigError as error:
+        found = str(error)
+print(json.dumps(found))
+distributed.barrier() if case == "agree" else None
+"""
+
+
+def ranks(tmp_path: Path, photos: Path, case: str) -> list[tuple[Any, str]]:
+    """What two processes found, and what they logged."""
+    scripts = [warm.Script("-c", RANK, tmp_path / "meeting", photos, rank, case) for rank in range(2)]
+    told = [script.communicate(timeout=90) for script in scripts]
+    for output, errors in told:
+        assert output, errors
+    return [(json.loads(output.splitlines()[-1]), errors) for output, errors in told]
+
+
+def test_ranks_take_the_seed_of_rank_0(tmp_path: Path, photos: Path) -> None:
+    (zero, log), (one, _) = ranks(tmp_path, photos, "agree")
+    for mine, theirs in zip(zero[:2], one[:2], strict=True):
+        for epoch, other in zip(mine, theirs, strict=True):
+            assert sorted(epoch + other) == list(range(33))
+    assert zero[2] == one[2] == 50 and zero[3] == one[3] == [50, 4]
+    assert log.count("Rank 0 of 2 gets its share of each epoch, because torch.distributed is initialised") == 2
+    assert "rank=0, world_size=1" in log
+
+
+def test_seeds_that_differ_are_an_error_that_names_both(tmp_path: Path, photos: Path) -> None:
+    (zero, _), (one, _) = ranks(tmp_path, photos, "given")
+    assert zero == "no error"
+    assert one.startswith("seed must be the same on all ranks: rank 0 has 60, rank 1 has 61; give the dataset one seed")
+
+
+def test_a_loader_from_before_the_ranks_met_is_an_error(tmp_path: Path, photos: Path) -> None:
+    (zero, _), (one, _) = ranks(tmp_path, photos, "late")
+    assert zero == "no error"
+    assert "rank 0 has 50, rank 1 has 51" in one and "make the loader after init_process_group" in one
+
+
+# --- what cannot be changed
+
+
+def test_what_decides_samples_cannot_be_changed(photos: Path, edits: Path, bank: FractalBank) -> None:
+    dataset = DiffuseMixDataset(photos, crop=TrainCrop(16), edits=edits, fractals=bank, seed=1)
+    values = {"mix": None, "crop": EvalCrop(16), "seed": 2, "normalize": None, "targets": [1] * 33, "augment": None}
+    for name, value in values.items():
+        with pytest.raises(ConfigError, match=f"{name} of a dataset cannot be changed.*make another dataset"):
+            setattr(dataset, name, value)
+    for name, recipe in (
+        ("transform", "batch_transform=globally_seeded"),
+        ("transforms", "batch_transform=globally_seeded"),
+        ("target_transform", r"targets=\[target_transform\(label\)"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name} must be left out.*{recipe}"):
+            setattr(dataset, name, str)
+    assert dataset.transform is None and dataset.mix == MixSpec.paper() and dataset.seed == 1
+    dataset.owner = "a user's own attribute"  # type: ignore[attr-defined]
+
+
+def test_image_folders_own_arguments_say_what_to_write(photos: Path) -> None:
+    with pytest.raises(ConfigError, match="transform must be left out, found .*crop=TrainCrop"):
+        DiffuseMixDataset(photos, str)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="target_transform must be left out, found"):
+        DiffuseMixDataset(photos, target_transform=int, crop=EvalCrop(16))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"crop must be a TrainCrop, RandomCrop or EvalCrop, found None; write"):
+        DiffuseMixDataset(photos)
+
+
+def test_edits_are_mixed_unless_told_otherwise(photos: Path, edits: Path, bank: FractalBank) -> None:
+    def mix_of(**options: Any) -> MixSpec | None:
+        return DiffuseMixDataset(photos, crop=TrainCrop(16), **options).mix
+
+    assert mix_of(edits=edits, fractals=bank) == MixSpec.paper()
+    assert mix_of() is None and mix_of(edits=edits, fractals=bank, mix=None) is None
+    assert mix_of(edits=edits, mix=MixSpec(fractal_weight=0)) == MixSpec(fractal_weight=0)
+    with pytest.raises(ConfigError, match="give fractals=, or take fractal_weight=0"):
+        mix_of(edits=edits)
+    with pytest.raises(ConfigError, match="mix must be a MixSpec or None, found 'paper'; write MixSpec.paper()"):
+        mix_of(edits=edits, mix="paper")
+
+
+def test_a_concatenation_agrees_too(photos: Path) -> None:
+    both = ConcatDataset([DiffuseMixDataset(photos, crop=EvalCrop(16), seed=seed) for seed in (1, 2)])
+    assert DiffuseMixLoader(both, device="cpu").state_dict()["seed"] == 1
