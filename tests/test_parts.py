@@ -1,4 +1,4 @@
-"""parts: Subset, ConcatDataset, splits and folds of datasets, targets, and repeated indices, in loader and DataLoader."""
+"""parts: Subset, ConcatDataset, splits, folds, targets and repeated indices, in the loader and in DataLoader."""
 
 import pickle
 from collections import Counter
@@ -85,7 +85,7 @@ def test_a_part_is_in_the_loader_what_it_is_in_dataloader(
 
 def test_indices_are_those_of_what_the_loader_was_given(dataset: DiffuseMixDataset) -> None:
     part = Subset(dataset, [20, 5, 9, 5])
-    (images, labels, indices), *_ = batches_of(part, return_index=True)
+    (_, labels, indices), *_ = batches_of(part, return_index=True)
     assert indices.tolist() == [0, 1, 2, 3]
     assert labels.tolist() == [dataset.targets[i] for i in part.indices]
     plan = DiffuseMixLoader(part, 4, device="cpu").plan(0, 0)
@@ -97,7 +97,9 @@ def test_an_index_that_a_part_repeats_is_another_view(dataset: DiffuseMixDataset
         images = torch.cat([images for images, *_ in batches_of(part)])
         assert len({image.numpy().tobytes() for image in images}) == 30
         assert torch.equal(images[0], dataset[6][0])
-    other = torch.cat([images for images, *_ in batches_of(dataset.subset([6] * 30), shuffle=True, rank=0, world_size=1)])
+    other = torch.cat(
+        [images for images, *_ in batches_of(dataset.subset([6] * 30), shuffle=True, rank=0, world_size=1)]
+    )
     assert {one.numpy().tobytes() for one in other} == {one.numpy().tobytes() for one in images}
 
 
@@ -135,12 +137,14 @@ def test_what_does_not_fit_together_is_refused(dataset: DiffuseMixDataset, photo
     other = DiffuseMixDataset(photos, crop=EvalCrop(16))
     with pytest.raises(ConfigError, match=r"crop must give one size in all datasets of a loader, found \[\(16, 16\)"):
         DiffuseMixLoader(ConcatDataset([dataset, other]), device="cpu")
-    with pytest.raises(ConfigError, match="dataset must be a DiffuseMixDataset, or a Subset .* found list"):
+    with pytest.raises(ConfigError, match=r"dataset must be a DiffuseMixDataset, or a Subset .* found list"):
         DiffuseMixLoader(Subset([1, 2, 3], [0]), device="cpu")  # type: ignore[arg-type]
     with pytest.raises(IndexError, match="index 33 is out of range for a dataset of 33 samples"):
         dataset.subset([33])
     with pytest.raises(ConfigError, match="plan: the batches come from several datasets"):
-        DiffuseMixLoader(ConcatDataset([dataset, DiffuseMixDataset(photos, crop=EvalCrop(24))]), 40, device="cpu").plan(0, 0)
+        DiffuseMixLoader(ConcatDataset([dataset, DiffuseMixDataset(photos, crop=EvalCrop(24))]), 40, device="cpu").plan(
+            0, 0
+        )
 
 
 def test_splits_are_stratified_disjoint_and_depend_on_labels_and_seed_only(

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import os
 import pickle
@@ -70,13 +71,21 @@ def test_attributes_are_dataloaders(dataset: DiffuseMixDataset) -> None:
         ({"sampler": [1], "rank": 0, "world_size": 1}, "rank and world_size divide the loader's own order"),
         ({"rank": 1}, "rank and world_size must be given together"),
         ({"rank": 2, "world_size": 2}, r"rank must lie in \[0, world_size 2\), found 2"),
-        ({"batch_size": None}, "batch_size must be a whole number, at least 1, found None; .* for single samples give 1"),
-        ({"collate_fn": list}, r"(?s)collate_fn must be left out or be torch's default_collate, found .*batch_transform="),
+        (
+            {"batch_size": None},
+            "batch_size must be a whole number, at least 1, found None; .* for single samples give 1",
+        ),
+        (
+            {"collate_fn": list},
+            r"(?s)collate_fn must be left out or be torch's default_collate, found .*batch_transform=",
+        ),
         ({"timeout": -1}, "timeout must be seconds, at least 0 .*, found -1"),
         ({"timeout": "5"}, "timeout must be seconds, at least 0 .*, found '5'"),
     ],
 )
-def test_contradicting_and_impossible_arguments_are_refused(dataset: DiffuseMixDataset, options: dict[str, Any], message: str) -> None:
+def test_contradicting_and_impossible_arguments_are_refused(
+    dataset: DiffuseMixDataset, options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         DiffuseMixLoader(dataset, **{"device": "cpu", **options})
 
@@ -114,6 +123,32 @@ def test_what_has_no_effect_is_said(dataset: DiffuseMixDataset) -> None:
 
 def test_the_device_is_what_works(dataset: DiffuseMixDataset) -> None:
     assert DiffuseMixLoader(dataset).device.type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def kind_of_torchvision(name: str) -> Any:
+    """As torchvision has it, which cannot be installed beside this torch; tests/clients has the real one."""
+    return type(name, (), {"__module__": "torchvision.transforms.v2._auto_augment", "__call__": lambda self, x: x})()
+
+
+def test_colour_operations_on_normalised_images_are_said(photos: Path) -> None:
+    augment, mixing = kind_of_torchvision("RandAugment"), kind_of_torchvision("CutMix")
+    compose = kind_of_torchvision("Compose")
+    compose.transforms = [mixing, augment]
+
+    def normalised(transform: Any, **options: Any) -> None:
+        dataset = DiffuseMixDataset(photos, crop=EvalCrop(16), **options)
+        iter(DiffuseMixLoader(dataset, device="cpu", batch_transform=transform))
+
+    for transform in (
+        globally_seeded(lambda images, labels, _: (augment(images), labels)),
+        globally_seeded(lambda images, labels, _: (compose(images), labels)),
+        functools.partial(lambda augment, images, labels, _: (augment(images), labels), augment),
+    ):
+        with pytest.warns(UserWarning, match="batch_transform has torchvision's RandAugment, which needs values in"):
+            normalised(transform)
+        normalised(transform, normalize=None)
+    normalised(globally_seeded(lambda images, labels, _: mixing(images, labels)))
+    normalised(globally_seeded(mixup))
 
 
 STUCK = """

@@ -140,7 +140,7 @@ def test_what_decides_samples_cannot_be_changed(photos: Path, edits: Path, bank:
 
 
 def test_image_folders_own_arguments_say_what_to_write(photos: Path) -> None:
-    with pytest.raises(ConfigError, match="transform must be left out, found .*crop=TrainCrop"):
+    with pytest.raises(ConfigError, match=r"transform must be left out, found .*crop=TrainCrop"):
         DiffuseMixDataset(photos, str)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="target_transform must be left out, found"):
         DiffuseMixDataset(photos, target_transform=int, crop=EvalCrop(16))  # type: ignore[arg-type]
@@ -157,7 +157,7 @@ def test_edits_are_mixed_unless_told_otherwise(photos: Path, edits: Path, bank: 
     assert mix_of(edits=edits, mix=MixSpec(fractal_weight=0)) == MixSpec(fractal_weight=0)
     with pytest.raises(ConfigError, match="give fractals=, or take fractal_weight=0"):
         mix_of(edits=edits)
-    with pytest.raises(ConfigError, match="mix must be a MixSpec or None, found 'paper'; write MixSpec.paper()"):
+    with pytest.raises(ConfigError, match=r"mix must be a MixSpec or None, found 'paper'; write MixSpec.paper\(\)"):
         mix_of(edits=edits, mix="paper")
 
 

@@ -159,6 +159,8 @@ class BatchMaker:
         if not self._prepared:
             if self.delivery.pin_memory and self.device.type == "cpu":
                 arguments.warn_unless_pinned()
+            if self.batch_transform is not None and any(one.normalize is not None for one in self.parts.datasets):
+                arguments.warn_of_colour(self.batch_transform)
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
             self._prepared = True
         self._substitutions.clear()  # files may have been repaired since

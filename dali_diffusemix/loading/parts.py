@@ -1,4 +1,4 @@
-"""What a loader was given, a Subset or ConcatDataset of datasets for example, resolved to the datasets themselves.
+"""The datasets behind a loader, which may be given a Subset or ConcatDataset of them, nested in any way.
 
 A part draws what the whole draws for the same index. Where it holds an index several times (oversampling), the second
 time is another view, and so on, whichever rank draws it.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Divisible:
-    """What a dataset and a part of one have in common: they can be divided, and know their labels."""
+    """A dataset or a part of one: it can be divided, and knows its labels."""
 
     def _whole(self) -> "tuple[DiffuseMixDataset, NDArray[np.int64]]":
         """The dataset, and the (n,) indices in it that this holds."""

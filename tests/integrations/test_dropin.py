@@ -119,9 +119,7 @@ def run(call: str, kind: str, new: Callable[[], tuple[DiffuseMixDataset, Diffuse
 
 @pytest.mark.filterwarnings("ignore:.*worker_init_fn is not called", "ignore:.*pin_memory")
 @pytest.mark.parametrize(("call", "kind"), CALLS, ids=[f"{i}" for i in range(len(CALLS))])
-def test_a_call_gives_what_dataloader_gives(
-    call: str, kind: str, photos: Path, edits: Path, bank: FractalBank
-) -> None:
+def test_a_call_gives_what_dataloader_gives(call: str, kind: str, photos: Path, edits: Path, bank: FractalBank) -> None:
     def new() -> tuple[DiffuseMixDataset, DiffuseMixDataset]:
         mixed = DiffuseMixDataset(photos, edits=edits, fractals=bank, crop=TrainCrop(16), seed=5)
         return mixed, DiffuseMixDataset(photos, crop=EvalCrop(16), normalize=None, seed=6)
@@ -134,7 +132,9 @@ def test_a_call_gives_what_dataloader_gives(
     found, expected = run(call, kind, new, ours), run(call, kind, new, DataLoader)
     assert len(found[0]) == len(expected[0])
     if kind == "in order":
-        found, expected = ([sorted(one, key=lambda batch: float(batch[0].sum())) for one in both] for both in (found, expected))
+        found, expected = (
+            [sorted(one, key=lambda batch: float(batch[0].sum())) for one in both] for both in (found, expected)
+        )
     for epoch, (batches, theirs) in enumerate(zip(found, expected, strict=True)):
         for (images, labels), (their_images, their_labels) in zip(batches, theirs, strict=True):
             assert images.shape == their_images.shape and images.dtype == their_images.dtype, epoch
