@@ -54,7 +54,7 @@ def main() -> None:
         if options.packed or options.max_side:
             root = Path(folder) / "originals"
             pack(options.root, root, PackConfig(max_side=options.max_side))
-        dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=mix, crop=crop)
+        dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=mix, crop=crop, seed=0)
 
         def loader(visible_parts: bool) -> DiffuseMixLoader:
             return DiffuseMixLoader(

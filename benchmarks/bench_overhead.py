@@ -61,6 +61,7 @@ def ours(
         mix=MixSpec(probability=probability),
         crop=TrainCrop(size),
         normalize=None if names else IMAGENET,
+        seed=0,
     )
     way = {} if options.decode is None else {"decode": WAYS[options.decode]}
     loader = DiffuseMixLoader(
@@ -187,7 +188,7 @@ def main() -> None:
         generate(options.data, edits, GenerateConfig(size=options.edit_size))
         if not bank.exists():
             render_bank(bank, count=64, size=options.edit_size)
-        classes = len(DiffuseMixDataset(options.data, edits=edits, crop=TrainCrop(64)).classes)
+        classes = len(DiffuseMixDataset(options.data, edits=edits, crop=TrainCrop(64), mix=None, seed=0).classes)
         settings = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(options).items()

@@ -72,6 +72,7 @@ def main() -> None:
                 fractals=home / "fractals.npy",
                 mix=MixSpec(probability=1),
                 crop=TrainCrop(224),
+                seed=0,
             )
             for prefetch in (2, 8):
                 loader = DiffuseMixLoader(

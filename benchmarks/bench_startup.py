@@ -32,7 +32,7 @@ import sys
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainCrop
 
 root, store, bank = sys.argv[1:]
-dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=MixSpec.paper(), crop=TrainCrop(224))
+dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=MixSpec.paper(), crop=TrainCrop(224), seed=0)
 images, labels = next(iter(DiffuseMixLoader(dataset, 64, shuffle=True, num_workers=2, device="cpu")))
 assert images.shape == (64, 3, 224, 224)
 """

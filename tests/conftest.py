@@ -18,6 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import hypothesis
 import pytest
+import torch
 from material import MakeStore, shared, write_photograph
 
 from dali_diffusemix import DiffuseMixDataset, MixSpec, TrainCrop
@@ -64,6 +65,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Datasets without a seed have that of torch, which otherwise differs in every run."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

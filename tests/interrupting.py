@@ -123,7 +123,7 @@ def make_case(folder: Path, pieces: str) -> Case:
         generate(folder / "train", folder / "edits", GenerateConfig(prompts=("autumn",), size=48))
         bank, mix = render_bank(folder / "fractals.npy", count=2, size=32), MixSpec(probability=0.7)
         dataset = DiffuseMixDataset(
-            folder / "train", edits=folder / "edits", fractals=bank, mix=mix, crop=TrainCrop(32)
+            folder / "train", edits=folder / "edits", fractals=bank, mix=mix, crop=TrainCrop(32), seed=0
         )
 
     def loader() -> DiffuseMixLoader:

@@ -225,10 +225,10 @@ def test_edits_of_other_originals_are_refused(tmp_path: Path, edits: Path) -> No
     (tmp_path / "dogs").mkdir()
     write_photograph(tmp_path / "dogs" / "a.jpg", 0, 50, 50)
     with pytest.raises(StoreError, match="the edits belong to other originals"):
-        DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits)
+        DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits, mix=None)
     catalog = Catalog.from_arrays(["dogs/a.jpg"], [0], ["dogs"], [(50, 50)])
     with pytest.raises(StoreError, match="built from other originals"):
-        DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits, catalog=catalog)
+        DiffuseMixDataset(tmp_path, crop=EvalCrop(32), edits=edits, catalog=catalog, mix=None)
 
 
 def test_a_catalog_takes_other_layouts(tmp_path: Path, photos: Path) -> None:
@@ -247,7 +247,7 @@ def test_missing_parts_are_named(photos: Path, edits: Path, bank: FractalBank, t
     with pytest.raises(ConfigError, match="needs a fractal bank"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), mix=MixSpec.paper(), edits=edits)
     with pytest.raises(StoreError, match="nowhere"):
-        DiffuseMixDataset(photos, crop=EvalCrop(32), edits=tmp_path / "nowhere")
+        DiffuseMixDataset(photos, crop=EvalCrop(32), edits=tmp_path / "nowhere", mix=None)
     with pytest.raises(StoreError, match=r"nowhere\.npy"):
         DiffuseMixDataset(photos, crop=EvalCrop(32), fractals=tmp_path / "nowhere.npy")
     with pytest.raises(CatalogError, match="nowhere"):

@@ -99,7 +99,9 @@ def test_a_data_set_may_be_some_of_a_store(root: Path, tmp_path: Path, bank: Fra
         assert (some[row][0] == alone[row][0]).all() and some[row][1] == alone[row][1]
     put(root, "ants/new.jpg", 3)
     with pytest.raises(StoreError, match=r"lacks 1 \(for one 'ants/new.jpg'\).*take new ones in"):
-        DiffuseMixDataset(root, edits=tmp_path / "store", crop=TrainCrop(32), catalog=index(root, refresh=True))
+        DiffuseMixDataset(
+            root, edits=tmp_path / "store", crop=TrainCrop(32), catalog=index(root, refresh=True), mix=None
+        )
 
 
 def test_originals_that_vanished_keep_their_edits(root: Path, tmp_path: Path, bank: FractalBank) -> None:

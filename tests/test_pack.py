@@ -367,7 +367,7 @@ def test_stores_in_each_others_places(photos: Path, packed: Path, edits: Path, t
     with pytest.raises(StoreError, match=r"'magic' must be 'dali_diffusemix.originals', found .*\.store'.* as edits"):
         DiffuseMixDataset(edits, crop=EvalCrop(32))
     with pytest.raises(StoreError, match=r"'magic' must be 'dali_diffusemix.store', found .*originals'.* in place of"):
-        DiffuseMixDataset(photos, crop=EvalCrop(32), edits=packed)
+        DiffuseMixDataset(photos, crop=EvalCrop(32), edits=packed, mix=None)
     with pytest.raises(StoreError, match="'magic' must be"):
         EditStore.open(packed)
     with pytest.raises(StoreError, match="'magic' must be"):

@@ -233,7 +233,7 @@ def test_the_footer_says_what_the_edits_are(folder: Path, tmp_path: Path) -> Non
     content = json.loads(file.read_bytes())
     content["settings"] |= {"editor": "diffusers", "model": "timbrooks/instruct-pix2pix"}
     file.write_text(json.dumps(content))
-    other = DiffuseMixDataset(folder / "root", edits=tmp_path / "edits", crop=TrainCrop(32))
+    other = DiffuseMixDataset(folder / "root", edits=tmp_path / "edits", crop=TrainCrop(32), mix=None)
     setting, edits = sheets._footnotes(other, 0)
     assert setting.startswith("mix none")
     assert edits == "edits: timbrooks/instruct-pix2pix"

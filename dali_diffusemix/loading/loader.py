@@ -4,6 +4,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
@@ -196,9 +197,7 @@ class DiffuseMixLoader:
                 batch_sampler = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
             sampler = getattr(batch_sampler, "sampler", None) if sampler is None else sampler
             self._order = SamplerOrder(batch_sampler, sampler, generator, length, self._ranks)
-        identity = Identity(self._parts.first.seed, length, self.shuffle, self._parts.fingerprint)
-        has_sampler = isinstance(self._order, SamplerOrder)
-        self._cursor = Cursor(self._order, identity, has_sampler=has_sampler, announce=self._parts.set_epoch)
+        self._cursor = self._cursor_of(self._order, self._parts.first.seed)
         self._maker = BatchMaker(self._parts, delivery, self._ranks, batch_transform)
         self._clock: Clock | None = None  # of the newest iterator
 
@@ -347,11 +346,27 @@ class DiffuseMixLoader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next `iter()` resume where the state was taken, on any number of ranks with the same global batch.
 
+        A dataset that was not given a seed takes that of the state.
+
         Raises:
             ConfigError: the state is of another dataset, seed or order, and the message says what differs; or the
                 number of delivered samples is no multiple of the global batch.
         """
-        self._cursor.load(state)
+        dataset, seed = self._parts.first, state.get("seed") if isinstance(state, Mapping) else None
+        if seed == dataset.seed or dataset.seed_given or len(self._parts.datasets) > 1 or not isinstance(seed, int):
+            self._cursor.load(state)
+            return
+        order = replace(self._order, seed=seed) if isinstance(self._order, OwnOrder) else self._order
+        cursor = self._cursor_of(order, seed)
+        cursor.load(state)  # refuses a state of something else
+        _log.info("The dataset's seed is %d, from the state that the loader resumes; it was %d.", seed, dataset.seed)
+        dataset.take_seed(seed)
+        self._order, self._cursor = order, cursor
+
+    def _cursor_of(self, order: OwnOrder | SamplerOrder, seed: int) -> Cursor:
+        identity = Identity(seed, len(self.dataset), self.shuffle, self._parts.fingerprint)
+        has_sampler = isinstance(order, SamplerOrder)
+        return Cursor(order, identity, has_sampler=has_sampler, announce=self._parts.set_epoch)
 
     # --- lifetime
 

@@ -41,7 +41,7 @@ def epochs_of(way: str, root: str, edits: str, fractals: str) -> Iterator[None]:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")  # of damaged images
-    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=MixSpec.paper(), crop=TrainCrop(160))
+    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=MixSpec.paper(), crop=TrainCrop(160), seed=0)
     if way == "dataset":
         samples = DataLoader(dataset, batch_size=64, shuffle=True)
         for epoch in range(EPOCHS):

@@ -57,7 +57,7 @@ def main() -> None:
     rank = distributed.get_rank()
     distributed.barrier()
     before, begin = unshared(), time.perf_counter()
-    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=MixSpec.paper(), crop=TrainCrop(224))
+    dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=MixSpec.paper(), crop=TrainCrop(224), seed=0)
     loader = DiffuseMixLoader(dataset, batch_size=256, shuffle=True, device="cpu")
     opened = time.perf_counter() - begin
     plan = loader.plan(0, 0)
