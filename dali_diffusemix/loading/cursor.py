@@ -74,14 +74,14 @@ class Cursor:
         self._next = (0, 0)  # epoch and delivered positions that the next run begins with
         self._checksum = 0  # of those positions
         self._newest: Run | None = None  # None: the next run decides, as after `load`
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a thread that an exception took out of it may enter again
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_newest": None, "_lock": None}  # iterators stay behind
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a thread that an exception took out of it may enter again
 
     @property
     def next_epoch(self) -> int:

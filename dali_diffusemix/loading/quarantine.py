@@ -113,7 +113,7 @@ class _Facts(Generic[_Pieces]):
         # By index and view, with the size of the pieces in bytes; last used last.
         self._made: dict[tuple[int, int], tuple[BatchPlan, _Pieces, int]] = {}
         self._size = 0  # bytes of all of them
-        self._lock = threading.Lock()  # iterators in several threads
+        self._lock = threading.RLock()  # several iterators; a thread that an exception took out of it may enter again
 
     def of(self, kind: Kind) -> bytearray:
         return self.originals if kind == "original" else self.edits

@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Subset
 
-from dali_diffusemix.base.philox import SPLIT, Permutation
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.samplers import View, addresses, occurrences
+from dali_diffusemix.plan.order import split_order
 
 if TYPE_CHECKING:
     from dali_diffusemix.loading.dataset import DiffuseMixDataset, Sample
@@ -93,7 +93,7 @@ class Divisible:
         dataset, mine = self._whole()
         of_index = dataset.planner.originals_of(mine)
         originals = np.unique(of_index)
-        drawn = originals[Permutation(len(originals), seed=seed, epoch=SPLIT)(np.arange(len(originals)))]
+        drawn = originals[split_order(len(originals), seed)]
         labels = dataset.catalog.labels[drawn]
         return drawn[np.argsort(labels, kind="stable")], of_index
 

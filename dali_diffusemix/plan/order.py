@@ -7,7 +7,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.base.philox import Permutation, check_seed
+from dali_diffusemix.base.philox import SPLIT, Permutation, check_seed
 from dali_diffusemix.errors import ConfigError
 
 
@@ -94,3 +94,9 @@ def _order_block(length: int, seed: int, epoch: int, number: int) -> NDArray[np.
     block = Permutation(length, seed=seed, epoch=epoch)(np.arange(start, min(start + _BLOCK, length)))
     block.setflags(write=False)
     return block
+
+
+def split_order(count: int, seed: int) -> NDArray[np.int64]:
+    """(count,) 0 ... count - 1 in a random order, from which the parts of a dataset are drawn."""
+    check_seed(seed, 0)
+    return Permutation(count, seed=seed, epoch=SPLIT)(np.arange(count))

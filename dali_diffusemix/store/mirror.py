@@ -103,9 +103,9 @@ class Mirror:
 
     def _begin(self) -> None:
         """Set up what a forked process cannot share."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a thread that an exception took out of it may enter again
         self._source: tuple[Any, str] | None = None  # fsspec's file system, and the store's path in it
-        self._source_lock = threading.Lock()
+        self._source_lock = threading.RLock()
         self._pending: OrderedDict[str, bool] = OrderedDict()  # shards to fetch; True if a reader waits
         self._results: dict[str, Future[None]] = {}  # of shards that are pending or being fetched
         self._wanted: Counter[str] = Counter()  # shards that are being opened
