@@ -72,6 +72,7 @@ import torch
 from torch import distributed
 from torch.utils.data import ConcatDataset
 from dali_diffusemix import ConfigError, DiffuseMixDataset, DiffuseMixLoader, TrainCrop
+from dali_diffusemix.catalog import index
 
 meeting, root, rank, case = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
@@ -98,6 +99,10 @@ if case == "agree":
         DiffuseMixLoader(DiffuseMixDataset(root, crop=TrainCrop(20)), 4, device="cpu")
     both = DiffuseMixDataset(root, crop=TrainCrop(16)), DiffuseMixDataset(root, crop=TrainCrop(16), seed=4)
     third = DiffuseMixLoader(ConcatDataset(both), 4, device="cpu")
+    mine = index(root).take(range(rank, 33, 2))
+    apart = DiffuseMixDataset(root, catalog=mine, crop=TrainCrop(16))  # originals of its own, with a sampler
+    seen(DiffuseMixLoader(apart, 4, sampler=range(len(apart)), device="cpu", return_index=True))
+    assert apart.seed == 50
     found = [seen(first), seen(second), first.dataset.seed, [one.seed for one in both]]
 else:
     try:

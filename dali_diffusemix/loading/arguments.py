@@ -60,9 +60,9 @@ def check_worker_init(worker_init_fn: object) -> None:
         )
 
 
-def warn_unless_pinned() -> None:
+def warn_unless(*, pinned: bool) -> None:
     """Warn, as DataLoader does, where there is no page-locked memory to put batches in."""
-    if not torch.cuda.is_available():
+    if not pinned:
         warnings.warn(
             "pin_memory=True: there is no GPU on this machine, so batches are in ordinary memory.", stacklevel=4
         )

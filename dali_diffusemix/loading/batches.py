@@ -135,6 +135,7 @@ class BatchMaker:
         """Begin without anything that cannot go to another process."""
         self._way: GpuDecoding | None = None  # to decode; None is on the CPU
         self._prepared = False
+        self._pins = False  # batches on the CPU are in page-locked memory
         self._free: list[PieceDecoder] = []  # building one takes longer than a batch
         self._substitutions: dict[int, Substitution[Pieces]] = {}  # by the dataset's number, as the next one
         self._upload: PieceUpload | None = None
@@ -158,7 +159,8 @@ class BatchMaker:
                 self.device = torch.device("cuda", torch.cuda.current_device())
         if not self._prepared:
             if self.delivery.pin_memory and self.device.type == "cpu":
-                arguments.warn_unless_pinned()
+                self._pins = torch.cuda.is_available()
+                arguments.warn_unless(pinned=self._pins)
             if self.batch_transform is not None and any(one.normalize is not None for one in self.parts.datasets):
                 arguments.warn_of_colour(self.batch_transform)
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
@@ -227,11 +229,6 @@ class BatchMaker:
         if self.delivery.return_index:
             batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
         return tuple(map(_pinned, batch)) if self._pins else batch
-
-    @property
-    def _pins(self) -> bool:
-        """True if batches on the CPU are in page-locked memory."""
-        return self.delivery.pin_memory and self.device.type == "cpu" and torch.cuda.is_available()
 
     def _substituted(self, shares: "list[_Share]", pieces: Pieces, decoder: PieceDecoder) -> "list[_Share]":
         """Replace the samples that cannot be made, in the pieces and in the plans that are returned."""

@@ -169,6 +169,9 @@ class DiffuseMixLoader:
         self.return_index = return_index
         self.visible_parts = visible_parts
         self._ranks = Ranks(None if rank is None or world_size is None else (rank, world_size))
+        if shuffle and generator is not None:
+            sampler = RandomSampler(dataset, generator=generator)
+        self._has_sampler = sampler is not None or batch_sampler is not None
         self._agreed = self._agree(may_take=True)
         self._said = False
         delivery = Delivery(
@@ -184,10 +187,8 @@ class DiffuseMixLoader:
             timeout=timeout,
         )
         length = len(dataset)
-        if shuffle and generator is not None:
-            sampler = RandomSampler(dataset, generator=generator)
         self._order: OwnOrder | SamplerOrder
-        if sampler is None and batch_sampler is None:
+        if not self._has_sampler:
             seed = self._parts.first.seed
             self._order = OwnOrder(length, batch_size, self.shuffle, drop_last, seed, self._ranks)
             if rank is not None:
@@ -309,7 +310,12 @@ class DiffuseMixLoader:
         if self._ranks.given is not None or not initialised():
             return False
         datasets, (rank, _) = self._parts.datasets, self._ranks()
-        subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
+        if not self._has_sampler:
+            subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
+        else:  # each rank may have originals of its own, and nothing follows from seeds that differ
+            datasets, subject = [one for one in datasets if not one.seed_given], "sampler"
+            if not datasets:
+                return True
         for dataset, seed in zip(datasets, seeds_of_rank_0(subject, [one.seed for one in datasets]), strict=True):
             if dataset.seed == seed:
                 continue
@@ -365,8 +371,7 @@ class DiffuseMixLoader:
 
     def _cursor_of(self, order: OwnOrder | SamplerOrder, seed: int) -> Cursor:
         identity = Identity(seed, len(self.dataset), self.shuffle, self._parts.fingerprint)
-        has_sampler = isinstance(order, SamplerOrder)
-        return Cursor(order, identity, has_sampler=has_sampler, announce=self._parts.set_epoch)
+        return Cursor(order, identity, has_sampler=self._has_sampler, announce=self._parts.set_epoch)
 
     # --- lifetime
 
