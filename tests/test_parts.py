@@ -2,13 +2,16 @@
 
 import pickle
 from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import ConcatDataset, DataLoader, Subset, WeightedRandomSampler, random_split
+from material import write_photograph
+from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset, WeightedRandomSampler, random_split
 
 from dali_diffusemix import (
     Catalog,
@@ -235,28 +238,61 @@ def test_class_weights_balance(photos: Path, expanded: DiffuseMixDataset) -> Non
 # --- repeats
 
 
-def weighted(count: int = 60) -> WeightedRandomSampler:
-    """300 draws of 33 originals."""
+@pytest.fixture(scope="module")
+def sixty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 photographs of three classes."""
+    root = tmp_path_factory.mktemp("sixty")
+    for i in range(60):
+        write_photograph(root / "abc"[i % 3] / f"{i:02}.jpg", i, 60 + i % 7, 90 - i % 11)
+    return root
+
+
+def weighted() -> WeightedRandomSampler:
+    """300 draws of 33 originals or more."""
     weights = torch.arange(1, 34, dtype=torch.float64)
     return WeightedRandomSampler(weights.tolist(), 300, generator=torch.Generator().manual_seed(7))
 
 
-def test_300_draws_are_300_images_and_resume_anywhere(dataset: DiffuseMixDataset) -> None:
-    def new() -> DiffuseMixLoader:
-        return DiffuseMixLoader(dataset, 16, sampler=weighted(), device="cpu", return_index=True)
+class Share(Sampler[Any]):
+    """One rank's share of a sampler, as the wrappers of training frameworks divide it."""
 
-    loader, batches, states = new(), [], []
-    for images, _, indices in loader:
-        batches.append((images.clone(), indices.clone()))
-        states.append(loader.state_dict())
-    images = torch.cat([images for images, _ in batches])
-    assert len({image.numpy().tobytes() for image in images}) == len(images) == 300
-    assert len({int(i) for _, indices in batches for i in indices}) <= 33
-    for step in range(0, 18, 2):
-        again = new()
-        again.load_state_dict(states[step])
-        rest = [(images, indices) for images, _, indices in again]
-        assert same(rest, batches[step + 1 :])
+    def __init__(self, sampler: Sampler[int], rank: int, num_replicas: int) -> None:
+        self.sampler, self.rank, self.num_replicas = sampler, rank, num_replicas
+
+    def __len__(self) -> int:
+        return len(self.sampler) // self.num_replicas  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        return islice(self.sampler, self.rank, None, self.num_replicas)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_300_draws_of_60_images_are_300_crops_and_resume_anywhere(sixty: Path, ranks: int) -> None:
+    dataset = DiffuseMixDataset(sixty, crop=TrainCrop(24), seed=3)
+    draw = torch.Generator().manual_seed(7)
+    weights = (torch.arange(60) + 1.0).tolist()
+    order = list(WeightedRandomSampler(weights, 300, generator=draw))
+
+    def new(rank: int) -> DiffuseMixLoader:
+        sampler = WeightedRandomSampler(weights, 300, generator=torch.Generator().manual_seed(7))
+        share: Any = sampler if ranks == 1 else distinct(Share(sampler, rank, ranks), across_ranks=True)
+        return DiffuseMixLoader(dataset, 12 // ranks, sampler=share, device="cpu", return_index=True)
+
+    crops, indices = Counter[bytes](), Counter[int]()
+    for rank in range(ranks):
+        loader, batches, states = new(rank), [], []
+        for images, _, drawn in loader:
+            batches.append((images.clone(), drawn.clone()))
+            states.append(loader.state_dict())
+        assert len(batches) == 25
+        crops.update(image.numpy().tobytes() for images, _ in batches for image in images)
+        indices.update(int(i) for _, drawn in batches for i in drawn)
+        for step in range(0, 20, 2):  # ten places
+            again = new(rank)
+            again.load_state_dict(states[step])
+            assert same([(images, drawn) for images, _, drawn in again], batches[step + 1 :])
+    assert len(crops) == 300 and set(crops.values()) == {1}
+    assert indices == Counter(order) and len(indices) < 60
 
 
 @pytest.mark.parametrize("workers", [0, 2])
