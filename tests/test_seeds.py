@@ -45,10 +45,15 @@ def test_the_seed_is_torchs(photos: Path, caplog: pytest.LogCaptureFixture) -> N
         DiffuseMixLoader(first(124), 4, device="cpu").load_state_dict(state)
 
 
-def test_a_run_without_seeds_resumes_as_it_began(photos: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("part", [False, True])
+def test_a_run_without_seeds_resumes_as_it_began(photos: Path, caplog: pytest.LogCaptureFixture, part: bool) -> None:
+    datasets = []
+
     def new(seed: int) -> DiffuseMixLoader:
         torch.manual_seed(seed)  # as if every process had another
-        return DiffuseMixLoader(DiffuseMixDataset(photos, crop=TrainCrop(16)), 4, shuffle=True, device="cpu")
+        datasets.append(DiffuseMixDataset(photos, crop=TrainCrop(16)))
+        given = datasets[-1].subset(range(33)) if part else datasets[-1]
+        return DiffuseMixLoader(given, 4, shuffle=True, device="cpu")
 
     loader, batches, states = new(1), [], []
     for images, labels in loader:
@@ -57,10 +62,10 @@ def test_a_run_without_seeds_resumes_as_it_began(photos: Path, caplog: pytest.Lo
     again = new(2)
     with pytest.raises(ConfigError, match="length of the state is 32, here it is 33"):
         again.load_state_dict({**states[3], "length": 32})
-    assert again.dataset.seed == 2
+    assert datasets[-1].seed == 2
     with caplog.at_level(logging.INFO):
         again.load_state_dict(states[3])
-    assert again.dataset.seed == 1 and "seed is 1, from the state that the loader resumes; it was 2" in caplog.text
+    assert datasets[-1].seed == 1 and "seed is 1, from the state that the loader resumes; it was 2" in caplog.text
     assert again.state_dict() == states[3]
     for (images, labels), (expected, theirs) in zip(again, batches[4:], strict=True):
         assert torch.equal(images, expected) and torch.equal(labels, theirs)

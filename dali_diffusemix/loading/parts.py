@@ -64,8 +64,9 @@ class Parts:
         if self._places is None:
             return self.first.catalog.fingerprint
         found = hashlib.sha256()
-        for one in self.datasets:
-            found.update(f"{one.catalog.fingerprint} {len(one)} {one.seed};".encode())
+        for number, one in enumerate(self.datasets):
+            seed = one.seed if number else None  # that of the first is in a state by itself
+            found.update(f"{one.catalog.fingerprint} {len(one)} {seed};".encode())
         for column in self._places:
             found.update(column.astype("<i8").tobytes())
         return found.hexdigest()
