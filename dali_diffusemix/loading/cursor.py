@@ -68,7 +68,7 @@ class Cursor:
         announce: Callable[[int], None] | None = None,
     ) -> None:
         self._announce = announce
-        self._order = order
+        self.order = order
         self._identity = identity
         self._has_sampler = has_sampler
         self._next = (0, 0)  # epoch and delivered positions that the next run begins with
@@ -93,7 +93,7 @@ class Cursor:
         with self._lock:  # several threads may begin: each gets an epoch and a run of its own
             epoch, delivered = self._next
             self._next = epoch + 1, 0
-            run = self._newest = Run(epoch, delivered, self._order.begin(), self._checksum)
+            run = self._newest = Run(epoch, delivered, self.order.begin(), self._checksum)
             self._checksum = 0
         self.announce(epoch)
         return run
@@ -106,8 +106,12 @@ class Cursor:
     def finish(self, run: Run) -> None:
         """A run has delivered everything: a state taken from here on is the beginning of the epoch after it."""
         if run is self._newest:
-            run.epoch, run.delivered, run.sampler, run.checksum = run.epoch + 1, 0, self._order.state(), 0
+            run.epoch, run.delivered, run.sampler, run.checksum = run.epoch + 1, 0, self.order.state(), 0
         run.running = False
+
+    def adopt(self, order: Order, identity: Identity) -> None:
+        """Take the order of another seed; the position stays."""
+        self.order, self._identity = order, identity
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next run. A position inside that epoch, as a loaded state gives it, is kept."""
@@ -139,12 +143,16 @@ class Cursor:
             "fingerprint": identity.fingerprint,
         }
         if self._has_sampler:
-            state["sampler"] = self._order.state() if run is None else run.sampler
+            state["sampler"] = self.order.state() if run is None else run.sampler
             state["checksum"] = self._checksum if run is None else run.checksum
         return state
 
-    def load(self, state: Mapping[str, Any]) -> None:
+    def load(self, state: Mapping[str, Any], *, any_seed: bool = False) -> None:
         """Let the next run begin where a state was taken.
+
+        Args:
+            state: The state.
+            any_seed: It may be of another seed, which the caller takes over then.
 
         Raises:
             ConfigError: it is no state of this version, it belongs to something else, or no batch begins there.
@@ -154,7 +162,7 @@ class Cursor:
             raise ConfigError(f"state must be of version {_VERSION}, from a DiffuseMixLoader, found {found}.")
         for name, remedy in _REMEDIES.items():
             ours = getattr(self._identity, name)
-            if state.get(name) != ours:
+            if state.get(name) != ours and not (any_seed and name == "seed"):
                 raise ConfigError(f"{name} of the state is {state.get(name)!r}, here it is {ours!r}; {remedy}.")
         if ("sampler" in state) != self._has_sampler:
             there, here = ("a", "none") if "sampler" in state else ("no", "one")
@@ -165,8 +173,8 @@ class Cursor:
             epoch, delivered = int(state["epoch"]), int(state["places"])
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"state must hold whole numbers as epoch and places, found {dict(state)!r}.") from error
-        check_seed(self._identity.seed, epoch)
+        check_seed(state["seed"], epoch)
         checksum = state.get("checksum")
-        self._order.resume(delivered, state.get("sampler"), checksum)
+        self.order.resume(delivered, state.get("sampler"), checksum)
         self._next, self._checksum = (epoch, delivered), checksum or 0
         self._newest = None

@@ -171,8 +171,7 @@ class DiffuseMixLoader:
         self._ranks = Ranks(None if rank is None or world_size is None else (rank, world_size))
         if shuffle and generator is not None:
             sampler = RandomSampler(dataset, generator=generator)
-        self._has_sampler = sampler is not None or batch_sampler is not None
-        self._agreed = self._agree(may_take=True)
+        self._agreed = False  # with the other ranks, on the seeds
         self._said = False
         delivery = Delivery(
             device=arguments.chosen_device(device),
@@ -188,7 +187,7 @@ class DiffuseMixLoader:
         )
         length = len(dataset)
         self._order: OwnOrder | SamplerOrder
-        if not self._has_sampler:
+        if sampler is None and batch_sampler is None:
             seed = self._parts.first.seed
             self._order = OwnOrder(length, batch_size, self.shuffle, drop_last, seed, self._ranks)
             if rank is not None:
@@ -198,7 +197,9 @@ class DiffuseMixLoader:
                 batch_sampler = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]
             sampler = getattr(batch_sampler, "sampler", None) if sampler is None else sampler
             self._order = SamplerOrder(batch_sampler, sampler, generator, length, self._ranks)
-        self._cursor = self._cursor_of(self._order, self._parts.first.seed)
+        has_sampler = isinstance(self._order, SamplerOrder)
+        self._cursor = Cursor(self._order, self._identity(), has_sampler=has_sampler, announce=self._parts.set_epoch)
+        self._agree()
         self._maker = BatchMaker(self._parts, delivery, self._ranks, batch_transform)
         self._clock: Clock | None = None  # of the newest iterator
 
@@ -214,7 +215,7 @@ class DiffuseMixLoader:
         return len(self._order)
 
     def __iter__(self) -> "_Iterator":
-        self._agreed = self._agreed or self._agree(may_take=False)
+        self._agree()
         self._say_share()
         self._maker.prepare()
         batches = Batches(self._maker, self._order, self._cursor.begin(), self.batch_size)
@@ -242,14 +243,14 @@ class DiffuseMixLoader:
         if isinstance(self._order, SamplerOrder):
             # As DataLoader does where a batch sampler has none.
             return SequentialSampler(self.dataset) if self._order.sampler is None else self._order.sampler
-        return OrderSampler(self._order, self._cursor)
+        return OrderSampler(self._cursor)
 
     @property
     def batch_sampler(self) -> Iterable[Sequence[int]]:
         """The same in batches."""
         if isinstance(self._order, SamplerOrder):
             return self._order.batch_sampler
-        return OrderBatchSampler(self._order, self._cursor)
+        return OrderBatchSampler(self._cursor)
 
     @property
     def batch_transform(self) -> BatchTransform | None:
@@ -301,31 +302,26 @@ class DiffuseMixLoader:
         """Return where the newest iterator's time has gone so far."""
         return LoaderStats() if self._clock is None else self._clock.stats()
 
-    def _agree(self, *, may_take: bool) -> bool:
-        """Agree with the other ranks on the seeds. Returns True once that is done.
-
-        Args:
-            may_take: A seed that nobody gave may become that of rank 0.
-        """
-        if self._ranks.given is not None or not initialised():
-            return False
+    def _agree(self) -> None:
+        """Agree with the other ranks on the seeds, once torch.distributed is initialised: those of rank 0."""
+        if self._agreed or self._ranks.given is not None or not initialised():
+            return
         datasets, (rank, _) = self._parts.datasets, self._ranks()
-        if not self._has_sampler:
-            subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
-        else:  # each rank may have originals of its own, and nothing follows from seeds that differ
-            datasets, subject = [one for one in datasets if not one.seed_given], "sampler"
-            if not datasets:
-                return True
-        for dataset, seed in zip(datasets, seeds_of_rank_0(subject, [one.seed for one in datasets]), strict=True):
-            if dataset.seed == seed:
-                continue
-            if dataset.seed_given or not may_take:
-                raise ConfigError(
-                    f"seed must be the same on all ranks: rank 0 has {seed}, rank {rank} has {dataset.seed}; give the "
-                    "dataset one seed, or leave it out and make the loader after init_process_group."
-                )
-            dataset.take_seed(seed)
-        return True
+        # With a sampler each rank may have originals of its own, and nothing follows from given seeds that differ.
+        sampled = isinstance(self._order, SamplerOrder)
+        if not (sampled and all(dataset.seed_given for dataset in datasets)):
+            subject = (
+                "sampler" if sampled else f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
+            )
+            seeds = seeds_of_rank_0(subject, [dataset.seed for dataset in datasets])
+            for dataset, seed in zip(datasets, seeds, strict=True):
+                if dataset.seed_given and dataset.seed != seed:
+                    raise ConfigError(
+                        f"seed must be the same on all ranks: rank 0 has {seed}, rank {rank} has {dataset.seed}; give "
+                        "the dataset one seed, or leave it out."
+                    )
+            self._take_seeds(seeds)
+        self._agreed = True
 
     def _say_share(self) -> None:
         """Log once that this process only gets its share: an evaluation by one rank alone would not notice."""
@@ -358,20 +354,26 @@ class DiffuseMixLoader:
             ConfigError: the state is of another dataset, seed or order, and the message says what differs; or the
                 number of delivered samples is no multiple of the global batch.
         """
-        dataset, seed = self._parts.first, state.get("seed") if isinstance(state, Mapping) else None
-        if seed == dataset.seed or dataset.seed_given or len(self._parts.datasets) > 1 or not isinstance(seed, int):
-            self._cursor.load(state)
-            return
-        order = replace(self._order, seed=seed) if isinstance(self._order, OwnOrder) else self._order
-        cursor = self._cursor_of(order, seed)
-        cursor.load(state)  # refuses a state of something else
-        _log.info("The dataset's seed is %d, from the state that the loader resumes; it was %d.", seed, dataset.seed)
-        dataset.take_seed(seed)
-        self._order, self._cursor = order, cursor
+        dataset = self._parts.first
+        takes = not dataset.seed_given and len(self._parts.datasets) == 1
+        self._cursor.load(state, any_seed=takes)
+        if takes and state["seed"] != dataset.seed:
+            _log.info(
+                "The dataset's seed is %d, from the state that is resumed; it was %d.", state["seed"], dataset.seed
+            )
+            self._take_seeds([state["seed"]])
 
-    def _cursor_of(self, order: OwnOrder | SamplerOrder, seed: int) -> Cursor:
-        identity = Identity(seed, len(self.dataset), self.shuffle, self._parts.fingerprint)
-        return Cursor(order, identity, has_sampler=self._has_sampler, announce=self._parts.set_epoch)
+    def _take_seeds(self, seeds: Sequence[int]) -> None:
+        """Let the datasets that were not given a seed have these."""
+        for dataset, seed in zip(self._parts.datasets, seeds, strict=True):
+            if dataset.seed != seed:
+                dataset.take_seed(seed)
+        if isinstance(self._order, OwnOrder):
+            self._order = replace(self._order, seed=self._parts.first.seed)
+        self._cursor.adopt(self._order, self._identity())
+
+    def _identity(self) -> Identity:
+        return Identity(self._parts.first.seed, len(self.dataset), self.shuffle, self._parts.fingerprint)
 
     # --- lifetime
 

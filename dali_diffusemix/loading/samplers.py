@@ -384,7 +384,10 @@ def occurrences(values: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 class Position(Protocol):
-    """Where a loader's next epoch begins."""
+    """A loader's order, and where its next epoch begins."""
+
+    @property
+    def order(self) -> Any: ...
 
     @property
     def next_epoch(self) -> int: ...
@@ -397,11 +400,11 @@ class Position(Protocol):
 class OrderSampler(Sampler[int]):
     """The loader's own order of its next epoch on this rank, as a sampler."""
 
-    def __init__(self, order: OwnOrder, position: Position) -> None:
-        self.batches = OrderBatchSampler(order, position)
+    def __init__(self, position: Position) -> None:
+        self.batches = OrderBatchSampler(position)
 
     def __len__(self) -> int:
-        return self.batches.order.epochs.count()
+        return int(self.batches.position.order.epochs.count())
 
     def __iter__(self) -> Iterator[int]:
         for batch in self.batches:
@@ -415,24 +418,23 @@ class OrderSampler(Sampler[int]):
 class OrderBatchSampler(Sampler[list[int]]):
     """The loader's own batches of its next epoch on this rank, as a batch sampler."""
 
-    def __init__(self, order: OwnOrder, position: Position) -> None:
-        self.order = order
+    def __init__(self, position: Position) -> None:
         self.position = position
-        self.batch_size = order.batch_size
-        self.drop_last = order.drop_last
+        self.batch_size = position.order.batch_size
+        self.drop_last = position.order.drop_last
 
     @property
     def sampler(self) -> OrderSampler:
         """The same as a sampler."""
-        return OrderSampler(self.order, self.position)
+        return OrderSampler(self.position)
 
     def __len__(self) -> int:
-        return len(self.order)
+        return len(self.position.order)
 
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.position.next_epoch
         self.position.announce(epoch)  # a DataLoader over the dataset then gives the samples of this epoch
-        for batch in self.order.batches(epoch, 0):
+        for batch in self.position.order.batches(epoch, 0):
             yield batch.indices.tolist()
 
 
