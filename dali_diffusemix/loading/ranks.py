@@ -11,7 +11,7 @@ import torch
 
 from dali_diffusemix.errors import ConfigError
 
-_WAIT: Final = timedelta(minutes=5)  # for rank 0 to make the same loader
+_WAIT: Final = timedelta(minutes=30)  # for rank 0 to make the same loader; as long as torch's own collectives wait
 _asked: Counter[str] = Counter()  # agreements of this process, by what they are about
 
 
@@ -44,7 +44,7 @@ def seeds_of_rank_0(subject: str, seeds: Sequence[int]) -> list[int]:
         seeds: This rank's.
 
     Raises:
-        ConfigError: rank 0 did not take part within five minutes.
+        ConfigError: rank 0 did not take part within half an hour.
     """
     _asked[subject] += 1
     store: Any = torch.distributed.distributed_c10d._get_default_store()
