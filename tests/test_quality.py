@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from material import photograph
 from numpy.typing import NDArray
@@ -107,6 +107,7 @@ def test_numbers_that_are_not_finite(bad: float, count: int) -> None:
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70), seed=st.integers(0, 99))
+@example(height=1, width=2, seed=1)  # correlates by a little more than 1
 def test_images_of_every_size_get_one_verdict_that_repeats(height: int, width: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     original, edit = rng.integers(0, 256, (2, height, width, 3), np.uint8)

@@ -120,7 +120,8 @@ def _averages(image: NDArray[np.uint8]) -> _Floats:
 def _structure(original: _Floats, edit: _Floats) -> float:
     """The similarity of two images' structure, 0 to 1, whatever their colours."""
     ours, theirs = original.mean(axis=2), edit.mean(axis=2)
-    return max(abs(_correlation(ours, theirs)), _correlation(_steepness(ours), _steepness(theirs)), 0.0)
+    found = max(abs(_correlation(ours, theirs)), _correlation(_steepness(ours), _steepness(theirs)), 0.0)
+    return min(found, 1.0)  # by rounding a little more
 
 
 def _steepness(field: _Floats) -> _Floats:
