@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow soak check docs dist clean
+.PHONY: demo test slow soak clients check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
@@ -22,6 +22,22 @@ slow: $(INSTALLED)
 SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json
 soak: $(INSTALLED)
 	DALI_DIFFUSEMIX_SOAK_RECORD=$(SOAK_RECORD) $(BIN)/python -m pytest -q tests/soak $(SOAK)
+
+# Other people's training scripts and frameworks, in an environment of their own with PyPI's torch: 6 GB, a quarter of
+# an hour. Leaves a record. tests/clients/conftest.py says where the scripts of timm and torchvision are looked for.
+CLIENTS := .clients
+CLIENTS_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-clients.json
+CLIENTS_TESTS = tests/clients $(addprefix tests/integrations/test_,timm.py lightning.py accelerate.py transformers.py)
+clients: $(CLIENTS)/.installed
+	DALI_DIFFUSEMIX_CLIENTS_RECORD=$(CLIENTS_RECORD) $(CLIENTS)/bin/python -m pytest -q -p no:cacheprovider $(or $(TESTS),$(CLIENTS_TESTS))
+
+# Composer by itself: it asks for a torch of 2025, and only what it imports is installed beside it.
+$(CLIENTS)/.installed: setup.py pyproject.toml tests/clients/requirements.txt tests/clients/composer.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install -q --upgrade pip "setuptools>=80" wheel
+	$(CLIENTS)/bin/python -m pip install -q -e '.[cpu]' -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install -q --no-deps -r tests/clients/composer.txt
+	touch $@
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

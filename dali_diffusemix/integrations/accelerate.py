@@ -153,6 +153,14 @@ def prepare(loader: DiffuseMixLoader, accelerator: Accelerator) -> AcceleratedLo
         ConfigError: The loader delivers on another device than the accelerator's, or the accelerator splits batches or
             dispatches them from the main process.
     """
+    check(loader, accelerator)
+    prepared = AcceleratedLoader(loader, accelerator)
+    accelerator.register_for_checkpointing(prepared)
+    return prepared
+
+
+def check(loader: DiffuseMixLoader, accelerator: Accelerator) -> None:
+    """Raise ConfigError if the loader and the accelerator do not agree on who makes batches, and on which device."""
     for name in ("split_batches", "dispatch_batches"):
         if getattr(accelerator, name):
             raise ConfigError(
@@ -164,6 +172,3 @@ def prepare(loader: DiffuseMixLoader, accelerator: Accelerator) -> AcceleratedLo
             f"device of the loader must be the accelerator's, {str(there)!r}, found {str(here)!r}; give "
             f"DiffuseMixLoader(device={there.type!r})."
         )
-    prepared = AcceleratedLoader(loader, accelerator)
-    accelerator.register_for_checkpointing(prepared)
-    return prepared

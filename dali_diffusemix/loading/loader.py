@@ -14,6 +14,7 @@ from torch.utils.data import BatchSampler, ConcatDataset, RandomSampler, Sequent
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading import arguments, auto
+from dali_diffusemix.loading.accumulation import Ending
 from dali_diffusemix.loading.batches import Batch, Batches, BatchMaker, BatchTransform, Clock, Delivery, LoaderStats
 from dali_diffusemix.loading.cursor import Cursor, Identity
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
@@ -402,6 +403,7 @@ class _Iterator(Iterator[Batch]):
         self._batches = batches
         self._cursor = cursor
         self._order = order
+        self._ending = Ending()
 
     def __len__(self) -> int:
         return len(self._order)
@@ -417,6 +419,7 @@ class _Iterator(Iterator[Batch]):
             )
         with self._lock:
             if not self._batches.run.running:
+                self._ending.close()
                 raise StopIteration
             try:
                 batch = self._batches.next()
@@ -426,12 +429,15 @@ class _Iterator(Iterator[Batch]):
             if self._batches.exhausted:
                 self._cursor.finish(self._batches.run)
                 self._batches.close()
+                self._ending.end_of_dataloader = True
             if batch is None:
+                self._ending.close()
                 raise StopIteration
             return batch
 
     def close(self) -> None:
         """End the epoch here and release the decoder."""
+        self._ending.close()
         self._batches.close()
 
     def __del__(self) -> None:

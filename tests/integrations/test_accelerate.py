@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import RandomSampler
+from torch.utils.data import DataLoader, RandomSampler
 
 from dali_diffusemix import ConfigError, DiffuseMixLoader
 
@@ -19,7 +19,7 @@ accelerate = pytest.importorskip(
 )
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
-from gathered import BATCH_SIZES, gathered, loader_of, report  # noqa: E402
+from gathered import BATCH_SIZES, gathered, loader_of, report, synchronised  # noqa: E402
 from samples import described, training_set  # noqa: E402
 
 from dali_diffusemix.integrations.accelerate import prepare  # noqa: E402
@@ -89,6 +89,22 @@ def test_accelerators_own_prepare_leaves_both_alone(data: Path, accelerator: Any
     assert accelerator.prepare(prepared) is prepared
     assert prepared.dataset is loader.dataset
     assert (prepared.batch_size, prepared.total_batch_size, prepared.total_dataset_length) == (4, 4, 33)
+
+
+def test_the_loader_itself_ends_an_accumulation(data: Path, accelerator: Any) -> None:
+    """9 batches, 2 at a time: with Accelerate's own `prepare`, which leaves it alone, as with its own loaders."""
+    theirs = accelerator.prepare(DataLoader(range(33), batch_size=4))  # type: ignore[arg-type]
+    loader = accelerator.prepare(loader_of(data, 4))
+    found = synchronised(accelerator, loader)
+    assert found == synchronised(accelerator, theirs) and found.count(True) == 2 * 5
+    assert not accelerator.gradient_state.in_dataloader
+    for _ in loader:
+        assert accelerator.gradient_state.in_dataloader
+        break
+    assert not accelerator.gradient_state.in_dataloader
+    for _ in zip(theirs, loader, strict=True):  # nested, each end is its own
+        pass
+    assert not accelerator.gradient_state.in_dataloader
 
 
 def test_batches_are_skipped_without_a_dataloader(data: Path, accelerator: Any) -> None:
