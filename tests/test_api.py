@@ -36,6 +36,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "inspect.verify": ("Problem", "Verification", "discard", "verify"),
     "integrations.accelerate": None,
     "integrations.timm": None,
+    "integrations.transformers": ("TrainerMixin",),
     "mix": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
     "plan": ("PLAN_VERSION", "EpochOrder"),
     "store": ("OriginalStore",),

@@ -182,7 +182,7 @@ class _Epoch(Dataset[Inputs]):
 
 
 def _setters(loader: DiffuseMixLoader) -> list[Any]:
-    """What decides the order of a loader and takes an epoch."""
+    """The samplers of a loader that take an epoch."""
     return [one for one in (loader.batch_sampler, loader.sampler) if hasattr(one, "set_epoch")]
 
 

@@ -102,7 +102,8 @@ def collate_of(*, plain: bool) -> Callable[[Any], Any]:
 def _refuse(batch: object) -> Any:
     raise ConfigError(
         "a DataLoader made from the attributes of a DiffuseMixLoader would lack the loader's batch_transform, dtype or "
-        "indices; iterate over the loader itself. To skip batches, load a state: loader.load_state_dict(state)."
+        "indices, or divide its samples among the ranks once more; iterate over the loader itself (under Ray Train "
+        "without prepare_data_loader). To skip batches, load a state: loader.load_state_dict(state)."
     )
 
 

@@ -273,9 +273,12 @@ class DiffuseMixLoader:
 
     @property
     def collate_fn(self) -> Callable[[list[Any]], Any]:
-        """default_collate; if a DataLoader with it would deliver something else, a function that raises."""
+        """default_collate; a function that raises where a DataLoader with it would or might deliver something else.
+
+        With several ranks it raises too: who makes such a DataLoader may divide what the sampler has divided already.
+        """
         plain = self.batch_transform is None and self.dtype is torch.float32 and not self.return_index
-        return arguments.collate_of(plain=plain)
+        return arguments.collate_of(plain=plain and self.world_size == 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch of the next `iter()`; later ones count on from there.
