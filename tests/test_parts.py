@@ -266,7 +266,7 @@ class Share(Sampler[Any]):
         return islice(self.sampler, self.rank, None, self.num_replicas)
 
 
-@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_300_draws_of_60_images_are_300_crops_and_resume_anywhere(sixty: Path, ranks: int) -> None:
     dataset = DiffuseMixDataset(sixty, crop=TrainCrop(24), seed=3)
     draw = torch.Generator().manual_seed(7)

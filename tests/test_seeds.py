@@ -130,6 +130,7 @@ def ranks(tmp_path: Path, photos: Path, case: str) -> list[tuple[Any, str]]:
     return [(json.loads(output.splitlines()[-1]), errors) for output, errors in told]
 
 
+@pytest.mark.slow
 def test_ranks_take_the_seed_of_rank_0(tmp_path: Path, photos: Path) -> None:
     (zero, log), (one, _) = ranks(tmp_path, photos, "agree")
     for mine, theirs in zip(zero[:2], one[:2], strict=True):
@@ -146,6 +147,7 @@ def test_seeds_that_differ_are_an_error_that_names_both(tmp_path: Path, photos: 
     assert one.startswith("seed must be the same on all ranks: rank 0 has 60, rank 1 has 61; give the dataset one seed")
 
 
+@pytest.mark.slow
 def test_a_loader_from_before_the_ranks_met_takes_it_too(tmp_path: Path, photos: Path) -> None:
     """As with Lightning, whose Trainer starts the processes after it was given the loader."""
     (zero, _), (one, _) = ranks(tmp_path, photos, "late")

@@ -24,7 +24,7 @@ from dali_diffusemix.integrations.accelerate import AcceleratedLoader
 from dali_diffusemix.integrations.transformers import TrainerLoader
 
 # Its advice, and its own use of what PyTorch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
 SCRIPT = Path(__file__).with_name("trained.py")
 STEPS = 5
@@ -55,7 +55,6 @@ def test_resume_within_the_epoch_makes_nothing_twice(data: Path, tmp_path: Path,
     assert trainer.state.epoch == EPOCHS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_resume_after_every_step(data: Path, tmp_path: Path, accumulation: int) -> None:
     """The same batches and the same weights: also at an epoch's end, and where gradients accumulate over it."""
@@ -81,7 +80,6 @@ def test_evaluation_sees_every_image_once_and_disturbs_nothing(data: Path, tmp_p
     assert trainer.evaluate(eval_dataset="valid")["eval_loss"] == pytest.approx(found.metrics["test_loss"])
 
 
-@pytest.mark.slow
 def test_two_processes_take_up_what_they_began(data: Path, tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", SCRIPT, data]
     for out, *resume in ((tmp_path / "whole",), (tmp_path / "again", tmp_path / "whole" / "checkpoint-7")):
