@@ -21,7 +21,7 @@ from dali_diffusemix.plan.order import EpochOrder
 
 # Attributes that a second loader, which makes the last batch, takes from the first.
 _DELIVERY: Final = (
-    *("num_workers", "device", "decode", "dtype", "memory_format"),
+    *("num_workers", "device", "decode", "dtype", "memory_format", "pin_memory"),
     *("prefetch_factor", "batch_transform", "return_index", "visible_parts"),
 )
 
