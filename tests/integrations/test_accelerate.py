@@ -164,3 +164,32 @@ def test_what_does_not_fit_is_refused(data: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(DiffuseMixLoader, "device", torch.device("cuda", 1))  # as on a machine that has one
     with pytest.raises(ConfigError, match=r"must be the accelerator's, 'cpu', found 'cuda:1'; give"):
         prepare(loader, accelerator)
+
+
+def test_a_dataloader_made_of_the_loaders_attributes_gives_its_batches_or_raises(data: Path) -> None:
+    """As `accelerate.skip_first_batches` makes one, and Ray Train's `prepare_data_loader`."""
+    loader = DiffuseMixLoader(training_set(data), 4, shuffle=True, device="cpu")
+    for _ in range(2):
+        whole = [(images.clone(), labels) for images, labels in loader]
+    loader.set_epoch(1)
+    rest = list(accelerate.skip_first_batches(loader, 3))
+    assert len(rest) == len(whole) - 3
+    assert all(
+        torch.equal(a, b)
+        for ours, theirs in zip(whole[3:], rest, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
+    next(iter(loader))  # epoch 1, so the next is 2
+    ahead = list(accelerate.skip_first_batches(loader, 5))
+    loader.set_epoch(2)
+    expected = list(loader)[5:]
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(ahead, expected, strict=True))
+    for options in (
+        {"batch_transform": lambda images, labels, _: (images, labels)},
+        {"return_index": True},
+        {"dtype": torch.float16},
+        {"rank": 0, "world_size": 2},
+    ):
+        other = DiffuseMixLoader(training_set(data), 4, shuffle=True, device="cpu", **options)  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="a DataLoader made from the attributes of a DiffuseMixLoader would lack"):
+            list(accelerate.skip_first_batches(other, 1))
