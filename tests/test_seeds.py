@@ -181,7 +181,10 @@ def test_image_folders_own_arguments_say_what_to_write(photos: Path) -> None:
     with pytest.raises(ConfigError, match="target_transform must be left out, found"):
         DiffuseMixDataset(photos, target_transform=int, crop=EvalCrop(16))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=r"crop must be a TrainCrop, RandomCrop or EvalCrop, found None; write"):
-        DiffuseMixDataset(photos)
+        DiffuseMixDataset(photos, crop=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="missing 1 required keyword-only argument: 'crop'"):
+        DiffuseMixDataset(photos)  # type: ignore[call-arg]
+    assert DiffuseMixDataset(photos, crop=EvalCrop(16), transform=None).transform is None
 
 
 def test_edits_are_mixed_unless_told_otherwise(photos: Path, edits: Path, bank: FractalBank) -> None:

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, Literal, overload
+from typing import Any, Final, Literal, Self, overload
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         edits: Edit store, or its folder or URL. Required with a `mix`.
         fractals: Fractal bank, or its file. Required if `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None.
-        crop: How to crop, and the output size. Required.
+        crop: How to crop, and the output size.
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
             a distributed run the loaders take that of rank 0.
@@ -96,13 +96,19 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
     original_store: OriginalStore | None  # its image r is row r of the catalog; None: originals are files
     transform = target_transform = None
 
+    def __new__(cls, *arguments: Any, **options: Any) -> Self:
+        """Refuse ImageFolder's transforms before a crop is asked for: the message says what to write."""
+        given = {**dict(zip(("transform", "target_transform"), arguments[1:], strict=False)), **options}
+        for name in ("transform", "target_transform"):
+            if given.get(name) is not None:
+                raise ConfigError(_RECIPES[name].format(name=name, found=given[name]))
+        return super().__new__(cls)
+
     def __init__(
         self,
         root: _Path,
-        transform: None = None,
-        target_transform: None = None,
         *,
-        crop: Crop | None = None,
+        crop: Crop,
         catalog: Catalog | None = None,
         edits: EditStore | _Path | None = None,
         fractals: FractalBank | _Path | None = None,
@@ -111,13 +117,12 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         seed: int | None = None,
         targets: ArrayLike | None = None,
         on_error: OnError = "substitute",
+        transform: None = None,
+        target_transform: None = None,
     ) -> None:
-        for name, value in (("transform", transform), ("target_transform", target_transform)):
-            if value is not None:
-                raise ConfigError(_RECIPES[name].format(name=name, found=value))
         if isinstance(mix, str) and mix == "auto":
             mix = None if edits is None else MixSpec.paper()
-        crop = _checked_crop(crop)
+        _check_crop(crop)
         _check_mix(mix)
         self.root = root if isinstance(root, str) and is_url(root) else Path(root)
         if isinstance(self.root, Path) and not self.root.is_dir():
@@ -414,12 +419,11 @@ _RECIPES: Final = {
 }
 
 
-def _checked_crop(crop: Any) -> Crop:
+def _check_crop(crop: Any) -> None:
     """Refuse values that are easily mistaken for a crop, and would fail far from here."""
     if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
         size = crop if isinstance(crop, int) else 224
         raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size}).")
-    return crop  # type: ignore[no-any-return]
 
 
 def _check_mix(mix: object) -> None:
