@@ -230,6 +230,7 @@ def test_engines_check_what_they_are_given(make: Callable[[], Engine], message: 
         make()
 
 
+@pytest.mark.slow
 def test_what_no_node_of_the_cluster_has_is_said(cluster: None, tmp_path: Path) -> None:
     with pytest.raises(WorkerError, match=r"a worker needs {'GPU': 99.*no node of the Ray cluster has that"):
         list(RayEngine(num_gpus=99).run(Start(), tasks(tmp_path)))
