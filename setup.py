@@ -37,7 +37,8 @@ setup(
     packages=[*find_packages(include=["dali_diffusemix*"]), "dali_diffusemix.kernels"],
     package_dir={"dali_diffusemix.kernels": "kernels"},
     package_data={
-        "dali_diffusemix": ["py.typed", "assets/*"],
+        "dali_diffusemix": ["py.typed"],
+        "dali_diffusemix.inspect": ["assets/*"],
         "dali_diffusemix.kernels": ["*.cuh", "*.cu", "*.h", "*.cpp"],
     },
     ext_modules=[
