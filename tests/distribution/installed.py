@@ -38,7 +38,7 @@ def check_files() -> None:
     for name in ("kernels", "tests", "benchmarks", "examples", "nvidia"):
         assert importlib.util.find_spec(name) is None, f"there is a package {name}"
     assert (home / "py.typed").is_file()
-    assets = {file.name for file in resources.files("dali_diffusemix").joinpath("assets").iterdir()}
+    assets = {file.name for file in resources.files("dali_diffusemix").joinpath("inspect", "assets").iterdir()}
     assert assets == {"gallery.css", "gallery.html", "gallery.js"}, assets
     kernels = {file.name for file in resources.files("dali_diffusemix.kernels").iterdir()}
     assert {"mix.cu", "mix_pixel.cuh", "flame.cuh", "jpeg.h", "mix.cpp", "read.cpp"} <= kernels, kernels
