@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dali_diffusemix.base import gpu, native
 from dali_diffusemix.base.philox import BATCH_TRANSFORM, draw
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading import arguments, auto
+from dali_diffusemix.loading import arguments, auto, colours
 from dali_diffusemix.loading.cursor import Run
 from dali_diffusemix.loading.dali import GpuDecoding
 from dali_diffusemix.loading.decoder import PieceDecoder
@@ -160,9 +160,10 @@ class BatchMaker:
         if not self._prepared:
             if self.delivery.pin_memory and self.device.type == "cpu":
                 self._pins = torch.cuda.is_available()
-                arguments.warn_unless(pinned=self._pins)
+                if not self._pins:
+                    arguments.warn_of_no_pinning()
             if self.batch_transform is not None and any(one.normalize is not None for one in self.parts.datasets):
-                arguments.warn_of_colour(self.batch_transform)
+                colours.warn_of_colour(self.batch_transform)
             self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
             self._prepared = True
         self._substitutions.clear()  # files may have been repaired since
@@ -230,17 +231,21 @@ class BatchMaker:
             batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
         return tuple(map(_pinned, batch)) if self._pins else batch
 
-    def _substituted(self, shares: "list[_Share]", pieces: Pieces, decoder: PieceDecoder) -> "list[_Share]":
+    def _substituted(
+        self, shares: "list[_PlannedShare]", pieces: Pieces, decoder: PieceDecoder
+    ) -> "list[_PlannedShare]":
         """Replace the samples that cannot be made, in the pieces and in the plans that are returned."""
         failures = pieces.failures()
         return [self._substituted_in(share, failures, pieces, decoder) for share in shares]
 
     def _substituted_in(
-        self, share: "_Share", failures: Mapping[int, Failure], pieces: Pieces, decoder: PieceDecoder
-    ) -> "_Share":
+        self, share: "_PlannedShare", failures: Mapping[int, Failure], pieces: Pieces, decoder: PieceDecoder
+    ) -> "_PlannedShare":
         number, plan, columns = share.number, share.plan, share.columns
         dataset = self.parts.datasets[number]
-        here = {sample - columns.start: one for sample, one in failures.items() if sample in _range(columns)}
+        here = {
+            sample - columns.start: one for sample, one in failures.items() if columns.start <= sample < columns.stop
+        }
         if not here:
             return share
 
@@ -258,13 +263,13 @@ class BatchMaker:
             pieces.replace(columns.start + row, others)
         return replace(share, plan=plan.with_rows(rows))
 
-    def _images(self, shares: "list[_Share]", pieces: Pieces) -> torch.Tensor:
+    def _images(self, shares: "list[_PlannedShare]", pieces: Pieces) -> torch.Tensor:
         """The mixed samples, in the order of the batch."""
         make = self._mixed_on_gpu if self.device.type == "cuda" else self._mixed
         made = [make(share, pieces) for share in shares]
         return _in_order(shares, made)
 
-    def _mixed(self, share: "_Share", pieces: Pieces) -> torch.Tensor:
+    def _mixed(self, share: "_PlannedShare", pieces: Pieces) -> torch.Tensor:
         plan, format = share.plan, self._formats[share.number]
         shape = format.shape(len(plan), plan.output_size)
         if self._pins:
@@ -285,7 +290,7 @@ class BatchMaker:
         )
         return images.permute(0, 3, 1, 2) if format.channels_last else images
 
-    def _mixed_on_gpu(self, share: "_Share", pieces: Pieces) -> torch.Tensor:
+    def _mixed_on_gpu(self, share: "_PlannedShare", pieces: Pieces) -> torch.Tensor:
         plan, columns = share.plan, share.columns
         images = torch.empty(
             (len(plan), 3, *plan.output_size),
@@ -300,12 +305,12 @@ class BatchMaker:
             self._retained.add(tuple(pieces.owners), self.device)
         return images
 
-    def _labels(self, shares: "list[_Share]") -> torch.Tensor:
+    def _labels(self, shares: "list[_PlannedShare]") -> torch.Tensor:
         """The targets, in the order of the batch, on the CPU."""
         found = [torch.from_numpy(self.parts.datasets[share.number].labels_of(share.plan)) for share in shares]
         return _in_order(shares, found)
 
-    def _indices(self, planned: "_Planned", shares: "list[_Share]") -> NDArray[np.int64]:
+    def _indices(self, planned: "_Planned", shares: "list[_PlannedShare]") -> NDArray[np.int64]:
         """(n,) the index of each sample in what the loader was given; of a substitute of a dataset, its own."""
         if len(shares) == 1 and self.parts.whole:
             return shares[0].plan.index.copy()
@@ -339,15 +344,11 @@ class BatchMaker:
 _STORED: Final = {torch.bfloat16: torch.int16}
 
 
-def _range(columns: slice) -> range:
-    return range(columns.start, columns.stop)
-
-
 def _pinned(part: torch.Tensor) -> torch.Tensor:
     return part.pin_memory() if isinstance(part, torch.Tensor) and not part.is_pinned() else part
 
 
-def _in_order(shares: "list[_Share]", made: list[torch.Tensor]) -> torch.Tensor:
+def _in_order(shares: "list[_PlannedShare]", made: list[torch.Tensor]) -> torch.Tensor:
     """The rows that the datasets made, in the order of the batch."""
     if len(made) == 1:
         return made[0]
@@ -479,7 +480,7 @@ class Batches:
 
 
 @dataclass(frozen=True)
-class _Share:
+class _PlannedShare:
     """The samples of a batch that one dataset makes: its plan, and where they lie."""
 
     number: int  # of the dataset
@@ -494,7 +495,7 @@ class _Planned:
     It does not hold the maker, which would otherwise live as long as that thread works on it.
     """
 
-    shares: list[_Share]
+    shares: list[_PlannedShare]
 
     def __init__(self, parts: Parts, epoch: int, batch: BatchIndices, *, visible_only: bool) -> None:
         self.epoch, self.batch = epoch, batch
@@ -504,6 +505,6 @@ class _Planned:
         datasets, self.shares, start = self._parts.datasets, [], 0
         for number, rows, indices, views in self._parts.shares(self.batch.indices, self.batch.views):
             plan = datasets[number].planner.batch(self.epoch, indices, views)
-            self.shares.append(_Share(number, plan, rows, slice(start, start + len(rows))))
+            self.shares.append(_PlannedShare(number, plan, rows, slice(start, start + len(rows))))
             start += len(rows)
         return request([(datasets[one.number], one.plan) for one in self.shares], visible_only=self._visible_only)

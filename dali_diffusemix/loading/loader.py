@@ -310,23 +310,23 @@ class DiffuseMixLoader:
         """Agree with the other ranks on the seeds, once torch.distributed is initialised: those of rank 0."""
         if self._agreed or self._ranks.given is not None or not initialised():
             return
-        self._agreed = True
         datasets = self._parts.datasets
         if isinstance(self._order, SamplerOrder):
             # Each rank may have originals of its own, and nothing follows from given seeds that differ.
             if free := [one.seed for one in datasets if not one.seed_given]:
                 (seed,) = seeds_of_rank_0("sampler", free[:1])
                 self._take_seeds([one.seed if one.seed_given else seed for one in datasets])
-            return
-        subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
-        seeds = seeds_of_rank_0(subject, [one.seed for one in datasets])
-        for one, seed in zip(datasets, seeds, strict=True):
-            if one.seed_given and one.seed != seed:
-                raise ConfigError(
-                    f"seed must be the same on all ranks: rank 0 has {seed}, rank {self.rank} has {one.seed}; give the "
-                    "dataset one seed, or leave it out."
-                )
-        self._take_seeds(seeds)
+        else:
+            subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
+            seeds = seeds_of_rank_0(subject, [one.seed for one in datasets])
+            for one, seed in zip(datasets, seeds, strict=True):
+                if one.seed_given and one.seed != seed:
+                    raise ConfigError(
+                        f"seed must be the same on all ranks: rank 0 has {seed}, rank {self.rank} has {one.seed}; give "
+                        "the dataset one seed, or leave it out."
+                    )
+            self._take_seeds(seeds)
+        self._agreed = True
 
     def _say_share(self) -> None:
         """Log once that this process only gets its share: an evaluation by one rank alone would not notice."""

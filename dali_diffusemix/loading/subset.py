@@ -1,5 +1,6 @@
 """Parts of a dataset: by indices, by stratified split, by folds."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ if TYPE_CHECKING:
     from dali_diffusemix.loading.dataset import DiffuseMixDataset, Sample
 
 
-class Divisible:
+class Divisible(ABC):
     """A dataset or a part of one: it can be divided, and knows its labels."""
 
+    @abstractmethod
     def _whole(self) -> "tuple[DiffuseMixDataset, NDArray[np.int64]]":
         """The dataset, and the (n,) indices in it that this holds."""
-        raise NotImplementedError
 
     def subset(self, indices: Iterable[int] | NDArray[np.int64]) -> "DiffuseMixSubset":
         """The part with these indices, in their order. A sample of a part is the sample of the whole.
