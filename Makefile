@@ -23,7 +23,7 @@ SOAK_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-soak.json
 soak: $(INSTALLED)
 	DALI_DIFFUSEMIX_SOAK_RECORD=$(SOAK_RECORD) $(BIN)/python -m pytest -q tests/soak $(SOAK)
 
-# Other people's training scripts and frameworks, in an environment of their own with PyPI's torch: 6 GB, a quarter of
+# Other people's training scripts and frameworks, in an environment of their own with PyPI's torch: 7 GB, a quarter of
 # an hour. Leaves a record. tests/clients/conftest.py says where the scripts of timm and torchvision are looked for.
 CLIENTS := .clients
 CLIENTS_RECORD = benchmarks/results/$(shell date +%F)-$(shell nproc)cores-clients.json
