@@ -9,8 +9,6 @@ scripts of timm and torchvision are taken from where they are and changed at run
 With DALI_DIFFUSEMIX_CLIENTS_RECORD=FILE the results, the versions and what `measured` was given are written there.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,14 @@ from typing import Any
 import pytest
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parents[1] / "benchmarks"), str(HERE.parent / "integrations")]
+sys.path.append(str(HERE.parent / "integrations"))
 
-import record  # noqa: E402
+from recording import Recording  # noqa: E402
 from scripts import CLIENTS, Measured, version  # noqa: E402
 
 from dali_diffusemix.fractals import FractalBank  # noqa: E402
 
-_results: dict[str, dict[str, Any]] = {}
+recording = Recording("clients", "DALI_DIFFUSEMIX_CLIENTS_RECORD", {name: version(name) for name in CLIENTS})
 
 
 @pytest.fixture(scope="session")
@@ -43,34 +41,10 @@ def data(photos: Path, edits: Path, bank: FractalBank, tmp_path_factory: pytest.
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Measured:
     def note(**facts: Any) -> None:
-        _results.setdefault(request.node.nodeid, {}).setdefault("measured", {}).update(facts)
+        recording.note(request.node.nodeid, facts)
 
     return note
 
 
-class Recorder:
-    """Notes the outcome of every test of the run, also of those in tests/integrations, and writes the record."""
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        result = _results.setdefault(report.nodeid, {})
-        result["seconds"] = round(result.get("seconds", 0.0) + report.duration, 2)
-        if report.when == "call" or report.outcome != "passed":
-            result["outcome"] = report.outcome
-        if report.failed:
-            result["error"] = report.longreprtext.splitlines()[-1]
-        elif report.skipped and isinstance(report.longrepr, tuple):
-            result["error"] = report.longrepr[2]
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        path = os.environ.get("DALI_DIFFUSEMIX_CLIENTS_RECORD")
-        if not path or session.config.option.collectonly:
-            return
-        machine = record.machine()
-        machine["versions"] = {name: version(name) for name in CLIENTS}
-        content = {"machine": machine, "benchmark": "clients", "results": _results}
-        Path(path).write_text(json.dumps(content, indent=1) + "\n")
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    if os.environ.get("DALI_DIFFUSEMIX_CLIENTS_RECORD"):
-        config.pluginmanager.register(Recorder())
+    config.pluginmanager.register(recording)
