@@ -172,7 +172,7 @@ class DiffuseMixLoader:
         self._ranks = Ranks(None if rank is None or world_size is None else (rank, world_size))
         if shuffle and generator is not None:
             sampler = RandomSampler(dataset, generator=generator)
-        self._agreed = False  # with the other ranks, on the seeds
+        self._seeds_of_rank_0: list[int] | None = None  # None: not asked for yet
         self._said = False
         delivery = Delivery(
             device=arguments.chosen_device(device),
@@ -308,25 +308,30 @@ class DiffuseMixLoader:
 
     def _agree(self) -> None:
         """Agree with the other ranks on the seeds, once torch.distributed is initialised: those of rank 0."""
-        if self._agreed or self._ranks.given is not None or not initialised():
+        if self._ranks.given is not None or not initialised():
             return
         datasets = self._parts.datasets
-        if isinstance(self._order, SamplerOrder):
-            # Each rank may have originals of its own, and nothing follows from given seeds that differ.
-            if free := [one.seed for one in datasets if not one.seed_given]:
-                (seed,) = seeds_of_rank_0("sampler", free[:1])
-                self._take_seeds([one.seed if one.seed_given else seed for one in datasets])
-        else:
+        if self._seeds_of_rank_0 is None:  # asked for once, also if what it says raises
+            self._seeds_of_rank_0 = self._asked_of_rank_0()
+            pairs = zip(datasets, self._seeds_of_rank_0, strict=True)
+            self._take_seeds([one.seed if one.seed_given else seed for one, seed in pairs])
+        for one, seed in zip(datasets, self._seeds_of_rank_0, strict=True):
+            if one.seed_given and one.seed != seed:
+                raise ConfigError(
+                    f"seed must be the same on all ranks: rank 0 has {seed}, rank {self.rank} has {one.seed}; give the "
+                    "dataset one seed, or leave it out."
+                )
+
+    def _asked_of_rank_0(self) -> list[int]:
+        """The seed of each dataset, as rank 0 has it."""
+        seeds = [one.seed for one in self._parts.datasets]
+        if isinstance(self._order, OwnOrder):
             subject = f"{self._parts.first.catalog.fingerprint} {len(self.dataset)} {self.shuffle}"
-            seeds = seeds_of_rank_0(subject, [one.seed for one in datasets])
-            for one, seed in zip(datasets, seeds, strict=True):
-                if one.seed_given and one.seed != seed:
-                    raise ConfigError(
-                        f"seed must be the same on all ranks: rank 0 has {seed}, rank {self.rank} has {one.seed}; give "
-                        "the dataset one seed, or leave it out."
-                    )
-            self._take_seeds(seeds)
-        self._agreed = True
+            return seeds_of_rank_0(subject, seeds)
+        # With a sampler each rank may have originals of its own, and nothing follows from given seeds that differ.
+        free = [one.seed for one in self._parts.datasets if not one.seed_given]
+        theirs = seeds_of_rank_0("sampler", free[:1]) if free else []
+        return [one.seed if one.seed_given else theirs[0] for one in self._parts.datasets]
 
     def _say_share(self) -> None:
         """Log once that this process only gets its share: an evaluation by one rank alone would not notice."""
