@@ -210,6 +210,7 @@ def test_a_pickled_cursor_begins_the_next_epoch() -> None:
     assert position(pickle.loads(pickle.dumps(cursor))) == (1, 0)
 
 
+@pytest.mark.slow
 def test_it_needs_no_dali() -> None:
     code = (
         "import sys; import dali_diffusemix.loading.cursor; assert not any(m.startswith('nvidia') for m in sys.modules)"

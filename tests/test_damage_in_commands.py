@@ -250,6 +250,7 @@ def test_an_original_deleted_from_a_folder_with_edits_is_said(photos: Path, tmp_
         DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_thin_picture_is_drawn(tmp_path: Path, bank: FractalBank) -> None:
     root = tmp_path / "train"
     (root / "x").mkdir(parents=True)

@@ -54,6 +54,7 @@ def test_a_forked_process_leaves_the_decoder_alone(dataset: DiffuseMixDataset) -
     assert len(list(batches)) == 8
 
 
+@pytest.mark.slow
 def test_iterators_in_several_threads_never_share_a_decoder(dataset: DiffuseMixDataset) -> None:
     loader, interval = loader_of(dataset), sys.getswitchinterval()
     wrong: list[BaseException] = []

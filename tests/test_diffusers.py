@@ -25,7 +25,10 @@ from dali_diffusemix.store import EditStore
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 
 Picture = NDArray[np.uint8]
 TWO = ("autumn", "a watercolor")
@@ -67,7 +70,6 @@ def difference(one: NDArray[Any], other: NDArray[Any]) -> int:
 # What is made --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_an_edit_is_what_the_pipeline_makes_the_released_way(
     kind: str, request: pytest.FixtureRequest, images: list[Picture]

@@ -182,6 +182,7 @@ list(RayEngine(address=sys.argv[1]).run(None, [1]))
 """
 
 
+@pytest.mark.slow
 def test_an_address_that_does_not_answer_is_said_at_once() -> None:
     """In a process of its own: this one may be connected to a cluster, which then is the one that is used."""
     pytest.importorskip("ray")

@@ -200,6 +200,7 @@ def test_parts_make_the_same_store(root: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "parts") == content(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_parts_at_the_same_time(root: Path, tmp_path: Path) -> None:
     generate(root, tmp_path / "whole", CONFIG)
     script = (

@@ -38,6 +38,8 @@ moto = pytest.importorskip("moto.server", reason="needs moto[server], a real S3 
 s3fs = pytest.importorskip("s3fs", reason="needs s3fs: pip install -e '.[s3]'")
 fsspec = pytest.importorskip("fsspec", reason="needs fsspec: pip install -e '.[s3]'")
 
+pytestmark = pytest.mark.slow
+
 ORIGINALS, PER_SHARD = 18, 3
 SHARDS = ORIGINALS // PER_SHARD
 FIRST = "shards/edits-000000"
@@ -224,7 +226,6 @@ def mirror_of(store: EditStore | OriginalStore) -> Mirror:
 # The same store ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_store_in_s3_is_the_local_store(url: str, local: Path, proxy: Proxy) -> None:
     store = EditStore.open(url)
     assert repr(store) == f"<EditStore {url!r}: {ORIGINALS} edits of {ORIGINALS} originals>"
@@ -275,7 +276,6 @@ def test_training_from_urls_gives_the_same_samples(
         assert label == expected_label and bool((image == expected).all())
 
 
-@pytest.mark.slow
 def test_an_unfinished_store_at_a_url(tmp_path: Path, bucket: Bucket) -> None:
     build(tmp_path / "edits", leave_out=(1, 4))
     url = bucket.upload(tmp_path / "edits")
@@ -295,7 +295,6 @@ def test_a_store_of_an_older_release_has_no_hashes_of_its_index(local: Path, buc
     check(EditStore.open(url), EditStore.open(local))
 
 
-@pytest.mark.slow
 def test_a_store_that_was_made_anew_is_fetched_anew(tmp_path: Path, bucket: Bucket, url: str, local: Path) -> None:
     """Its files have the same names and sizes."""
     store = EditStore.open(url)
@@ -309,7 +308,6 @@ def test_a_store_that_was_made_anew_is_fetched_anew(tmp_path: Path, bucket: Buck
 # Breaking connections ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("after", [(50_000, 50_000), (0, 200_000)], ids=["early", "at random"])
 def test_cut_connections_are_gone_on_with(after: tuple[int, int], url: str, local: Path, proxy: Proxy) -> None:
     proxy.cut_between = after  # 64 KiB are asked for at once
@@ -318,7 +316,6 @@ def test_cut_connections_are_gone_on_with(after: tuple[int, int], url: str, loca
     assert len(starts) >= 3 and starts == sorted(starts)
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_gone_on_with(url: str, local: Path, proxy: Proxy) -> None:
     proxy.wait = 0.05
     script = (
@@ -342,7 +339,6 @@ def test_a_killed_process_is_gone_on_with(url: str, local: Path, proxy: Proxy) -
     assert not part.exists()
 
 
-@pytest.mark.slow
 def test_a_damaged_beginning_is_thrown_away_once(url: str, local: Path, proxy: Proxy) -> None:
     store = EditStore.open(url)
     for content in (b"\0" * 70_000, b"\0" * 10_000_000):
@@ -352,7 +348,6 @@ def test_a_damaged_beginning_is_thrown_away_once(url: str, local: Path, proxy: P
         assert store.encoded(0).tobytes() == jpeg_of(0, 0)
 
 
-@pytest.mark.slow
 def test_a_source_that_is_gone_ends_the_wait(url: str, proxy: Proxy) -> None:
     store = EditStore.open(url)
     proxy.cut_between = 0, 0
@@ -363,7 +358,6 @@ def test_a_source_that_is_gone_ends_the_wait(url: str, proxy: Proxy) -> None:
     assert store.encoded(0).tobytes() == jpeg_of(0, 0)
 
 
-@pytest.mark.slow
 def test_a_source_that_is_gone_replaces_no_sample(
     photos: Path, edits: Path, tmp_path: Path, bucket: Bucket, proxy: Proxy
 ) -> None:
@@ -398,7 +392,6 @@ def test_a_corrupted_object_is_an_error_until_it_is_corrected(url: str, local: P
     check(EditStore.open(url), EditStore.open(local))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["index.npy", "starts.npy", "catalog"])
 def test_corrupted_tables(name: str, url: str, local: Path, bucket: Bucket) -> None:
     if name == "catalog":
@@ -411,7 +404,6 @@ def test_corrupted_tables(name: str, url: str, local: Path, bucket: Bucket) -> N
     check(EditStore.open(url), EditStore.open(local))
 
 
-@pytest.mark.slow
 def test_a_shard_that_changes_after_opening_is_an_error(url: str, bucket: Bucket) -> None:
     store = EditStore.open(url)
     tar, record = bucket.get(f"{FIRST}.tar"), bucket.get(f"{FIRST}.json")
@@ -434,7 +426,6 @@ def test_a_shard_that_changes_after_opening_is_an_error(url: str, bucket: Bucket
     assert "generate" not in str(caught.value)
 
 
-@pytest.mark.slow
 def test_what_is_wrong_with_a_url_is_said_at_once(
     url: str, bucket: Bucket, local: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -473,7 +464,6 @@ def digest_of(store: EditStore) -> list[int]:
     return [int(store.encoded(edit).sum()) for edit in range(len(store))]
 
 
-@pytest.mark.slow
 def test_a_spawned_process_opens_the_same_store(url: str, local: Path) -> None:
     store = EditStore.open(url)
     expected = digest_of(EditStore.open(local))
@@ -482,7 +472,6 @@ def test_a_spawned_process_opens_the_same_store(url: str, local: Path) -> None:
         assert pool.apply(digest_of, [store]) == expected
 
 
-@pytest.mark.slow
 def test_a_forked_process_goes_on_by_itself(url: str, local: Path, proxy: Proxy) -> None:
     """The fork comes while the parent's threads are fetching."""
     store = EditStore.open(url)
@@ -496,7 +485,6 @@ def test_a_forked_process_goes_on_by_itself(url: str, local: Path, proxy: Proxy)
     check(store, EditStore.open(local))
 
 
-@pytest.mark.slow
 def test_two_processes_fetch_each_shard_once(url: str, local: Path, proxy: Proxy) -> None:
     script = (
         "import sys, numpy as np; from dali_diffusemix.store import EditStore\n"
@@ -514,7 +502,6 @@ def test_two_processes_fetch_each_shard_once(url: str, local: Path, proxy: Proxy
 # Ahead of use, and bounded -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_batch_has_all_shards_fetched_and_its_own_first(
     url: str, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -545,7 +532,6 @@ def test_a_store_that_nobody_holds_is_fetched_no_more(url: str, proxy: Proxy) ->
         time.sleep(0.01)
 
 
-@pytest.mark.slow
 def test_a_mirror_keeps_its_limit(url: str, local: Path, proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = max(file.stat().st_size for file in (local / "shards").glob("*.tar"))
     total = sum(file.stat().st_size for file in (local / "shards").glob("*.tar"))
