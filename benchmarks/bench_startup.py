@@ -58,7 +58,7 @@ def small_edits(root: Path, store: Path) -> None:
             with ShardWriter(store, writer.catalog, shard) as shards:
                 for row in shard.rows:
                     seed = edit_seed(0, writer.catalog.encoded_path(row), "sunset", 0)
-                    shards.add(row, 0, 0, seed=seed, jpeg=file.getvalue(), height=64, width=64)
+                    shards.add(row, 0, 0, seed=seed, image=file.getvalue(), height=64, width=64)
         writer.finish()
 
 

@@ -390,7 +390,7 @@ void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bo
 // `pieces` is (2, count): originals, edits. Returns 0, or 1 when memory ran out.
 // The number of this library's interface: base/native.py refuses a library of another one, which an update of the
 // sources leaves behind until it is built again. It grows with every change of an argument or of a struct.
-extern "C" __attribute__((visibility("default"))) int dali_diffusemix_interface() { return 2; }
+extern "C" __attribute__((visibility("default"))) int dali_diffusemix_interface() { return 3; }
 
 extern "C" __attribute__((visibility("default"))) int dali_diffusemix_mix(
     const Piece* pieces, const Row* rows, int64_t count, const uint8_t* bank, int bank_height, int bank_width,

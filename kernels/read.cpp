@@ -85,6 +85,49 @@ constexpr int64_t kMostBytes = int64_t{1} << 30;  // of a file: `pixels.MOST_BYT
 
 constexpr int kEndsEarly = -1, kEmpty = -2, kNotAFile = -3, kOtherSize = -4, kTooLarge = -5;  // beside the system's error numbers
 
+// Reads [offset, offset + length) of an open file to `to`. Returns the bytes that there were; sets the error number.
+int64_t read_bytes(int file, int64_t offset, int64_t length, uint8_t *to, int32_t &error) {
+    int64_t done = 0;
+    while (done < length) {
+        const ssize_t bytes = pread(file, to + done, length - done, offset + done);
+        if (bytes < 0 && errno == EINTR) continue;
+        if (bytes < 0) error = errno;
+        if (bytes <= 0) break;
+        done += bytes;
+    }
+    return done;
+}
+
+long waits() {
+    struct rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return usage.ru_nvcsw;
+}
+
+// Calls read(i, starts) for 0 <= i < count, once each. A read that has to wait shows that storage is slow: then, and only
+// then, others go on beside it, `threads` at most. `starts` is memory that a thread uses again.
+template <typename Read>
+void read_all(int64_t count, int threads, const Read &read) {
+    std::atomic<int64_t> next{0};
+    const auto work = [&](bool until_waiting) {
+        std::vector<int64_t> starts;
+        const long before = until_waiting ? waits() : 0;
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            read(i, starts);
+            if (until_waiting && (i < 8 || i % 8 == 0) && waits() > before) return;  // asking costs half a read of 3 KB
+        }
+    };
+    work(threads > 1);
+    std::vector<std::thread> others;
+    const int64_t left = count - std::min(next.load(), count);
+    try {
+        for (int64_t i = 1; i < std::min<int64_t>(threads, left); ++i) others.emplace_back([&work] { work(false); });
+    } catch (const std::system_error &) {  // no more threads: those that there are do it
+    }
+    work(false);
+    for (std::thread &other : others) other.join();
+}
+
 // What a batch is read from and to.
 struct Batch {
     int64_t count;
@@ -100,20 +143,7 @@ struct Batch {
     int64_t *begins;
     uint8_t *safe;
     int32_t *errors;
-    std::atomic<int64_t> next{0}, used{0};
-
-    // Reads [offset, offset + length) of an open file to `to`. Returns the bytes that there were; sets errors[i].
-    int64_t read_bytes(int64_t i, int file, int64_t offset, int64_t length, uint8_t *to) const {
-        int64_t done = 0;
-        while (done < length) {
-            const ssize_t bytes = pread(file, to + done, length - done, offset + done);
-            if (bytes < 0 && errno == EINTR) continue;
-            if (bytes < 0) errors[i] = errno;
-            if (bytes <= 0) break;
-            done += bytes;
-        }
-        return done;
-    }
+    std::atomic<int64_t> used{0};
 
     void read_open(int64_t i, int file, int64_t offset, int64_t length, bool whole, std::vector<int64_t> &starts) {
         const int64_t begin = used.fetch_add(length);
@@ -121,7 +151,7 @@ struct Batch {
         if (begin + length > capacity) return;  // the caller comes back with more room
         begins[i] = begin;
         uint8_t *to = out + begin;
-        const int64_t bytes = read_bytes(i, file, offset, length, to);
+        const int64_t bytes = read_bytes(file, offset, length, to, errors[i]);
         if (errors[i]) return;
         if (bytes < length && !whole) {
             errors[i] = kEndsEarly;
@@ -167,27 +197,11 @@ struct Batch {
         }
         if (file >= 0) close(file);
     }
-
-    // Reads what no other thread has begun; until a read has to wait for storage, if `until_waiting`.
-    void work(bool until_waiting) {
-        std::vector<int64_t> starts;
-        const long before = until_waiting ? waits() : 0;
-        for (int64_t i; (i = next.fetch_add(1)) < count;) {
-            read(i, starts);
-            if (until_waiting && waits() > before) return;
-        }
-    }
-
-    static long waits() {
-        struct rusage usage;
-        getrusage(RUSAGE_THREAD, &usage);
-        return usage.ru_nvcsw;
-    }
 };
 
 }  // namespace
 
-// Reads a batch. A read that has to wait shows that storage is slow: then, and only then, others go on beside it.
+// Reads a batch.
 //
 //     count        images
 //     paths        files' names, each with a final zero
@@ -212,19 +226,20 @@ extern "C" __attribute__((visibility("default"))) int64_t dali_diffusemix_read(
     try {
         Batch batch{count,   paths, path_starts, files,    offsets, lengths,
                     windows, sizes, out,         capacity, begins,  safe,  errors};
-        batch.work(threads > 1);
-        std::vector<std::thread> others;
-        const int64_t left = count - std::min(batch.next.load(), count);
-        try {
-            for (int64_t i = 1; i < std::min<int64_t>(threads, left); ++i) {
-                others.emplace_back([&batch] { batch.work(false); });
-            }
-        } catch (const std::system_error &) {  // no more threads: those that there are do it
-        }
-        batch.work(false);
-        for (std::thread &other : others) other.join();
+        read_all(count, threads, [&batch](int64_t i, std::vector<int64_t> &starts) { batch.read(i, starts); });
         return batch.used;
     } catch (const std::bad_alloc &) {
         return -1;
     }
+}
+
+// Reads stretches of open files: `lengths[i]` bytes from `offsets[i]` of `files[i]` to `out + begins[i]`; `errors[i]`, zero
+// before, becomes an error number or one of those above.
+extern "C" __attribute__((visibility("default"))) void dali_diffusemix_read_stretches(
+    int64_t count, const int32_t *files, const int64_t *offsets, const int64_t *lengths, const int64_t *begins,
+    uint8_t *out, int32_t *errors, int threads) {
+    read_all(count, threads, [=](int64_t i, std::vector<int64_t> &) {
+        const int64_t bytes = read_bytes(files[i], offsets[i], lengths[i], out + begins[i], errors[i]);
+        if (!errors[i] && bytes < lengths[i]) errors[i] = kEndsEarly;
+    });
 }

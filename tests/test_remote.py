@@ -59,7 +59,7 @@ def build(store: Path, *, seed: int = 0, leave_out: tuple[int, ...] = ()) -> Pat
             if shard.number not in leave_out:
                 with ShardWriter(store, catalog, shard) as files:
                     for original in shard.rows:
-                        files.add(original, 0, 0, seed=0, jpeg=jpeg_of(original, seed), height=9, width=9)
+                        files.add(original, 0, 0, seed=0, image=jpeg_of(original, seed), height=9, width=9)
         if not leave_out:
             writer.finish()
     return store

@@ -74,11 +74,11 @@ def fill(store: Path, catalog: Catalog, shard: Shard) -> None:
                 for variant in shard.variants:
                     seed = original << 40
                     if rejected(original, prompt):
-                        writer.add(original, prompt, variant, seed=seed, jpeg=None, verdict=VERDICTS[1])
+                        writer.add(original, prompt, variant, seed=seed, image=None, verdict=VERDICTS[1])
                     else:
                         jpeg = jpeg_of(original, prompt, variant)
                         writer.add(
-                            original, prompt, variant, seed=seed, jpeg=jpeg, height=8 + original, width=4, score=0.5
+                            original, prompt, variant, seed=seed, image=jpeg, height=8 + original, width=4, score=0.5
                         )
 
 
@@ -393,14 +393,14 @@ def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
         writer.order(PROMPTS, 1, 4)
         (shard,) = writer.shards()
         with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, writer.catalog, shard) as shard_writer:
-            shard_writer.add(0, 0, 0, seed=0, jpeg=b"x")
+            shard_writer.add(0, 0, 0, seed=0, image=b"x")
             assert list((tmp_path / "shards").iterdir())
             raise KeyboardInterrupt
         with (
             pytest.raises(StoreError, match="needs 12 edits, got 1"),
             ShardWriter(tmp_path, writer.catalog, shard) as w,
         ):
-            w.add(0, 0, 0, seed=0, jpeg=b"x")
+            w.add(0, 0, 0, seed=0, image=b"x")
         assert not list((tmp_path / "shards").iterdir())
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 _FILE = "libdali_diffusemix.so"
-_INTERFACE: Final = 2  # kernels/mix.cpp has the same
+_INTERFACE: Final = 3  # kernels/mix.cpp has the same
 _DTYPES: Final = ("float32", "float16", "bfloat16", "uint8")  # as kernels/mix.cpp counts them
 
 
@@ -170,6 +170,28 @@ def read(
     if needed < 0:
         raise MemoryError("no memory to read a batch")
     return needed
+
+
+def read_stretches(
+    files: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    errors: NDArray[np.int32],
+    threads: int,
+) -> None:
+    """Read `lengths[i]` bytes of an open file to `out[begins[i]:]`, for each; kernels/read.cpp has the error numbers.
+
+    Up to `threads` read at once, if storage is slow. The library must be there.
+    """
+    assert not len(begins) or int((begins + lengths).max()) <= out.nbytes
+    loaded = library()
+    assert loaded is not None
+    loaded.dali_diffusemix_read_stretches(
+        ctypes.c_int64(len(files)), _address(files), _address(offsets), _address(lengths), _address(begins),
+        _address(out), _address(errors), threads,
+    )  # fmt: skip
 
 
 def gather(

@@ -155,10 +155,10 @@ def _copy_edits(store: EditStore, rows: NDArray[np.int64], chosen: Catalog, fold
                     original = int(rows[row])
                     first = int(store.starts[original])
                     if first == store.starts[original + 1]:
-                        edits.add(row, 0, 0, seed=0, jpeg=None, verdict=DENIED)
+                        edits.add(row, 0, 0, seed=0, image=None, verdict=DENIED)
                     else:
                         height, width = store.sizes(np.array([first]))[0].tolist()
                         jpeg = store.encoded(first).tobytes()
-                        edits.add(row, 0, 0, seed=0, jpeg=jpeg, height=height, width=width)
+                        edits.add(row, 0, 0, seed=0, image=jpeg, height=height, width=width)
         writer.finish()
     return folder

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 # Options that are fields of PromptFile, of GenerateConfig and of DiffusersConfig, with the same names.
 _PROMPTS: Final = ("prompts", "template", "deny")
 _EDITS: Final = (
-    *("size", "edit_size", "resize", "variants", "seed", "retry", "quality", "batch_size", "originals_per_shard"),
+    *(
+        "size",
+        "edit_size",
+        "resize",
+        "variants",
+        "seed",
+        "retry",
+        "format",
+        "quality",
+        "batch_size",
+        "originals_per_shard",
+    ),
 )
 _DIFFUSION: Final = ("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
 

@@ -140,7 +140,7 @@ def pack_command(
             catalog = index(root, progress=progress)
     with display.progress("Packing", "images") as progress:
         summary = pack(root, store, config, catalog=catalog, progress=progress)
-    display.line(f"{summary.originals} images, {summary.bytes / 1e6:.1f} MB")
+    display.line(f"{summary.images} images, {summary.bytes / 1e6:.1f} MB")
     if summary.left_out:
         display.line(f"{len(summary.left_out)} left out: they could not be decoded")
         display.lines(f"  {one.path}" for one in summary.left_out)
@@ -149,7 +149,7 @@ def pack_command(
     display.result(
         {
             "store": str(store),
-            "originals": summary.originals,
+            "images": summary.images,
             "bytes": summary.bytes,
             "left_out": [{"path": one.path, "reason": one.reason} for one in summary.left_out],
             "made": summary.made,

@@ -13,10 +13,11 @@ from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
 from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 from dali_diffusemix.generate.editors.procedural import ProceduralConfig
-from dali_diffusemix.images.codec import RESTARTS
+from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
+_SMALL = 64  # pixels: edits up to this side are stored without loss by default
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,8 @@ class GenerateConfig:
     seed: int = 0
     retry: int = 0  # more attempts, each from another seed, at an edit that quality rejects
     thresholds: quality.Thresholds = field(default_factory=quality.Thresholds)
-    quality: int = 90  # of the JPEG
+    format: Stored | None = None  # of stored edits; None: raw up to 64 pixels, else jpeg
+    quality: int = 90  # of JPEGs
     batch_size: int = 16  # edits per call of the editor
     originals_per_shard: int | None = None  # None: 64 for a model, 512 for the procedural editor
 
@@ -65,6 +67,8 @@ class GenerateConfig:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
         if not self.prompts or len(set(self.prompts)) != len(self.prompts):
             raise ConfigError(f"prompts must be one or more, all different, found {list(self.prompts)}.")
+        if self.format is not None and self.format not in STORED:
+            raise ConfigError(f"format must be one of {', '.join(STORED)}, found {self.format!r}.")
         if self.resize not in ("squash", "keep"):
             raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
         if unknown := sorted(set(denied) - set(self.prompts)):
@@ -92,6 +96,12 @@ class GenerateConfig:
         return _ORIGINALS_BY_MODEL if self.editor_config.accelerated else _ORIGINALS
 
     @property
+    def stored_format(self) -> str:
+        """The format of stored edits."""
+        # JPEG takes 8 x 8 pixels at once, which small images show; and their files are hardly smaller.
+        return self.format or ("raw" if self.size <= _SMALL else "jpeg")
+
+    @property
     def _side(self) -> int:
         return self.size if self.edit_size is None else self.edit_size
 
@@ -102,14 +112,15 @@ class GenerateConfig:
 
     def settings(self) -> dict[str, str | int | float | bool | None]:
         """The settings that an edit store records: all that decides an edit besides original, prompt and variant."""
+        stored: dict[str, str | int] = {"format": self.stored_format}
+        if self.stored_format == "jpeg":  # as stores say it that were made before there were others
+            stored = {"quality": self.quality, "subsampling": "4:2:0", "restarts": RESTARTS}
         return {
             **self.editor_config.settings(),
             "size": self.size,
             "edit_size": self._side,
             "resize": f"bicubic, aspect ratio {'squashed' if self.resize == 'squash' else 'kept'}",
-            "quality": self.quality,
-            "subsampling": "4:2:0",
-            "restarts": RESTARTS,
+            **stored,
             "seed": self.seed,
             "retry": self.retry,
             **{f"threshold {name}": value for name, value in self.thresholds.settings().items()},

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -29,6 +30,7 @@ from numpy.typing import NDArray
 from dali_diffusemix import __version__
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
+from dali_diffusemix.errors import StoreError
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.engines import Engine
 from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
@@ -36,6 +38,7 @@ from dali_diffusemix.generate.worker import ShardWorker
 from dali_diffusemix.store import (
     VERDICTS,
     WHOLE,
+    EditStore,
     OriginalStore,
     Part,
     StoreWriter,
@@ -115,7 +118,7 @@ def generate(
     """
     begin = time.perf_counter()
     root, store = local_folders(root, store)
-    config = config or GenerateConfig()
+    config = _in_format_of(store, config or GenerateConfig())
     config.editor_config.check(config.prompts)
     settings = config.settings()
     originals = list_originals(root) if catalog is None else catalog
@@ -170,6 +173,14 @@ def generate(
         seconds=time.perf_counter() - begin,
         missing=writer.shard_count - len(done),
     )
+
+
+def _in_format_of(store: Path, config: GenerateConfig) -> GenerateConfig:
+    """The config with the format that the store has, if it leaves it open and there is a store."""
+    if config.format is None and (store / "store.json").exists():
+        with suppress(StoreError):  # which the writer will report
+            return replace(config, format=EditStore.format_at(store))
+    return config
 
 
 class _Stopping:

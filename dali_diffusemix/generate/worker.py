@@ -25,7 +25,7 @@ from dali_diffusemix.errors import DecodeError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.editors import Editor, EditTask
-from dali_diffusemix.images.codec import decode, encode
+from dali_diffusemix.images.codec import decode, encode_as
 from dali_diffusemix.store import (
     DENIED,
     NOT_YET,
@@ -65,7 +65,7 @@ class ShardProgress:
 class _Made:
     """An edit that is ready to be stored."""
 
-    jpeg: bytes
+    file: bytes
     height: int
     width: int
     verdict: str
@@ -150,7 +150,7 @@ class ShardWorker:
             for prompt in shard.prompts:
                 for variant in shard.variants:
                     seed = self._seed(original, prompt, variant, 0)
-                    writer.add(original, prompt, variant, seed=seed, jpeg=None, verdict=NOT_YET)
+                    writer.add(original, prompt, variant, seed=seed, image=None, verdict=NOT_YET)
 
     def _batches(self, shard: Shard, first: int, threads: Workers) -> Iterator[_EditBatch]:
         """The shard's originals, from index `first` on, with their edits made; the editor is one batch ahead.
@@ -230,21 +230,21 @@ class ShardWorker:
         if scale != 1:
             height, width = (max(1, round(side * scale)) for side in (height, width))
             edit = np.asarray(Image.fromarray(edit).resize((width, height), Image.Resampling.BICUBIC))
-        jpeg = encode(edit, self._config.quality)
+        file = encode_as(self._config.stored_format, edit, self._config.quality)
         verdict = judged.verdict or ACCEPTED
-        return _Made(jpeg=jpeg, height=height, width=width, verdict=verdict, score=judged.score)
+        return _Made(file=file, height=height, width=width, verdict=verdict, score=judged.score)
 
     def _add(self, writer: ShardWriter, edit: _Edit) -> str:
         key = (edit.original, edit.prompt, edit.variant)
         if edit.made is None:
             verdict = UNREADABLE if edit.image is None else DENIED
-            writer.add(*key, seed=edit.seed, jpeg=None, verdict=verdict)
+            writer.add(*key, seed=edit.seed, image=None, verdict=verdict)
             return verdict
         made = edit.made
         writer.add(
             *key,
             seed=edit.seed,
-            jpeg=made.jpeg,
+            image=made.file,
             height=made.height,
             width=made.width,
             verdict=made.verdict,

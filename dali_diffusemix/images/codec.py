@@ -1,4 +1,4 @@
-"""The codec: decodes any supported file into RGB pixels with Pillow, and encodes JPEGs.
+"""The codec: decodes any supported file into RGB pixels with Pillow, and encodes those that stores hold.
 
 Every conversion is explicit: Pillow's own would clip 16-bit greys to white and keep an alpha channel.
 """
@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO, Final, TypeAlias
+from typing import Any, BinaryIO, Final, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,48 @@ def encode(image: NDArray[np.uint8] | Image.Image, quality: int) -> bytes:
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality, subsampling="4:2:0", restart_marker_blocks=tile)
     return stream.getvalue()
+
+
+Stored: TypeAlias = Literal["jpeg", "png", "raw"]
+STORED: Final[tuple[Stored, ...]] = ("jpeg", "png", "raw")
+"""Formats of the images in stores; "raw" is plain pixels behind the header of a binary PPM file."""
+ENDINGS: Final = {"jpeg": "jpg", "png": "png", "raw": "ppm"}
+"""The ending of the files of each."""
+
+
+def encode_as(format: str, image: NDArray[np.uint8] | Image.Image, quality: int | None = None) -> bytes:
+    """Return the file of an RGB image, (height, width, 3) uint8, in one of `STORED`; `quality` is the JPEG's."""
+    if format == "jpeg":
+        assert quality is not None
+        return encode(image, quality)
+    if format == "raw":
+        pixels = np.ascontiguousarray(image)
+        return raw_header(*pixels.shape[:2]) + pixels.tobytes()
+    stream = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def raw_header(height: int, width: int) -> bytes:
+    """What comes before the pixels of a raw image: the header of a binary PPM file, in one form of the possible."""
+    return b"P6\n%d %d\n255\n" % (width, height)
+
+
+def raw_pixels(content: NDArray[np.uint8], size: NDArray[np.int32]) -> NDArray[np.uint8]:
+    """The pixels of a raw image, (height, width, 3) uint8: a view.
+
+    Args:
+        content: (bytes,) its file.
+        size: (2,) its height and width.
+
+    Raises:
+        DecodeError: The file is not a raw image of that size.
+    """
+    height, width = size.tolist()
+    header = raw_header(height, width)
+    if content[: len(header)].tobytes() != header or len(content) != len(header) + 3 * height * width:
+        raise DecodeError(f"must be a raw image of {height} x {width} pixels, found {content[:16].tobytes()!r}.")
+    return content[len(header) :].reshape(height, width, 3)
 
 
 def tile(content: bytes) -> bytes | None:
@@ -116,6 +158,27 @@ def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | No
     return pixels
 
 
+def rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the upright RGB pixels of a Pillow image, (height, width, 3) uint8, as `decode` would those of its file.
+
+    The image keeps its mode, size and metadata; its pixels are loaded if they were not.
+
+    Raises:
+        DecodeError: Its file is damaged or cut short, it has more than `MAX_PIXELS` pixels, or values without a defined
+            range (floating point, 32-bit integers above 65535).
+    """
+    try:
+        with _quiet_pillow():
+            # `_upright` takes the transparency out of what it is given.
+            return _upright(image.copy() if "transparency" in image.info else image)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DecodeError(
+            f"cannot be decoded ({type(error).__name__}: {error}); copy it again or remove it."
+        ) from error
+
+
 def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
     try:
         with _quiet_pillow():
@@ -161,24 +224,28 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
     with Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        if height * width > MAX_PIXELS:
-            raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
-        if image.format == "TIFF":
-            _quiet_libraries()
-        # Loaded first: that turns a TIFF upright, and finds the EXIF behind the pixels of a PNG.
-        image.load()
-        turn = _UPRIGHT.get(orientation(image))
-        upright = image if turn is None else image.transpose(turn)
-        if upright.mode == "I" or upright.mode.startswith("I;16"):
-            return _eight_bits(np.asarray(upright))
-        if upright.mode == "F":
-            raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
-        # Pillow warns that a palette's alpha is lost, which is intended.
-        upright.info.pop("transparency", None)
-        pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
-        pixels.flags.writeable = False
-        return pixels
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> NDArray[np.uint8]:
+    width, height = image.size
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+    if image.format == "TIFF":
+        _quiet_libraries()
+    # Loaded first: that turns a TIFF upright, and finds the EXIF behind the pixels of a PNG.
+    image.load()
+    turn = _UPRIGHT.get(orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode == "I" or upright.mode.startswith("I;16"):
+        return _eight_bits(np.asarray(upright))
+    if upright.mode == "F":
+        raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
+    # Pillow warns that a palette's alpha is lost, which is intended.
+    upright.info.pop("transparency", None)
+    pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    pixels.flags.writeable = False
+    return pixels
 
 
 _quiet_libraries = functools.cache(native.quiet)

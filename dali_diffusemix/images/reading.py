@@ -4,11 +4,13 @@ One call of the C library reads a batch without the GIL. Files are read, not map
 its file shrinks, and waits for storage page by page, in the decoder's threads. JPEGs with restart markers, as
 `codec.encode` writes them, are cut down to the tiles that a window touches, so the decoder has nothing to skip.
 `Encoded.safe` says which images DALI may be given: kernels/screen.h knows what DALI decodes as Pillow does.
+
+Of raw images, which need no decoding, `read_stretches` reads the rows that are shown.
 """
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Final, NamedTuple, TypeAlias
 
@@ -50,6 +52,16 @@ class Extent(NamedTuple):
     length: int  # bytes
 
 
+@dataclass
+class Stretches:
+    """Plain pixels in open files: n images, rows of (width, 3) uint8 one after another."""
+
+    files: NDArray[np.int32]  # (n,) descriptors; -1: there is none
+    offsets: NDArray[np.int64]  # (n,) of the first pixel, bytes
+    errors: dict[int, DecodeError] = field(default_factory=dict)  # by image: why there is none
+    owners: list[OpenFile] = field(default_factory=list)  # keep the files open
+
+
 IN_STORE: Final = "run `dali-diffusemix verify STORE --discard`, and the command again that made the store"
 """The remedy for a damaged image in a store, which cannot be replaced by itself."""
 
@@ -65,7 +77,12 @@ class Encoded:
     windows: NDArray[np.int32]  # (n, 4) the windows asked for, in these images
     safe: NDArray[np.bool_]  # (n,) JPEGs and PNGs that DALI decodes as Pillow does; of a PNG, only its pixels
     errors: dict[int, DecodeError]  # by row: why it could not be read
-    memory: NDArray[np.uint8]  # holds the images
+    memory: NDArray[np.uint8] | None  # holds the images
+
+    @classmethod
+    def none(cls, count: int) -> "Encoded":
+        """No image in any of so many places."""
+        return cls([None] * count, np.zeros((count, 4), dtype=np.int32), np.zeros(count, dtype=np.bool_), {}, None)
 
 
 def read(
@@ -108,7 +125,7 @@ def read(
             break
         memory = np.empty(needed + needed // 4, dtype=np.uint8)
     for i in np.flatnonzero(codes).tolist():
-        reason = _REASONS.get(int(codes[i])) or os.strerror(int(codes[i]))
+        reason = _reason(int(codes[i]))
         remedy = IN_STORE if isinstance(locations[i], Extent) else "restore it, or run `index --refresh`"
         errors[i] = DecodeError(f"{name_of(locations[i])}: cannot be read ({reason}); {remedy}.")
     starts[codes != 0] = -1
@@ -117,6 +134,57 @@ def read(
         for start, length in zip(starts.tolist(), read_lengths.tolist(), strict=True)
     ]
     return Encoded(images, cuts, safe, errors, memory)
+
+
+def read_stretches(
+    files: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    memory: NDArray[np.uint8] | None = None,
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], dict[int, str]]:
+    """Read stretches of open files, one after another, into one block of memory.
+
+    Args:
+        files: (n,) descriptors.
+        offsets: (n,) where they begin, bytes.
+        lengths: (n,) bytes.
+        memory: Memory to read into, if it is large enough.
+
+    Returns:
+        The memory; (n,) where each begins in it; and why some could not be read, by row.
+    """
+    ends = np.cumsum(lengths)
+    begins, needed = ends - lengths, int(ends[-1]) if len(ends) else 0
+    if memory is None or len(memory) < needed:
+        memory = np.empty(needed + needed // 4, dtype=np.uint8)
+    codes = np.zeros(len(files), dtype=np.int32)
+    run = _read_stretches if native.library() is None else native.read_stretches
+    run(files, offsets, lengths, begins, memory, codes, _THREADS)
+    return memory, begins, {row: _reason(int(codes[row])) for row in np.flatnonzero(codes).tolist()}
+
+
+def _reason(code: int) -> str:
+    return _REASONS.get(code) or os.strerror(code)
+
+
+def _read_stretches(
+    files: NDArray[np.int32],
+    offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    out: NDArray[np.uint8],
+    errors: NDArray[np.int32],
+    threads: int,
+) -> None:
+    """`native.read_stretches` without the C library."""
+    for i, (file, offset, length, begin) in enumerate(
+        zip(files.tolist(), offsets.tolist(), lengths.tolist(), begins.tolist(), strict=True)
+    ):
+        try:
+            if os.preadv(file, [out[begin : begin + length]], offset) < length:  # type: ignore[list-item]
+                errors[i] = _ENDS_EARLY
+        except OSError as error:
+            errors[i] = error.errno or _ENDS_EARLY
 
 
 def name_of(location: Location | None) -> str:

@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final, Literal
+from functools import partial
+from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from dali_diffusemix.loading.dali import GpuDecoding
 from dali_diffusemix.loading.decoder import PieceDecoder
 from dali_diffusemix.loading.memory import BatchMemory
 from dali_diffusemix.loading.parts import Parts
-from dali_diffusemix.loading.pieces import Pieces, request
+from dali_diffusemix.loading.pieces import Pieces, Shares, request
 from dali_diffusemix.loading.quarantine import Failure, Quarantine, Substitution
 from dali_diffusemix.loading.ranks import Ranks
+from dali_diffusemix.loading.resident import PiecesOnDevice, Resident, Residents
 from dali_diffusemix.loading.samplers import BatchIndices, Order
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix.call import mix, mix_on_device
@@ -34,6 +36,7 @@ from dali_diffusemix.mix.tensor import DtypeName, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan
 
 Batch = tuple[torch.Tensor, ...]
+AnyDecoder: TypeAlias = PieceDecoder | PiecesOnDevice
 BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
@@ -59,6 +62,7 @@ class Delivery:
     visible_parts: bool
     pin_memory: bool
     timeout: float
+    resident: Resident | None
 
     def __post_init__(self) -> None:
         if self.device.type not in ("cuda", "cpu"):
@@ -140,6 +144,7 @@ class BatchMaker:
         self._substitutions: dict[int, Substitution[Pieces]] = {}  # by the dataset's number, as the next one
         self._upload: PieceUpload | None = None
         self._banks: dict[int, gpu.DeviceBank] = {}
+        self._residents: Residents | None = None
         self._retained = gpu.Retained()
         self._memory = BatchMemory()
 
@@ -164,9 +169,22 @@ class BatchMaker:
                     arguments.warn_of_no_pinning()
             if self.batch_transform is not None and any(one.normalize is not None for one in self.parts.datasets):
                 colours.warn_of_colour(self.batch_transform)
-            self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
+            if not self._raw:
+                self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
             self._prepared = True
+        if self.delivery.resident is not None and self._residents is None:
+            on_gpu = self.device.type == "cuda"
+            self._residents = Residents(
+                self.parts.datasets,
+                self.device if self.delivery.resident == "device" else None,
+                windows=on_gpu and self.delivery.resident == "host",
+            )
         self._substitutions.clear()  # files may have been repaired since
+
+    @property
+    def _raw(self) -> bool:
+        """True if nothing has to be decoded."""
+        return all(one.is_raw for one in self.parts.datasets)
 
     @property
     def decoded_on(self) -> Literal["cpu", "gpu"]:
@@ -182,11 +200,14 @@ class BatchMaker:
             self._free.pop().close()
         self._banks.clear()
         self._upload = None
+        self._residents = None
 
     # --- decoders
 
-    def take_decoder(self, batch_size: int) -> PieceDecoder:
+    def take_decoder(self, batch_size: int) -> AnyDecoder:
         """A decoder for one iterator."""
+        if self.delivery.resident == "device":
+            return PiecesOnDevice()
         with suppress(IndexError):  # each of several threads takes its own
             while (decoder := self._free.pop()).inherited:
                 pass
@@ -197,11 +218,12 @@ class BatchMaker:
             ahead=1 + self.delivery.prefetch_factor,
             device=None if self._way is None else self.device.index,
             gpu=self._way,
+            raw=self._raw,
         )
 
-    def give_back(self, decoder: PieceDecoder) -> None:
+    def give_back(self, decoder: AnyDecoder) -> None:
         """Take a decoder back: emptied, or closed if an exception has passed through it."""
-        if decoder.intact:
+        if decoder.intact and isinstance(decoder, PieceDecoder):
             decoder.drain()
             native.trim()
             self._free.append(decoder)
@@ -210,12 +232,19 @@ class BatchMaker:
 
     # --- one batch
 
-    def deliver(self, planned: "_Planned", decoder: PieceDecoder, clock: "Clock") -> Batch:
+    def requester(self) -> Callable[[Shares], Pieces]:
+        """What makes the pieces of a batch, to decode or in memory; it does not hold this object."""
+        if self._residents is not None:
+            return self._residents.request
+        return partial(request, visible_only=self.delivery.visible_parts)
+
+    def deliver(self, planned: "_Planned", decoder: AnyDecoder, clock: "Clock") -> Batch:
         """The decoder's oldest batch, as tensors on the device."""
         begin = time.perf_counter()
         on_gpu = self.device.type == "cuda"
         with torch.cuda.device(self.device) if on_gpu else nullcontext():
-            pieces = decoder.fetch(self._uploader().stream if on_gpu else None, self.delivery.timeout)
+            uploads = on_gpu and self.delivery.resident != "device"
+            pieces = decoder.fetch(self._uploader().stream if uploads else None, self.delivery.timeout)
             clock.idle += time.perf_counter() - begin
             shares = planned.shares if not pieces.errors else self._substituted(planned.shares, pieces, decoder)
             begin = time.perf_counter()
@@ -231,15 +260,17 @@ class BatchMaker:
             batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
         return tuple(map(_pinned, batch)) if self._pins else batch
 
-    def _substituted(
-        self, shares: "list[_PlannedShare]", pieces: Pieces, decoder: PieceDecoder
-    ) -> "list[_PlannedShare]":
+    def _substituted(self, shares: "list[_PlannedShare]", pieces: Pieces, decoder: AnyDecoder) -> "list[_PlannedShare]":
         """Replace the samples that cannot be made, in the pieces and in the plans that are returned."""
         failures = pieces.failures()
         return [self._substituted_in(share, failures, pieces, decoder) for share in shares]
 
     def _substituted_in(
-        self, share: "_PlannedShare", failures: Mapping[int, Failure], pieces: Pieces, decoder: PieceDecoder
+        self,
+        share: "_PlannedShare",
+        failures: Mapping[int, Failure],
+        pieces: Pieces,
+        decoder: AnyDecoder,
     ) -> "_PlannedShare":
         number, plan, columns = share.number, share.plan, share.columns
         dataset = self.parts.datasets[number]
@@ -250,7 +281,7 @@ class BatchMaker:
             return share
 
         def decode(rows: BatchPlan) -> tuple[Pieces, Mapping[int, Failure]]:
-            found = decoder.decode_now(request([(dataset, rows)], visible_only=self.delivery.visible_parts))
+            found = decoder.decode_now(self.requester()([(dataset, rows)]))
             return found, found.failures()
 
         if number not in self._substitutions:
@@ -298,7 +329,9 @@ class BatchMaker:
             device=self.device,
             memory_format=self.delivery.memory_format,
         )
-        table, copied = self._uploader()(pieces.table[:, columns], pieces.on_host[:, columns])
+        table, copied = pieces.table[:, columns], None
+        if self.delivery.resident != "device":
+            table, copied = self._uploader()(table, pieces.on_host[:, columns])
         mix_on_device(plan, table, self._device_bank(share.number), out=images, format=self._formats[share.number])
         del copied  # only here: its memory must not go to work that could run before the mix
         if self._way is not None:
@@ -368,10 +401,10 @@ class Clock:
     wait: float = 0.0
     idle: float = 0.0
     mix: float = 0.0
-    _decoder: PieceDecoder | None = None
+    _decoder: AnyDecoder | None = None
     _seconds: tuple[float, float] = (0.0, 0.0)  # of reading and decoding, as long as there is no decoder
 
-    def start(self, decoder: PieceDecoder) -> None:
+    def start(self, decoder: AnyDecoder) -> None:
         """The iterator has taken a decoder, which worked for other iterators before."""
         self._decoder, self._seconds = decoder, decoder.seconds()
 
@@ -425,7 +458,7 @@ class Batches:
         self._maker = maker
         self._order = order
         self._batch_size = batch_size
-        self._decoder: PieceDecoder | None = None
+        self._decoder: AnyDecoder | None = None
         self._coming: Iterator[BatchIndices] = iter(())
         self._under_way: deque[_Planned] = deque()
 
@@ -474,7 +507,7 @@ class Batches:
                 self._decoder = self._maker.take_decoder(self._batch_size or len(order.indices))
                 self.clock.start(self._decoder)
             maker = self._maker
-            planned = _Planned(maker.parts, self.run.epoch, order, visible_only=maker.delivery.visible_parts)
+            planned = _Planned(maker.parts, self.run.epoch, order, maker.requester())
             self._decoder.submit(planned)
             self._under_way.append(planned)
 
@@ -497,9 +530,9 @@ class _Planned:
 
     shares: list[_PlannedShare]
 
-    def __init__(self, parts: Parts, epoch: int, batch: BatchIndices, *, visible_only: bool) -> None:
+    def __init__(self, parts: Parts, epoch: int, batch: BatchIndices, request: Callable[[Shares], Pieces]) -> None:
         self.epoch, self.batch = epoch, batch
-        self._parts, self._visible_only = parts, visible_only
+        self._parts, self._request = parts, request
 
     def __call__(self) -> Pieces:
         datasets, self.shares, start = self._parts.datasets, [], 0
@@ -507,4 +540,4 @@ class _Planned:
             plan = datasets[number].planner.batch(self.epoch, indices, views)
             self.shares.append(_PlannedShare(number, plan, rows, slice(start, start + len(rows))))
             start += len(rows)
-        return request([(datasets[one.number], one.plan) for one in self.shares], visible_only=self._visible_only)
+        return self._request([(datasets[one.number], one.plan) for one in self.shares])

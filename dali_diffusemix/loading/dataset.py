@@ -21,7 +21,7 @@ from dali_diffusemix.catalog.listing import index, warn_of_deleted
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
 from dali_diffusemix.fractals.bank import FractalBank
-from dali_diffusemix.images.codec import decode_listed
+from dali_diffusemix.images.codec import decode_listed, raw_pixels
 from dali_diffusemix.images.reading import IN_STORE
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
 from dali_diffusemix.loading.samplers import View, addresses
@@ -250,6 +250,12 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         """The samples of a batch of indices. DataLoader calls this instead of `dataset[i]`."""
         return self.samples_at(*addresses(indices, len(self)), counted=True)
 
+    @property
+    def is_raw(self) -> bool:
+        """True if nothing has to be decoded: originals and edits are raw images in stores."""
+        edits = self.store if self.mix is not None else None
+        return self.original_store is not None and self.original_store.raw and (edits is None or edits.raw)
+
     def path_of(self, original: int) -> str:
         """Path of an original, by its row in the catalog; with a packed store, there is no such file."""
         return os.path.join(self.root, self.catalog.path(original))  # noqa: PTH118 - a URL, or many at speed
@@ -463,7 +469,8 @@ def decode_edit(store: EditStore, edit: int) -> NDArray[np.uint8]:
 
 def _decode_stored(store: EditStore | OriginalStore, row: int, size: NDArray[np.int32], name: str) -> NDArray[np.uint8]:
     try:
-        return decode_listed(store.encoded(row), size, IN_STORE)
+        content = store.encoded(row)
+        return raw_pixels(content, size) if store.raw else decode_listed(content, size, IN_STORE)
     except MirrorError:
         raise  # the image may be fine
     except (DecodeError, StoreError) as error:

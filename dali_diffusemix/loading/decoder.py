@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +48,10 @@ class PieceDecoder:
         ahead: Batches that DALI gets at once; those behind them are read meanwhile.
         device: Number of the GPU that decodes and keeps the pieces; None is the CPU.
         gpu: How a GPU decodes.
+        raw: All images are raw, so DALI is not needed.
 
     Raises:
-        MissingDependencyError: DALI is not installed.
+        MissingDependencyError: DALI is needed and not installed.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PieceDecoder:
         ahead: int = 2,
         device: int | None = None,
         gpu: GpuDecoding | None = None,
+        raw: bool = False,
     ) -> None:
         self._batch_size = batch_size
         self._threads = threads
@@ -72,13 +74,14 @@ class PieceDecoder:
         self._lock = gate.lock()
         self._pipelines: dict[bool, Pipeline] = {}  # by whether the GPU decodes
         self._single: dict[bool, Pipeline] = {}  # the same for one image
-        with gate.through(self._lock):
-            self._build_pipelines()
+        if not raw:
+            with gate.through(self._lock):
+                self._build_pipelines()
         self._reader = Workers(1, "dali-diffusemix-read")
         self._pillow = Workers(threads, "dali-diffusemix-pillow")
         self._reading: deque[Result[_ReadPieces]] = deque()
         self._decoding: deque[_ReadPieces | BaseException] = deque()  # an exception if reading a batch raised it
-        self._memory: list[NDArray[np.uint8]] = []  # free, to read into
+        self._memory: list[_Memory] = []  # free, to read into
         self._fetched: _ReadPieces | None = None
         self._process = os.getpid()
         self._hangs = False  # the reading thread waits for a storage that does not answer
@@ -107,7 +110,7 @@ class PieceDecoder:
             make: Called once, in the reading thread. If it raises, `fetch` raises the same for this batch.
         """
         with self._call():
-            memory = self._memory.pop() if self._memory else None
+            memory = self._memory.pop() if self._memory else (None, None)
             self._reading.append(self._reader.submit(_read, make, memory))
             self._advance(wait=False)
 
@@ -147,14 +150,14 @@ class PieceDecoder:
             batch.fill(found)
             # A GPU may still read the batch before this one for a moment after its outputs were handed over.
             if self._fetched is not None:
-                self._memory.append(self._fetched.encoded.memory)
+                self._memory.append(self._fetched.memory)
             self._fetched = batch
             return batch.pieces
 
     def decode_now(self, pieces: Pieces) -> Pieces:
         """Read and decode a batch ahead of those that were submitted, image by image."""
         with self._call():
-            batch = _read(lambda: pieces, None)
+            batch = _read(lambda: pieces, (None, None))
             self._decode_aside(batch)
             batch.fill(self._decode_singly(batch))
             return pieces
@@ -179,7 +182,7 @@ class PieceDecoder:
                 try:
                     for part in batch.parts:
                         part.pipeline.outputs(part.number)
-                    self._memory.append(batch.encoded.memory)
+                    self._memory.append(batch.memory)
                 except RuntimeError:
                     self._decoding.clear()
                     self._build_pipelines()
@@ -235,10 +238,12 @@ class PieceDecoder:
 
     def _schedule(self, batch: "_ReadPieces") -> None:
         """Give a batch to the pipelines; to new ones if it is larger than any before."""
-        if len(batch.pieces) > self._batch_size:
-            self._batch_size = len(batch.pieces)
-            self._build_pipelines()
         batch.parts = []
+        if not len(batch.fed):
+            return
+        if len(batch.pieces) > self._batch_size or not self._pipelines:
+            self._batch_size = max(self._batch_size, len(batch.pieces))
+            self._build_pipelines()
         for on_gpu, images in self._divided(batch).items():
             if len(images):
                 pipeline = self._pipelines[on_gpu]
@@ -257,6 +262,8 @@ class PieceDecoder:
 
     def _decode_aside(self, batch: "_ReadPieces") -> None:
         """Start Pillow on what DALI does not get."""
+        if not batch.pieces.locations:
+            return
         for i in np.flatnonzero(~batch.encoded.safe).tolist():
             if batch.encoded.images[i] is not None:
                 batch.aside[i] = self._pillow.submit(_decode_by_pillow, batch, i)
@@ -278,6 +285,10 @@ class PieceDecoder:
         except RuntimeError:
             self._single.pop(on_gpu, None)
         return _decode_by_pillow(batch, i)
+
+
+_Memory: TypeAlias = tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]
+"""Memory that a batch is read into: of files; of raw images."""
 
 
 class _Pixels(NamedTuple):
@@ -305,12 +316,16 @@ class _ReadPieces:
     pieces: Pieces
     windows: NDArray[np.int32]  # (2n, 4) asked for, in the images
     encoded: Encoded  # (2n,)
+    memory: "_Memory"
     seconds: float  # of reading
     fed: NDArray[np.int64] = field(init=False)  # images that DALI gets
     aside: "dict[int, Result[_Pixels | DecodeError]]" = field(default_factory=dict)  # images that Pillow gets
     parts: list[_Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if not self.pieces.locations:
+            self.fed = np.empty(0, dtype=np.int64)
+            return
         read = np.fromiter((image is not None for image in self.encoded.images), np.bool_, len(self.encoded.images))
         self.fed = np.flatnonzero(read & self.encoded.safe)
 
@@ -348,15 +363,19 @@ class _ReadPieces:
         pieces.owners.extend({id(owner): owner for owner in owners}.values())
 
 
-def _read(make: Callable[[], Pieces], memory: NDArray[np.uint8] | None) -> _ReadPieces:
-    """Make a batch's pieces and read their images, in one call of the library."""
+def _read(make: Callable[[], Pieces], memory: "_Memory") -> _ReadPieces:
+    """Make a batch's pieces and read their images: one call of the library for files, one for raw images."""
     pieces = make()
     begin = time.perf_counter()
     windows = pieces.windows
-    shown = (windows[:, 2] > windows[:, 0]) & (windows[:, 3] > windows[:, 1])
-    wanted = [one if seen else None for one, seen in zip(pieces.locations, shown.tolist(), strict=True)]
-    encoded = read(wanted, windows, pieces.sizes, memory)
-    return _ReadPieces(pieces, windows, encoded, time.perf_counter() - begin)
+    if pieces.locations:
+        shown = (windows[:, 2] > windows[:, 0]) & (windows[:, 3] > windows[:, 1])
+        wanted = [one if seen else None for one, seen in zip(pieces.locations, shown.tolist(), strict=True)]
+        encoded = read(wanted, windows, pieces.sizes, memory[0])
+    else:
+        encoded = Encoded.none(len(windows))
+    pixels = pieces.read_raw(memory[1])
+    return _ReadPieces(pieces, windows, encoded, (encoded.memory, pixels), time.perf_counter() - begin)
 
 
 def _decode_by_pillow(batch: _ReadPieces, i: int) -> _Pixels | DecodeError:

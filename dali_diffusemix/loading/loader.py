@@ -21,6 +21,8 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.parts import Parts
 from dali_diffusemix.loading.quarantine import Quarantine
 from dali_diffusemix.loading.ranks import Ranks, initialised, seeds_of_rank_0
+from dali_diffusemix.loading.resident import Resident
+from dali_diffusemix.loading.resident import check as check_resident
 from dali_diffusemix.loading.samplers import Order, OrderBatchSampler, OrderSampler, OwnOrder, SamplerOrder
 from dali_diffusemix.plan.batch import BatchPlan
 
@@ -30,7 +32,7 @@ AnyDataset: TypeAlias = DiffuseMixDataset | Subset[Any] | ConcatDataset[Any]
 # The order, the batches and the threads follow from these.
 _FIXED: Final = (
     *("dataset", "batch_size", "shuffle", "drop_last", "generator", "memory_format", "dtype", "num_workers"),
-    *("decode", "prefetch_factor", "return_index", "visible_parts", "pin_memory", "timeout"),
+    *("decode", "prefetch_factor", "return_index", "visible_parts", "pin_memory", "timeout", "resident"),
 )
 
 
@@ -80,6 +82,9 @@ class DiffuseMixLoader:
             from the global generators of torch, NumPy or Python, wrap it: `globally_seeded(transform)`.
         return_index: Deliver (images, labels, indices): (n,) int64 indices of the samples in the epoch, on the CPU.
         visible_parts: Decode only the parts of images that samples show. False decodes whole images, for comparison.
+        resident: Where raw images (`pack --format raw`) stay in memory, from the first `iter` on. "host": once for all
+            processes of the machine. "device": once in the GPU's memory; then a batch takes neither reading nor copying
+            of images, no thread and no DALI. None: they are read when they are shown.
 
     Raises:
         ConfigError: an argument breaks a rule, or the ranks were given different seeds.
@@ -120,6 +125,7 @@ class DiffuseMixLoader:
         batch_transform: BatchTransform | None = None,
         return_index: bool = False,
         visible_parts: bool = True,
+        resident: Resident | None = None,
     ) -> None:
         self._parts = Parts(dataset)
         arguments.check_batch_size(batch_size)
@@ -169,6 +175,7 @@ class DiffuseMixLoader:
         self.memory_format = memory_format
         self.return_index = return_index
         self.visible_parts = visible_parts
+        self.resident = resident
         self._ranks = Ranks(None if rank is None or world_size is None else (rank, world_size))
         if shuffle and generator is not None:
             sampler = RandomSampler(dataset, generator=generator)
@@ -185,7 +192,9 @@ class DiffuseMixLoader:
             visible_parts=visible_parts,
             pin_memory=pin_memory,
             timeout=timeout,
+            resident=resident,
         )
+        check_resident(resident, delivery.device, self._parts.datasets)
         length = len(dataset)
         self._order: OwnOrder | SamplerOrder
         if sampler is None and batch_sampler is None:

@@ -3,18 +3,21 @@
     request(datasets, plans)  ──>  Pieces: locations, windows  ──decoder──>  Pieces: pixels  ──> mix
 
 Of every array row 0 holds the originals and row 1 the edits, so the table goes into `mix` as it is.
+
+Raw images need no decoder. Of those on disk the rows of a window are read, of small ones all: `read_raw`. Those of a
+resident store are pixels in memory from the start.
 """
 
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Final, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError
-from dali_diffusemix.images.reading import Location
+from dali_diffusemix.images.reading import IN_STORE, Location, Stretches, read_stretches
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.quarantine import Failure
 from dali_diffusemix.mix.call import piece_table
@@ -29,8 +32,9 @@ class Pieces:
     A decoder fills in `table["data"]` and what it decoded more than asked, `on_host`, `owners` and `errors`.
     """
 
-    locations: Sequence[Location | None]  # (2n,) of the originals, then of the edits; None: there is no image
+    locations: Sequence[Location | None]  # (2n,) of the originals, then of the edits; None: no image; () if all are raw
     table: NDArray[np.void]  # (2, n) of PIECE; data is 0 until it is decoded, height is 0 if nothing is shown
+    raw: Stretches | None = None  # (2n,) raw images, which have no location; None: there are none
     on_host: NDArray[np.bool_] = field(init=False)  # (2, n) `data` is in host memory; else on the decoder's device
     owners: list[object] = field(default_factory=list)  # keep the memory of the pixels
     errors: dict[tuple[int, int], DecodeError] = field(default_factory=dict)  # by row and sample; its data is 0
@@ -39,17 +43,25 @@ class Pieces:
         self.on_host = np.zeros(self.table.shape, dtype=np.bool_)
 
     @classmethod
-    def of(cls, locations: Sequence[Location | None], windows: NDArray[np.int32], sizes: NDArray[np.int32]) -> Self:
+    def of(
+        cls,
+        locations: Sequence[Location | None],
+        windows: NDArray[np.int32],
+        sizes: NDArray[np.int32],
+        raw: Stretches | None = None,
+    ) -> Self:
         """Pieces to decode.
 
         Args:
             locations: (2n,).
             windows: (2, n, 4) top, left, bottom, right, upright pixels; empty where nothing is shown.
             sizes: (2, n, 2) height and width of the upright images.
+            raw: (2n,) raw images.
         """
         begin, end = windows[..., :2], windows[..., 2:]
         nowhere = np.zeros(windows.shape[:2], dtype=np.uint64)
-        return cls(locations=locations, table=piece_table(nowhere, end - begin, origins=begin, image_sizes=sizes))
+        table = piece_table(nowhere, end - begin, origins=begin, image_sizes=sizes)
+        return cls(locations=locations, table=table, raw=raw)
 
     def __len__(self) -> int:
         """Samples."""
@@ -85,28 +97,124 @@ class Pieces:
         self.table[:, sample], self.on_host[:, sample] = other.table[:, 0], other.on_host[:, 0]
         self.owners.extend(other.owners)
 
+    def read_raw(self, memory: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+        """Read the raw images' rows that are shown.
 
-def request(shares: Sequence[tuple[DiffuseMixDataset, BatchPlan]], *, visible_only: bool) -> Pieces:
+        Args:
+            memory: Memory to read into, if it is large enough.
+
+        Returns:
+            The memory that holds the pixels.
+        """
+        if self.raw is None:
+            return memory
+        pieces = self.table.reshape(-1)
+        shown = pieces["height"] > 0
+        for i, error in self.raw.errors.items():
+            if shown[i]:
+                self.errors[divmod(i, len(self))] = error
+        rows = np.flatnonzero(shown & (self.raw.files >= 0))
+        if not len(rows):
+            return memory
+        top, bottom = pieces["top"][rows], pieces["top"][rows] + pieces["height"][rows]
+        height, width = pieces["image_height"][rows], pieces["image_width"][rows]
+        pitch = 3 * np.asarray(width, dtype=np.int64)
+        small = height * pitch <= _SMALL
+        top, bottom = np.where(small, 0, top), np.where(small, height, bottom)
+        memory, begins, failed = read_stretches(
+            self.raw.files[rows], self.raw.offsets[rows] + top * pitch, (bottom - top) * pitch, memory
+        )
+        pieces["data"][rows] = np.uint64(memory.ctypes.data) + begins.astype(np.uint64)
+        pieces["top"][rows], pieces["height"][rows] = top, bottom - top
+        pieces["left"][rows], pieces["width"][rows] = 0, width
+        self.on_host.reshape(-1)[rows] = True
+        self.owners.append(memory)
+        for position, reason in failed.items():
+            i = int(rows[position])
+            pieces["data"][i] = 0
+            self.errors[divmod(i, len(self))] = DecodeError(f"a raw image cannot be read ({reason}); {IN_STORE}.")
+        return memory
+
+
+# Bytes of a raw image that is read whole: reading a part of a page costs the same, and the mix shares more weights.
+_SMALL: Final = 16384
+
+
+Shares: TypeAlias = Sequence[tuple[DiffuseMixDataset, BatchPlan]]
+"""Datasets, and the plans of their rows in a batch."""
+
+
+def request(shares: Shares, *, visible_only: bool) -> Pieces:
     """The pieces to decode for the rows of one or several datasets: visible parts of the images, or whole images."""
-    found = [_requested(dataset, plan, visible_only=visible_only) for dataset, plan in shares]
-    originals, edits, windows, sizes = zip(*found, strict=True)
-    if len(found) == 1:
-        return Pieces.of([*originals[0], *edits[0]], windows[0], sizes[0])
-    locations = [one for kind in (originals, edits) for share in kind for one in share]
-    return Pieces.of(locations, np.concatenate(windows, axis=1), np.concatenate(sizes, axis=1))
+    return joined([_requested(dataset, plan, visible_only=visible_only) for dataset, plan in shares])
 
 
-def _requested(
-    dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool
-) -> tuple[Sequence[Location | None], Sequence[Location | None], NDArray[np.int32], NDArray[np.int32]]:
-    """(n,) locations of the originals and of the edits, their (2, n, 4) windows and (2, n, 2) sizes."""
-    store = dataset.store
-    sizes = np.zeros((2, len(plan), 2), dtype=np.int32)
+def joined(shares: Sequence[Pieces]) -> Pieces:
+    """The pieces of several datasets' rows, one after another."""
+    if len(shares) == 1:
+        return shares[0]
+    locations: list[Location | None] = []
+    if any(one.locations for one in shares):
+        halves = [one.locations or (None,) * (2 * len(one)) for one in shares]
+        for half in (slice(0, 1), slice(1, 2)):
+            for one, its in zip(shares, halves, strict=True):
+                locations += its[half.start * len(one) : half.stop * len(one)]
+    pieces = Pieces(locations=locations, table=np.concatenate([one.table for one in shares], axis=1))
+    pieces.on_host = np.concatenate([one.on_host for one in shares], axis=1)
+    count, start = len(pieces), 0
+    files, offsets = np.full((2, count), -1, dtype=np.int32), np.zeros((2, count), dtype=np.int64)
+    raw = Stretches(files.reshape(-1), offsets.reshape(-1))
+    for one in shares:
+        columns = slice(start, start + len(one))
+        pieces.errors |= {(row, start + sample): error for (row, sample), error in one.errors.items()}
+        pieces.owners.extend(one.owners)
+        if one.raw is not None:
+            files[:, columns] = one.raw.files.reshape(2, -1)
+            offsets[:, columns] = one.raw.offsets.reshape(2, -1)
+            raw.owners.extend(one.raw.owners)
+            for i, error in one.raw.errors.items():
+                row, sample = divmod(i, len(one))
+                raw.errors[row * count + start + sample] = error
+            pieces.raw = raw
+        start += len(one)
+    return pieces
+
+
+def sizes_of(dataset: DiffuseMixDataset, plan: BatchPlan) -> NDArray[np.int32]:
+    """(2, n, 2) height and width of the originals and of the edits, 0 where there is none."""
+    sizes, mixed = np.zeros((2, len(plan), 2), dtype=np.int32), plan.mixed
     sizes[0] = dataset.catalog.sizes[plan.original]
-    if store is not None and plan.mixed.any():
-        sizes[1, plan.mixed] = store.sizes(plan.edit[plan.mixed])
+    if dataset.store is not None and mixed.any():
+        sizes[1, mixed] = dataset.store.sizes(plan.edit[mixed])
+    return sizes
+
+
+def _requested(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool) -> Pieces:
+    originals, edits, mixed = dataset.original_store, dataset.store, np.flatnonzero(plan.mixed)
+    sizes = sizes_of(dataset, plan)
     windows = visible_parts(plan, sizes) if visible_only else np.concatenate([np.zeros_like(sizes), sizes], axis=2)
-    return _originals(dataset, plan), _edits(dataset, plan), windows, sizes
+    locations: list[Location | None] = []
+    files, offsets = np.full(2 * len(plan), -1, dtype=np.int32), np.zeros(2 * len(plan), dtype=np.int64)
+    raw = Stretches(files, offsets)
+    if originals is not None and originals.raw:
+        _take(raw, originals.stretches(plan.original), np.arange(len(plan)))
+    else:
+        locations = [*_originals(dataset, plan), *[None] * len(plan)]
+    if edits is not None and len(mixed):
+        if edits.raw:
+            _take(raw, edits.stretches(plan.edit[mixed]), len(plan) + mixed)
+        else:
+            locations = locations or [None] * (2 * len(plan))
+            for sample, location in zip(mixed.tolist(), edits.extents(plan.edit[mixed]), strict=True):
+                locations[len(plan) + sample] = location
+    return Pieces.of(locations, windows, sizes, raw if raw.owners or raw.errors else None)
+
+
+def _take(into: Stretches, found: Stretches, images: NDArray[np.int64]) -> None:
+    """Fill in the raw images with these numbers."""
+    into.files[images], into.offsets[images] = found.files, found.offsets
+    into.owners.extend(found.owners)
+    into.errors |= {int(images[i]): error for i, error in found.errors.items()}
 
 
 def _originals(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location | None]:
@@ -115,12 +223,3 @@ def _originals(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location
         return packed.extents(plan.original)
     root = os.fsencode(dataset.root)
     return [root + b"/" + catalog.encoded_path(row) for row in plan.original.tolist()]
-
-
-def _edits(dataset: DiffuseMixDataset, plan: BatchPlan) -> Sequence[Location | None]:
-    locations: list[Location | None] = [None] * len(plan)
-    if dataset.store is not None:
-        mixed = np.flatnonzero(plan.mixed)
-        for sample, location in zip(mixed.tolist(), dataset.store.extents(plan.edit[mixed]), strict=True):
-            locations[sample] = location
-    return locations

@@ -50,7 +50,7 @@ from dali_diffusemix.store.layout import (
     Shard,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current, shard_records
+from dali_diffusemix.store.readers import EditStore, OriginalStore, RawShards, index_is_current, shard_records
 from dali_diffusemix.store.shards import BegunShard, DamagedShard, OriginalShardWriter, ShardRecord, ShardWriter
 from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter
 
@@ -71,6 +71,7 @@ __all__ = [
     "OriginalStore",
     "OriginalStoreWriter",
     "Part",
+    "RawShards",
     "Shard",
     "ShardRecord",
     "ShardWriter",

@@ -40,8 +40,8 @@ SHARD_ROW = np.dtype(
         ("prompt", "<i2"),  # index into the store's prompts
         ("variant", "<i2"),
         ("seed", "<u8"),
-        ("offset", "<i8"),  # of the JPEG in the tar; of one that quality rejected, in the tar under rejected/
-        ("length", "<i4"),  # of the JPEG in bytes; 0: there is none
+        ("offset", "<i8"),  # of its file in the tar; of one that quality rejected, in the tar under rejected/
+        ("length", "<i4"),  # of its file in bytes; 0: there is none
         ("height", "<i4"),
         ("width", "<i4"),
         ("verdict", "u1"),  # index into VERDICTS
@@ -146,6 +146,11 @@ ORIGINALS = Kind(
     index_row=ORIGINAL_INDEX_ROW,
     tables=("index.npy",),
 )
+
+
+def is_raw(settings: Settings) -> bool:
+    """True for a store of raw images: plain pixels, each behind `codec.raw_header`."""
+    return settings.get("format") == "raw"
 
 
 def rejected_tar(store: Path, number: int) -> Path:

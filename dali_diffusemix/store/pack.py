@@ -1,7 +1,7 @@
-"""Packing: from a folder of originals to a packed store that replaces it.
+"""Packing: originals from anywhere, or the edits of a store, into a store that is faster to read.
 
     as it is:   file --decoded, to check it--> the same bytes; for most JPEGs the same coefficients, in tiles
-    smaller:    file --decode, upright--> RGB --longest side to max_side--> JPEG
+    otherwise:  file --decode, upright--> RGB --longest side to max_side--> JPEG, PNG or raw pixels
 
 A shard is the unit of work: a killed run loses at most its open shard.
 """
@@ -9,13 +9,14 @@ A shard is the unit of work: a killed run loses at most its open shard.
 import logging
 import os
 import re
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,31 +25,41 @@ from PIL import Image
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.headers import Rejected
-from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
-from dali_diffusemix.images.codec import RESTARTS, decode, encode, tile
-from dali_diffusemix.store import OriginalShardWriter, OriginalStore, OriginalStoreWriter, index_is_current
-from dali_diffusemix.store.writer import local_folders
+from dali_diffusemix.images.codec import ENDINGS, RESTARTS, STORED, Stored, decode, encode_as, raw_header, tile
+from dali_diffusemix.images.formats import format_of
+from dali_diffusemix.sources import Source, source_of
+from dali_diffusemix.sources.folder import FolderSource
+from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings
+from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
+from dali_diffusemix.store.shards import OriginalShardWriter, ShardWriter
+from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter, local_folders
 
 _log = logging.getLogger(__name__)
 
-_LEFT_OUT: Final = "It could not be decoded when it was packed; copy it again or remove it."
 _DEFAULT_QUALITY: Final = 90
 # Originals in memory at once; few, since they may have any size.
 _BATCH: Final = 32
 _MOST_SIDE: Final = 65500  # libjpeg's limit
+_BLOCK: Final = 512  # bytes, of which files in a tar and their headers are multiples
+# The endings of files that are kept as they are: WebDataset and DALI tell file types by them.
+_KEPT: Final = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "WEBP": "webp"}
+
+Content: TypeAlias = bytes | NDArray[np.uint8] | DecodeError
+"""An image of a source: its file, or its (height, width, 3) uint8 pixels, or why there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """Options of packing. With neither `max_side` nor `quality` no pixel changes.
+    """Options of packing. With none of `max_side`, `quality` and `format="jpeg"` no pixel changes.
 
     Raises ConfigError if a field breaks its rule.
     """
 
+    format: Stored | None = None  # of the images: "raw" pixels, "png", "jpeg"; None keeps the files that there are
     max_side: int | None = None  # pixels; larger images are scaled down so that their longest side has this
-    quality: int | None = None  # of the JPEGs, 1 to 100; 90 if only max_side is given
+    quality: int | None = None  # of JPEGs, 1 to 100; 90 unless given
     tiled: bool = True  # divide JPEGs into tiles, which loading can cut out; False keeps files' bytes
     originals_per_shard: int = 512
 
@@ -59,90 +70,229 @@ class PackConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from 1 to {most}, found {value!r}.")
-        if self.max_side is not None and self.quality is None:
-            object.__setattr__(self, "quality", _DEFAULT_QUALITY)
-        if self.quality is not None and not self.tiled:
-            raise ConfigError("tiled=False leaves files as they are: leave it out, or max_side and quality.")
+        if self.format is not None and self.format not in STORED:
+            raise ConfigError(f"format must be one of {', '.join(STORED)} or None, found {self.format!r}.")
+        if self.format is None and (self.max_side is not None or self.quality is not None):
+            object.__setattr__(self, "format", "jpeg")
+        if self.format == "jpeg":
+            object.__setattr__(self, "quality", self.quality or _DEFAULT_QUALITY)
+        elif self.quality is not None:
+            raise ConfigError(f"quality is that of JPEGs: leave it out beside format={self.format!r}.")
+        if self.format is not None and not self.tiled:
+            raise ConfigError("tiled=False leaves files as they are: leave it out, or max_side, quality and format.")
 
     def settings(self) -> dict[str, str | int | None]:
         """The settings that a packed store records: all that decides a packed original besides its file."""
         settings: dict[str, str | int | None] = {"max_side": self.max_side, "quality": self.quality}
-        if self.quality is not None:
-            settings |= {"resize": "lanczos", "subsampling": "4:2:0"}
-        return settings | {"restarts": RESTARTS if self.tiled else None}
+        if self.format in ("png", "raw"):
+            settings["format"] = self.format
+        if self.max_side is not None or self.format == "jpeg":
+            settings["resize"] = "lanczos"
+        if self.format == "jpeg":
+            settings["subsampling"] = "4:2:0"
+        return settings | {"restarts": RESTARTS if self.tiled and self.format in (None, "jpeg") else None}
+
+    def bytes_of(self, sizes: NDArray[np.int32]) -> int | None:
+        """Bytes of a store of raw images of (n, 2) heights and widths; None for other formats, of which nobody knows.
+
+        Exact but for the ends of tars and for very long names.
+        """
+        if self.format != "raw":
+            return None
+        height, width = _fitted(sizes, self.max_side).T.astype(np.int64)
+        digits = sum(np.floor(np.log10(side)) for side in (height, width)) - 2  # beyond one each
+        length = len(raw_header(1, 1)) + 2 + digits.astype(np.int64) + 3 * height * width
+        return int((_BLOCK + -(-length // _BLOCK) * _BLOCK).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackSummary:
     """The result of a run."""
 
-    originals: int  # in the store
+    images: int  # in the store: originals, or accepted edits
     bytes: int  # of all their files
-    left_out: tuple[Rejected, ...]  # by this or an earlier run, since they could not be decoded
-    made: int  # originals that this run read, including those left out
+    left_out: tuple[Rejected, ...]  # by this or an earlier run, by file (and row), with the reason
+    made: int  # images that this run read, including those left out
     seconds: float
 
 
 def pack(
-    root: str | os.PathLike[str],
+    source: Any,
     store: str | os.PathLike[str],
     config: PackConfig | None = None,
     *,
     catalog: Catalog | None = None,
+    kind: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    split: str = "train",
     progress: Callable[[int, int], None] | None = None,
 ) -> PackSummary:
-    """Pack a folder's originals. Call again to resume an interrupted run.
+    """Pack originals from anywhere, or the edits of a store. Call again to resume an interrupted run.
 
     Args:
-        root: The folder of originals.
-        store: The packed store, a folder outside `root`.
-        config: How to pack; by default pixels do not change.
-        catalog: The originals to pack, with paths relative to `root`; by default `index(root)`.
-        progress: Called with the number of originals done, also by earlier runs, and of all originals.
+        source: A folder of class folders or of a published dataset, WebDataset tars, Parquet files, a
+            `datasets.Dataset`, a map-style dataset of (image, label), arrays (images, labels), or an edit store:
+            see `dali_diffusemix.sources.source_of`, which also takes `kind`, `image`, `label` and `split`.
+        store: The packed store, a folder outside the source.
+        config: How to pack. By default files stay as they are; arrays and edits become raw images.
+        catalog: The originals of a folder to pack, with paths relative to it; by default `index(source)`.
+        kind, image, label, split: What the source is, where it does not show.
+        progress: Called with the number of images done, also by earlier runs, and of all images.
 
     Raises:
-        ConfigError: The store lies inside the root, or the root is a packed store.
+        ConfigError: The store lies inside the source, the source is packed already, or an option does not fit it.
         CatalogError: The originals cannot be listed.
-        StoreError: The store is of other originals or settings, another run writes to it, none of the originals can be
-            decoded, or the disk is full: then finished shards stay, and the same call resumes.
+        StoreError: The store is of other images or settings, another run writes to it, no original can be decoded, or
+            the disk is too small or full: then finished shards stay, and the same call resumes.
+        MissingDependencyError: The library that reads the source is not installed.
     """
-    begin = time.perf_counter()
-    root, store = local_folders(root, store)
     config = config or PackConfig()
-    if OriginalStore.find(root) is not None:
-        raise ConfigError(f"root must be a folder of images, found a packed store, {str(root)!r}; pack its folder.")
-    originals = index(root) if catalog is None else catalog
-    with OriginalStoreWriter.open(store, originals, config.settings(), config.originals_per_shard) as writer:
-        finished, total, made = writer.done(), len(writer.catalog), 0
-        done = sum(map(Counter.total, finished.values()))
-        if progress is not None:
-            progress(done, total)
-        prepare = partial(_prepare, root, writer.catalog, config)
+    if isinstance(source, str | os.PathLike):
+        root, store = local_folders(source, store)
+        if kind is None and catalog is None and (root / "store.json").exists():
+            if (packed := EditStore.find(root)) is not None:
+                return _pack_edits(packed, store, config, progress)
+            raise ConfigError(
+                f"source must be images, found a packed store, {str(root)!r}; pack the folder that it was made from."
+            )
+    if catalog is not None:
+        source = FolderSource.of_catalog(root, catalog)
+    elif not isinstance(source, Source):
+        source = source_of(source, kind=kind, image=image, label=label, split=split)
+    return _pack_originals(source, Path(store), config, progress)
+
+
+def _pack_originals(
+    source: Source, store: Path, config: PackConfig, progress: Callable[[int, int], None] | None
+) -> PackSummary:
+    begin = time.perf_counter()
+    if source.pixels and config.format is None:
+        config = replace(config, format="raw")
+    with OriginalStoreWriter.open(store, source.catalog(), config.settings(), config.originals_per_shard) as writer:
+        shards, finished = writer.shards(), writer.done()
+        missing = {shard: rows for shard, rows in shards.items() if shard not in finished}
+        sizes = [writer.catalog.sizes[rows.start : rows.stop] for rows in missing.values()]
+        if sizes:
+            _check_room(store, config.bytes_of(np.concatenate(sizes)))
+        count = _Count(progress, sum(map(Counter.total, finished.values())), len(writer.catalog))
         with Workers(cpus(), "dali-diffusemix-pack") as threads:
-            for shard, rows in writer.shards().items():
-                if shard in finished:
-                    continue
+            for shard, rows in missing.items():
                 with OriginalShardWriter(store, writer.catalog, shard) as files:
-                    for start in range(0, len(rows), _BATCH):
-                        batch = rows[start : start + _BATCH]
-                        for row, packed in zip(batch, threads.map(prepare, batch), strict=True):
-                            if packed is None:
-                                files.leave_out(row)
-                            else:
-                                files.add(row, *packed.file, height=packed.height, width=packed.width)
-                        made += len(batch)
-                        if progress is not None:
-                            progress(done + made, total)
-        if made or not _is_current(store):  # a finished store is never unfinished, not even for a moment
-            writer.finish(_LEFT_OUT)
+                    packed = _in_batches(threads, partial(_packed, config), source.read(rows))
+                    for row, one in zip(rows, packed, strict=True):
+                        if isinstance(one, DecodeError):
+                            _log.warning("%r of %s is left out: %s", writer.catalog.path(row), source.name, one)
+                            files.leave_out(row, str(one))
+                        else:
+                            ending, content = one.file
+                            if config.format is None:
+                                ending = _ending(writer.catalog.path(row)) or ending
+                            files.add(row, ending, content, height=one.height, width=one.width)
+                        count.add()
+        if missing or not _is_current(store):  # a finished store is never unfinished, not even for a moment
+            writer.finish()
     packed_store = OriginalStore.open(store)
     return PackSummary(
-        originals=len(packed_store),
+        images=len(packed_store),
         bytes=int(packed_store.index["length"].sum(dtype="int64")),
-        left_out=tuple(one for one in packed_store.catalog.rejected if one.reason == _LEFT_OUT),
-        made=made,
+        left_out=packed_store.catalog.rejected,
+        made=count.made,
         seconds=time.perf_counter() - begin,
     )
+
+
+def _pack_edits(
+    edits: EditStore, store: Path, config: PackConfig, progress: Callable[[int, int], None] | None
+) -> PackSummary:
+    """Pack an edit store, shard for shard: all its rows, with what quality rejected as it is."""
+    begin = time.perf_counter()
+    config = config if config.format is not None else replace(config, format="raw", tiled=True)
+    header = Header.read(edits.path)
+    with StoreWriter.open(store, edits.catalog, _settings_of(edits.settings, config)) as writer:
+        writer.order_as(header)
+        finished = writer.done()
+        missing = [shard for shard in writer.shards() if shard.number not in finished]
+        numbers = {shard.number for shard in missing}
+        rows = {number: edits.shard_rows(number) for number in edits.shards if number in numbers}
+        if lacking := len(numbers - rows.keys()) or sum(
+            int((one["verdict"] == _NOT_YET).sum()) for one in rows.values()
+        ):
+            raise StoreError(
+                f"{str(edits.path)!r}: the edit store is not finished ({lacking} shards or edits are missing); run the "
+                "`dali-diffusemix generate` that makes it again, then pack it."
+            )
+        sizes = [np.stack([one["height"], one["width"]], axis=1)[one["verdict"] == 0] for one in rows.values()]
+        if sizes:
+            _check_room(store, config.bytes_of(np.concatenate(sizes)))
+        count = _Count(progress, sum(map(Counter.total, finished.values())), sum(map(len, header.shards())))
+        with Workers(cpus(), "dali-diffusemix-pack") as threads:
+            for shard in missing:
+                table = rows[shard.number]
+                contents = ((row, edits.encoded_row(shard.number, row)) for row in table)
+                with ShardWriter(store, writer.catalog, shard) as files:
+                    prepared = _in_batches(threads, partial(_packed_edit, config), contents)
+                    for row, one in zip(table, prepared, strict=True):
+                        files.add(
+                            *(int(row[name]) for name in ("original", "prompt", "variant")),
+                            seed=int(row["seed"]),
+                            image=None if one is None else one.file[1],
+                            height=0 if one is None else one.height,
+                            width=0 if one is None else one.width,
+                            verdict=VERDICTS[row["verdict"]],
+                            score=float(row["score"]),
+                        )
+                        count.add()
+        if missing or not _is_current(store):
+            writer.finish()
+    packed_store = EditStore.open(store)
+    return PackSummary(
+        images=len(packed_store),
+        bytes=int(packed_store.index["length"].sum(dtype="int64")),
+        left_out=(),
+        made=count.made,
+        seconds=time.perf_counter() - begin,
+    )
+
+
+_NOT_YET: Final = VERDICTS.index(NOT_YET)
+
+
+def _settings_of(settings: Settings, config: PackConfig) -> Settings:
+    """The settings of an edit store, packed."""
+    packed = {"packed_" + name: value for name, value in config.settings().items() if value is not None}
+    assert config.format is not None
+    return {**settings, "format": config.format, **{name: packed[name] for name in packed if name != "packed_format"}}
+
+
+class _Count:
+    """Counts images, for `progress`."""
+
+    def __init__(self, progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
+        self._progress, self._done, self._total = progress, done, total
+        self.made = 0
+        self._tell()
+
+    def add(self) -> None:
+        self.made += 1
+        if self.made % _BATCH == 0 or self._done + self.made == self._total:
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            self._progress(self._done + self.made, self._total)
+
+
+def _check_room(store: Path, needed: int | None) -> None:
+    """Raise StoreError if the disk has less room than that."""
+    if needed is None:
+        return
+    free = shutil.disk_usage(store).free
+    if needed > free:
+        raise StoreError(
+            f"{str(store)!r}: the store will take {needed / 1e9:.2f} GB ({needed} bytes) more, and {free / 1e9:.2f} GB "
+            "are free on that disk; make room, name a folder elsewhere, or pack with max_side or in another format."
+        )
 
 
 def _is_current(store: Path) -> bool:
@@ -152,35 +302,71 @@ def _is_current(store: Path) -> bool:
         return False
 
 
+def _in_batches(threads: Workers, prepare: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    """The results of `prepare`, in order; few items are in memory at once."""
+    batch: list[Any] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == _BATCH:
+            yield from threads.map(prepare, batch)
+            batch = []
+    yield from threads.map(prepare, batch)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Packed:
-    """An original as it is stored."""
+    """An image as it is stored."""
 
-    file: tuple[str, bytes]  # extension, content
+    file: tuple[str, bytes]  # ending, content
     height: int  # upright
     width: int
 
 
-def _prepare(root: Path, catalog: Catalog, config: PackConfig, row: int) -> _Packed | None:
-    """An original as it is stored; None, with a warning in the log, if it cannot be read."""
-    path = catalog.path(row)
+def _packed(config: PackConfig, content: Content) -> _Packed | DecodeError:
+    """An image as it is stored, or why it cannot be."""
+    if isinstance(content, DecodeError):
+        return content
     try:
-        content = (root / path).read_bytes()
-        pixels = decode(content)
+        pixels = decode(content) if isinstance(content, bytes) else content
         height, width = pixels.shape[:2]
-        if config.quality is None:
-            content = _tiled(content, pixels) if config.tiled else content
-            return _Packed(file=(_extension(path), content), height=height, width=width)
-        height, width = _fitted(height, width, config.max_side)
-        if max(height, width) > _MOST_SIDE:
+        if config.format is None:
+            assert isinstance(content, bytes)
+            ending = _KEPT[format_of(content[:4096]) or "JPEG"]
+            return _Packed(
+                file=(ending, _tiled(content, pixels) if config.tiled else content), height=height, width=width
+            )
+        height, width = _fitted(np.array([[height, width]], dtype=np.int32), config.max_side)[0].tolist()
+        if config.format == "jpeg" and max(height, width) > _MOST_SIDE:
             raise DecodeError(f"a JPEG has at most {_MOST_SIDE} pixels a side, found {max(height, width)}.")
-    except (OSError, DecodeError) as error:
-        _log.warning("%r is left out: %s", path, error)
-        return None
-    image = Image.fromarray(pixels)
+    except DecodeError as error:
+        return error
+    image: Image.Image | NDArray[np.uint8] = pixels
     if (height, width) != pixels.shape[:2]:
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return _Packed(file=("jpg", encode(image, config.quality)), height=height, width=width)
+        image = Image.fromarray(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    file = (ENDINGS[config.format], encode_as(config.format, image, config.quality))
+    return _Packed(file=file, height=height, width=width)
+
+
+def _packed_edit(config: PackConfig, edit: tuple[np.void, bytes | None]) -> _Packed | None:
+    """An edit as it is stored; one that was rejected as it is. Raises StoreError for a damaged one."""
+    row, content = edit
+    if content is None:
+        return None
+    if VERDICTS[row["verdict"]] != ACCEPTED:
+        return _Packed(file=("", content), height=int(row["height"]), width=int(row["width"]))
+    packed = _packed(config, content)
+    if isinstance(packed, DecodeError):
+        raise StoreError(
+            f"an edit of original {row['original']} is damaged ({packed}); run `verify --discard` on its store and "
+            "`generate` again to replace it."
+        )
+    return packed
+
+
+def _ending(path: str) -> str | None:
+    """A file's own ending, in small letters."""
+    match = re.search(r"\.([A-Za-z0-9]+)\Z", path)
+    return match[1].lower() if match else None
 
 
 def _tiled(content: bytes, pixels: NDArray[np.uint8]) -> bytes:
@@ -189,17 +375,11 @@ def _tiled(content: bytes, pixels: NDArray[np.uint8]) -> bytes:
     return tiled if tiled is not None and np.array_equal(decode(tiled), pixels) else content
 
 
-def _fitted(height: int, width: int, max_side: int | None) -> tuple[int, int]:
-    """The size of an image scaled to a longest side of at most `max_side`: whole pixels, halves up, at least 1."""
-    longest = max(height, width)
-    if max_side is None or longest <= max_side:
-        return height, width
+def _fitted(sizes: NDArray[np.int32], max_side: int | None) -> NDArray[np.int64]:
+    """(n, 2) sizes scaled to a longest side of at most `max_side`: whole pixels, halves up, at least 1."""
+    found = np.asarray(sizes, dtype=np.int64)
+    if max_side is None:
+        return found
+    longest = found.max(axis=1, keepdims=True)
     # floor(side · max_side / longest + ½), in integers.
-    fitted_height, fitted_width = (max(1, (2 * side * max_side + longest) // (2 * longest)) for side in (height, width))
-    return fitted_height, fitted_width
-
-
-def _extension(path: str) -> str:
-    """A file's own extension, in small letters; WebDataset and DALI tell file types by it."""
-    match = re.search(r"\.([A-Za-z0-9]+)\Z", path)
-    return match[1].lower() if match else "img"
+    return np.where(longest <= max_side, found, np.maximum(1, (2 * found * max_side + longest) // (2 * longest)))

@@ -1,5 +1,7 @@
 """Readers of stores: tables that are mapped, and images that are read from the shards' tars."""
 
+import hashlib
+import itertools
 import json
 import os
 import re
@@ -7,16 +9,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import DecodeError, StoreError
-from dali_diffusemix.images.reading import Extent, OpenFile
+from dali_diffusemix.images.codec import STORED, Stored
+from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
 from dali_diffusemix.store.index import EditIndex, gather, sizes_of
 from dali_diffusemix.store.layout import (
@@ -34,6 +37,7 @@ from dali_diffusemix.store.layout import (
     Settings,
     Sizes,
     UnfinishedStoreWarning,
+    is_raw,
     load,
     read_json,
     rejected_tar,
@@ -53,11 +57,12 @@ from dali_diffusemix.store.shards import (
 
 # Each open or mapped shard holds a file descriptor. A process usually may have 1024; ImageNet has 2,500 shards.
 _OPEN_SHARDS = 200
+_Found = TypeVar("_Found", "Places", Stretches)
 _LEFT_OUT = -1  # in place of the shard, for an original that was not packed
 
 
 class EditStore:
-    """The accepted edits of a store, as a table and as JPEG files.
+    """The accepted edits of a store, as a table and as image files.
 
     Edits are numbered 0 to len - 1, sorted by original, then prompt, then variant: an `EditTable` of the plan. The
     table is memory-mapped; shards are opened on first use. A store is pickled as its path and its shards, so another
@@ -100,6 +105,15 @@ class EditStore:
         """
         with _reached(EDITS, path) as (folder, mirror):
             return cls._open(folder, mirror)
+
+    @classmethod
+    def find(cls, path: Path) -> "EditStore | None":
+        """Open the edit store in a folder; None if the folder is something else. Raises StoreError."""
+        try:
+            kind = _kind_of(path)
+        except StoreError:
+            return None
+        return cls.open(path) if kind is EDITS else None
 
     @classmethod
     def _open(cls, path: Path, mirror: Mirror | None) -> "EditStore":
@@ -158,6 +172,17 @@ class EditStore:
         rows = self.index[edits]
         return np.asarray(np.maximum(np.stack([rows["height"], rows["width"]], axis=-1), 1), dtype=np.int32)
 
+    @property
+    def raw(self) -> bool:
+        """True if the edits are raw images: plain pixels, which need no decoding."""
+        return is_raw(self.settings)
+
+    @staticmethod
+    def format_at(path: Path) -> Stored:
+        """The format of the edits in a store's folder. Raises StoreError."""
+        found = Header.read(path).settings.get("format")
+        return next((one for one in STORED if one == found), "jpeg")
+
     def prompt_of(self, edit: int) -> str:
         """The prompt of an edit, without the template."""
         return self.prompts[int(self.index["prompt"][edit])]
@@ -167,7 +192,7 @@ class EditStore:
         return self._slugs[int(self.index["prompt"][edit])]
 
     def extents(self, edits: NDArray[np.int64]) -> list[Extent | DecodeError]:
-        """The locations of the JPEG files of these edits, (n,), or the error if a shard is missing or was changed.
+        """The locations of the files of these edits, (n,), or the error if a shard is missing or was changed.
 
         For a store at a URL, waits for their shards, and has the rest fetched in the background.
 
@@ -176,8 +201,21 @@ class EditStore:
         """
         return self._tars.extents(self.index[edits])
 
+    def stretches(self, edits: NDArray[np.int64]) -> Stretches:
+        """Where the pixels of these edits, (n,) of a raw store, lie. Raises MirrorError, see `extents`."""
+        return self._tars.stretches(self.index[edits])
+
+    def places(self, edits: NDArray[np.int64]) -> "Places":
+        """The same in the shards."""
+        return self._tars.places(self.index[edits])
+
+    @property
+    def raw_shards(self) -> "RawShards":
+        """The shards of a raw store; the same object for all that this store was reindexed to."""
+        return self._tars.raw
+
     def encoded(self, edit: int) -> NDArray[np.uint8]:
-        """An edit's JPEG file, (bytes,) uint8: a read-only view into its shard, which is mapped.
+        """An edit's file, (bytes,) uint8: a read-only view into its shard, which is mapped.
 
         Raises:
             StoreError: The shard is missing, or was changed since the store was opened.
@@ -204,7 +242,7 @@ class EditStore:
         return record.checked_rows(len((self._whole or self).catalog), len(self.prompts))
 
     def encoded_row(self, shard: int, row: np.void) -> bytes | None:
-        """The JPEG file of a row of `shard_rows`, accepted or not; None if it has none.
+        """The file of a row of `shard_rows`, accepted or not; None if it has none.
 
         Raises:
             StoreError: The tar is missing or cut short.
@@ -374,6 +412,30 @@ class OriginalStore:
     def __repr__(self) -> str:
         return f"<OriginalStore {self._tars.where!r}: {len(self)} originals>"
 
+    @property
+    def raw(self) -> bool:
+        """True if the originals are raw images: plain pixels, which need no decoding."""
+        return is_raw(self.settings)
+
+    def stretches(self, originals: NDArray[np.int64]) -> Stretches:
+        """Where the pixels of these originals, (n,) of a raw store, lie. Raises MirrorError, see `extents`."""
+        return self._without_left_out(self._tars.stretches(self.index[originals]), originals)
+
+    def places(self, originals: NDArray[np.int64]) -> "Places":
+        """The same in the shards."""
+        return self._without_left_out(self._tars.places(self.index[originals]), originals)
+
+    def _without_left_out(self, found: _Found, originals: NDArray[np.int64]) -> _Found:
+        """Note the errors of originals that were left out."""
+        for i in np.flatnonzero(self.index["shard"][originals] == _LEFT_OUT).tolist():
+            found.errors[i] = self._not_packed(int(originals[i]))
+        return found
+
+    @property
+    def raw_shards(self) -> "RawShards":
+        """The shards of a raw store; the same object for all that this store was reindexed to."""
+        return self._tars.raw
+
     def extents(self, originals: NDArray[np.int64]) -> list[Extent | DecodeError]:
         """The locations of the files of these originals, (n,), or the error if a shard is missing or was changed.
 
@@ -484,6 +546,45 @@ def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> Edi
         return EditStore(path, header, catalog, index, mirror)
 
 
+class Places(NamedTuple):
+    """Where the pixels of n raw images of a store lie."""
+
+    shards: NDArray[np.int64]  # (n,) numbers; -1: the image is not there
+    offsets: NDArray[np.int64]  # (n,) of the first pixel in the shard's tar, bytes
+    errors: dict[int, DecodeError]  # by image: what is wrong with the index
+
+
+class RawShards:
+    """The shards of a raw store, to be read as a whole: one after another, by number."""
+
+    def __init__(self, tars: "_Tars", kind: Kind, hashes: Mapping[int, str]) -> None:
+        """Use `EditStore.raw_shards` and `OriginalStore.raw_shards`."""
+        self._tars, self._kind, self._hashes = tars, kind, hashes
+        self.where = repr(tars.where)
+        self.sizes = {number: size for number, (size, *_) in sorted(tars._sizes.items())}  # bytes of each
+        ends = itertools.accumulate(self.sizes.values(), initial=0)
+        self.starts = dict(zip(self.sizes, ends, strict=False))  # where each begins
+        self.bytes = sum(self.sizes.values())
+
+    @property
+    def key(self) -> str:
+        """Identifies their content."""
+        return hashlib.sha256("".join(self._hashes[number] for number in self.sizes).encode()).hexdigest()
+
+    def open(self, number: int) -> OpenFile:
+        """A shard's tar. Raises StoreError if it is missing; MirrorError if it cannot be fetched."""
+        return self._tars.open(number)
+
+    def sha256(self, number: int) -> str:
+        """That of a shard's tar."""
+        return self._hashes[number]
+
+    def damaged(self, number: int, what: str) -> StoreError:
+        """The error for a damaged shard."""
+        name = self._kind.file(number, "tar")
+        return StoreError(f"{self._tars.where}/shards/{name}: {what}; {remedy(self._kind)}.")
+
+
 class _Tars:
     """The tars of a store's shards, opened, or fetched by the mirror, on first use."""
 
@@ -491,6 +592,7 @@ class _Tars:
         self.where = str(store) if mirror is None else mirror.url
         self.mirror = mirror
         self._kind = kind
+        self._store = store
         self._sizes = sizes
         self._open = lru_cache(_OPEN_SHARDS)(lambda number: open_tar(kind, store, number, sizes[number][0]))
         self._map = lru_cache(_OPEN_SHARDS)(lambda number: map_tar(kind, store, number, sizes[number][0]))
@@ -517,6 +619,54 @@ class _Tars:
                 extents.append(DecodeError(str(error)))
         return extents
 
+    def places(self, rows: NDArray[np.void]) -> "Places":
+        """Where the pixels of raw images lie, (n,) rows of the index, which may be damaged."""
+        shards = np.asarray(rows["shard"], dtype=np.int64)
+        offsets, lengths = rows["offset"], rows["length"].astype(np.int64)
+        header = lengths - 3 * rows["height"].astype(np.int64) * rows["width"]
+        numbers, which = np.unique(shards, return_inverse=True)
+        ends = np.array([self._sizes.get(number, (0,))[0] for number in numbers.tolist()], dtype=np.int64)[which]
+        wrong = (offsets < 0) | (header < 11) | (header > 19) | (offsets + lengths > ends)
+        errors = {
+            i: DecodeError(str(self._damaged(*(int(rows[name][i]) for name in ("shard", "offset", "length")))))
+            for i in np.flatnonzero(wrong & (shards != _LEFT_OUT)).tolist()
+        }
+        return Places(np.where(wrong, -1, shards), offsets + header, errors)
+
+    def stretches(self, rows: NDArray[np.void]) -> Stretches:
+        """The same in open files; an error also for those whose shard cannot be opened."""
+        places = self.places(rows)
+        found = Stretches(np.full(len(rows), -1, dtype=np.int32), places.offsets, places.errors)
+        shards = np.unique(places.shards).tolist()
+        if self.mirror is not None:
+            self.mirror.prefetch([self._kind.shard(number) for number in shards if number >= 0])
+        for number in shards:
+            if number < 0:
+                continue
+            here = places.shards == number
+            try:
+                file = self.open(number)
+            except MirrorError:
+                raise  # not an error of the shard, so nothing can replace it
+            except StoreError as error:
+                found.errors |= dict.fromkeys(np.flatnonzero(here).tolist(), DecodeError(str(error)))
+                continue
+            found.files[here] = file.descriptor
+            found.owners.append(file)
+        return found
+
+    def open(self, number: int) -> OpenFile:
+        """A shard's tar. Raises StoreError; MirrorError if it cannot be fetched."""
+        return self._open(number) if self.mirror is None else self._fetched(number)
+
+    @cached_property
+    def raw(self) -> "RawShards":
+        """The shards of a raw store."""
+        if self.mirror is not None:
+            self.mirror.copy_tables([self._kind.shard(number) for number in self._sizes])
+        records = {number: ShardRecord.read(self._kind, self._store, number) for number in self._sizes}
+        return RawShards(self, self._kind, {number: record.hashes["tar"] for number, record in records.items()})
+
     def encoded(self, row: np.void) -> NDArray[np.uint8]:
         """The file of a row of the index, (bytes,) uint8, read-only."""
         number, offset, length = int(row["shard"]), int(row["offset"]), int(row["length"])
@@ -529,10 +679,13 @@ class _Tars:
     def _check(self, number: int, offset: int, length: int) -> None:
         """Raise StoreError if a row of a damaged index lies in no shard."""
         if number not in self._sizes or not (offset >= 0 and 0 < length <= self._sizes[number][0] - offset):
-            raise StoreError(
-                f"{self.where}/index.npy: is damaged: a row has shard {number}, offset {offset}, length {length}; run "
-                f"`{self._kind.command}` again to replace it."
-            )
+            raise self._damaged(number, offset, length)
+
+    def _damaged(self, number: int, offset: int, length: int) -> StoreError:
+        return StoreError(
+            f"{self.where}/index.npy: is damaged: a row has shard {number}, offset {offset}, length {length}; run "
+            f"`{self._kind.command}` again to replace it."
+        )
 
     def _fetched(self, number: int) -> OpenFile:
         assert self.mirror is not None

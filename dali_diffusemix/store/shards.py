@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from dali_diffusemix.base.files import file_size, remove_temporary, replacing
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import StoreError
+from dali_diffusemix.images.codec import ENDINGS
 from dali_diffusemix.images.reading import OpenFile
 from dali_diffusemix.store.layout import (
     ACCEPTED,
@@ -66,6 +67,7 @@ class ShardRecord:
     sizes: Mapping[str, int]  # ending to bytes
     hashes: Mapping[str, str]  # ending to SHA-256
     verdicts: Counter[str]
+    left_out: Mapping[int, str]  # row of the catalog to the reason, of originals
 
     @classmethod
     def read(cls, kind: Kind, store: Path, number: int) -> "ShardRecord":
@@ -89,6 +91,7 @@ class ShardRecord:
                 verdicts=Counter(
                     {_FORMER.get(name, str(name)): int(count) for name, count in stored["verdicts"].items()}
                 ),
+                left_out={int(row): str(reason) for row, reason in dict(stored.get("left_out", {})).items()},
             )
             if not all(0 <= count < 2**31 for count in record.verdicts.values()):
                 raise ValueError(f"verdicts {dict(record.verdicts)}")
@@ -361,6 +364,7 @@ class ShardWriter(_FilesWriter):
     def __init__(self, store: Path, catalog: Catalog, shard: Shard) -> None:
         super().__init__(EDITS, store, catalog, shard.number, len(shard))
         self._header = Header.read(store)
+        self._ending = ENDINGS[str(self._header.settings.get("format", "jpeg"))]
         self._shard = shard
         self._rejected_file = rejected_tar(store, shard.number)
         self._rejected: _TarWriter | None = None
@@ -372,25 +376,27 @@ class ShardWriter(_FilesWriter):
         variant: int,
         *,
         seed: int,
-        jpeg: bytes | None,
+        image: bytes | None,
         height: int = 0,
         width: int = 0,
         verdict: str = ACCEPTED,
         score: float = math.nan,
     ) -> None:
-        """Write one edit; without `jpeg` only its verdict. Edits of one original must follow each other.
+        """Write one edit, a file of the store's format; without `image` only its verdict.
+
+        Edits of one original must follow each other.
 
         Edits that were not accepted go into a tar of their own, which no training reads.
         """
         offset = length = 0
-        if jpeg is not None:
-            extension = f"{self._header.slugs[prompt]}.{variant}.jpg"
-            length = len(jpeg)
+        if image is not None:
+            extension = f"{self._header.slugs[prompt]}.{variant}.{self._ending}"
+            length = len(image)
             if verdict == ACCEPTED:
-                offset = self._add_file(original, extension, jpeg)
+                offset = self._add_file(original, extension, image)
             else:
                 self._rejected = self._rejected or _TarWriter(self._rejected_file)
-                offset = self._rejected.add(self._name(original, extension), jpeg)
+                offset = self._rejected.add(self._name(original, extension), image)
         code = VERDICTS.index(verdict)
         self._add_row(original, prompt, variant, seed, offset, length, height, width, code, score, verdict=verdict)
 
@@ -422,6 +428,7 @@ class OriginalShardWriter(_FilesWriter):
     def __init__(self, store: Path, catalog: Catalog, number: int) -> None:
         self._header = OriginalHeader.read(store)
         self.rows = self._header.rows(number)
+        self._left_out: dict[int, str] = {}
         super().__init__(ORIGINALS, store, catalog, number, len(self.rows))
 
     def add(self, original: int, extension: str, content: bytes, *, height: int, width: int) -> None:
@@ -429,12 +436,17 @@ class OriginalShardWriter(_FilesWriter):
         offset = self._add_file(original, extension, content)
         self._add_row(original, offset, len(content), height, width, 0, verdict=ACCEPTED)
 
-    def leave_out(self, original: int) -> None:
-        """Record that an original cannot be read."""
+    def leave_out(self, original: int, reason: str) -> None:
+        """Record that an original cannot be read, and why."""
+        self._left_out[original] = reason
         self._add_row(original, 0, 0, 0, 0, 1, verdict=UNREADABLE)
 
     def _content(self) -> dict[str, Any]:
-        return {"settings": dict(self._header.settings), "rows": [self.rows.start, self.rows.stop]}
+        content: dict[str, Any] = {
+            "settings": dict(self._header.settings),
+            "rows": [self.rows.start, self.rows.stop],
+        }
+        return content | ({"left_out": self._left_out} if self._left_out else {})
 
 
 class BegunShard:
@@ -484,7 +496,7 @@ class BegunShard:
             writer.add(
                 *(int(row[name]) for name in ("original", "prompt", "variant")),
                 seed=int(row["seed"]),
-                jpeg=os.pread(tar.descriptor, length, int(row["offset"])) if length and tar is not None else None,
+                image=os.pread(tar.descriptor, length, int(row["offset"])) if length and tar is not None else None,
                 height=int(row["height"]),
                 width=int(row["width"]),
                 verdict=verdict,

@@ -143,6 +143,24 @@ class StoreWriter:
                     header.write(self.path)
             self._header = header
 
+    def order_as(self, other: Header) -> None:
+        """Order what another store has ordered, in the same shards. Raises StoreError unless earlier orders agree."""
+        with self._lock.ordering():
+            ours = self._header
+            if (
+                other.segments[: len(ours.segments)] != ours.segments
+                or other.prompts[: len(ours.prompts)] != ours.prompts
+                or any(other.denied.get(prompt, ()) != ours.denied.get(prompt, ()) for prompt in ours.prompts)
+            ):
+                raise StoreError(
+                    f"{str(self.path)!r}: its edits were ordered otherwise than those of the store to pack; give a new "
+                    "folder."
+                )
+            self._header = replace(ours, prompts=other.prompts, segments=other.segments, denied=other.denied)
+            with writing(self.path):
+                if self._header != ours or not (self.path / "store.json").exists():
+                    self._header.write(self.path)
+
     @property
     def prompts(self) -> tuple[str, ...]:
         """All prompts ordered so far; shards name them by index."""
@@ -235,6 +253,10 @@ def _local_folder(path: str | os.PathLike[str]) -> Path:
     return Path(path).absolute()
 
 
+# What stores say that were packed before reasons were kept.
+_LEFT_OUT = "It could not be decoded when it was packed; copy it again or remove it."
+
+
 class OriginalStoreWriter:
     """The only run that may add to a packed store."""
 
@@ -287,11 +309,8 @@ class OriginalStoreWriter:
         finished = finished_shards(ORIGINALS, self.path, self._header.shard_count)
         return {number: record.verdicts for number, record in finished.items()}
 
-    def finish(self, left_out: str) -> None:
+    def finish(self) -> None:
         """Derive the catalog and the index of the store from its shards, which must all be finished.
-
-        Args:
-            left_out: The reason for which the catalog rejects originals that were not accepted.
 
         Raises:
             StoreError: No original was accepted, or the folder cannot be written.
@@ -303,7 +322,8 @@ class OriginalStoreWriter:
                 f"{str(self.path)!r}: none of the {len(self.catalog)} originals could be packed; give a folder of "
                 "images that can be decoded, and a new store."
             )
-        catalog = self._packed(index, left_out)
+        reasons = {row: reason for record in records.values() for row, reason in record.left_out.items()}
+        catalog = self._packed(index, reasons)
         with writing(self.path):
             # Without index.json the store is unfinished, so no reader sees half of the old and half of the new.
             (self.path / "index.json").unlink(missing_ok=True)
@@ -315,15 +335,16 @@ class OriginalStoreWriter:
             }
             write_json(self.path / "index.json", INDEX, content)
 
-    def _packed(self, index: NDArray[np.void], left_out: str) -> Catalog:
-        """The catalog of the packed originals, in the index's order."""
+    def _packed(self, index: NDArray[np.void], reasons: Mapping[int, str]) -> Catalog:
+        """The catalog of the packed originals, in the index's order; `reasons`, by row, for those left out."""
         listed, rows = self.catalog, index["original"]
         sizes = np.stack([index["height"], index["width"]], axis=-1)
         rejected = np.setdiff1d(np.arange(len(listed)), rows).tolist()
         packed = Catalog.from_arrays(
             [listed.encoded_path(row) for row in rows.tolist()], listed.labels[rows], listed.classes, sizes
         )
-        return replace(packed, rejected=(*listed.rejected, *(Rejected(listed.path(row), left_out) for row in rejected)))
+        left_out = [Rejected(listed.path(row), reasons.get(row, _LEFT_OUT)) for row in rejected]
+        return replace(packed, rejected=(*listed.rejected, *left_out))
 
 
 def _check_folder(kind: Kind, path: Path) -> None:
