@@ -192,10 +192,9 @@ def sizes_of(dataset: DiffuseMixDataset, plan: BatchPlan) -> NDArray[np.int32]:
 def _requested(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: bool) -> Pieces:
     originals, edits, mixed = dataset.original_store, dataset.store, np.flatnonzero(plan.mixed)
     sizes = sizes_of(dataset, plan)
-    windows = visible_parts(plan, sizes) if visible_only else np.concatenate([np.zeros_like(sizes), sizes], axis=2)
     locations: list[Location | None] = []
-    files, offsets = np.full(2 * len(plan), -1, dtype=np.int32), np.zeros(2 * len(plan), dtype=np.int64)
-    raw = Stretches(files, offsets)
+    count = 2 * len(plan)
+    raw = Stretches(np.full(count, -1, dtype=np.int32), np.zeros(count, dtype=np.int64))
     if originals is not None and originals.raw:
         _take(raw, originals.stretches(plan.original), np.arange(len(plan)))
     else:
@@ -204,10 +203,21 @@ def _requested(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: boo
         if edits.raw:
             _take(raw, edits.stretches(plan.edit[mixed]), len(plan) + mixed)
         else:
-            locations = locations or [None] * (2 * len(plan))
+            locations = locations or [None] * count
             for sample, location in zip(mixed.tolist(), edits.extents(plan.edit[mixed]), strict=True):
                 locations[len(plan) + sample] = location
+    # Small raw images are read whole, so what is shown of them matters only where it is an error.
+    whole = not locations and not raw.errors and int(_bytes_of(sizes).max(initial=0)) <= _SMALL
+    if visible_only and not whole:
+        windows = visible_parts(plan, sizes)
+    else:
+        windows = np.concatenate([np.zeros_like(sizes), sizes], axis=2)
     return Pieces.of(locations, windows, sizes, raw if raw.owners or raw.errors else None)
+
+
+def _bytes_of(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Bytes of the pixels of images with these sizes, (..., 2)."""
+    return 3 * sizes[..., 0].astype(np.int64) * sizes[..., 1]
 
 
 def _take(into: Stretches, found: Stretches, images: NDArray[np.int64]) -> None:

@@ -624,14 +624,21 @@ class _Tars:
         shards = np.asarray(rows["shard"], dtype=np.int64)
         offsets, lengths = rows["offset"], rows["length"].astype(np.int64)
         header = lengths - 3 * rows["height"].astype(np.int64) * rows["width"]
-        numbers, which = np.unique(shards, return_inverse=True)
-        ends = np.array([self._sizes.get(number, (0,))[0] for number in numbers.tolist()], dtype=np.int64)[which]
-        wrong = (offsets < 0) | (header < 11) | (header > 19) | (offsets + lengths > ends)
+        known = (shards >= 0) & (shards < len(self._ends))
+        ends = self._ends[np.where(known, shards, 0)]
+        wrong = ~known | (offsets < 0) | (header < 11) | (header > 19) | (offsets + lengths > ends)
         errors = {
             i: DecodeError(str(self._damaged(*(int(rows[name][i]) for name in ("shard", "offset", "length")))))
             for i in np.flatnonzero(wrong & (shards != _LEFT_OUT)).tolist()
         }
         return Places(np.where(wrong, -1, shards), offsets + header, errors)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.int64]:
+        """(shards,) bytes of the tar of each; 0 for those that are not there."""
+        ends = np.zeros(max(self._sizes, default=0) + 1, dtype=np.int64)
+        ends[list(self._sizes)] = [size for size, *_ in self._sizes.values()]
+        return ends
 
     def stretches(self, rows: NDArray[np.void]) -> Stretches:
         """The same in open files; an error also for those whose shard cannot be opened."""
