@@ -37,7 +37,7 @@ def main() -> None:
         for side in sides:
             store = Path(temporary) / f"packed-{side}"
             summary = pack(options.data, store, PackConfig(max_side=side), catalog=catalog)
-            add("packed, the same pixels" if side is None else f"packed to {side} px", _bytes(store), summary.originals)
+            add("packed, the same pixels" if side is None else f"packed to {side} px", _bytes(store), summary.images)
         for size in map(int, options.edit_sizes.split(",")):
             store = Path(temporary) / f"edits-{size}"
             generate(options.data, store, GenerateConfig(size=size), catalog=catalog)

@@ -65,8 +65,11 @@ def content(folder: Path) -> dict[str, bytes]:
 # What is made --------------------------------------------------------------------------------------------------------
 
 
-def test_an_edit_is_what_the_editor_makes_of_the_squashed_original(root: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(SMALL, variants=2, seed=7)
+@pytest.mark.parametrize(("format", "ending"), [("jpeg", "jpg"), ("png", "png"), ("raw", "ppm"), (None, "ppm")])
+def test_an_edit_is_what_the_editor_makes_of_the_squashed_original(
+    root: Path, tmp_path: Path, format: Stored | None, ending: str
+) -> None:
+    config = dataclasses.replace(SMALL, variants=2, seed=7, format=format)
     calls: list[tuple[int, int]] = []
     summary = generate(root, tmp_path / "store", config, progress=lambda done, total: calls.append((done, total)))
     assert counted(summary) == {"accepted": 40} and summary.made == 40
@@ -83,11 +86,15 @@ def test_an_edit_is_what_the_editor_makes_of_the_squashed_original(root: Path, t
                 (pixels,) = ProceduralEditor(config.prompts).edit([np.asarray(original)], [task])
                 stream = io.BytesIO()
                 Image.fromarray(pixels).save(stream, "JPEG", quality=90)
-                np.testing.assert_array_equal(decode(store.encoded(edit)), decode(stream.getvalue()))
+                wanted = decode(stream.getvalue()) if format == "jpeg" else pixels
+                np.testing.assert_array_equal(decode(store.encoded(edit)), wanted)
                 assert (store.originals_of(np.array([edit])), store.prompt_of(edit)) == (row, prompt)
                 assert store.sizes(np.array([edit])).tolist() == [[24, 24]]
                 edit += 1
     assert store.settings["editor"] == "procedural" and "not diffusion" in str(store.settings["model"])
+    assert store.raw == (format in ("raw", None)) and "quality" in store.settings == (format == "jpeg")
+    with tarfile.open(tmp_path / "store" / "shards" / "edits-000000.tar") as tar:
+        assert all(name.endswith(f".{ending}") for name in tar.getnames())
 
 
 def test_the_seed_of_an_edit_is_frozen() -> None:
@@ -413,10 +420,27 @@ def test_an_unknown_prompt_is_refused_before_anything_is_written(root: Path, tmp
 
 @pytest.mark.parametrize("field", ["size", "seed", "quality"])
 def test_changed_settings_are_refused_with_the_difference(root: Path, tmp_path: Path, field: str) -> None:
-    generate(root, tmp_path / "store", SMALL)
-    value = getattr(SMALL, field)
+    small = dataclasses.replace(SMALL, quality=90)
+    generate(root, tmp_path / "store", small)
+    value = getattr(small, field)
     with pytest.raises(StoreError, match=rf"{field}: {value} in the store, {value + 1} asked for$"):
-        generate(root, tmp_path / "store", dataclasses.replace(SMALL, **{field: value + 1}))
+        generate(root, tmp_path / "store", dataclasses.replace(small, **{field: value + 1}))
+
+
+def test_a_store_that_grows_keeps_its_format(root: Path, tmp_path: Path) -> None:
+    """Stores of small edits were JPEG before there were others, and stay so unless another format is asked for."""
+    old = tmp_path / "store"
+    generate(root, old, dataclasses.replace(SMALL, format="jpeg"))
+    generate(root, old, dataclasses.replace(SMALL, prompts=(*SMALL.prompts, "snowy")))
+    assert not EditStore.open(old).raw and len(EditStore.open(old)) == 30
+    with pytest.raises(StoreError, match="format: None in the store, 'raw' asked for"):
+        generate(root, old, dataclasses.replace(SMALL, format="raw"))
+    assert GenerateConfig(size=64).stored_format == "raw" and GenerateConfig(size=65).stored_format == "jpeg"
+    assert GenerateConfig(size=32, quality=80).stored_format == "jpeg"
+    with pytest.raises(ConfigError, match="quality is that of JPEGs"):
+        GenerateConfig(format="png", quality=80)
+    with pytest.raises(ConfigError, match="format must be one of jpeg, png, raw, found 'webp'"):
+        GenerateConfig(format="webp")  # type: ignore[arg-type]
 
 
 def test_a_store_of_other_originals_is_refused(root: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def test_its_defaults_are_those_of_the_code() -> None:
         for field in fields(GenerateOptions)
         if field.metadata["default"] in (content[field.name], json.dumps(content[field.name]), "this")
     }
-    assert compared >= {"size", "resize", "variants", "seed", "retry", "quality", "batch_size", "template", "steps"}
+    assert compared >= {"size", "resize", "variants", "seed", "retry", "batch_size", "template", "steps"}
     for name in compared - {"engine", "split"}:
         assert content[name] == ours[name], name
     scheduler = next(field for field in fields(GenerateOptions) if field.name == "scheduler").metadata["text"]

@@ -47,7 +47,7 @@ class GenerateOptions:
     format: str | None = _option(
         "jpeg, png or raw: the last two keep every pixel; raw loads fastest.", "jpeg", "raw up to size 64, else jpeg"
     )
-    quality: int | None = _option("JPEG quality, 1 to 100.", 90)
+    quality: int | None = _option("JPEG quality, 1 to 100.", 90, "90; if it is given, format is jpeg")
     batch_size: int | None = _option("Edits per batch.", 16)
     originals_per_shard: int | None = _option(
         "Originals per shard; a killed run loses at most one shard per worker.", 64, "512, with a model 64"

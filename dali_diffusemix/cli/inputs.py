@@ -1,12 +1,16 @@
 """`index`, `fractals` and `pack`: what training and generation read."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from dali_diffusemix.cli.display import Display
 from dali_diffusemix.cli.options import PATH, json_option
 from dali_diffusemix.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dali_diffusemix.images.codec import Stored
 
 
 @click.command("index")
@@ -108,42 +112,82 @@ def fractals_command(
     )
 
 
-@click.command("pack", short_help="Pack the images of ROOT into a store that is faster to read.")
-@click.argument("root", type=PATH)
+@click.command("pack", short_help="Pack images, from anywhere, into a store that is faster to read.")
+@click.argument("source", type=PATH)
 @click.argument("store", type=PATH)
+@click.option(
+    "--from",
+    "kind",
+    metavar="KIND",
+    help="What SOURCE is: folder, webdataset, parquet, or a published dataset, such as cifar100 or cub.  [default: "
+    "told by its name]",
+)
+@click.option("--image-column", metavar="NAME", help="Column, or ending in a tar, of the images.  [default: found]")
+@click.option(
+    "--label-column",
+    metavar="NAME",
+    help="Column, or ending in a tar, of the labels; none if there are none.  [default: found]",
+)
+@click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a published dataset.")
+@click.option(
+    "--format",
+    type=click.Choice(("raw", "png", "jpeg")),
+    help="Store plain pixels, PNGs or JPEGs.  [default: files as they are; of edits raw]",
+)
 @click.option("--max-side", type=int, metavar="N", help="Shrink images whose longest side is over N pixels.")
-@click.option("--quality", type=int, metavar="N", help="JPEG quality, 1 to 100.  [default: 90 with --max-side]")
+@click.option("--quality", type=int, metavar="N", help="JPEG quality, 1 to 100.  [default: 90]")
 @click.option("--no-tiles", is_flag=True, help="Copy files byte for byte; loading them takes longer.")
 @json_option
 def pack_command(
-    root: Path, store: Path, max_side: int | None, quality: int | None, no_tiles: bool, as_json: bool
+    source: Path,
+    store: Path,
+    kind: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    split: str,
+    format: "Stored | None",
+    max_side: int | None,
+    quality: int | None,
+    no_tiles: bool,
+    as_json: bool,
 ) -> None:
-    """Pack the images of ROOT into the folder STORE, which is faster to read.
+    """Pack the images of SOURCE into the folder STORE, which is faster to read.
 
-    Without --max-side and --quality no pixel changes: JPEGs are divided into tiles, so that loading reads
-    only the visible ones. With either option, every image is encoded again as JPEG. Running it again
-    resumes. Train on STORE in place of ROOT: edits made from one fit the other.
+    SOURCE is a folder of class folders, a published dataset, WebDataset tars or Parquet files (one file, a
+    folder of them or a quoted pattern), or an edit store. Train on STORE in place of SOURCE: edits made from
+    one fit the other.
+
+    Files are kept as they are, and JPEGs divided into tiles, so that loading reads only the visible ones.
+    With --format raw, plain pixels are stored: it takes more room, and nothing has to be decoded any more,
+    which is what small images need most. No pixel changes unless --max-side, --quality or --format jpeg
+    is given. Running it again resumes.
 
     \b
-    Example:
+    Examples:
       dali-diffusemix pack data/train cache/originals --max-side 500
+      dali-diffusemix pack data/cifar-100-python cache/cifar --from cifar100 --format raw
+      dali-diffusemix pack "data/train-*.tar" cache/originals
+      dali-diffusemix pack cache/edits cache/raw-edits
     """
-    from dali_diffusemix.catalog.listing import index
-    from dali_diffusemix.store import OriginalStore
-    from dali_diffusemix.store.pack import PackConfig, pack
+    from dali_diffusemix.store import EditStore
+    from dali_diffusemix.store.pack import PackConfig, pack, packed_bytes, source_to_pack
 
     display = Display(as_json)
-    config = PackConfig(max_side=max_side, quality=quality, tiled=not no_tiles)
-    catalog = None
-    if OriginalStore.find(root) is None:  # a store is refused by `pack`
-        with display.progress("Reading headers", "images") as progress:
-            catalog = index(root, progress=progress)
+    config = PackConfig(format=format, max_side=max_side, quality=quality, tiled=not no_tiles)
+    found = source_to_pack(
+        source, kind=kind, image=image_column, label=False if label_column == "none" else label_column, split=split
+    )
+    if not isinstance(found, EditStore):
+        with display.progress("Listing", "images") as progress:
+            found.catalog(progress)
+    if (needed := packed_bytes(found, config)) is not None:
+        display.line(f"the whole store will take {needed / 1e6:.1f} MB")
     with display.progress("Packing", "images") as progress:
-        summary = pack(root, store, config, catalog=catalog, progress=progress)
+        summary = pack(found, store, config, progress=progress)
     display.line(f"{summary.images} images, {summary.bytes / 1e6:.1f} MB")
     if summary.left_out:
-        display.line(f"{len(summary.left_out)} left out: they could not be decoded")
-        display.lines(f"  {one.path}" for one in summary.left_out)
+        display.line(f"{len(summary.left_out)} left out")
+        display.lines(f"  {one.path}: {one.reason}" for one in summary.left_out)
     display.line(f"{summary.made} done now, in {summary.seconds:.1f} s" if summary.made else "all were there already")
     display.line(f"kept in {store}")
     display.result(

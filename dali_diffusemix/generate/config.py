@@ -17,6 +17,7 @@ from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
+_QUALITY = 90
 _SMALL = 64  # pixels: edits up to this side are stored without loss by default
 
 
@@ -39,8 +40,8 @@ class GenerateConfig:
     seed: int = 0
     retry: int = 0  # more attempts, each from another seed, at an edit that quality rejects
     thresholds: quality.Thresholds = field(default_factory=quality.Thresholds)
-    format: Stored | None = None  # of stored edits; None: raw up to 64 pixels, else jpeg
-    quality: int = 90  # of JPEGs
+    format: Stored | None = None  # of stored edits; None: raw up to size 64, else jpeg (also if quality is given)
+    quality: int | None = None  # of JPEGs; None is 90
     batch_size: int = 16  # edits per call of the editor
     originals_per_shard: int | None = None  # None: 64 for a model, 512 for the procedural editor
 
@@ -61,7 +62,7 @@ class GenerateConfig:
         object.__setattr__(self, "denied", denied)
         for name, (least, most) in self._LIMITS.items():
             value = getattr(self, name)
-            if name in ("edit_size", "originals_per_shard") and value is None:
+            if name in ("edit_size", "originals_per_shard", "quality") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
@@ -69,6 +70,8 @@ class GenerateConfig:
             raise ConfigError(f"prompts must be one or more, all different, found {list(self.prompts)}.")
         if self.format is not None and self.format not in STORED:
             raise ConfigError(f"format must be one of {', '.join(STORED)}, found {self.format!r}.")
+        if self.format in ("png", "raw") and self.quality is not None:
+            raise ConfigError(f"quality is that of JPEGs: leave it out beside format={self.format!r}.")
         if self.resize not in ("squash", "keep"):
             raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
         if unknown := sorted(set(denied) - set(self.prompts)):
@@ -98,8 +101,13 @@ class GenerateConfig:
     @property
     def stored_format(self) -> str:
         """The format of stored edits."""
-        # JPEG takes 8 x 8 pixels at once, which small images show; and their files are hardly smaller.
-        return self.format or ("raw" if self.size <= _SMALL else "jpeg")
+        # Of small images JPEG loses what can be seen, and decoding them is most of the time of loading.
+        return self.format or ("raw" if self.size <= _SMALL and self.quality is None else "jpeg")
+
+    @property
+    def jpeg_quality(self) -> int:
+        """That of stored JPEGs."""
+        return _QUALITY if self.quality is None else self.quality
 
     @property
     def _side(self) -> int:
@@ -114,7 +122,7 @@ class GenerateConfig:
         """The settings that an edit store records: all that decides an edit besides original, prompt and variant."""
         stored: dict[str, str | int] = {"format": self.stored_format}
         if self.stored_format == "jpeg":  # as stores say it that were made before there were others
-            stored = {"quality": self.quality, "subsampling": "4:2:0", "restarts": RESTARTS}
+            stored = {"quality": self.jpeg_quality, "subsampling": "4:2:0", "restarts": RESTARTS}
         return {
             **self.editor_config.settings(),
             "size": self.size,

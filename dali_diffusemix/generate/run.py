@@ -177,7 +177,7 @@ def generate(
 
 def _in_format_of(store: Path, config: GenerateConfig) -> GenerateConfig:
     """The config with the format that the store has, if it leaves it open and there is a store."""
-    if config.format is None and (store / "store.json").exists():
+    if config.format is None and config.quality is None and (store / "store.json").exists():
         with suppress(StoreError):  # which the writer will report
             return replace(config, format=EditStore.format_at(store))
     return config

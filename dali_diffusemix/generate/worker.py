@@ -230,7 +230,7 @@ class ShardWorker:
         if scale != 1:
             height, width = (max(1, round(side * scale)) for side in (height, width))
             edit = np.asarray(Image.fromarray(edit).resize((width, height), Image.Resampling.BICUBIC))
-        file = encode_as(self._config.stored_format, edit, self._config.quality)
+        file = encode_as(self._config.stored_format, edit, self._config.jpeg_quality)
         verdict = judged.verdict or ACCEPTED
         return _Made(file=file, height=height, width=width, verdict=verdict, score=judged.score)
 

@@ -30,11 +30,13 @@ from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import ENDINGS, RESTARTS, STORED, Stored, decode, encode_as, raw_header, tile
 from dali_diffusemix.images.formats import format_of
 from dali_diffusemix.sources import Source, source_of
+from dali_diffusemix.sources.columns import LabelChoice
 from dali_diffusemix.sources.folder import FolderSource
 from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings
+from dali_diffusemix.store.mirror import is_url
 from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
 from dali_diffusemix.store.shards import OriginalShardWriter, ShardWriter
-from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter, local_folders
+from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter, check_outside, local_folder
 
 _log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ def pack(
     catalog: Catalog | None = None,
     kind: str | None = None,
     image: str | None = None,
-    label: str | None = None,
+    label: LabelChoice = None,
     split: str = "train",
     progress: Callable[[int, int], None] | None = None,
 ) -> PackSummary:
@@ -148,27 +150,52 @@ def pack(
         MissingDependencyError: The library that reads the source is not installed.
     """
     config = config or PackConfig()
-    if isinstance(source, str | os.PathLike):
-        root, store = local_folders(source, store)
-        if kind is None and catalog is None and (root / "store.json").exists():
-            if (packed := EditStore.find(root)) is not None:
-                return _pack_edits(packed, store, config, progress)
-            raise ConfigError(
-                f"source must be images, found a packed store, {str(root)!r}; pack the folder that it was made from."
-            )
     if catalog is not None:
-        source = FolderSource.of_catalog(root, catalog)
-    elif not isinstance(source, Source):
-        source = source_of(source, kind=kind, image=image, label=label, split=split)
-    return _pack_originals(source, Path(store), config, progress)
+        source = FolderSource.of_catalog(Path(source).absolute(), catalog)
+    else:
+        source = source_to_pack(source, kind=kind, image=image, label=label, split=split)
+    store = local_folder("store", store)
+    for folder in [source.path] if isinstance(source, EditStore) else source.folders:
+        check_outside(folder, store)
+    if isinstance(source, EditStore):
+        return _pack_edits(source, store, config, progress)
+    return _pack_originals(source, store, config, progress)
+
+
+def source_to_pack(
+    source: Any, *, kind: str | None = None, image: str | None = None, label: LabelChoice = None, split: str = "train"
+) -> Source | EditStore:
+    """The source that `pack` would take; it raises what that does."""
+    if isinstance(source, Source | EditStore):
+        return source
+    if isinstance(source, str | os.PathLike) and kind is None and not is_url(source):
+        folder = Path(source).absolute()
+        if (edits := EditStore.find(folder)) is not None:
+            return edits
+        if OriginalStore.find(folder) is not None:
+            raise ConfigError(
+                f"source must be images, found a packed store, {str(folder)!r}; pack what it was made from."
+            )
+    return source_of(source, kind=kind, image=image, label=label, split=split)
+
+
+def packed_bytes(source: Source | EditStore, config: PackConfig) -> int | None:
+    """Bytes that a store of raw images will take, nearly; None for other formats, of which nobody knows."""
+    if isinstance(source, EditStore):
+        return _resolved(config, raw=True).bytes_of(source.sizes(np.arange(len(source))))
+    return _resolved(config, raw=source.pixels).bytes_of(source.catalog().sizes)
+
+
+def _resolved(config: PackConfig, *, raw: bool) -> PackConfig:
+    """The config with the format of what has no files to keep."""
+    return replace(config, format="raw", tiled=True) if raw and config.format is None else config
 
 
 def _pack_originals(
     source: Source, store: Path, config: PackConfig, progress: Callable[[int, int], None] | None
 ) -> PackSummary:
     begin = time.perf_counter()
-    if source.pixels and config.format is None:
-        config = replace(config, format="raw")
+    config = _resolved(config, raw=source.pixels)
     with OriginalStoreWriter.open(store, source.catalog(), config.settings(), config.originals_per_shard) as writer:
         shards, finished = writer.shards(), writer.done()
         missing = {shard: rows for shard, rows in shards.items() if shard not in finished}
@@ -182,7 +209,7 @@ def _pack_originals(
                     packed = _in_batches(threads, partial(_packed, config), source.read(rows))
                     for row, one in zip(rows, packed, strict=True):
                         if isinstance(one, DecodeError):
-                            _log.warning("%r of %s is left out: %s", writer.catalog.path(row), source.name, one)
+                            _log.warning("%r is left out: %s", writer.catalog.path(row), one)
                             files.leave_out(row, str(one))
                         else:
                             ending, content = one.file
@@ -190,6 +217,7 @@ def _pack_originals(
                                 ending = _ending(writer.catalog.path(row)) or ending
                             files.add(row, ending, content, height=one.height, width=one.width)
                         count.add()
+                count.end_shard()
         if missing or not _is_current(store):  # a finished store is never unfinished, not even for a moment
             writer.finish()
     packed_store = OriginalStore.open(store)
@@ -207,7 +235,7 @@ def _pack_edits(
 ) -> PackSummary:
     """Pack an edit store, shard for shard: all its rows, with what quality rejected as it is."""
     begin = time.perf_counter()
-    config = config if config.format is not None else replace(config, format="raw", tiled=True)
+    config = _resolved(config, raw=True)
     header = Header.read(edits.path)
     with StoreWriter.open(store, edits.catalog, _settings_of(edits.settings, config)) as writer:
         writer.order_as(header)
@@ -243,6 +271,7 @@ def _pack_edits(
                             score=float(row["score"]),
                         )
                         count.add()
+                count.end_shard()
         if missing or not _is_current(store):
             writer.finish()
     packed_store = EditStore.open(store)
@@ -270,15 +299,22 @@ class _Count:
 
     def __init__(self, progress: Callable[[int, int], None] | None, done: int, total: int) -> None:
         self._progress, self._done, self._total = progress, done, total
-        self.made = 0
+        self.made = self._told = 0
         self._tell()
 
     def add(self) -> None:
+        """Count one."""
         self.made += 1
-        if self.made % _BATCH == 0 or self._done + self.made == self._total:
+        if self.made - self._told == _BATCH:
+            self._tell()
+
+    def end_shard(self) -> None:
+        """Tell the rest."""
+        if self.made > self._told:
             self._tell()
 
     def _tell(self) -> None:
+        self._told = self.made
         if self._progress is not None:
             self._progress(self._done + self.made, self._total)
 

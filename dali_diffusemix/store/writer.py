@@ -231,18 +231,26 @@ def local_folders(root: str | os.PathLike[str], store: str | os.PathLike[str]) -
 
     Raises ConfigError if one of them is a URL, or the store lies inside the root.
     """
-    for name, given in (("root", root), ("store", store)):
-        if isinstance(given, str) and is_url(given):
-            raise ConfigError(
-                f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
-            )
-    source, target = Path(root).absolute(), Path(store).absolute()
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(
-            f"store must lie outside the root, where it would pass for a class; found {str(target)!r} in "
-            f"{str(source)!r}."
-        )
+    source, target = local_folder("root", root), local_folder("store", store)
+    check_outside(source, target)
     return source, target
+
+
+def local_folder(name: str, given: str | os.PathLike[str]) -> Path:
+    """The absolute folder. Raises ConfigError if it is a URL."""
+    if isinstance(given, str) and is_url(given):
+        raise ConfigError(
+            f"{name} must be a local folder, found {given!r}; work on a copy, and upload the store afterwards."
+        )
+    return Path(given).absolute()
+
+
+def check_outside(root: Path, store: Path) -> None:
+    """Raise ConfigError if a store lies inside the folder that it is made of."""
+    if store.resolve().is_relative_to(root.resolve()):
+        raise ConfigError(
+            f"store must lie outside the root, where it would pass for a class; found {str(store)!r} in {str(root)!r}."
+        )
 
 
 def _local_folder(path: str | os.PathLike[str]) -> Path:
