@@ -116,6 +116,27 @@ def decode_listed(source: ImageSource, size: NDArray[np.int32], remedy: str | No
     return pixels
 
 
+def rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the upright RGB pixels of a Pillow image, (height, width, 3) uint8, as `decode` would those of its file.
+
+    The image keeps its mode, size and metadata; its pixels are loaded if they were not.
+
+    Raises:
+        DecodeError: Its file is damaged or cut short, it has more than `MAX_PIXELS` pixels, or values without a defined
+            range (floating point, 32-bit integers above 65535).
+    """
+    try:
+        with _quiet_pillow():
+            # `_upright` takes the transparency out of what it is given.
+            return _upright(image.copy() if "transparency" in image.info else image)
+    except DecodeError:
+        raise
+    except Exception as error:  # Pillow raises many kinds for damaged files
+        raise DecodeError(
+            f"cannot be decoded ({type(error).__name__}: {error}); copy it again or remove it."
+        ) from error
+
+
 def _decoded(source: ImageSource, remedy: str | None) -> NDArray[np.uint8]:
     try:
         with _quiet_pillow():
@@ -161,24 +182,28 @@ def _open_at_once(path: str, flags: int) -> int:
 
 def _pixels(file: BinaryIO) -> NDArray[np.uint8]:
     with Image.open(file, formats=FORMATS) as image:
-        width, height = image.size
-        if height * width > MAX_PIXELS:
-            raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
-        if image.format == "TIFF":
-            _quiet_libraries()
-        # Loaded first: that turns a TIFF upright, and finds the EXIF behind the pixels of a PNG.
-        image.load()
-        turn = _UPRIGHT.get(orientation(image))
-        upright = image if turn is None else image.transpose(turn)
-        if upright.mode == "I" or upright.mode.startswith("I;16"):
-            return _eight_bits(np.asarray(upright))
-        if upright.mode == "F":
-            raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
-        # Pillow warns that a palette's alpha is lost, which is intended.
-        upright.info.pop("transparency", None)
-        pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
-        pixels.flags.writeable = False
-        return pixels
+        return _upright(image)
+
+
+def _upright(image: Image.Image) -> NDArray[np.uint8]:
+    width, height = image.size
+    if height * width > MAX_PIXELS:
+        raise DecodeError(f"has {height} x {width} pixels, more than the limit of {MAX_PIXELS}; make it smaller.")
+    if image.format == "TIFF":
+        _quiet_libraries()
+    # Loaded first: that turns a TIFF upright, and finds the EXIF behind the pixels of a PNG.
+    image.load()
+    turn = _UPRIGHT.get(orientation(image))
+    upright = image if turn is None else image.transpose(turn)
+    if upright.mode == "I" or upright.mode.startswith("I;16"):
+        return _eight_bits(np.asarray(upright))
+    if upright.mode == "F":
+        raise DecodeError("has floating-point values, whose range is not defined; convert it to 8 or 16 bits.")
+    # Pillow warns that a palette's alpha is lost, which is intended.
+    upright.info.pop("transparency", None)
+    pixels: NDArray[np.uint8] = np.asarray(upright if upright.mode == "RGB" else upright.convert("RGB"))
+    pixels.flags.writeable = False
+    return pixels
 
 
 _quiet_libraries = functools.cache(native.quiet)

@@ -1,5 +1,6 @@
 """Formats that are read, and what the header of a file tells: format, size, orientation, or why it cannot be used."""
 
+import io
 import re
 import struct
 from pathlib import Path
@@ -50,6 +51,17 @@ def read_size(path: str) -> tuple[int, int] | str:
         return str(error)
     except OSError as error:
         return f"It cannot be read ({error.strerror or error}); it must be a file that you may read."
+
+
+def measure(content: bytes | BinaryIO) -> tuple[int, int] | str:
+    """`read_size` of a file's content, or of an open file that stands at its start.
+
+    Raises OSError of the open file itself.
+    """
+    try:
+        return _measure(io.BytesIO(content) if isinstance(content, bytes) else content)
+    except _Unusable as error:
+        return str(error)
 
 
 def _measure(file: BinaryIO) -> tuple[int, int]:
