@@ -35,27 +35,55 @@ MIX_INLINE Pixel load(const float* p) {
     return value;
 }
 
+MIX_INLINE Pixel load_bytes(const uint8_t* p) {
+    typedef uint8_t Bytes __attribute__((vector_size(4)));
+    Bytes value;
+    memcpy(&value, p, sizeof value);
+    return __builtin_convertvector(value, Pixel);
+}
+
 MIX_INLINE void store(float* p, Pixel value) { memcpy(p, &value, sizeof value); }
+
+// What the taps of one axis depend on. The piece holds the source's pixels [origin, origin + size).
+struct Geometry {
+    Axis axis;
+    bool mirrored;  // the source is read from its end, though it lies as it is
+    int origin, size;
+
+    bool operator==(const Geometry& other) const {
+        return axis.start == other.axis.start && axis.extent == other.axis.extent && origin == other.origin &&
+               size == other.size && axis.output == other.axis.output && axis.source == other.axis.source &&
+               mirrored == other.mirrored;
+    }
+};
 
 // The taps of one axis, padded with weights of 0 to one number of them: a loop of fixed length for every output pixel.
 struct Taps {
     std::vector<int> first, count;  // output pixel i: source pixels first[i] to first[i] + taps; count 0: outside
     std::vector<float> weights;     // (output, taps)
     int taps = 1;
+    int begin = 0, end = 0;  // output pixels inside the image
+    // Output pixels [copy_begin, copy_end) are copies: i is source pixel copy_from + i * copy_step and nothing else.
+    int copy_begin = 0, copy_end = 0, copy_from = 0, copy_step = 1;
 
-    // `mirrored`: the taps of the mirrored source, addressed in the source as it lies. The piece holds the source's
-    // pixels [origin, origin + size); `first` counts from its begin, and what lies outside it weighs nothing.
-    void build(const Axis& axis, bool mirrored, int origin, int size) {
-        const int output = axis.output;
+    // `first` counts from the piece's begin, and what lies outside the piece weighs nothing.
+    void build(const Geometry& geometry) {
+        const Axis& axis = geometry.axis;
+        const bool mirrored = geometry.mirrored;
+        const int output = axis.output, origin = geometry.origin, size = geometry.size;
         first.resize(output);
         count.resize(output);
         int most = 1;
+        begin = end = 0;
         for (int i = 0; i < output; ++i) {
-            int begin = 0;
-            const bool inside = is_inside(centre_of(axis.start, axis.extent, i, output));
-            const int n = inside ? taps_of(axis, source_centre(axis, i), &begin) : 0;
-            if (mirrored) begin = axis.source - begin - n;
-            first[i] = begin;
+            int from = 0, n = 0;
+            if (is_inside(centre_of(axis.start, axis.extent, i, output))) {
+                n = taps_of(axis, source_centre(axis, i), &from);
+                if (end == 0) begin = i;
+                end = i + 1;
+            }
+            if (mirrored) from = axis.source - from - n;
+            first[i] = from;
             count[i] = n;
             most = n > most ? n : most;
         }
@@ -63,28 +91,78 @@ struct Taps {
         weights.assign(static_cast<size_t>(output) * taps, 0.0f);
         exact_.resize(most);
         for (int i = 0; i < output; ++i) {
-            const int begin = first[i], n = count[i];
+            const int from = first[i], n = count[i];
             const double centre = source_centre(axis, i);
             double total = 0;
             for (int k = 0; k < n; ++k) {
-                const int at = mirrored ? axis.source - 1 - (begin + k) : begin + k;
+                const int at = mirrored ? axis.source - 1 - (from + k) : from + k;
                 total += exact_[k] = tap_weight(axis, centre, at);
             }
             // Moved to where all `taps` of them lie in the piece.
-            int start = begin - origin;
+            int start = from - origin;
             start = start > size - taps ? size - taps : start;
             start = start < 0 ? 0 : start;
             first[i] = start;
             float* out = &weights[static_cast<size_t>(i) * taps];
             for (int k = 0; k < n; ++k) {
-                const int at = begin + k - origin - start;
+                const int at = from + k - origin - start;
                 if (at >= 0 && at < taps) out[at] = static_cast<float>(exact_[k] / total);
             }
         }
+        find_copies(mirrored ? -1 : 1);
+    }
+
+    bool copies(int first, int last) const { return copy_begin <= first && last <= copy_end; }
+
+   private:
+    // Decided by the weights as they are, since a box's rounding may leave 1 - 1e-16 of one pixel and 1e-16 of the next.
+    void find_copies(int step) {
+        copy_begin = copy_end = 0, copy_step = step;
+        int copies = 0;
+        for (int i = begin; i < end; ++i) {
+            const float* const weight = &weights[static_cast<size_t>(i) * taps];
+            int at = -1;
+            for (int k = 0; k < taps; ++k) {
+                if (weight[k] == 0) continue;
+                if (weight[k] != 1 || at >= 0) return;
+                at = first[i] + k;
+            }
+            if (at < 0) continue;  // not in the piece
+            if (copies++ == 0) copy_begin = i, copy_from = at - i * step;
+            if (at != copy_from + i * step || copies != i + 1 - copy_begin) return;
+        }
+        copy_end = copy_begin + copies;
+    }
+
+    std::vector<double> exact_;
+};
+
+// The taps of small axes that a thread built last. Crops of small images have few positions, so that samples share
+// most of them, and building them takes as long as the pixels do. Large axes are built where they are used.
+class SharedTaps {
+   public:
+    // What `find` returned may be replaced from here on.
+    void begin_sample() {
+        if (used_ + kAxes > kCapacity) used_ = 0;
+    }
+
+    const Taps* find(const Geometry& geometry, Taps& own) {
+        if (geometry.axis.output > kLargest) {
+            own.build(geometry);
+            return &own;
+        }
+        for (int i = 0; i < used_; ++i)
+            if (geometries_[i] == geometry) return &taps_[i];
+        taps_[used_].build(geometry);
+        geometries_[used_] = geometry;
+        return &taps_[used_++];
     }
 
    private:
-    std::vector<double> exact_;
+    static constexpr int kLargest = 128, kCapacity = 64, kAxes = 6;  // three sources of two axes in a sample
+    Geometry geometries_[kCapacity];
+    Taps taps_[kCapacity];
+    int used_ = 0;
 };
 
 // One source of a sample (original, edit or fractal) on its way to rows of the output grid.
@@ -93,33 +171,38 @@ struct Source {
     int width = 0;            // of the piece
     int begin = 0, end = 0;   // output columns that it is seen in
     int low = 0, high = 0;    // columns of the piece that these read
-    Taps rows, columns;
+    const Taps *rows = nullptr, *columns = nullptr;
     std::vector<float> line;  // one output row before the horizontal pass: (width, 3) and one float to spare
 
-    void open(const uint8_t* pixels, const int piece[4], const int image[2], const double box[4], const int out[2],
-              bool upside_down, bool left_right) {
+    void open(SharedTaps& shared, const uint8_t* pixels, const int piece[4], const int image[2], const double box[4],
+              const int out[2], bool upside_down, bool left_right) {
         // What a piece leaves out is black; so a piece without pixels is a black one.
         static const uint8_t black[3] = {0, 0, 0};
         const bool none = !pixels || piece[0] <= 0 || piece[1] <= 0;
         data = none ? black : pixels;
         const int height = none ? 1 : piece[0];
         width = none ? 1 : piece[1];
-        rows.build(make_axis(box[0], box[2], out[0], image[0]), upside_down, piece[2], height);
-        columns.build(make_axis(box[1], box[3], out[1], image[1]), left_right, piece[3], width);
+        const Axis down = make_axis(box[0], box[2], out[0], image[0]), across = make_axis(box[1], box[3], out[1], image[1]);
+        rows = shared.find({down, upside_down, piece[2], height}, own_rows_);
+        columns = shared.find({across, left_right, piece[3], width}, own_columns_);
         line.resize(static_cast<size_t>(width) * 3 + 1);
     }
 
+    // `first` and `last` within [columns->begin, columns->end), or nothing.
     void show(int first, int last) {
         begin = first, end = last;
-        low = width, high = 0;
-        for (int x = begin; x < end; ++x) {
-            if (!columns.count[x]) continue;
-            low = columns.first[x] < low ? columns.first[x] : low;
-            high = columns.first[x] + columns.taps > high ? columns.first[x] + columns.taps : high;
-        }
+        if (!seen()) return;
+        const int one = columns->first[begin], other = columns->first[end - 1];
+        low = one < other ? one : other;
+        high = (one < other ? other : one) + columns->taps;
     }
 
     bool seen() const { return begin < end; }
+
+    bool copies(int y) const { return rows->copies(y, y + 1) && columns->copies(begin, end); }
+
+   private:
+    Taps own_rows_, own_columns_;
 };
 
 // line[j] = the weighted sum of n source rows, in their order.
@@ -140,12 +223,12 @@ MIX_INLINE void add_rows(float* line, const uint8_t* source, size_t pitch, const
 // Down: output row y before the horizontal pass, columns [low, high) of the piece.
 MIX_CLONES void resample_rows(Source& source, int y) {
     const size_t pitch = static_cast<size_t>(source.width) * 3;
-    const float* weights = &source.rows.weights[static_cast<size_t>(y) * source.rows.taps];
+    const float* weights = &source.rows->weights[static_cast<size_t>(y) * source.rows->taps];
     const int length = (source.high - source.low) * 3;
-    const uint8_t* from = source.data + source.rows.first[y] * pitch + source.low * 3;
+    const uint8_t* from = source.data + source.rows->first[y] * pitch + source.low * 3;
     float* const line = source.line.data() + source.low * 3;
     // The padding's rows weigh nothing and need not be read.
-    int n = source.rows.taps;
+    int n = source.rows->taps;
     while (n > 1 && weights[n - 1] == 0) --n;
     for (int k = 0; k < n; k += 4, from += 4 * pitch) {
         const bool first = k == 0;
@@ -179,11 +262,12 @@ struct BlendAll {
 template <int N, typename Use>
 MIX_INLINE void across(const Source& source, float* value, const Use& use) {
     const float* const line = source.line.data();
-    const int taps = N ? N : source.columns.taps;
-    const int* const first = source.columns.first.data();
-    for (int x = source.begin; x < source.end; ++x) {
+    const int taps = N ? N : source.columns->taps;
+    const int* const first = source.columns->first.data();
+    const float* weights = source.columns->weights.data() + static_cast<size_t>(source.begin) * taps;
+    const int end = source.end;
+    for (int x = source.begin; x < end; ++x, weights += taps) {
         const float* at = line + first[x] * 3;
-        const float* weights = &source.columns.weights[static_cast<size_t>(x) * taps];
         Pixel sum = weights[0] * load(at);
         for (int k = 1; k < taps; ++k) sum = sum + weights[k] * load(at + k * 3);
         use(value + x * 4, x, sum);
@@ -193,7 +277,7 @@ MIX_INLINE void across(const Source& source, float* value, const Use& use) {
 // Across: columns [begin, end) of the output row into `value`, four floats a pixel.
 template <typename Use>
 MIX_INLINE void resample_columns(const Source& source, float* value, const Use& use) {
-    switch (source.columns.taps) {
+    switch (source.columns->taps) {
         case 1: return across<1>(source, value, use);
         case 2: return across<2>(source, value, use);
         case 3: return across<3>(source, value, use);
@@ -206,12 +290,36 @@ MIX_INLINE void resample_columns(const Source& source, float* value, const Use& 
     }
 }
 
-MIX_CLONES void replace_row(const Source& source, float* value) { resample_columns(source, value, Replace{}); }
-MIX_CLONES void blend_row(const Source& source, float* value, const float* weight) {
-    resample_columns(source, value, BlendBy{weight});
+// The same as both passes where output pixels are copies: sums of one pixel times 1 and others times 0.
+template <typename Use>
+MIX_INLINE void copy_pixels(const Source& source, int y, float* value, const Use& use) {
+    const Taps &rows = *source.rows, &columns = *source.columns;
+    const int step = columns.copy_step;
+    const uint8_t* at = source.data + ((rows.copy_from + y * rows.copy_step) * static_cast<size_t>(source.width) +
+                                       columns.copy_from + source.begin * step) * 3;
+    const auto load_three = [&] { return Pixel{float(at[0]), float(at[1]), float(at[2]), 0}; };
+    int x = source.begin, end = source.end;
+    // Four bytes are loaded at once, but not of the pixel that may be the piece's last.
+    if (step < 0) use(value + x * 4, x, load_three()), ++x, at -= 3;
+    else --end;
+    for (; x < end; ++x, at += step * 3) use(value + x * 4, x, load_bytes(at));
+    if (step > 0) use(value + x * 4, x, load_three());
 }
-MIX_CLONES void blend_whole_row(const Source& source, float* value, float weight) {
-    resample_columns(source, value, BlendAll{weight});
+
+// Output row y, columns [begin, end), into `value`.
+template <typename Use>
+MIX_INLINE void draw(Source& source, int y, float* value, const Use& use) {
+    if (source.copies(y)) return copy_pixels(source, y, value, use);
+    resample_rows(source, y);
+    resample_columns(source, value, use);
+}
+
+MIX_CLONES void replace_row(Source& source, int y, float* value) { draw(source, y, value, Replace{}); }
+MIX_CLONES void blend_row(Source& source, int y, float* value, const float* weight) {
+    draw(source, y, value, BlendBy{weight});
+}
+MIX_CLONES void blend_whole_row(Source& source, int y, float* value, float weight) {
+    draw(source, y, value, BlendAll{weight});
 }
 
 // Normalise a row and turn it round if wanted: (width, 4) into three planes of `width`, or into (width, 3).
@@ -267,16 +375,17 @@ struct Batch {
 
 // What one thread reuses from sample to sample.
 struct Workspace {
+    SharedTaps shared;
     Source original, edit, fractal;
     std::vector<float> weight;      // M along the seam's axis
     std::vector<float> value;       // one row of the sample: (width, 4)
     std::vector<float> normalised;  // the same as it is stored, before the cast, and one float to spare
 };
 
-void open_piece(Source& source, const Piece& piece, const Row& row, const int out[2]) {
+void open_piece(SharedTaps& shared, Source& source, const Piece& piece, const Row& row, const int out[2]) {
     const int shape[4] = {piece.height, piece.width, piece.top, piece.left};
     const int image[2] = {piece.image_height, piece.image_width};
-    source.open(piece.data, shape, image, row.box, out, false, false);
+    source.open(shared, piece.data, shape, image, row.box, out, false, false);
 }
 
 void store_values(const Batch& batch, const float* from, size_t at, int count) {
@@ -313,10 +422,16 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     const int height = out[0], width = out[1];
     const bool mixed = row.mask >= 0, horizontal = mask_is_horizontal(row.mask);
     Source &original = work.original, &edit = work.edit, &fractal = work.fractal;
-    open_piece(original, batch.originals[index], row, out);
-    original.show(0, width);
+    work.shared.begin_sample();
+    open_piece(work.shared, original, batch.originals[index], row, out);
+    // Where a centre lies outside the image the value is 0, the fractal included.
+    const Taps &inside_rows = *original.rows, &inside = *original.columns;
+    const auto show = [&](Source& source, int begin, int end) {
+        source.show(begin > inside.begin ? begin : inside.begin, end < inside.end ? end : inside.end);
+    };
+    show(original, 0, width);
     if (mixed) {
-        open_piece(edit, batch.edits[index], row, out);
+        open_piece(work.shared, edit, batch.edits[index], row, out);
         const int axis = horizontal ? 1 : 0;
         work.weight.resize(out[axis]);
         for (int i = 0; i < out[axis]; ++i)
@@ -329,49 +444,33 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
             while (original_begin < width && work.weight[original_begin] == 1) ++original_begin;
             while (original_end > original_begin && work.weight[original_end - 1] == 1) --original_end;
         }
-        original.show(original_begin, original_end);
-        edit.show(edit_begin, edit_end);
+        show(original, original_begin, original_end);
+        show(edit, edit_begin, edit_end);
     }
     if (row.fractal >= 0) {
         const int h = batch.bank_height, w = batch.bank_width;
         const int shape[4] = {h, w, 0, 0}, image[2] = {h, w};
         const uint8_t* pixels = batch.bank + static_cast<size_t>(row.fractal) * h * w * 3;
-        fractal.open(pixels, shape, image, row.span, out, row.fractal_flip[0], row.fractal_flip[1]);
-        fractal.show(0, width);
+        fractal.open(work.shared, pixels, shape, image, row.span, out, row.fractal_flip[0], row.fractal_flip[1]);
+        show(fractal, 0, width);
     }
-    // Where a centre lies outside the image the value is 0, the fractal included.
-    const auto inside = [&](int axis, int i) {
-        return is_inside(centre_of(row.box[axis], row.box[axis + 2], i, out[axis]));
-    };
-    int inside_begin = 0, inside_end = width;
-    while (inside_begin < width && !inside(1, inside_begin)) ++inside_begin;
-    while (inside_end > inside_begin && !inside(1, inside_end - 1)) --inside_end;
     work.value.assign(static_cast<size_t>(width) * 4, 0.0f);
     work.normalised.resize(static_cast<size_t>(width) * 3 + 1);
     float* const value = work.value.data();
     for (int y = 0; y < height; ++y) {
         const float m = mixed && !horizontal ? work.weight[y] : 0;
-        if (!inside(0, y)) {
+        if (y < inside_rows.begin || y >= inside_rows.end) {
             memset(value, 0, static_cast<size_t>(width) * 4 * sizeof(float));
             store_row(batch, work, index, y, row.flip);
             continue;
         }
-        if (original.seen() && m < 1) {
-            resample_rows(original, y);
-            replace_row(original, value);
-        }
+        if (original.seen() && m < 1) replace_row(original, y, value);
         if (mixed && edit.seen() && (horizontal || m > 0)) {
-            resample_rows(edit, y);
-            if (horizontal) blend_row(edit, value, work.weight.data());
-            else if (m == 1) replace_row(edit, value);
-            else blend_whole_row(edit, value, m);
+            if (horizontal) blend_row(edit, y, value, work.weight.data());
+            else if (m == 1) replace_row(edit, y, value);
+            else blend_whole_row(edit, y, value, m);
         }
-        if (row.fractal >= 0) {
-            resample_rows(fractal, y);
-            blend_whole_row(fractal, value, row.fractal_weight);
-        }
-        memset(value, 0, static_cast<size_t>(inside_begin) * 4 * sizeof(float));
-        memset(value + inside_end * 4, 0, static_cast<size_t>(width - inside_end) * 4 * sizeof(float));
+        if (row.fractal >= 0 && fractal.seen()) blend_whole_row(fractal, y, value, row.fractal_weight);
         store_row(batch, work, index, y, row.flip);
     }
 }
