@@ -395,27 +395,29 @@ MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bo
     }
 }
 
-// Scale and offset of the values in their order, often enough for vectors of eight.
+// Scale and offset of the values in their order: of one channel, or of three in turns.
 struct Affine {
-    static constexpr int kPeriod = 24;
+    static constexpr int kPeriod = 96;  // a multiple of three, and of the bytes that make a vector
     float scale[kPeriod], offset[kPeriod];
 };
 
 template <bool Blended>
-MIX_INLINE void compute(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* __restrict to,
+MIX_INLINE void compute(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* to,
                         int count) {
-    const auto one = [&](int i, int j) {
-        float value = static_cast<float>(under[i]);
-        if (Blended) value = blend(value, static_cast<float>(over[i]), weight);
-        to[i] = normalise(value, affine.scale[j], affine.offset[j]);
-    };
-    int i = 0;
-    for (; i + Affine::kPeriod <= count; i += Affine::kPeriod)
-        for (int j = 0; j < Affine::kPeriod; ++j) one(i + j, j);
-    for (int j = 0; i + j < count; ++j) one(i + j, j);
+    const float *const scale = affine.scale, *const offset = affine.offset;
+    for (int i = 0; i < count; i += Affine::kPeriod, under += Affine::kPeriod, over += Affine::kPeriod,
+             to += Affine::kPeriod) {
+        const int left = count - i, n = left < Affine::kPeriod ? left : Affine::kPeriod;
+#pragma GCC ivdep
+        for (int j = 0; j < n; ++j) {
+            float value = static_cast<float>(under[j]);
+            if (Blended) value = blend(value, static_cast<float>(over[j]), weight);
+            to[j] = normalise(value, scale[j], offset[j]);
+        }
+    }
 }
 MIX_CLONES void compute_plain(const uint8_t* under, const Affine& affine, float* to, int count) {
-    compute<false>(under, nullptr, 0, affine, to, count);
+    compute<false>(under, under, 0, affine, to, count);
 }
 MIX_CLONES void compute_blended(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* to,
                                 int count) {
