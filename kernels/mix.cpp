@@ -60,6 +60,13 @@ struct Geometry {
                size == other.size && axis.output == other.axis.output && axis.source == other.axis.source &&
                mirrored == other.mirrored;
     }
+
+    uint8_t hash() const {
+        uint64_t bits;
+        memcpy(&bits, &axis.start, sizeof bits);
+        bits ^= static_cast<uint64_t>(origin) << 33 ^ static_cast<uint64_t>(size) << 1 ^ mirrored;
+        return static_cast<uint8_t>(bits * 0x9E3779B97F4A7C15u >> 56);
+    }
 };
 
 // The taps of one axis, padded with weights of 0 to one number of them: a loop of fixed length for every output pixel.
@@ -140,13 +147,15 @@ struct Taps {
     std::vector<double> exact_;
 };
 
-// The taps of small axes that a thread built last. Crops of small images have few positions, so that samples share
-// most of them, and building them takes as long as the pixels do. Large axes are built where they are used.
+// The taps of small axes that a thread has built. Crops of small images have few positions, so samples share most of
+// their taps; building them would take longer than the pixels. The taps of large axes are built where they are used.
 class SharedTaps {
    public:
     // What `find` returned may be replaced from here on.
     void begin_sample() {
-        if (used_ + kAxes > kCapacity) used_ = 0;
+        if (used_ + kAxes <= kCapacity) return;
+        used_ = 0;
+        memset(slots_, 0, sizeof slots_);
     }
 
     const Taps* find(const Geometry& geometry, Taps& own) {
@@ -154,17 +163,20 @@ class SharedTaps {
             own.build(geometry);
             return &own;
         }
-        for (int i = 0; i < used_; ++i)
-            if (geometries_[i] == geometry) return &taps_[i];
+        uint8_t slot = geometry.hash();
+        for (; slots_[slot]; ++slot)
+            if (geometries_[slots_[slot] - 1] == geometry) return &taps_[slots_[slot] - 1];
         taps_[used_].build(geometry);
         geometries_[used_] = geometry;
-        return &taps_[used_++];
+        slots_[slot] = static_cast<uint8_t>(++used_);
+        return &taps_[used_ - 1];
     }
 
    private:
-    static constexpr int kLargest = 128, kCapacity = 64, kAxes = 6;  // three sources of two axes in a sample
+    static constexpr int kLargest = 64, kCapacity = 128, kAxes = 6;  // a sample has three sources of two axes
     Geometry geometries_[kCapacity];
     Taps taps_[kCapacity];
+    uint8_t slots_[256] = {};  // a hash table of their numbers, counted from 1; never more than half full
     int used_ = 0;
 };
 
