@@ -1,8 +1,9 @@
 // The fused mix on the CPU: from decoded pieces to the training tensor, one pass, a row of output at a time.
 //
 // A sample's rows stay in the first-level cache from the decoded bytes to the normalised value. Threads take samples
-// from a counter. The loops are written for the compiler's vectoriser and cloned for AVX2 and AVX-512; without fused
-// multiply-adds all clones give the same bits.
+// from a counter. A sample in which each pixel is one pixel of its source, as with crops of small images, is not
+// resampled (copy_sample); its bits are those of the resample. The loops are written for the compiler's vectoriser and
+// cloned for AVX2 and AVX-512; without fused multiply-adds all clones give the same bits.
 #include <atomic>
 #include <cstdlib>
 #include <new>
@@ -14,6 +15,7 @@
 
 #if defined(MIX_CLONES)  // given on the command line by tests that compare processors
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// "arch=" is one model of processor, a feature is every one that has it.
 #define MIX_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #else
 #define MIX_CLONES
@@ -125,7 +127,7 @@ struct Taps {
     }
 
    private:
-    // Decided by the weights as they are, since a box's rounding may leave 1 - 1e-16 of one pixel and 1e-16 of the next.
+    // Decided by the weights, not by the box, whose rounding may leave 1e-16 of a pixel next to 1 - 1e-16 of another.
     void find_copies(int step) {
         copies = Range{}, copy_step = step;
         Range found;
@@ -203,11 +205,14 @@ struct Source {
         line.resize(static_cast<size_t>(width) * 3 + 1);
     }
 
-    // `down` and `across` lie in the image.
+    // The columns must lie in the image.
     void show(Range seen_down, Range seen_across) {
         down = seen_down, across = seen_across;
-        if (across.empty()) return;
-        const int one = columns->first[across.begin], other = columns->first[across.end - 1];
+        low = high = 0;
+        const Range read = across.cut(columns->inside);
+        if (read.empty()) return;
+        // The taps move one way, so the outermost columns read the outermost pixels.
+        const int one = columns->first[read.begin], other = columns->first[read.end - 1];
         low = one < other ? one : other;
         high = (one < other ? other : one) + columns->taps;
     }
@@ -348,15 +353,16 @@ MIX_CLONES void normalise_pixels(const float* value, float* out, int width, bool
         store(out + x * 3, normalise(load(value + (flip ? width - 1 - x : x) * 4), s, o));
 }
 
-// Samples without a resample are put together from bytes, and then computed in one loop over all of them.
+// A sample that resamples nothing is put together from bytes, in the order of the tensor. Then one loop computes it.
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 
 // Channel C of the 16 pixels that lie in a, b and c, the last one first if Back.
 template <int C, bool Back, int... At>
 MIX_INLINE Bytes channel(Bytes a, Bytes b, Bytes c, std::integer_sequence<int, At...>) {
-    const Bytes ab = __builtin_shuffle(a, b, Bytes{(3 * (Back ? 15 - At : At) + C) % 32 ...});
-    return __builtin_shuffle(ab, c, Bytes{(3 * (Back ? 15 - At : At) + C < 32 ? At : 3 * (Back ? 15 - At : At) + C - 16) ...});
+    constexpr int from[] = {3 * (Back ? 15 - At : At) + C...};  // of the 48 bytes
+    const Bytes ab = __builtin_shuffle(a, b, Bytes{from[At] % 32 ...});
+    return __builtin_shuffle(ab, c, Bytes{(from[At] < 32 ? At : from[At] - 16)...});
 }
 
 template <bool Back>
@@ -387,7 +393,8 @@ MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
     for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
 }
 
-// What is seen of a source in output rows [y, y + height), as bytes: (height, width, 3), or three planes of (height, width).
+// What is seen of a source in output rows [y, y + height), turned round if wanted: (height, width, 3), or three planes
+// of (height, width).
 MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bool flip, bool planes, uint8_t* to) {
     const Taps &rows = *source.rows, &columns = *source.columns;
     const Range across = source.across, down = source.down.cut({y, y + height});
@@ -413,6 +420,7 @@ struct Affine {
     float scale[kPeriod], offset[kPeriod];
 };
 
+// to[i] = the value of under[i], with over[i] blended over it if wanted.
 template <bool Blended>
 MIX_INLINE void compute(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* to,
                         int count) {
@@ -431,8 +439,8 @@ MIX_INLINE void compute(const uint8_t* under, const uint8_t* over, float weight,
 MIX_CLONES void compute_plain(const uint8_t* under, const Affine& affine, float* to, int count) {
     compute<false>(under, under, 0, affine, to, count);
 }
-MIX_CLONES void compute_blended(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* to,
-                                int count) {
+MIX_CLONES void compute_blended(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine,
+                                float* to, int count) {
     compute<true>(under, over, weight, affine, to, count);
 }
 
@@ -508,29 +516,30 @@ void store_row(const Batch& batch, Workspace& work, int64_t index, int y, bool f
     for (int c = 0; c < 3; ++c) store_values(batch, row + c * width, at + c * plane, width);
 }
 
-// A sample whose sources are copied and whose seam is hard, some rows at a time.
+// A sample whose sources are copied and whose seam is hard, a band of rows at a time.
 void copy_sample(const Batch& batch, Workspace& work, int64_t index, const Row& row) {
-    constexpr int kBand = 1024;  // pixels, so that all of them stay in the first-level cache
+    constexpr int kBand = 1024;  // pixels: all that a band needs stays in the first-level cache
     const int width = batch.out_width, most = width < kBand ? kBand / width : 1;
     const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(index) * plane * 3;
     const bool planes = !batch.channels_last, blended = work.fractal.seen();
     for (int y = 0, height; y < batch.out_height; y += height) {
         height = y + most < batch.out_height ? most : batch.out_height - y;
         const int pixels = height * width, count = planes ? pixels : pixels * 3;
+        const auto copy = [&](const Source& source, std::vector<uint8_t>& to) {
+            if (source.seen()) copy_band(source, y, height, width, row.flip, planes, to.data());
+        };
         work.under.assign(static_cast<size_t>(pixels) * 3, 0);
-        if (work.original.seen()) copy_band(work.original, y, height, width, row.flip, planes, work.under.data());
-        if (work.edit.seen()) copy_band(work.edit, y, height, width, row.flip, planes, work.under.data());
-        if (blended) {
-            work.over.assign(static_cast<size_t>(pixels) * 3, 0);
-            copy_band(work.fractal, y, height, width, row.flip, planes, work.over.data());
-        }
+        copy(work.original, work.under);
+        copy(work.edit, work.under);
+        if (blended) work.over.assign(static_cast<size_t>(pixels) * 3, 0);
+        copy(work.fractal, work.over);
         work.normalised.resize(static_cast<size_t>(count));
         for (int c = 0; c < (planes ? 3 : 1); ++c) {
-            const size_t from = static_cast<size_t>(c) * pixels;
-            const size_t at = sample + (planes ? c * plane + static_cast<size_t>(y) * width : static_cast<size_t>(y) * width * 3);
+            const size_t from = static_cast<size_t>(c) * pixels, before = static_cast<size_t>(y) * width;
+            const size_t at = sample + (planes ? c * plane + before : before * 3);
+            const Affine& affine = batch.affine[planes ? c : 3];
             const bool direct = batch.dtype == kFloat32;
             float* const to = direct ? static_cast<float*>(batch.out) + at : work.normalised.data();
-            const Affine& affine = batch.affine[planes ? c : 3];
             if (blended)
                 compute_blended(&work.under[from], &work.over[from], row.fractal_weight, affine, to, count);
             else
@@ -603,6 +612,21 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     }
 }
 
+// How many of the threads are worth starting: a start takes as long as some 2^16 pixels, read or written.
+int64_t useful_threads(const Batch& batch, int64_t threads) {
+    constexpr int64_t kLeast = 1 << 16;
+    const int64_t fixed = static_cast<int64_t>(batch.out_height) * batch.out_width;
+    const int64_t fractal = static_cast<int64_t>(batch.bank_height) * batch.bank_width;
+    int64_t pixels = 0;
+    for (int64_t i = 0; i < batch.count && pixels < threads * kLeast; ++i) {
+        pixels += fixed + (batch.rows[i].fractal >= 0 ? fractal : 0);
+        for (const Piece* piece : {&batch.originals[i], &batch.edits[i]})
+            if (piece->data) pixels += static_cast<int64_t>(piece->height) * piece->width;
+    }
+    const int64_t worth = pixels / kLeast;
+    return worth < threads ? worth : threads;
+}
+
 void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bool>& failed) {
     try {
         Workspace work;
@@ -630,7 +654,8 @@ extern "C" __attribute__((visibility("default"))) int dali_diffusemix_mix(
     std::atomic<bool> failed{false};
     std::vector<std::thread> others;
     try {
-        for (int t = 1; t < threads && t < count; ++t)
+        const int64_t useful = useful_threads(batch, threads < count ? threads : count);
+        for (int64_t t = 1; t < useful; ++t)
             others.emplace_back([&] { work_through(batch, next, failed); });
     } catch (...) {
         // Fewer threads than wanted: the work is the same.
