@@ -1,19 +1,22 @@
 // The fused mix on the CPU: from decoded pieces to the training tensor, one pass, a row of output at a time.
 //
 // A sample's rows stay in the first-level cache from the decoded bytes to the normalised value. Threads take samples
-// from a counter. The loops are written for the compiler's vectoriser and cloned for AVX2 and AVX-512; without fused
-// multiply-adds all clones give the same bits.
+// from a counter. A sample in which each pixel is one pixel of its source, as with crops of small images, is not
+// resampled (copy_sample); its bits are those of the resample. The loops are written for the compiler's vectoriser and
+// cloned for AVX2 and AVX-512; without fused multiply-adds all clones give the same bits.
 #include <atomic>
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "mix_pixel.cuh"
 
 #if defined(MIX_CLONES)  // given on the command line by tests that compare processors
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define MIX_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+// "arch=" is one model of processor, a feature is every one that has it.
+#define MIX_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
 #else
 #define MIX_CLONES
 #endif
@@ -35,14 +38,18 @@ MIX_INLINE Pixel load(const float* p) {
     return value;
 }
 
-MIX_INLINE Pixel load_bytes(const uint8_t* p) {
-    typedef uint8_t Bytes __attribute__((vector_size(4)));
-    Bytes value;
-    memcpy(&value, p, sizeof value);
-    return __builtin_convertvector(value, Pixel);
-}
-
 MIX_INLINE void store(float* p, Pixel value) { memcpy(p, &value, sizeof value); }
+
+// Output rows or columns [begin, end).
+struct Range {
+    int begin = 0, end = 0;
+
+    bool empty() const { return end <= begin; }
+    bool holds(Range other) const { return begin <= other.begin && other.end <= end; }
+    Range cut(Range other) const {
+        return {begin > other.begin ? begin : other.begin, end < other.end ? end : other.end};
+    }
+};
 
 // What the taps of one axis depend on. The piece holds the source's pixels [origin, origin + size).
 struct Geometry {
@@ -55,6 +62,13 @@ struct Geometry {
                size == other.size && axis.output == other.axis.output && axis.source == other.axis.source &&
                mirrored == other.mirrored;
     }
+
+    uint8_t hash() const {
+        uint64_t bits;
+        memcpy(&bits, &axis.start, sizeof bits);
+        bits ^= static_cast<uint64_t>(origin) << 33 ^ static_cast<uint64_t>(size) << 1 ^ mirrored;
+        return static_cast<uint8_t>(bits * 0x9E3779B97F4A7C15u >> 56);
+    }
 };
 
 // The taps of one axis, padded with weights of 0 to one number of them: a loop of fixed length for every output pixel.
@@ -62,9 +76,9 @@ struct Taps {
     std::vector<int> first, count;  // output pixel i: source pixels first[i] to first[i] + taps; count 0: outside
     std::vector<float> weights;     // (output, taps)
     int taps = 1;
-    int begin = 0, end = 0;  // output pixels inside the image
-    // Output pixels [copy_begin, copy_end) are copies: i is source pixel copy_from + i * copy_step and nothing else.
-    int copy_begin = 0, copy_end = 0, copy_from = 0, copy_step = 1;
+    Range inside;  // output pixels whose centre is in the image
+    Range copies;  // those that are one pixel of the piece and nothing else: i is copy_from + i * copy_step
+    int copy_from = 0, copy_step = 1;
 
     // `first` counts from the piece's begin, and what lies outside the piece weighs nothing.
     void build(const Geometry& geometry) {
@@ -74,13 +88,13 @@ struct Taps {
         first.resize(output);
         count.resize(output);
         int most = 1;
-        begin = end = 0;
+        inside = Range{};
         for (int i = 0; i < output; ++i) {
             int from = 0, n = 0;
             if (is_inside(centre_of(axis.start, axis.extent, i, output))) {
                 n = taps_of(axis, source_centre(axis, i), &from);
-                if (end == 0) begin = i;
-                end = i + 1;
+                if (inside.empty()) inside.begin = i;
+                inside.end = i + 1;
             }
             if (mirrored) from = axis.source - from - n;
             first[i] = from;
@@ -112,14 +126,12 @@ struct Taps {
         find_copies(mirrored ? -1 : 1);
     }
 
-    bool copies(int first, int last) const { return copy_begin <= first && last <= copy_end; }
-
    private:
-    // Decided by the weights as they are, since a box's rounding may leave 1 - 1e-16 of one pixel and 1e-16 of the next.
+    // Decided by the weights, not by the box, whose rounding may leave 1e-16 of a pixel next to 1 - 1e-16 of another.
     void find_copies(int step) {
-        copy_begin = copy_end = 0, copy_step = step;
-        int copies = 0;
-        for (int i = begin; i < end; ++i) {
+        copies = Range{}, copy_step = step;
+        Range found;
+        for (int i = inside.begin; i < inside.end; ++i) {
             const float* const weight = &weights[static_cast<size_t>(i) * taps];
             int at = -1;
             for (int k = 0; k < taps; ++k) {
@@ -128,22 +140,24 @@ struct Taps {
                 at = first[i] + k;
             }
             if (at < 0) continue;  // not in the piece
-            if (copies++ == 0) copy_begin = i, copy_from = at - i * step;
-            if (at != copy_from + i * step || copies != i + 1 - copy_begin) return;
+            if (found.empty()) found = {i, i}, copy_from = at - i * step;
+            if (at != copy_from + i * step || found.end++ != i) return;
         }
-        copy_end = copy_begin + copies;
+        copies = found;
     }
 
     std::vector<double> exact_;
 };
 
-// The taps of small axes that a thread built last. Crops of small images have few positions, so that samples share
-// most of them, and building them takes as long as the pixels do. Large axes are built where they are used.
+// The taps of small axes that a thread has built. Crops of small images have few positions, so samples share most of
+// their taps; building them would take longer than the pixels. The taps of large axes are built where they are used.
 class SharedTaps {
    public:
     // What `find` returned may be replaced from here on.
     void begin_sample() {
-        if (used_ + kAxes > kCapacity) used_ = 0;
+        if (used_ + kAxes <= kCapacity) return;
+        used_ = 0;
+        memset(slots_, 0, sizeof slots_);
     }
 
     const Taps* find(const Geometry& geometry, Taps& own) {
@@ -151,17 +165,20 @@ class SharedTaps {
             own.build(geometry);
             return &own;
         }
-        for (int i = 0; i < used_; ++i)
-            if (geometries_[i] == geometry) return &taps_[i];
+        uint8_t slot = geometry.hash();
+        for (; slots_[slot]; ++slot)
+            if (geometries_[slots_[slot] - 1] == geometry) return &taps_[slots_[slot] - 1];
         taps_[used_].build(geometry);
         geometries_[used_] = geometry;
-        return &taps_[used_++];
+        slots_[slot] = static_cast<uint8_t>(++used_);
+        return &taps_[used_ - 1];
     }
 
    private:
-    static constexpr int kLargest = 128, kCapacity = 64, kAxes = 6;  // three sources of two axes in a sample
+    static constexpr int kLargest = 64, kCapacity = 128, kAxes = 6;  // a sample has three sources of two axes
     Geometry geometries_[kCapacity];
     Taps taps_[kCapacity];
+    uint8_t slots_[256] = {};  // a hash table of their numbers, counted from 1; never more than half full
     int used_ = 0;
 };
 
@@ -169,7 +186,7 @@ class SharedTaps {
 struct Source {
     const uint8_t* data = nullptr;
     int width = 0;            // of the piece
-    int begin = 0, end = 0;   // output columns that it is seen in
+    Range down, across;       // output rows and columns that it is seen in
     int low = 0, high = 0;    // columns of the piece that these read
     const Taps *rows = nullptr, *columns = nullptr;
     std::vector<float> line;  // one output row before the horizontal pass: (width, 3) and one float to spare
@@ -182,24 +199,31 @@ struct Source {
         data = none ? black : pixels;
         const int height = none ? 1 : piece[0];
         width = none ? 1 : piece[1];
-        const Axis down = make_axis(box[0], box[2], out[0], image[0]), across = make_axis(box[1], box[3], out[1], image[1]);
-        rows = shared.find({down, upside_down, piece[2], height}, own_rows_);
-        columns = shared.find({across, left_right, piece[3], width}, own_columns_);
+        const Axis y = make_axis(box[0], box[2], out[0], image[0]), x = make_axis(box[1], box[3], out[1], image[1]);
+        rows = shared.find({y, upside_down, piece[2], height}, own_rows_);
+        columns = shared.find({x, left_right, piece[3], width}, own_columns_);
         line.resize(static_cast<size_t>(width) * 3 + 1);
     }
 
-    // `first` and `last` within [columns->begin, columns->end), or nothing.
-    void show(int first, int last) {
-        begin = first, end = last;
-        if (!seen()) return;
-        const int one = columns->first[begin], other = columns->first[end - 1];
+    // The columns must lie in the image.
+    void show(Range seen_down, Range seen_across) {
+        down = seen_down, across = seen_across;
+        low = high = 0;
+        const Range read = across.cut(columns->inside);
+        if (read.empty()) return;
+        // The taps move one way, so the outermost columns read the outermost pixels.
+        const int one = columns->first[read.begin], other = columns->first[read.end - 1];
         low = one < other ? one : other;
         high = (one < other ? other : one) + columns->taps;
     }
 
-    bool seen() const { return begin < end; }
+    void hide() { down = across = Range{}; }
 
-    bool copies(int y) const { return rows->copies(y, y + 1) && columns->copies(begin, end); }
+    bool seen() const { return !down.empty() && !across.empty(); }
+    bool seen(int y) const { return down.begin <= y && y < down.end && !across.empty(); }
+
+    // Whether nothing that is seen of it is resampled.
+    bool copied() const { return !seen() || (rows->copies.holds(down) && columns->copies.holds(across)); }
 
    private:
     Taps own_rows_, own_columns_;
@@ -264,9 +288,9 @@ MIX_INLINE void across(const Source& source, float* value, const Use& use) {
     const float* const line = source.line.data();
     const int taps = N ? N : source.columns->taps;
     const int* const first = source.columns->first.data();
-    const float* weights = source.columns->weights.data() + static_cast<size_t>(source.begin) * taps;
-    const int end = source.end;
-    for (int x = source.begin; x < end; ++x, weights += taps) {
+    const float* weights = source.columns->weights.data() + static_cast<size_t>(source.across.begin) * taps;
+    const int end = source.across.end;
+    for (int x = source.across.begin; x < end; ++x, weights += taps) {
         const float* at = line + first[x] * 3;
         Pixel sum = weights[0] * load(at);
         for (int k = 1; k < taps; ++k) sum = sum + weights[k] * load(at + k * 3);
@@ -290,36 +314,12 @@ MIX_INLINE void resample_columns(const Source& source, float* value, const Use& 
     }
 }
 
-// The same as both passes where output pixels are copies: sums of one pixel times 1 and others times 0.
-template <typename Use>
-MIX_INLINE void copy_pixels(const Source& source, int y, float* value, const Use& use) {
-    const Taps &rows = *source.rows, &columns = *source.columns;
-    const int step = columns.copy_step;
-    const uint8_t* at = source.data + ((rows.copy_from + y * rows.copy_step) * static_cast<size_t>(source.width) +
-                                       columns.copy_from + source.begin * step) * 3;
-    const auto load_three = [&] { return Pixel{float(at[0]), float(at[1]), float(at[2]), 0}; };
-    int x = source.begin, end = source.end;
-    // Four bytes are loaded at once, but not of the pixel that may be the piece's last.
-    if (step < 0) use(value + x * 4, x, load_three()), ++x, at -= 3;
-    else --end;
-    for (; x < end; ++x, at += step * 3) use(value + x * 4, x, load_bytes(at));
-    if (step > 0) use(value + x * 4, x, load_three());
+MIX_CLONES void replace_row(const Source& source, float* value) { resample_columns(source, value, Replace{}); }
+MIX_CLONES void blend_row(const Source& source, float* value, const float* weight) {
+    resample_columns(source, value, BlendBy{weight});
 }
-
-// Output row y, columns [begin, end), into `value`.
-template <typename Use>
-MIX_INLINE void draw(Source& source, int y, float* value, const Use& use) {
-    if (source.copies(y)) return copy_pixels(source, y, value, use);
-    resample_rows(source, y);
-    resample_columns(source, value, use);
-}
-
-MIX_CLONES void replace_row(Source& source, int y, float* value) { draw(source, y, value, Replace{}); }
-MIX_CLONES void blend_row(Source& source, int y, float* value, const float* weight) {
-    draw(source, y, value, BlendBy{weight});
-}
-MIX_CLONES void blend_whole_row(Source& source, int y, float* value, float weight) {
-    draw(source, y, value, BlendAll{weight});
+MIX_CLONES void blend_whole_row(const Source& source, float* value, float weight) {
+    resample_columns(source, value, BlendAll{weight});
 }
 
 // Normalise a row and turn it round if wanted: (width, 4) into three planes of `width`, or into (width, 3).
@@ -353,6 +353,97 @@ MIX_CLONES void normalise_pixels(const float* value, float* out, int width, bool
         store(out + x * 3, normalise(load(value + (flip ? width - 1 - x : x) * 4), s, o));
 }
 
+// A sample that resamples nothing is put together from bytes, in the order of the tensor. Then one loop computes it.
+
+typedef uint8_t Bytes __attribute__((vector_size(16)));
+
+// Channel C of the 16 pixels that lie in a, b and c, the last one first if Back.
+template <int C, bool Back, int... At>
+MIX_INLINE Bytes channel(Bytes a, Bytes b, Bytes c, std::integer_sequence<int, At...>) {
+    constexpr int from[] = {3 * (Back ? 15 - At : At) + C...};  // of the 48 bytes
+    const Bytes ab = __builtin_shuffle(a, b, Bytes{from[At] % 32 ...});
+    return __builtin_shuffle(ab, c, Bytes{(from[At] < 32 ? At : from[At] - 16)...});
+}
+
+template <bool Back>
+MIX_INLINE void split_pixels(const uint8_t* from, uint8_t* red, uint8_t* green, uint8_t* blue, int count) {
+    constexpr int kBlock = sizeof(Bytes);
+    constexpr std::make_integer_sequence<int, kBlock> kAt{};
+    if (count < kBlock) {
+        for (int i = 0; i < count; ++i) {
+            const uint8_t* const at = from + 3 * (Back ? count - 1 - i : i);
+            red[i] = at[0], green[i] = at[1], blue[i] = at[2];
+        }
+        return;
+    }
+    for (int i = 0; i < count; i += kBlock) {
+        if (i > count - kBlock) i = count - kBlock;  // the last block overlaps the one before
+        Bytes a, b, c;
+        const uint8_t* const at = from + 3 * (Back ? count - kBlock - i : i);
+        memcpy(&a, at, kBlock), memcpy(&b, at + kBlock, kBlock), memcpy(&c, at + 2 * kBlock, kBlock);
+        const Bytes channels[3] = {channel<0, Back>(a, b, c, kAt), channel<1, Back>(a, b, c, kAt),
+                                   channel<2, Back>(a, b, c, kAt)};
+        memcpy(red + i, &channels[0], kBlock), memcpy(green + i, &channels[1], kBlock);
+        memcpy(blue + i, &channels[2], kBlock);
+    }
+}
+
+// (count, 3) the other way round.
+MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
+    for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
+}
+
+// What is seen of a source in output rows [y, y + height), turned round if wanted: (height, width, 3), or three planes
+// of (height, width).
+MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bool flip, bool planes, uint8_t* to) {
+    const Taps &rows = *source.rows, &columns = *source.columns;
+    const Range across = source.across, down = source.down.cut({y, y + height});
+    const size_t plane = static_cast<size_t>(height) * width;
+    const int count = across.end - across.begin, begin = flip ? width - across.end : across.begin;
+    const bool back = flip != (columns.copy_step < 0);
+    const int left = columns.copy_from + columns.copy_step * (columns.copy_step < 0 ? across.end - 1 : across.begin);
+    for (int i = down.begin; i < down.end; ++i) {
+        const int row = rows.copy_from + i * rows.copy_step;
+        const uint8_t* const from = source.data + (static_cast<size_t>(row) * source.width + left) * 3;
+        const size_t at = static_cast<size_t>(i - y) * width + begin;
+        uint8_t* const out = to + at;
+        if (planes && back) split_pixels<true>(from, out, out + plane, out + 2 * plane, count);
+        else if (planes) split_pixels<false>(from, out, out + plane, out + 2 * plane, count);
+        else if (back) turn_pixels(from, to + at * 3, count);
+        else memcpy(to + at * 3, from, static_cast<size_t>(count) * 3);
+    }
+}
+
+// Scale and offset of the values in their order: of one channel, or of three in turns.
+struct Affine {
+    static constexpr int kPeriod = 96;  // a multiple of three, and of the bytes that make a vector
+    float scale[kPeriod], offset[kPeriod];
+};
+
+// to[i] = the value of under[i], with over[i] blended over it if wanted.
+template <bool Blended>
+MIX_INLINE void compute(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine, float* to,
+                        int count) {
+    const float *const scale = affine.scale, *const offset = affine.offset;
+    for (int i = 0; i < count; i += Affine::kPeriod, under += Affine::kPeriod, over += Affine::kPeriod,
+             to += Affine::kPeriod) {
+        const int left = count - i, n = left < Affine::kPeriod ? left : Affine::kPeriod;
+#pragma GCC ivdep
+        for (int j = 0; j < n; ++j) {
+            float value = static_cast<float>(under[j]);
+            if (Blended) value = blend(value, static_cast<float>(over[j]), weight);
+            to[j] = normalise(value, scale[j], offset[j]);
+        }
+    }
+}
+MIX_CLONES void compute_plain(const uint8_t* under, const Affine& affine, float* to, int count) {
+    compute<false>(under, under, 0, affine, to, count);
+}
+MIX_CLONES void compute_blended(const uint8_t* under, const uint8_t* over, float weight, const Affine& affine,
+                                float* to, int count) {
+    compute<true>(under, over, weight, affine, to, count);
+}
+
 template <typename T, T (*Cast)(float)>
 MIX_INLINE void cast(const float* from, T* to, int count) {
     for (int j = 0; j < count; ++j) to[j] = Cast(from[j]);
@@ -371,6 +462,14 @@ struct Batch {
     void* out;
     int out_height, out_width, dtype, channels_last;
     float scale[3], offset[3];
+    Affine affine[4];  // of red, green and blue alone, and of all three in turns
+
+    void repeat_affine() {
+        for (int j = 0; j < Affine::kPeriod; ++j) {
+            for (int c = 0; c < 3; ++c) affine[c].scale[j] = scale[c], affine[c].offset[j] = offset[c];
+            affine[3].scale[j] = scale[j % 3], affine[3].offset[j] = offset[j % 3];
+        }
+    }
 };
 
 // What one thread reuses from sample to sample.
@@ -380,6 +479,7 @@ struct Workspace {
     std::vector<float> weight;      // M along the seam's axis
     std::vector<float> value;       // one row of the sample: (width, 4)
     std::vector<float> normalised;  // the same as it is stored, before the cast, and one float to spare
+    std::vector<uint8_t> under, over;  // a band of a sample without a resample: original and edit, and the fractal
 };
 
 void open_piece(SharedTaps& shared, Source& source, const Piece& piece, const Row& row, const int out[2]) {
@@ -416,6 +516,39 @@ void store_row(const Batch& batch, Workspace& work, int64_t index, int y, bool f
     for (int c = 0; c < 3; ++c) store_values(batch, row + c * width, at + c * plane, width);
 }
 
+// A sample whose sources are copied and whose seam is hard, a band of rows at a time.
+void copy_sample(const Batch& batch, Workspace& work, int64_t index, const Row& row) {
+    constexpr int kBand = 1024;  // pixels: all that a band needs stays in the first-level cache
+    const int width = batch.out_width, most = width < kBand ? kBand / width : 1;
+    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(index) * plane * 3;
+    const bool planes = !batch.channels_last, blended = work.fractal.seen();
+    for (int y = 0, height; y < batch.out_height; y += height) {
+        height = y + most < batch.out_height ? most : batch.out_height - y;
+        const int pixels = height * width, count = planes ? pixels : pixels * 3;
+        const auto copy = [&](const Source& source, std::vector<uint8_t>& to) {
+            if (source.seen()) copy_band(source, y, height, width, row.flip, planes, to.data());
+        };
+        work.under.assign(static_cast<size_t>(pixels) * 3, 0);
+        copy(work.original, work.under);
+        copy(work.edit, work.under);
+        if (blended) work.over.assign(static_cast<size_t>(pixels) * 3, 0);
+        copy(work.fractal, work.over);
+        work.normalised.resize(static_cast<size_t>(count));
+        for (int c = 0; c < (planes ? 3 : 1); ++c) {
+            const size_t from = static_cast<size_t>(c) * pixels, before = static_cast<size_t>(y) * width;
+            const size_t at = sample + (planes ? c * plane + before : before * 3);
+            const Affine& affine = batch.affine[planes ? c : 3];
+            const bool direct = batch.dtype == kFloat32;
+            float* const to = direct ? static_cast<float*>(batch.out) + at : work.normalised.data();
+            if (blended)
+                compute_blended(&work.under[from], &work.over[from], row.fractal_weight, affine, to, count);
+            else
+                compute_plain(&work.under[from], affine, to, count);
+            if (!direct) store_values(batch, to, at, count);
+        }
+    }
+}
+
 void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     const Row& row = batch.rows[index];
     const int out[2] = {batch.out_height, batch.out_width};
@@ -425,54 +558,73 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
     work.shared.begin_sample();
     open_piece(work.shared, original, batch.originals[index], row, out);
     // Where a centre lies outside the image the value is 0, the fractal included.
-    const Taps &inside_rows = *original.rows, &inside = *original.columns;
-    const auto show = [&](Source& source, int begin, int end) {
-        source.show(begin > inside.begin ? begin : inside.begin, end < inside.end ? end : inside.end);
-    };
-    show(original, 0, width);
+    const Range inside[2] = {original.rows->inside, original.columns->inside};
+    original.show(inside[0], inside[1]);
+    edit.hide();
+    fractal.hide();
+    bool hard = true;
     if (mixed) {
         open_piece(work.shared, edit, batch.edits[index], row, out);
         const int axis = horizontal ? 1 : 0;
         work.weight.resize(out[axis]);
         for (int i = 0; i < out[axis]; ++i)
             work.weight[i] = edit_weight(row.mask, row.seam_width, row.span[axis], row.span[axis + 2], i, out[axis]);
-        // Columns that each source is seen in. M is monotonous, so they are one range.
-        int original_begin = 0, original_end = width, edit_begin = 0, edit_end = width;
-        if (horizontal) {
-            while (edit_begin < width && work.weight[edit_begin] == 0) ++edit_begin;
-            while (edit_end > edit_begin && work.weight[edit_end - 1] == 0) --edit_end;
-            while (original_begin < width && work.weight[original_begin] == 1) ++original_begin;
-            while (original_end > original_begin && work.weight[original_end - 1] == 1) --original_end;
-        }
-        show(original, original_begin, original_end);
-        show(edit, edit_begin, edit_end);
+        // Rows or columns that each source is seen in. M is monotonous, so they are one range.
+        Range of_original = {0, out[axis]}, of_edit = of_original;
+        const std::vector<float>& m = work.weight;
+        while (!of_edit.empty() && m[of_edit.begin] == 0) ++of_edit.begin;
+        while (!of_edit.empty() && m[of_edit.end - 1] == 0) --of_edit.end;
+        while (!of_original.empty() && m[of_original.begin] == 1) ++of_original.begin;
+        while (!of_original.empty() && m[of_original.end - 1] == 1) --of_original.end;
+        hard = of_original.cut(of_edit).empty();
+        of_original = of_original.cut(inside[axis]), of_edit = of_edit.cut(inside[axis]);
+        original.show(horizontal ? inside[0] : of_original, horizontal ? of_original : inside[1]);
+        edit.show(horizontal ? inside[0] : of_edit, horizontal ? of_edit : inside[1]);
     }
     if (row.fractal >= 0) {
         const int h = batch.bank_height, w = batch.bank_width;
         const int shape[4] = {h, w, 0, 0}, image[2] = {h, w};
         const uint8_t* pixels = batch.bank + static_cast<size_t>(row.fractal) * h * w * 3;
         fractal.open(work.shared, pixels, shape, image, row.span, out, row.fractal_flip[0], row.fractal_flip[1]);
-        show(fractal, 0, width);
+        fractal.show(inside[0], inside[1]);
     }
+    if (hard && original.copied() && edit.copied() && fractal.copied()) return copy_sample(batch, work, index, row);
     work.value.assign(static_cast<size_t>(width) * 4, 0.0f);
     work.normalised.resize(static_cast<size_t>(width) * 3 + 1);
     float* const value = work.value.data();
     for (int y = 0; y < height; ++y) {
-        const float m = mixed && !horizontal ? work.weight[y] : 0;
-        if (y < inside_rows.begin || y >= inside_rows.end) {
-            memset(value, 0, static_cast<size_t>(width) * 4 * sizeof(float));
-            store_row(batch, work, index, y, row.flip);
-            continue;
+        if (y == inside[0].end) work.value.assign(work.value.size(), 0.0f);
+        if (original.seen(y)) {
+            resample_rows(original, y);
+            replace_row(original, value);
         }
-        if (original.seen() && m < 1) replace_row(original, y, value);
-        if (mixed && edit.seen() && (horizontal || m > 0)) {
-            if (horizontal) blend_row(edit, y, value, work.weight.data());
-            else if (m == 1) replace_row(edit, y, value);
-            else blend_whole_row(edit, y, value, m);
+        if (edit.seen(y)) {
+            resample_rows(edit, y);
+            if (horizontal) blend_row(edit, value, work.weight.data());
+            else if (work.weight[y] == 1) replace_row(edit, value);
+            else blend_whole_row(edit, value, work.weight[y]);
         }
-        if (row.fractal >= 0 && fractal.seen()) blend_whole_row(fractal, y, value, row.fractal_weight);
+        if (fractal.seen(y)) {
+            resample_rows(fractal, y);
+            blend_whole_row(fractal, value, row.fractal_weight);
+        }
         store_row(batch, work, index, y, row.flip);
     }
+}
+
+// How many of the threads are worth starting: a start takes as long as some 2^16 pixels, read or written.
+int64_t useful_threads(const Batch& batch, int64_t threads) {
+    constexpr int64_t kLeast = 1 << 16;
+    const int64_t fixed = static_cast<int64_t>(batch.out_height) * batch.out_width;
+    const int64_t fractal = static_cast<int64_t>(batch.bank_height) * batch.bank_width;
+    int64_t pixels = 0;
+    for (int64_t i = 0; i < batch.count && pixels < threads * kLeast; ++i) {
+        pixels += fixed + (batch.rows[i].fractal >= 0 ? fractal : 0);
+        for (const Piece* piece : {&batch.originals[i], &batch.edits[i]})
+            if (piece->data) pixels += static_cast<int64_t>(piece->height) * piece->width;
+    }
+    const int64_t worth = pixels / kLeast;
+    return worth < threads ? worth : threads;
 }
 
 void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bool>& failed) {
@@ -496,12 +648,14 @@ extern "C" __attribute__((visibility("default"))) int dali_diffusemix_mix(
     void* out, int out_height, int out_width, int dtype, int channels_last, const float* scale, const float* offset,
     int threads) {
     Batch batch{pieces, pieces + count, rows, count, bank, bank_height, bank_width, out, out_height, out_width, dtype,
-                channels_last, {scale[0], scale[1], scale[2]}, {offset[0], offset[1], offset[2]}};
+                channels_last, {scale[0], scale[1], scale[2]}, {offset[0], offset[1], offset[2]}, {}};
+    batch.repeat_affine();
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};
     std::vector<std::thread> others;
     try {
-        for (int t = 1; t < threads && t < count; ++t)
+        const int64_t useful = useful_threads(batch, threads < count ? threads : count);
+        for (int64_t t = 1; t < useful; ++t)
             others.emplace_back([&] { work_through(batch, next, failed); });
     } catch (...) {
         // Fewer threads than wanted: the work is the same.

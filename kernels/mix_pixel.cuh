@@ -176,7 +176,9 @@ MIX_FN uint16_t to_float16(float value) {
     // Below 2^-14 the result is subnormal: adding 0.5 makes the adder round at the right bit.
     const uint32_t small = bits_of(float_of(magnitude) + 0.5f) - 0x3F000000u;
     const uint32_t normal = (magnitude + 0xC8000FFFu + (magnitude >> 13 & 1u)) >> 13;
-    const uint32_t half = magnitude < 0x38800000u ? small : magnitude < 0x47800000u ? normal : 0x7C00u;
+    // Chosen by a mask: a choice of floats that may trap would keep compilers from making vectors of it.
+    const uint32_t is_small = 0u - static_cast<uint32_t>(magnitude < 0x38800000u);
+    const uint32_t half = (small & is_small) | (normal & ~is_small);
     return static_cast<uint16_t>(sign | (half < 0x7C00u ? half : 0x7C00u));
 }
 

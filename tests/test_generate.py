@@ -10,6 +10,7 @@ import pickle
 import random
 import signal
 import subprocess
+import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from dali_diffusemix.generate.editors.procedural import ProceduralEditor
 from dali_diffusemix.generate.engines import Job, Report
 from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.worker import edit_seed
-from dali_diffusemix.images.codec import decode
+from dali_diffusemix.images.codec import Stored, decode
 from dali_diffusemix.store import VERDICTS, EditStore, UnfinishedStoreWarning
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -92,7 +93,7 @@ def test_an_edit_is_what_the_editor_makes_of_the_squashed_original(
                 assert store.sizes(np.array([edit])).tolist() == [[24, 24]]
                 edit += 1
     assert store.settings["editor"] == "procedural" and "not diffusion" in str(store.settings["model"])
-    assert store.raw == (format in ("raw", None)) and "quality" in store.settings == (format == "jpeg")
+    assert store.raw == (format in ("raw", None)) and ("quality" in store.settings) == (format == "jpeg")
     with tarfile.open(tmp_path / "store" / "shards" / "edits-000000.tar") as tar:
         assert all(name.endswith(f".{ending}") for name in tar.getnames())
 

@@ -105,7 +105,7 @@ def check(source: Source, rows: Rows, classes: Sequence[str] = CLASSES, *, again
     for outside in (range(count - 1, count + 1), range(-1, 2)):
         with pytest.raises(IndexError, match="rows must lie between 0 and"):
             list(source.read(outside))
-    assert not steps or steps == sorted(steps) and steps[-1][0] == steps[-1][1]
+    assert not steps or (steps == sorted(steps) and steps[-1][0] == steps[-1][1])
     assert isinstance(source.name, str) and source.name
     if again is not None:
         assert again.catalog().fingerprint == catalog.fingerprint

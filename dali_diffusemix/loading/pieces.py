@@ -121,9 +121,9 @@ class Pieces:
         pitch = 3 * np.asarray(width, dtype=np.int64)
         small = height * pitch <= _SMALL
         top, bottom = np.where(small, 0, top), np.where(small, height, bottom)
-        memory, begins, failed = read_stretches(
-            self.raw.files[rows], self.raw.offsets[rows] + top * pitch, (bottom - top) * pitch, memory
-        )
+        offsets = np.asarray(self.raw.offsets[rows] + top * pitch, dtype=np.int64)
+        lengths = np.asarray((bottom - top) * pitch, dtype=np.int64)
+        memory, begins, failed = read_stretches(self.raw.files[rows], offsets, lengths, memory)
         pieces["data"][rows] = np.uint64(memory.ctypes.data) + begins.astype(np.uint64)
         pieces["top"][rows], pieces["height"][rows] = top, bottom - top
         pieces["left"][rows], pieces["width"][rows] = 0, width

@@ -28,6 +28,9 @@ class ArraySource:
     Raises ConfigError: the arrays have other shapes or types.
     """
 
+    pixels = True
+    folders = ()
+
     def __init__(self, images: Any, labels: Any = None) -> None:
         self._images = _images(images)
         count = len(self._images)
@@ -72,6 +75,9 @@ class MapSource:
 
     Raises ConfigError: its first item is no image of that kind.
     """
+
+    pixels = True
+    folders = ()
 
     def __init__(self, dataset: Any, label: LabelChoice = None) -> None:
         self._dataset = dataset

@@ -82,6 +82,9 @@ class HuggingFaceSource:
         self._listed: Catalog | None = None
         self._positions = Positions()
 
+    pixels = False
+    folders = ()
+
     @property
     def name(self) -> str:
         return f"datasets.Dataset of {self._count} rows"

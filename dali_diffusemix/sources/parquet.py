@@ -47,6 +47,9 @@ class ParquetSource:
         self._listed: Catalog | None = None
         self._positions = Positions()
 
+    pixels = False
+    folders = ()
+
     @property
     def name(self) -> str:
         more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""

@@ -1,7 +1,8 @@
 """The protocol that every source follows."""
 
-from collections.abc import Callable, Iterator
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +17,21 @@ Progress: TypeAlias = Callable[[int, int], None]
 """Called with what is done and with all that there is to do: rows, and for tars their bytes."""
 
 
+@runtime_checkable
 class Source(Protocol):
     """Originals from somewhere: listed once, then read in the order of the list."""
 
     @property
     def name(self) -> str:
         """A short description, for messages."""
+
+    @property
+    def pixels(self) -> bool:
+        """True if `read` yields pixels; else files."""
+
+    @property
+    def folders(self) -> Sequence[Path]:
+        """Folders of which every folder inside is part of the source."""
 
     def catalog(self, progress: Progress | None = None) -> Catalog:
         """Every usable image: a path that identifies it, its label, its upright size. A second call lists nothing.

@@ -76,6 +76,9 @@ class WebDatasetSource:
         # Of each row of the catalog; a compressed tar's offsets are those in its content.
         self._offsets, self._lengths, self._tars = Positions(), Positions(), array("i")
 
+    pixels = False
+    folders = ()
+
     @property
     def name(self) -> str:
         more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
