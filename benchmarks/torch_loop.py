@@ -13,8 +13,8 @@ RandomCrop(32, padding=4): the mask and the fractal span the image, outside it i
     padded_rows     the same with the colours of a pixel together (NHWC); the last step makes NCHW
     padded_pixels   the same with four bytes a pixel, one int32
     pixels          the same, and one gather takes each pixel from the original or from the edit
-    select          as `padded`, but whole images are gathered and mixed, which copies long runs, and cropped in the end
-    quadrants       one gather of quarters of images, each from the original or from the edit, then padded
+    select          as `padded`, but whole images are gathered, in long runs, selected by bits and blended; then cropped
+    quadrants       the same, but one gather takes quarters of images, each from the original or from the edit
     compiled        torch.compile of the formula, for images as they are
     compiled_padded torch.compile of `padded`
 
@@ -228,16 +228,19 @@ def padded_mix(images: Images) -> Mix:
 
 def select_mix(images: Images) -> Mix:
     side, shape = images.side, (-1, 3, images.side + 2 * PADDING, images.side + 2 * PADDING)
-    originals, edits = (planes(mirrored(padded(one))).flatten(1) for one in (images.originals, images.edits))
+    originals, edits = (
+        planes(mirrored(padded(one))).flatten(1).view(torch.int64) for one in (images.originals, images.edits)
+    )
     bank = planes(normalized_bank(images.fractals)).flatten(1)
-    masks = planes(padded(edit_masks(side)[..., None].expand(-1, -1, -1, 3))).flatten(1)
+    bits = 255 * planes(padded(edit_masks(side)[..., None].expand(-1, -1, -1, 3))).flatten(1).to(torch.uint8)
+    masks = bits.view(torch.int64)
     scale = SCALE.expand(shape[1:]).flatten()
 
     def mix(draws: Draws) -> torch.Tensor:
         image, mask, fractal, top, left = as_draws_of_mirrored(draws)
-        edit = masks.index_select(0, mask)
-        hybrid = torch.where(edit, edits.index_select(0, image), originals.index_select(0, image))
-        mixed = bank.index_select(0, fractal).addcmul_(hybrid.float(), scale)
+        original, hybrid = originals.index_select(0, image), edits.index_select(0, image)
+        hybrid.bitwise_xor_(original).bitwise_and_(masks.index_select(0, mask)).bitwise_xor_(original)
+        mixed = bank.index_select(0, fractal).addcmul_(hybrid.view(torch.uint8).float(), scale)
         return windows(mixed.view(shape), side, (2, 3))[torch.arange(len(mixed)), top, left]
 
     return mix
@@ -311,18 +314,17 @@ def quadrant_mix(images: Images) -> Mix:
 
     both = torch.stack([quarters(images.originals), quarters(images.edits)], 1).flatten(0, 2)
     places = torch.arange(4) + 4 * edit_masks(2).flatten(1).long()  # (4 masks, 4 quarters)
-    bank = windows(planes(normalized_bank(images.fractals)), side, (2, 3))
+    bank = planes(normalized_bank(images.fractals))
+    scale = SCALE.view(3, 1, 1, 1, 1)
 
     def mix(draws: Draws) -> torch.Tensor:
         image, mask, fractal, top, left = as_draws_of_mirrored(draws)
         found = both.index_select(0, (places[mask] + 8 * image.view(-1, 1)).flatten())
-        wide = torch.zeros(len(image), 3, side + 2 * PADDING, side + 2 * PADDING, dtype=torch.uint8)
-        inner = wide[:, :, PADDING : PADDING + side, PADDING : PADDING + side]
-        inner.unflatten(2, (2, half)).unflatten(4, (2, half)).copy_(
-            found.view(-1, 2, 2, 3, half, half).permute(0, 3, 1, 4, 2, 5)
-        )
-        hybrid = windows(wide, side, (2, 3))[torch.arange(len(image)), top, left]
-        return bank[fractal, top, left].addcmul_(hybrid.float(), SCALE)
+        mixed = bank.index_select(0, fractal)
+        inner = mixed[:, :, PADDING : PADDING + side, PADDING : PADDING + side]
+        hybrid = found.view(-1, 2, 2, 3, half, half).permute(0, 3, 1, 4, 2, 5)
+        inner.unflatten(2, (2, half)).unflatten(4, (2, half)).addcmul_(hybrid.float(), scale)
+        return windows(mixed, side, (2, 3))[torch.arange(len(mixed)), top, left]
 
     return mix
 
