@@ -309,7 +309,8 @@ def ffcv(prepared: Prepared, options: argparse.Namespace, layout: str, order: st
         os_cache=True,
         order=OrderOption[order],
         seed=0,
-        indices=np.tile(np.arange(options.images, dtype=np.uint64), FFCV_EPOCH),
+        # QUASI_RANDOM fails with repeated indices
+        indices=np.tile(np.arange(options.images, dtype=np.uint64), FFCV_EPOCH if order == "RANDOM" else 1),
         pipelines={
             "image": [
                 SimpleRGBImageDecoder(),
