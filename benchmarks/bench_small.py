@@ -41,7 +41,10 @@ when it starts, so it has no cold figure.
 
 FFCV's environment is described in bench_ffcv.py.
 
-The ways of torch_loop.py, on 2 cores: see the record of --variants.
+The ways of torch_loop.py, in microseconds of CPU per image with one thread, least of seven (a busy machine, so only the
+order counts; see the record of --variants): padded_pixels 24, select 25, pixels 26, quadrants 27, padded_rows 28,
+float_unfold 28, padded 30, padded_rows_channels_last 32, float_grid 33, pixels_channels_last 33, uint8_unfold 43,
+float 53, uint8 89. torch.compile was slower than `padded` with two threads: 41 against 48 thousand images per second.
 """
 
 import argparse
@@ -86,7 +89,7 @@ from dali_diffusemix.store.pack import PackConfig, pack
 
 SIDE = 32
 CLASSES = 100
-BEST = "padded", "_threads"  # the fastest of torch_loop.py
+BEST = "select", "_threads"  # the fastest of torch_loop.py; measure with --variants
 FFCV_EPOCH = 20  # passes that are one epoch of FFCV, so that what it allocates in each does not count
 
 
@@ -96,6 +99,7 @@ class Entry:
 
     make: Callable[[], Contender]
     reads: tuple[Path, ...] = ()
+    warm_up: Callable[[], Contender] | None = None  # of other files, if the contender would keep those that it reads
     ffcv: bool = False
 
 
@@ -371,10 +375,14 @@ def entries_photographs(options: argparse.Namespace, folder: Path) -> dict[str, 
     files_400 = once(case / "400" / "files", lambda new: extract(store, range(len(store)), new))
 
     def dali(files: Path, size: int) -> Entry:
-        material = Material(
-            root=files, files=files, batch_size=options.batch_size, num_workers=options.threads, size=size
-        )
-        return Entry(make=partial(plain_dali, material), reads=(files,))
+        def material(root: Path) -> Material:
+            return Material(
+                root=root, files=root, batch_size=options.batch_size, num_workers=options.threads, size=size
+            )
+
+        # DALI's reader keeps 1024 files to shuffle them.
+        warm_up = partial(plain_dali, material(options.root))
+        return Entry(make=partial(plain_dali, material(files)), reads=(files,), warm_up=warm_up)
 
     def mixed(root: Path, of: Prepared, size: int, raw: Path | None = None, **more: Any) -> Entry:
         make = partial(ours, root, of.edits, of.fractals, TrainCrop(size), options, raw=raw, **more)
@@ -444,8 +452,10 @@ def serve(entry: Entry) -> None:
                 contender = entry.make()
                 started = contender, endless(contender)
             if turn["cold"]:
-                for _ in range(started[0].ahead):  # what starts once is not the disk's time
-                    next(started[1])
+                # What starts once is not the disk's time.
+                first_batches = started[1] if entry.warm_up is None else entry.warm_up().epoch()
+                for _ in range(started[0].ahead):
+                    next(first_batches)
                 for folder in entry.reads:
                     forget(folder)
             with bench.MemoryWatch() if turn["watch"] else contextlib.nullcontext() as watch:

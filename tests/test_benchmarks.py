@@ -138,7 +138,7 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
         "bench_sizes": (root, "--max-sides", 40, "--edit-sizes", 32),
         "bench_small": (
             *("32", root, "--images", 8, "--distinct", 4, "--batch-size", 2, "--rounds", 1, "--seconds", 0.01),
-            *("--only", "diffusemix,torch_padded_threads"),
+            *("--only", "diffusemix,torch_select_threads"),
         ),
     }
     run_scripts([(f"{name}.py", *given, "--out", tmp_path / f"{name}.json") for name, given in commands.items()])
