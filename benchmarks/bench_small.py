@@ -454,8 +454,8 @@ def serve(entry: Entry) -> None:
             if turn["cold"]:
                 # What starts once is not the disk's time.
                 first_batches = started[1] if entry.warm_up is None else entry.warm_up().epoch()
-                for _ in range(started[0].ahead):
-                    next(first_batches)
+                for _ in itertools.islice(first_batches, started[0].ahead):
+                    pass
                 for folder in entry.reads:
                     forget(folder)
             with bench.MemoryWatch() if turn["watch"] else contextlib.nullcontext() as watch:
@@ -550,14 +550,18 @@ def warm_rounds(
     return results, left_out
 
 
-def cold_rounds(entries: Mapping[str, Entry], options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def cold_rounds(
+    entries: Mapping[str, Entry], options: argparse.Namespace, folder: Path, left_out: dict[str, str]
+) -> dict[str, Any]:
     """Run an epoch of each contender alternately, in new processes, with its files not in the page cache."""
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in entries}
     for _ in range(options.cold_rounds):
         for name, entry in entries.items():
             with Server(name, entry, options, folder) as server:
                 answer = server.turn(None, cold=True, first=True)
-            if "error" not in answer:
+            if "error" in answer:
+                left_out[f"{name}, cold"] = f"failed: {answer['error']}"
+            else:
                 turns[name].append(answer)
     return {
         name: {
@@ -624,7 +628,7 @@ def main() -> None:
 
         results, left_out = warm_rounds(entries, options, folder, keep)
         stored = {name: entry for name, entry in entries.items() if entry.reads and name in results}
-        cold = cold_rounds(stored, options, folder)
+        cold = cold_rounds(stored, options, folder, left_out)
         keep(results, cold, left_out)
     for title, rows in (("warm", results), ("cold", cold)):
         for name, row in rows.items():
