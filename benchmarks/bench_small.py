@@ -25,6 +25,8 @@ the reason. Stores and files that a contender needs are made when it starts, and
     ffcv_channels_last        the same without the change of layout
     ffcv_quasi_random...      the same two with OrderOption.QUASI_RANDOM
 
+    With --device cuda: diffusemix_resident with resident="device", and torch with its tensors on the GPU.
+
 photographs: --repeat copies of each; TrainCrop, batch 64; edits of 256 px.
 
     plain_dali                DALI alone, from the files, to 224
@@ -49,6 +51,7 @@ float 53, uint8 89. torch.compile was slower than `padded` with two threads: 41 
 
 import argparse
 import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -61,7 +64,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -155,7 +158,7 @@ def repeated_edits(store: EditStore, catalog: Catalog, folder: Path) -> None:
                     original = rows[f"{class_name}/{name.partition('-')[2]}"]
                     edit = min(int(store.starts[original]), len(store) - 1)  # its own, or the next one's
                     height, width = store.sizes(np.array([edit]))[0].tolist()
-                    edits.add(row, 0, 0, seed=0, jpeg=store.encoded(edit).tobytes(), height=height, width=width)
+                    edits.add(row, 0, 0, seed=0, image=store.encoded(edit).tobytes(), height=height, width=width)
         writer.finish()
 
 
@@ -171,7 +174,7 @@ class Prepared:
     def of(cls, distinct: Path, folder: Path, repeat: int, side: int) -> Self:
         """Make everything in `folder` from different originals, with edits and fractals of a size; or keep it."""
         originals = once(folder / "originals", lambda new: copies(distinct, new, repeat))
-        config = GenerateConfig(prompts=("sunset",), size=side)
+        config = GenerateConfig(prompts=("sunset",), size=side, format="jpeg")
         made = once(folder / "distinct-edits", lambda new: generate(distinct, new, config))
         edits = folder / "edits"
         once(edits, lambda new: repeated_edits(EditStore.open(made), index(originals), new))
@@ -199,8 +202,8 @@ def ours(
     """Return this package's loader; with `raw` from raw stores in this folder, which are made of root and edits."""
     if raw is not None:
         smaller: dict[str, Any] = {} if max_side is None else {"max_side": max_side}
-        pack(root, raw / "originals", PackConfig(format="raw", **smaller))  # type: ignore[call-arg]
-        pack(edits, raw / "edits", PackConfig(format="raw"))  # type: ignore[call-arg]
+        pack(root, raw / "originals", PackConfig(format="raw", **smaller))
+        pack(edits, raw / "edits", PackConfig(format="raw"))
         root, edits = raw / "originals", raw / "edits"
     dataset = DiffuseMixDataset(
         root, edits=edits, fractals=fractals, mix=MixSpec(probability=1), crop=crop, seed=0, on_error="raise"
@@ -211,7 +214,7 @@ def ours(
         options.batch_size,
         shuffle=True,
         num_workers=options.threads,
-        device="cpu",
+        device=options.device,
         memory_format=torch.channels_last if channels_last else torch.contiguous_format,
         **more,
     )
@@ -250,6 +253,11 @@ def in_memory(prepared: Prepared, folder: Path) -> Images:
 
 def by_hand(prepared: Prepared, options: argparse.Namespace, mix: str, way: str) -> Contender:
     images = in_memory(prepared, prepared.edits.parent / "arrays")
+    if options.device != "cpu":  # all that the loop makes is there then, its constants too
+        torch.set_default_device(options.device)
+        loops = importlib.reload(sys.modules["torch_loop"])
+        there = [getattr(images, field.name).to(options.device) for field in fields(images)]
+        return loops.torch_loop(loops.Images(*there), options.batch_size, options.threads, mix, way)
     return torch_loop(images, options.batch_size, options.threads, mix, way)
 
 
@@ -347,6 +355,12 @@ def entries_32(options: argparse.Namespace, folder: Path) -> dict[str, Entry]:
         "diffusemix_raw_channels_last": Entry(make=partial(raw, channels_last=True)),
         "diffusemix_resident_channels_last": Entry(make=partial(raw, resident="host", channels_last=True)),
     }
+    if options.device != "cpu":
+        return {
+            "diffusemix_resident": Entry(make=partial(raw, resident="device")),
+            "diffusemix_resident_channels_last": Entry(make=partial(raw, resident="device", channels_last=True)),
+            **{f"torch_{mix}": Entry(make=partial(by_hand, prepared, options, mix, "")) for mix in MIXES},
+        }
     ways = [BEST]
     if options.variants:  # DataLoader's workers only for the plainest and the fastest
         ways = [(mix, way) for mix in MIXES for way in WAYS if way != "_workers" or mix in ("float", BEST[0])]
@@ -432,6 +446,8 @@ def timed(contender: Contender, batches: Iterator[int], seconds: float | None) -
     else:
         while images == 0 or time.perf_counter() - begin < seconds:
             images += sum(itertools.islice(batches, contender.ahead))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
     took = time.perf_counter() - begin
     return {
         "images_per_second": images / took,
@@ -581,6 +597,7 @@ def main() -> None:
     parser.add_argument("--distinct", type=int, default=5000, help="different ones among them")
     parser.add_argument("--repeat", type=int, default=16, help="copies of each photograph")
     parser.add_argument("--batch-size", type=int, help="256 of 32 x 32, 64 photographs by default")
+    parser.add_argument("--device", default="cpu", help="cuda: 32 x 32 in the memory of the GPU, by torch and resident")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--batches-ahead", type=int, default=1, help="of FFCV")
     parser.add_argument("--rounds", type=int, default=5)
@@ -614,7 +631,7 @@ def main() -> None:
             "distinct": options.distinct if options.part == "32" else len(list(options.root.glob("*/*"))),
             "batch_size": options.batch_size,
             "threads": options.threads,
-            "device": "cpu",
+            "device": options.device,
             "seconds": options.seconds,
             "batches_ahead": options.batches_ahead,
         }

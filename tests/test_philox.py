@@ -139,7 +139,12 @@ def test_all_draws_are_in_the_register() -> None:
     package = Path(dali_diffusemix.__file__).parent
     sources = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
     drawing = {name for name, text in sources.items() if re.search(r"\b(philox4x32|draw|Permutation)\(", text)}
-    assert drawing - {"base/philox.py", "base/native.py"} == {"plan/batch.py", "plan/order.py", "loading/batches.py", "fractals/flame.py"}
+    assert drawing - {"base/philox.py", "base/native.py"} == {
+        "plan/batch.py",
+        "plan/order.py",
+        "loading/batches.py",
+        "fractals/flame.py",
+    }
     flame = (resources.files("dali_diffusemix.kernels") / "flame.cpp").read_text("utf-8")
     assert re.findall(r"kKey = (\w+);", flame) == [f"0x{philox.FLAME:X}"]
 
