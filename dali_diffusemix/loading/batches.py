@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -25,10 +25,10 @@ from dali_diffusemix.loading.dali import GpuDecoding
 from dali_diffusemix.loading.decoder import PieceDecoder
 from dali_diffusemix.loading.memory import BatchMemory
 from dali_diffusemix.loading.parts import Parts
-from dali_diffusemix.loading.pieces import Pieces, Shares, request
+from dali_diffusemix.loading.pieces import Pieces, Shares, is_small, request
 from dali_diffusemix.loading.quarantine import Failure, Quarantine, Substitution
 from dali_diffusemix.loading.ranks import Ranks
-from dali_diffusemix.loading.resident import PiecesOnDevice, Resident, Residents
+from dali_diffusemix.loading.resident import PiecesInMemory, Resident, Residents
 from dali_diffusemix.loading.samplers import BatchIndices, Order
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix.call import mix, mix_on_device
@@ -36,7 +36,7 @@ from dali_diffusemix.mix.tensor import DtypeName, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan
 
 Batch = tuple[torch.Tensor, ...]
-AnyDecoder: TypeAlias = PieceDecoder | PiecesOnDevice
+AnyDecoder: TypeAlias = PieceDecoder | PiecesInMemory
 BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
@@ -186,6 +186,14 @@ class BatchMaker:
         """True if nothing has to be decoded."""
         return all(one.is_raw for one in self.parts.datasets)
 
+    @cached_property
+    def plans_at_once(self) -> bool:
+        """True if batches are planned in `next` and not in the reading thread.
+
+        Planning holds the interpreter's lock, for which the mix of small images would wait longer than it takes.
+        """
+        return self._raw and all(is_small(one) for one in self.parts.datasets)
+
     @property
     def decoded_on(self) -> Literal["cpu", "gpu"]:
         """Where images are decoded."""
@@ -206,8 +214,8 @@ class BatchMaker:
 
     def take_decoder(self, batch_size: int) -> AnyDecoder:
         """A decoder for one iterator."""
-        if self.delivery.resident == "device":
-            return PiecesOnDevice()
+        if self._residents is not None:
+            return PiecesInMemory()
         with suppress(IndexError):  # each of several threads takes its own
             while (decoder := self._free.pop()).inherited:
                 pass
@@ -508,8 +516,22 @@ class Batches:
                 self.clock.start(self._decoder)
             maker = self._maker
             planned = _Planned(maker.parts, self.run.epoch, order, maker.requester())
-            self._decoder.submit(planned)
+            self._decoder.submit(_made(planned) if maker.plans_at_once else planned)
             self._under_way.append(planned)
+
+
+def _made(planned: "_Planned") -> Callable[[], Pieces]:
+    """The same as an already planned batch: what planning raises is raised when the batch is fetched."""
+    try:
+        pieces = planned()
+    except Exception as error:
+        raised = error
+
+        def fail() -> Pieces:
+            raise raised
+
+        return fail
+    return lambda: pieces
 
 
 @dataclass(frozen=True)

@@ -215,6 +215,16 @@ def _requested(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: boo
     return Pieces.of(locations, windows, sizes, raw if raw.owners or raw.errors else None)
 
 
+def is_small(dataset: DiffuseMixDataset) -> bool:
+    """True if all images of a raw dataset are small and on a local disk, so that a batch is there at once."""
+    edits = dataset.store if dataset.mix is not None else None
+    for store in (dataset.original_store, edits):
+        if store is not None and store.mirror is not None:
+            return False
+    sizes = [dataset.catalog.sizes] + ([] if edits is None else [edits.sizes(np.arange(len(edits)))])
+    return all(int(_bytes_of(one).max(initial=0)) <= _SMALL for one in sizes)
+
+
 def _bytes_of(sizes: NDArray[np.int32]) -> NDArray[np.int64]:
     """Bytes of the pixels of images with these sizes, (..., 2)."""
     return 3 * sizes[..., 0].astype(np.int64) * sizes[..., 1]
