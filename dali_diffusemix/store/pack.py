@@ -13,7 +13,7 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -108,7 +108,7 @@ class PackConfig:
         height, width = _fitted(sizes, self.max_side).T.astype(np.int64)
         digits = sum(np.floor(np.log10(side)) for side in (height, width)) - 2  # beyond one each
         length = len(raw_header(1, 1)) + 2 + digits.astype(np.int64) + 3 * height * width
-        return int((_BLOCK + -(-length // _BLOCK) * _BLOCK + _TABLES).sum())
+        return int((_blocks(length) + _TABLES).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +209,7 @@ def _refuse(what: str, options: Mapping[str, object]) -> None:
 def packed_bytes(source: Source | EditStore, config: PackConfig) -> int | None:
     """Bytes that a store of raw images will take, nearly; None for other formats, of which nobody knows."""
     if isinstance(source, EditStore):
-        return _resolved(config, raw=True).bytes_of(source.sizes(np.arange(len(source))))
+        return _edit_bytes(_resolved(config, raw=True), [source.shard_rows(shard) for shard in source.shards])
     return _resolved(config, raw=source.pixels).bytes_of(source.catalog().sizes)
 
 
@@ -294,9 +294,7 @@ def _pack_edits(
         writer.order_as(header)
         finished = writer.done()
         missing = [shard for shard in writer.shards() if shard.number not in finished]
-        sizes = [_sizes(tables[shard.number]) for shard in missing]
-        if sizes:
-            _check_room(store, config.bytes_of(np.concatenate(sizes)))
+        _check_room(store, _edit_bytes(config, [tables[shard.number] for shard in missing]))
         count = _Count(progress, sum(map(Counter.total, finished.values())), sum(map(len, header.shards())))
         with Workers(cpus(), "dali-diffusemix-pack") as threads:
             for shard in missing:
@@ -313,6 +311,7 @@ def _pack_edits(
                             width=0 if one is None else one.width,
                             verdict=VERDICTS[row["verdict"]],
                             score=float(row["score"]),
+                            ending=None if one is None else one.file[0],
                         )
                         count.add()
                 count.end_shard()
@@ -331,10 +330,17 @@ def _pack_edits(
 _NOT_YET: Final = VERDICTS.index(NOT_YET)
 
 
-def _sizes(table: NDArray[np.void]) -> NDArray[np.int32]:
-    """(n, 2) heights and widths of the accepted edits of a shard."""
-    accepted = table[table["verdict"] == VERDICTS.index(ACCEPTED)]
-    return np.stack([accepted["height"], accepted["width"]], axis=1)
+def _edit_bytes(config: PackConfig, tables: Sequence[NDArray[np.void]]) -> int | None:
+    """Bytes of packed shards of edits, see `PackConfig.bytes_of`; rejected ones stay as they are."""
+    needed = 0
+    for table in tables:
+        accepted = table["verdict"] == VERDICTS.index(ACCEPTED)
+        raw = config.bytes_of(np.stack([table["height"], table["width"]], axis=1)[accepted])
+        if raw is None:
+            return None
+        rejected = table["length"][~accepted]
+        needed += raw + int(_blocks(rejected[rejected > 0]).sum()) + table.itemsize * len(rejected)
+    return needed
 
 
 def _settings_of(settings: Settings, config: PackConfig) -> Settings:
@@ -419,10 +425,8 @@ def _packed(config: PackConfig, content: Content) -> _Packed | DecodeError:
         height, width = pixels.shape[:2]
         if config.format is None:
             assert isinstance(content, bytes)
-            ending = _KEPT[format_of(content[:4096]) or "JPEG"]
-            return _Packed(
-                file=(ending, _tiled(content, pixels) if config.tiled else content), height=height, width=width
-            )
+            file = (_kept(content), _tiled(content, pixels) if config.tiled else content)
+            return _Packed(file=file, height=height, width=width)
         height, width = _fitted(np.array([[height, width]], dtype=np.int32), config.max_side)[0].tolist()
         if config.format == "jpeg" and max(height, width) > _MOST_SIDE:
             raise DecodeError(f"a JPEG has at most {_MOST_SIDE} pixels a side, found {max(height, width)}.")
@@ -441,7 +445,7 @@ def _packed_edit(config: PackConfig, edits: EditStore, edit: tuple[np.void, byte
     if content is None:
         return None
     if VERDICTS[row["verdict"]] != ACCEPTED:
-        return _Packed(file=("", content), height=int(row["height"]), width=int(row["width"]))
+        return _Packed(file=(_kept(content), content), height=int(row["height"]), width=int(row["width"]))
     packed = _packed(config, content)
     if isinstance(packed, DecodeError):
         raise StoreError(
@@ -450,6 +454,16 @@ def _packed_edit(config: PackConfig, edits: EditStore, edit: tuple[np.void, byte
             "the store, and `generate` again to replace it."
         )
     return packed
+
+
+def _kept(content: bytes) -> str:
+    """The ending of a file that is kept as it is."""
+    return _KEPT[format_of(content[:4096]) or "JPEG"]
+
+
+def _blocks(length: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Bytes that files of these lengths take in a tar, with their headers."""
+    return _BLOCK + -(-length.astype(np.int64) // _BLOCK) * _BLOCK
 
 
 def _ending(path: str) -> str | None:
