@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -243,6 +244,41 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(OriginalStore.open(tmp_path / "test")) == 6
     shown = run("pack", root, tmp_path / "command", "--from", "cifar100", "--split", "train+test", "--format", "raw")
     assert "the whole store will take 0.2 MB" in shown.stdout and "42 images" in shown.stdout
+
+
+@pytest.mark.parametrize("ending", ["gz", "xz"])
+def test_compressed_tars(ending: str, rows: list[Row], tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    tars(tmp_path / "in", rows)
+    for file in sorted((tmp_path / "in").iterdir()):
+        with tarfile.open(file) as plain, tarfile.open(f"{file}.{ending}", f"w:{ending}") as packed:  # type: ignore[call-overload]
+            for member in plain:
+                packed.addfile(member, plain.extractfile(member))
+        file.unlink()
+    pack(tmp_path / "in", tmp_path / "packed", KEPT, label="txt")
+    before = content(tmp_path / "packed")
+    for number in (0, 3, 4):
+        (tmp_path / "packed" / "shards" / f"originals-00000{number}.json").unlink()
+    assert pack(tmp_path / "in", tmp_path / "packed", KEPT, label="txt").made == 10
+    assert content(tmp_path / "packed") == before
+    check(tmp_path / "packed", rows)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_an_interrupted_run_leaves_no_threads(rows: list[Row], tmp_path: Path) -> None:
+    root, _ = class_folder(tmp_path, rows)
+    threads = threading.active_count()
+
+    def progress(done: int, total: int) -> None:
+        if done:
+            raise Interrupted
+
+    with pytest.raises(Interrupted) as caught:
+        pack(root, tmp_path / "packed", KEPT, progress=progress)
+    assert caught.tb and threading.active_count() == threads
 
 
 @pytest.mark.parametrize("grey", [False, True])
@@ -551,6 +587,23 @@ def test_unfinished_and_damaged_edits_are_refused(drawn: Path, tmp_path: Path) -
         pack(tmp_path / "damaged", tmp_path / "packed")
     pack(drawn, tmp_path / "packed")  # and from a whole copy it goes on
     assert_same_edits(tmp_path / "packed", drawn)
+
+
+def test_what_is_derived_is_derived_anew(drawn: Path, tmp_path: Path) -> None:
+    store = tmp_path / "packed"
+    pack(drawn, store)
+    before = content(store)
+    for name in ("index.json", "index.npy", "starts.npy"):
+        (store / name).unlink()
+        assert pack(drawn, store).made == 0 and content(store) == before
+    (store / "shards" / "edits-000001.tar").write_bytes(b"")
+    rejected = next((store / "rejected").glob("*.tar"))
+    rejected.unlink()
+    made = {"edits-000001.tar", rejected.name}
+    assert pack(drawn, store).made == 8 * len(made) and content(store) == before
+    inodes = [file.stat().st_ino for file in sorted(store.rglob("*"))]
+    pack(drawn, store)
+    assert [file.stat().st_ino for file in sorted(store.rglob("*"))] == inodes
 
 
 def test_wrong_combinations_are_refused(drawn: Path, photos: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import shutil
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -234,8 +235,10 @@ def _pack_originals(
         if sizes:
             _check_room(store, config.bytes_of(np.concatenate(sizes)))
         count = _Count(progress, sum(map(Counter.total, finished.values())), len(writer.catalog))
-        with Workers(cpus(), "dali-diffusemix-pack") as threads:
-            contents = _contents(source, writer.catalog, missing.values())
+        with (
+            Workers(cpus(), "dali-diffusemix-pack") as threads,
+            closing(_contents(source, writer.catalog, missing.values())) as contents,
+        ):
             for shard, rows in missing.items():
                 with OriginalShardWriter(store, writer.catalog, shard) as files:
                     packed = _in_batches(threads, partial(_packed, config), islice(contents, len(rows)))
@@ -262,7 +265,7 @@ def _pack_originals(
     )
 
 
-def _contents(source: Source, listed: Catalog, wanted: Iterable[range]) -> Iterator[Content]:
+def _contents(source: Source, listed: Catalog, wanted: Iterable[range]) -> Generator[Content, None, None]:
     """The content of these rows of the store's list, by path: the source may list the same in another order.
 
     Rows that follow one another are read at once: beginning within a row group or a compressed tar takes long.
@@ -388,11 +391,12 @@ def _check_room(store: Path, needed: int | None) -> None:
 
 
 def _is_current(store: Path) -> bool:
+    """True if a store of finished shards has the tables of these shards."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UnfinishedStoreWarning)  # this run finishes it
+            warnings.simplefilter("error", UnfinishedStoreWarning)  # edit stores are read without their tables, too
             return index_is_current(store)
-    except StoreError:
+    except (StoreError, UnfinishedStoreWarning):
         return False
 
 
