@@ -12,7 +12,8 @@ same with the tables copied to the device before each launch, as in the loader, 
 device (bytes read plus bytes written) is timed as the upper limit. The record is written after every row. After
 `--seconds` no row begins.
 
-On the CPU: wall time on `--threads` threads.
+On the CPU: wall time on `--threads` threads. `--side 32` measures small images instead: originals, edits and fractals
+of 32 x 32 with `RandomCrop(32, padding=4)`, an eighth of the side.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,8 @@ from dali_diffusemix.mix import IMAGENET, TensorFormat
 from dali_diffusemix.mix.call import mix, piece_table, row_table
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import DTYPES
-from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, TrainCrop
+from dali_diffusemix.plan import BatchPlan, MixSpec, Planner, RandomCrop, TrainCrop
 
-OUTPUT, ORIGINAL, EDIT, BANK = (224, 224), (375, 500), (256, 256), (64, 256, 256, 3)
 CHECKED = 3  # samples compared with the specification
 
 
@@ -51,6 +51,24 @@ class OneEdit:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """(height, width) of the images, and the crop."""
+
+    original: tuple[int, int] = (375, 500)
+    edit: tuple[int, int] = (256, 256)
+    bank: tuple[int, int, int, int] = (64, 256, 256, 3)
+    crop: TrainCrop | RandomCrop = field(default_factory=lambda: TrainCrop(224))
+
+    @classmethod
+    def small(cls, side: int) -> "Sizes":
+        return cls((side, side), (side, side), (64, side, side, 3), RandomCrop(side, padding=side // 8))
+
+    @property
+    def output(self) -> tuple[int, int]:
+        return self.crop.output_size
+
+
+@dataclass(frozen=True)
 class Batch:
     """A plan, its piece table and the tensors that hold the pixels."""
 
@@ -59,36 +77,37 @@ class Batch:
     pixels: tuple[torch.Tensor, torch.Tensor]  # (samples, height, width, 3) uint8
 
 
-def make_batches(count: int, sets: int, device: torch.device) -> list[Batch]:
+def make_batches(sizes: Sizes, count: int, sets: int, device: torch.device) -> list[Batch]:
     planner = Planner(
         seed=0,
-        crop=TrainCrop(OUTPUT[0]),
-        sizes=np.tile(np.array(ORIGINAL, dtype=np.int32), (count, 1)),
+        crop=sizes.crop,
+        sizes=np.tile(np.array(sizes.original, dtype=np.int32), (count, 1)),
         mix=MixSpec(probability=1),
         edits=OneEdit(count),
-        fractals=BANK[0],
+        fractals=sizes.bank[0],
     )
     batches = []
     for number in range(sets):
         plan = planner.batch(number, np.arange(count))
         data, kept = [], []
-        for size in (ORIGINAL, EDIT):
+        for size in (sizes.original, sizes.edit):
             pixels = torch.randint(0, 256, (count, *size, 3), dtype=torch.uint8, device=device)
             data.append((pixels.data_ptr() + np.arange(count) * pixels[0].numel()).astype(np.uint64))
             kept.append(pixels)
-        shapes = np.array([ORIGINAL, EDIT], dtype=np.int32)[:, None].repeat(count, axis=1)
+        shapes = np.array([sizes.original, sizes.edit], dtype=np.int32)[:, None].repeat(count, axis=1)
         batches.append(Batch(plan, piece_table(np.stack(data), shapes), (kept[0], kept[1])))
     return batches
 
 
-def bytes_moved(plan: BatchPlan, format: TensorFormat) -> int:
+def bytes_moved(sizes: Sizes, plan: BatchPlan, format: TensorFormat) -> int:
     """Return the minimum number of bytes that must be read and written for the batch."""
     total = int(np.prod(format.shape(len(plan), plan.output_size))) * format.storage.itemsize
     for row in range(len(plan)):
         share = float(edit_weight(int(plan.mask[row]), 0.0, plan.span[row], plan.output_size).mean())
-        area = plan.box[row, 2] * plan.box[row, 3]
-        total += int(3 * area * ((1 - share) * np.prod(ORIGINAL) + share * np.prod(EDIT)))
-    return total + int((np.unique(plan.fractal) >= 0).sum()) * int(np.prod(BANK[1:]))
+        begin, end = plan.box[row, :2], plan.box[row, :2] + plan.box[row, 2:]
+        area = float((np.minimum(end, 1) - np.maximum(begin, 0)).clip(0).prod())  # of the box, in the image
+        total += int(3 * area * ((1 - share) * np.prod(sizes.original) + share * np.prod(sizes.edit)))
+    return total + int((np.unique(plan.fractal) >= 0).sum()) * int(np.prod(sizes.bank[1:]))
 
 
 def formats() -> list[TensorFormat]:
@@ -181,8 +200,8 @@ def wrong(out: torch.Tensor, expected: list[NDArray[np.float32]], format: Tensor
 def on_gpu(options: argparse.Namespace, record: Record) -> None:
     device = torch.device("cuda", 0)
     torch.manual_seed(0)
-    batches = make_batches(options.batch_size, options.sets, device)
-    bank = np.random.default_rng(0).integers(0, 256, BANK, dtype=np.uint8)
+    batches = make_batches(options.sizes, options.batch_size, options.sets, device)
+    bank = np.random.default_rng(0).integers(0, 256, options.sizes.bank, dtype=np.uint8)
     device_bank = gpu.DeviceBank(bank, device)
     plan = batches[0].plan
     fractals = [bank[number] if number >= 0 else None for number in plan.fractal]
@@ -213,7 +232,7 @@ def time_kernel(
     options: argparse.Namespace,
     ceiling: float,
 ) -> dict[str, object]:
-    device, memory = bank.images.device, format.shape(options.batch_size, OUTPUT)
+    device, memory = bank.images.device, format.shape(options.batch_size, options.sizes.output)
     pattern = torch.full((int(np.prod(memory)) * format.storage.itemsize,), 0xFF, dtype=torch.uint8, device=device)
     out = pattern.view(getattr(torch, format.dtype)).view(memory)
     if format.channels_last:
@@ -236,7 +255,7 @@ def time_kernel(
     runs = max(1, options.repeat // options.launches)
     seconds = time_on_device(lambda turn: launch(tables[turn % len(tables)]), options.launches, runs, queued=True)
     loader = time_on_device(upload_and_launch, options.launches, max(1, runs // 2), queued=False)
-    moved = sum(bytes_moved(batch.plan, format) for batch in batches) // len(batches)
+    moved = sum(bytes_moved(options.sizes, batch.plan, format) for batch in batches) // len(batches)
     return {
         **times_of(seconds, moved),
         "share_of_copy": round(moved / statistics.median(seconds) / ceiling, 3),
@@ -246,17 +265,17 @@ def time_kernel(
 
 
 def on_cpu(options: argparse.Namespace, record: Record) -> None:
-    batches = make_batches(options.batch_size, options.sets, torch.device("cpu"))
-    bank = np.random.default_rng(0).integers(0, 256, BANK, dtype=np.uint8)
+    batches = make_batches(options.sizes, options.batch_size, options.sets, torch.device("cpu"))
+    bank = np.random.default_rng(0).integers(0, 256, options.sizes.bank, dtype=np.uint8)
     for format in formats():
-        out = np.empty(format.shape(options.batch_size, OUTPUT), dtype=format.storage)
+        out = np.empty(format.shape(options.batch_size, options.sizes.output), dtype=format.storage)
         seconds = []
         for turn in range(2 + options.repeat):
             batch = batches[turn % len(batches)]
             begin = time.perf_counter()
             mix(batch.plan, batch.pieces, bank, out=out, format=format, threads=options.threads)
             seconds.append(time.perf_counter() - begin)
-        moved = sum(bytes_moved(batch.plan, format) for batch in batches) // len(batches)
+        moved = sum(bytes_moved(options.sizes, batch.plan, format) for batch in batches) // len(batches)
         record.add(dtype=format.dtype, layout=layout_of(format), **times_of(seconds[2:], moved))
 
 
@@ -269,9 +288,11 @@ def main() -> None:
     parser.add_argument("--sets", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=22.0)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--side", type=int, help="of small images; else 224 x 224 from larger ones")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    record = Record(options.out, device=options.device, batch_size=options.batch_size)
+    options.sizes = Sizes.small(options.side) if options.side else Sizes()
+    record = Record(options.out, device=options.device, batch_size=options.batch_size, side=options.side)
     if options.device == "cpu":
         on_cpu(options, record)
     else:

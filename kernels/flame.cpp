@@ -73,7 +73,7 @@ FLAME_CLONES void play(const Job& job, int cloud, float* points, uint32_t* histo
     for (int step = job.first_step; step < job.first_step + job.steps; ++step) {
         constexpr int kBlocks = kCloud / 4;
         for (int i = 0; i < kBlocks; ++i) {
-            const Words words = philox(static_cast<uint32_t>(cloud * kBlocks + i), static_cast<uint32_t>(step),
+            const Words words = philox::words(static_cast<uint32_t>(cloud * kBlocks + i), static_cast<uint32_t>(step),
                                        job.index, job.attempt, job.seed, kKey);
             for (int j = 0; j < 4; ++j) bits[j * kBlocks + i] = words.w[j];
         }

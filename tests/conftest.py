@@ -87,7 +87,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_store(tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
     def make(root: Path, *, prompts: tuple[str, ...] = ("autumn", "snowy"), size: int = 48) -> Path:
         store = tmp_path_factory.mktemp("store") / "edits"
-        generate(root, store, GenerateConfig(prompts=prompts, size=size))
+        generate(root, store, GenerateConfig(prompts=prompts, size=size, format="jpeg"))
         return store
 
     return make

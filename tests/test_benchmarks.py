@@ -16,6 +16,7 @@ from material import encoded, photograph
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 SCHEMA = json.loads((BENCHMARKS / "results" / "schema.json").read_text())
+MODULES = ("record.py", "torch_loop.py")  # of the scripts
 RECORDS = sorted(file for file in (BENCHMARKS / "results").glob("*.json") if file.name != "schema.json")
 
 
@@ -135,12 +136,17 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
         "bench_kernel": ("--device", "cpu", "--batch-size", 2, "--repeat", 1, "--sets", 1, "--threads", 1),
         "calibrate_quality": (root, "--images", 2, "--size", 32),
         "bench_sizes": (root, "--max-sides", 40, "--edit-sizes", 32),
+        "bench_small": (
+            *("32", root, "--images", 8, "--distinct", 4, "--batch-size", 2, "--rounds", 1, "--seconds", 0.01),
+            *("--only", "diffusemix,torch_select_threads"),
+        ),
     }
     run_scripts([(f"{name}.py", *given, "--out", tmp_path / f"{name}.json") for name, given in commands.items()])
     for name in commands:
         record = json.loads((tmp_path / f"{name}.json").read_text())
         assert record["benchmark"] == name
         assert faults(record) == [], name
+    assert record["benchmark"] == "bench_small" and record["left_out"] == {}
 
 
 # Scripts --------------------------------------------------------------------------------------------------------------
@@ -149,7 +155,7 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_every_script_starts() -> None:
     pytest.importorskip("kornia")
-    scripts = [file.relative_to(BENCHMARKS) for file in sorted(BENCHMARKS.rglob("*.py")) if file.name != "record.py"]
+    scripts = [file.relative_to(BENCHMARKS) for file in sorted(BENCHMARKS.rglob("*.py")) if file.name not in MODULES]
     assert len(scripts) >= 17
     run_scripts([(script, "--help") for script in scripts])
 

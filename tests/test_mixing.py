@@ -266,12 +266,13 @@ def test_the_kernel_is_the_specification(
 @needs_library
 def test_the_kernel_gives_the_same_bits_on_any_number_of_threads() -> None:
     generator = np.random.default_rng(1)
-    images = [pixels(generator, 90, 70) for _ in range(9)]
-    box = np.tile([0.1, 0.2, 0.7, 0.6], (9, 1))
-    plan = plan_of(9, (33, 44), box=box, mask=np.arange(9, dtype=np.int8) % 4)
+    count = 160  # enough for the kernel to start all the threads
+    images = [pixels(generator, 90, 70) for _ in range(count)]
+    box = np.tile([0.1, 0.2, 0.7, 0.6], (count, 1))
+    plan = plan_of(count, (33, 44), box=box, mask=(np.arange(count) % 4).astype(np.int8))
     results = []
     for threads in (1, 2, 7, 32):
-        result = np.zeros((9, 3, 33, 44), dtype=np.float32)
+        result = np.zeros((count, 3, 33, 44), dtype=np.float32)
         mix(plan, table(images, images), None, out=result, format=TensorFormat(), threads=threads)
         results.append(result.tobytes())
     assert len(set(results)) == 1

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from scipy.stats import chisquare, kstest
 
 import dali_diffusemix
-from dali_diffusemix.base import philox
-from dali_diffusemix.base.philox import Permutation, below, draw, philox4x32, uniform
+from dali_diffusemix.base import native, philox
+from dali_diffusemix.base.philox import CROP, Permutation, below, draw, philox4x32, uniform
 from dali_diffusemix.errors import ConfigError
 
 # Random123's kat_vectors, philox 4x32 10.
@@ -139,6 +139,33 @@ def test_all_draws_are_in_the_register() -> None:
     package = Path(dali_diffusemix.__file__).parent
     sources = {file.relative_to(package).as_posix(): file.read_text("utf-8") for file in package.rglob("*.py")}
     drawing = {name for name, text in sources.items() if re.search(r"\b(philox4x32|draw|Permutation)\(", text)}
-    assert drawing - {"base/philox.py"} == {"plan/batch.py", "plan/order.py", "loading/batches.py", "fractals/flame.py"}
+    assert drawing - {"base/philox.py", "base/native.py"} == {
+        "plan/batch.py",
+        "plan/order.py",
+        "loading/batches.py",
+        "fractals/flame.py",
+    }
     flame = (resources.files("dali_diffusemix.kernels") / "flame.cpp").read_text("utf-8")
     assert re.findall(r"kKey = (\w+);", flame) == [f"0x{philox.FLAME:X}"]
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 1000, 65537, 2**33 + 5])
+def test_the_library_draws_the_same(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """kernels/draw.cpp against NumPy, whose draws are checked against published answers above."""
+    if native.library() is None:
+        pytest.skip("the library was not built")
+    generator = np.random.default_rng(length)
+    indices = generator.integers(0, 2**62, 300)
+    views, fields = generator.integers(0, 2**32, 300), [0, 3, CROP + 5, 2**32 - 1]
+    positions = np.unique(generator.integers(0, length, 500))
+    seed, epoch = (int(one) for one in generator.integers(0, 2**32, 2))
+
+    def drawn() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        order = philox.Permutation(length, seed=seed, epoch=epoch)
+        return philox.draw(seed, epoch, indices, fields, views), philox.draw(seed, epoch, 5, 7), order(positions)
+
+    by_library = drawn()
+    monkeypatch.setattr(native, "library", lambda: None)
+    for one, other in zip(by_library, drawn(), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype

@@ -302,6 +302,15 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         command = script("bench_kernel.py", "--device", options.device, *more, "--out", str(out / "kernel.json"))
         return Step(name="kernel-bench", group="a", command=command, limit=40, expected=8)
 
+    def small_benchmark() -> Step:
+        images = ("--images", "10000", "--distinct", "1000") if cuda else ("--images", "600", "--distinct", "60")
+        few_rounds = ("--rounds", str(options.rounds or 3), "--seconds", "0.4" if cuda else "0.1")
+        command = script(
+            *("bench_small.py", "32", photographs, "--device", options.device, "--threads", threads, *images),
+            *(*few_rounds, "--variants", "--cache", cache + "-small", "--out", str(out / "small.json")),
+        )
+        return Step(name="small-bench", group="a", command=command, limit=90, expected=60)
+
     def decoding() -> Step:
         seconds = "1.5" if cuda else "0.4"
         arguments = ("--device", options.device, "--out", str(out), "--seconds", seconds, "--limit", "70")
@@ -384,6 +393,8 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
     return [
         lambda: Step(name="host", group="a", command=host, limit=40, expected=12),
+        lambda: tests("resident-tests", 8, 60, 25, f"{gpu}/test_gpu_resident.py", group="a"),
+        small_benchmark,
         lambda: tests("kernel-tests", 10, 75, 25, f"{gpu}/test_gpu_kernel.py", group="a"),
         kernel_benchmark,
         decoding,
@@ -419,7 +430,16 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
 
 
 NAMES = (
-    *("host", "kernel-tests", "kernel-bench", "decode-probe", "loader-tests", "alone-tests"),
+    *(
+        "host",
+        "resident-tests",
+        "small-bench",
+        "kernel-tests",
+        "kernel-bench",
+        "decode-probe",
+        "loader-tests",
+        "alone-tests",
+    ),
     *("loader-bench", "wait", "overhead", "generate", "region-tests"),
 )
 

@@ -102,6 +102,37 @@ def _address(array: NDArray[np.generic]) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+def draw(
+    seed: int,
+    epoch: int,
+    indices: NDArray[np.uint64],
+    views: NDArray[np.uint64],
+    fields: NDArray[np.uint64],
+) -> NDArray[np.uint32] | None:
+    """(fields, indices, 4) draws, as `philox.draw` describes them; None where the library was not built."""
+    loaded = library()
+    if loaded is None:
+        return None
+    out = np.empty((len(fields), len(indices), 4), dtype=np.uint32)
+    loaded.dali_diffusemix_draw(
+        ctypes.c_uint32(seed), ctypes.c_uint32(epoch), _address(indices), _address(views),
+        ctypes.c_int64(len(indices)), _address(fields), ctypes.c_int64(len(fields)), _address(out),
+    )  # fmt: skip
+    return out
+
+
+def permute(values: NDArray[np.uint64], keys: NDArray[np.uint64], half: int, length: int) -> bool:
+    """Replace positions by what stands at them, as `philox.Permutation`; False where the library was not built."""
+    loaded = library()
+    if loaded is None:
+        return False
+    loaded.dali_diffusemix_permute(
+        _address(values), ctypes.c_int64(len(values)), _address(keys), ctypes.c_int64(len(keys)), half,
+        ctypes.c_uint64(length),
+    )  # fmt: skip
+    return True
+
+
 def play_flame(
     maps: NDArray[np.float32],
     palette: NDArray[np.uint8],

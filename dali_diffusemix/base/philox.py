@@ -23,6 +23,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from dali_diffusemix.base import native
 from dali_diffusemix.errors import ConfigError
 
 MIXED: Final = 0
@@ -106,13 +107,16 @@ def draw(seed: int, epoch: int, indices: ArrayLike, fields: ArrayLike, views: Ar
         (f, n, 4) uint32.
     """
     check_seed(seed, epoch)
-    indices = np.asarray(indices, dtype=np.uint64)
-    fields = np.asarray(fields, dtype=np.uint64)
+    indices = np.ascontiguousarray(indices, dtype=np.uint64)
+    fields = np.ascontiguousarray(fields, dtype=np.uint64)
+    view = np.ascontiguousarray(np.broadcast_to(np.asarray(views, dtype=np.uint64), indices.shape))
+    if (drawn := native.draw(int(seed), int(epoch), indices, view, fields)) is not None:
+        return drawn
     counter = np.zeros((fields.size, indices.size, 4), dtype=np.uint64)
     counter[..., 0] = indices & _LOW
     counter[..., 1] = indices >> _WORD
     counter[..., 2] = fields[:, None]
-    counter[..., 3] = np.asarray(views, dtype=np.uint64)
+    counter[..., 3] = view
     return philox4x32(counter, (seed, epoch))
 
 
@@ -162,7 +166,10 @@ class Permutation:
             raise ConfigError(
                 f"positions must lie in [0, {self._length}), found {positions.min()} to {positions.max()}."
             )
-        values = self._encipher(positions.astype(np.uint64))
+        values = positions.astype(np.uint64)
+        if native.permute(values, self._keys, int(self._half), self._length):
+            return values.astype(np.int64)
+        values = self._encipher(values)
         outside = np.flatnonzero(values >= self._length)
         while outside.size:
             values[outside] = self._encipher(values[outside])

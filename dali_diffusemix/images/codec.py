@@ -84,7 +84,7 @@ def encode_as(format: str, image: NDArray[np.uint8] | Image.Image, quality: int 
 
 
 def raw_header(height: int, width: int) -> bytes:
-    """What comes before the pixels of a raw image: the header of a binary PPM file, in one form of the possible."""
+    """The bytes before the pixels of a raw image: the header of a binary PPM file, in one of its possible forms."""
     return b"P6\n%d %d\n255\n" % (width, height)
 
 

@@ -233,7 +233,7 @@ class BatchMaker:
     # --- one batch
 
     def requester(self) -> Callable[[Shares], Pieces]:
-        """What makes the pieces of a batch, to decode or in memory; it does not hold this object."""
+        """The function that makes the pieces of a batch, to decode or in memory; it does not hold this object."""
         if self._residents is not None:
             return self._residents.request
         return partial(request, visible_only=self.delivery.visible_parts)

@@ -74,6 +74,7 @@ class PieceDecoder:
         self._lock = gate.lock()
         self._pipelines: dict[bool, Pipeline] = {}  # by whether the GPU decodes
         self._single: dict[bool, Pipeline] = {}  # the same for one image
+        self._raw = raw
         if not raw:
             with gate.through(self._lock):
                 self._build_pipelines()
@@ -99,7 +100,7 @@ class PieceDecoder:
         if not self.intact:
             raise RuntimeError("an exception has passed through this decoder, which can only be closed")
         self.intact = False
-        with gate.through(self._lock):
+        with self._lock if self._raw else gate.through(self._lock):
             yield
         self.intact = True
 
@@ -241,8 +242,8 @@ class PieceDecoder:
         batch.parts = []
         if not len(batch.fed):
             return
-        if len(batch.pieces) > self._batch_size or not self._pipelines:
-            self._batch_size = max(self._batch_size, len(batch.pieces))
+        if len(batch.pieces) > self._batch_size:
+            self._batch_size = len(batch.pieces)
             self._build_pipelines()
         for on_gpu, images in self._divided(batch).items():
             if len(images):

@@ -66,8 +66,8 @@ class MapSource:
     """A map-style dataset: `len(dataset)` items, dataset[i] is (image, label), or an image alone.
 
     An image is a Pillow image or a uint8 array, (height, width, 3), (height, width) or (height, width, 1). Listing
-    reads every item, since there are no headers. Names of classes are those in its attribute `classes`, if it has them;
-    with images alone there are no labels. A row's path is its number, padded with zeros.
+    reads every item, since there are no headers. Classes have the names in the dataset's `classes`, if it has some. If
+    its items are images alone, there are no labels. A row's path is its number, padded with zeros.
 
     Args:
         dataset: The dataset.

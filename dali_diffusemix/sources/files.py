@@ -15,7 +15,9 @@ PARQUETS: Final = (".parquet", ".parq")
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _COUNTING = re.compile(r"(\d+)\.\.(\d+)")
-_SPLIT = re.compile(r"(train|training|val|valid|validation|dev|test|testing|eval|holdout|extra)(?=[-_.\d]|$)", re.I)
+_SPLIT = re.compile(
+    r"(?:\A|[-_.])(train|training|val|valid|validation|dev|test|testing|eval|holdout|extra)(?=[-_.\d])", re.IGNORECASE
+)
 _MOST_FILES: Final = 10_000_000
 
 
@@ -87,12 +89,11 @@ def _expanded(text: str, endings: Sequence[str]) -> list[Path]:
         found = in_folder(path, endings)
         if not found:
             raise CatalogError(f"{text!r}: there is no file with {' or '.join(endings)} in this folder.")
-        splits = sorted({match[1] for one in found if (match := _SPLIT.match(one.name))})
+        splits = sorted({match[1] for one in found if (match := _SPLIT.search(one.name))})
         if len(splits) > 1:
-            first = next(one.name for one in found if one.name.startswith(splits[-1]))
+            pattern = str(path / f"*{splits[-1]}*{endings[0]}")
             raise CatalogError(
-                f"{text!r}: its files are of several splits ({', '.join(splits)}), {first!r} for one; give a pattern, "
-                f"as {str(path / (splits[-1] + '*' + endings[0]))!r}."
+                f"{text!r}: its files must be of one split, found {', '.join(splits)}; give a pattern, as {pattern!r}."
             )
         return found
     if not is_pattern(text):

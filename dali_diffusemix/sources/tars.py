@@ -429,6 +429,8 @@ class _Tar:
 
     def part(self, member: tarfile.TarInfo) -> BinaryIO:
         """A member's content, as a file at its start. Raises `_DAMAGE`."""
+        if self._content is self._raw and member.size <= _HEADER_BYTES:
+            return io.BytesIO(os.pread(self._raw.fileno(), member.size, member.offset_data))
         if self._content is self._raw:
             part = _Content(self._raw.fileno(), member.offset_data, member.size)
             return cast(BinaryIO, io.BufferedReader(part, _HEADER_BYTES))
