@@ -169,6 +169,7 @@ def pack_command(
       dali-diffusemix pack "data/train-*.tar" cache/originals
       dali-diffusemix pack cache/edits cache/raw-edits
     """
+    from dali_diffusemix.sources.tars import WebDatasetSource
     from dali_diffusemix.store import EditStore
     from dali_diffusemix.store.pack import PackConfig, pack, packed_bytes, source_to_pack
 
@@ -178,7 +179,7 @@ def pack_command(
         source, kind=kind, image=image_column, label=False if label_column == "none" else label_column, split=split
     )
     if not isinstance(found, EditStore):
-        with display.progress("Listing", "images") as progress:
+        with display.progress("Listing", "bytes" if isinstance(found, WebDatasetSource) else "images") as progress:
             found.catalog(progress)
     if (needed := packed_bytes(found, config)) is not None:
         display.line(f"the whole store will take {needed / 1e6:.1f} MB")

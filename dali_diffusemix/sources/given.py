@@ -62,7 +62,10 @@ def source_of(
         raise ConfigError(f"split applies to layouts, found {split!r}; name the layout with kind=, or leave split out.")
     if kind_of in _FILES:
         files = expand(given, _FILES[kind_of])
-        return WebDatasetSource(files, image, label) if kind_of == "webdataset" else ParquetSource(files, image, label)
+        # A folder with another one inside is one of class folders.
+        folders = [Path(given)] if isinstance(given, str | os.PathLike) and Path(given).is_dir() else []
+        reader = WebDatasetSource if kind_of == "webdataset" else ParquetSource
+        return reader(files, image, label, folders=folders)
     _refuse(f"a folder of kind {kind_of!r}", image=image, label=label)
     if not isinstance(given, str | os.PathLike):
         raise ConfigError(f"the source of kind {kind_of!r} must be one folder, found a list of {len(given)}.")

@@ -1,8 +1,9 @@
 """Parquet: files with a column of images and, as a rule, one of labels."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
@@ -34,11 +35,15 @@ class ParquetSource:
         files: The files, which must have the same columns.
         image: The column of images; None: the one with images.
         label: The column of labels; None: the one with names of classes, or with a usual name; False: none.
+        folders: See `Source.folders`.
 
     Raises MissingDependencyError: pyarrow cannot be imported.
     """
 
-    def __init__(self, files: list[File], image: str | None = None, label: LabelChoice = None) -> None:
+    def __init__(
+        self, files: list[File], image: str | None = None, label: LabelChoice = None, folders: Sequence[Path] = ()
+    ) -> None:
+        self.folders = tuple(folders)
         _pyarrow()
         self._files = files
         self._image, self._label = image, label
@@ -48,7 +53,6 @@ class ParquetSource:
         self._positions = Positions()
 
     pixels = False
-    folders = ()
 
     @property
     def name(self) -> str:

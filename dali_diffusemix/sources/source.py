@@ -31,7 +31,7 @@ class Source(Protocol):
 
     @property
     def folders(self) -> Sequence[Path]:
-        """Folders of which every folder inside is part of the source."""
+        """Folders in which no other may be made: it would be listed as part of the source."""
 
     def catalog(self, progress: Progress | None = None) -> Catalog:
         """Every usable image: a path that identifies it, its label, its upright size. A second call lists nothing.

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, cast
 
@@ -58,9 +59,13 @@ class WebDatasetSource:
             which a sample must have one.
         label: The extension of labels, as "cls", or "json:FIELD"; None: "cls", or none if samples have only images;
             False: none. Labels are whole numbers if those of most of the first samples are, else text.
+        folders: See `Source.folders`.
     """
 
-    def __init__(self, files: list[File], image: str | None = None, label: LabelChoice = None) -> None:
+    def __init__(
+        self, files: list[File], image: str | None = None, label: LabelChoice = None, folders: Sequence[Path] = ()
+    ) -> None:
+        self.folders = tuple(folders)
         self._files = files
         self._images = IMAGES if image is None else tuple(one.strip(". ").lower() for one in image.split(";"))
         self._first_counts = image is not None
@@ -77,7 +82,6 @@ class WebDatasetSource:
         self._offsets, self._lengths, self._tars = Positions(), Positions(), array("i")
 
     pixels = False
-    folders = ()
 
     @property
     def name(self) -> str:

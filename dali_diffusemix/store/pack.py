@@ -11,10 +11,13 @@ import os
 import re
 import shutil
 import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -32,7 +35,8 @@ from dali_diffusemix.images.formats import format_of
 from dali_diffusemix.sources import Source, source_of
 from dali_diffusemix.sources.columns import LabelChoice
 from dali_diffusemix.sources.folder import FolderSource
-from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings
+from dali_diffusemix.store.catalogs import rows_of, same_rows
+from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings, UnfinishedStoreWarning
 from dali_diffusemix.store.mirror import is_url
 from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
 from dali_diffusemix.store.shards import OriginalShardWriter, ShardWriter
@@ -45,6 +49,7 @@ _DEFAULT_QUALITY: Final = 90
 _BATCH: Final = 32
 _MOST_SIDE: Final = 65500  # libjpeg's limit
 _BLOCK: Final = 512  # bytes, of which files in a tar and their headers are multiples
+_TABLES: Final = 150  # bytes of an image's rows in all tables, nearly
 # The endings of files that are kept as they are: WebDataset and DALI tell file types by them.
 _KEPT: Final = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "TIFF": "tif", "PPM": "ppm", "WEBP": "webp"}
 
@@ -97,14 +102,14 @@ class PackConfig:
     def bytes_of(self, sizes: NDArray[np.int32]) -> int | None:
         """Bytes of a store of raw images of (n, 2) heights and widths; None for other formats, of which nobody knows.
 
-        Exact but for the ends of tars and for very long names.
+        Exact but for the ends of tars and for names, which are long where they have more than 30 letters.
         """
         if self.format != "raw":
             return None
         height, width = _fitted(sizes, self.max_side).T.astype(np.int64)
         digits = sum(np.floor(np.log10(side)) for side in (height, width)) - 2  # beyond one each
         length = len(raw_header(1, 1)) + 2 + digits.astype(np.int64) + 3 * height * width
-        return int((_BLOCK + -(-length // _BLOCK) * _BLOCK).sum())
+        return int((_blocks(length) + _TABLES).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,10 +155,7 @@ def pack(
         MissingDependencyError: The library that reads the source is not installed.
     """
     config = config or PackConfig()
-    if catalog is not None:
-        source = FolderSource.of_catalog(Path(source).absolute(), catalog)
-    else:
-        source = source_to_pack(source, kind=kind, image=image, label=label, split=split)
+    source = source_to_pack(source, catalog=catalog, kind=kind, image=image, label=label, split=split)
     store = local_folder("store", store)
     for folder in [source.path] if isinstance(source, EditStore) else source.folders:
         check_outside(folder, store)
@@ -163,32 +165,62 @@ def pack(
 
 
 def source_to_pack(
-    source: Any, *, kind: str | None = None, image: str | None = None, label: LabelChoice = None, split: str = "train"
+    source: Any,
+    *,
+    catalog: Catalog | None = None,
+    kind: str | None = None,
+    image: str | None = None,
+    label: LabelChoice = None,
+    split: str = "train",
 ) -> Source | EditStore:
     """The source that `pack` would take; it raises what that does."""
-    if isinstance(source, Source | EditStore):
+    options = {"catalog": catalog, "kind": kind, "image": image, "label": label, "split": split}
+    if isinstance(source, EditStore):
+        _refuse(f"the edit store {str(source.path)!r}", options)
+        if source.mirror is not None:
+            raise ConfigError(f"source must be a local edit store, found {source.mirror.url!r}; pack a copy of it.")
+        return EditStore.open(source.path)  # it may be reindexed, or have grown
+    if isinstance(source, Source):
+        _refuse(source.name, options)
         return source
-    if isinstance(source, str | os.PathLike) and kind is None and not is_url(source):
+    if isinstance(source, str | os.PathLike) and not is_url(source):
         folder = Path(source).absolute()
         if (edits := EditStore.find(folder)) is not None:
+            _refuse(f"the edit store {str(folder)!r}", options)
             return edits
         if OriginalStore.find(folder) is not None:
             raise ConfigError(
                 f"source must be images, found a packed store, {str(folder)!r}; pack what it was made from."
             )
+        if catalog is not None:
+            _refuse("a catalog", {**options, "catalog": None})
+            return FolderSource.of_catalog(folder, catalog)
+    if catalog is not None:
+        raise ConfigError(f"catalog is of a local folder, found it beside a {type(source).__name__}; leave it out.")
     return source_of(source, kind=kind, image=image, label=label, split=split)
+
+
+def _refuse(what: str, options: Mapping[str, object]) -> None:
+    """Raise ConfigError for options that say what a source is, beside one that is known."""
+    for name, value in options.items():
+        if value is not None and (name, value) != ("split", "train"):
+            raise ConfigError(f"{name} does not apply to {what}, found {value!r}; leave it out.")
 
 
 def packed_bytes(source: Source | EditStore, config: PackConfig) -> int | None:
     """Bytes that a store of raw images will take, nearly; None for other formats, of which nobody knows."""
     if isinstance(source, EditStore):
-        return _resolved(config, raw=True).bytes_of(source.sizes(np.arange(len(source))))
+        return _edit_bytes(_resolved(config, raw=True), [source.shard_rows(shard) for shard in source.shards])
     return _resolved(config, raw=source.pixels).bytes_of(source.catalog().sizes)
 
 
 def _resolved(config: PackConfig, *, raw: bool) -> PackConfig:
-    """The config with the format of what has no files to keep."""
-    return replace(config, format="raw", tiled=True) if raw and config.format is None else config
+    """The config with the format of what has no files to keep. Raises ConfigError if they are to be kept."""
+    if not raw or config.format is not None:
+        return config
+    if not config.tiled:
+        raise ConfigError("tiled=False leaves files as they are, and arrays and edits become raw images: leave it out.")
+    return replace(config, format="raw")
 
 
 def _pack_originals(
@@ -203,10 +235,13 @@ def _pack_originals(
         if sizes:
             _check_room(store, config.bytes_of(np.concatenate(sizes)))
         count = _Count(progress, sum(map(Counter.total, finished.values())), len(writer.catalog))
-        with Workers(cpus(), "dali-diffusemix-pack") as threads:
+        with (
+            Workers(cpus(), "dali-diffusemix-pack") as threads,
+            closing(_contents(source, writer.catalog, missing.values())) as contents,
+        ):
             for shard, rows in missing.items():
                 with OriginalShardWriter(store, writer.catalog, shard) as files:
-                    packed = _in_batches(threads, partial(_packed, config), source.read(rows))
+                    packed = _in_batches(threads, partial(_packed, config), islice(contents, len(rows)))
                     for row, one in zip(rows, packed, strict=True):
                         if isinstance(one, DecodeError):
                             _log.warning("%r is left out: %s", writer.catalog.path(row), one)
@@ -230,6 +265,19 @@ def _pack_originals(
     )
 
 
+def _contents(source: Source, listed: Catalog, wanted: Iterable[range]) -> Generator[Content, None, None]:
+    """The content of these rows of the store's list, by path: the source may list the same in another order.
+
+    Rows that follow one another are read at once: beginning within a row group or a compressed tar takes long.
+    """
+    rows = np.concatenate([np.zeros(0, np.int64), *(np.arange(one.start, one.stop) for one in wanted)])
+    if not same_rows(source.catalog(), listed):
+        rows = rows_of(source.catalog(), listed)[rows]
+    for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+        if len(run):
+            yield from source.read(range(int(run[0]), int(run[-1]) + 1))
+
+
 def _pack_edits(
     edits: EditStore, store: Path, config: PackConfig, progress: Callable[[int, int], None] | None
 ) -> PackSummary:
@@ -237,29 +285,26 @@ def _pack_edits(
     begin = time.perf_counter()
     config = _resolved(config, raw=True)
     header = Header.read(edits.path)
+    tables = {number: edits.shard_rows(number) for number in edits.shards}
+    lacking = header.shard_count - len(tables)
+    not_yet = sum(int((table["verdict"] == _NOT_YET).sum()) for table in tables.values())
+    if lacking or not_yet:
+        raise StoreError(
+            f"{str(edits.path)!r}: the edit store is not finished ({lacking} shards and {not_yet} edits of others are "
+            "missing); run the `dali-diffusemix generate` that makes it again, then pack it."
+        )
     with StoreWriter.open(store, edits.catalog, _settings_of(edits.settings, config)) as writer:
         writer.order_as(header)
         finished = writer.done()
         missing = [shard for shard in writer.shards() if shard.number not in finished]
-        numbers = {shard.number for shard in missing}
-        rows = {number: edits.shard_rows(number) for number in edits.shards if number in numbers}
-        if lacking := len(numbers - rows.keys()) or sum(
-            int((one["verdict"] == _NOT_YET).sum()) for one in rows.values()
-        ):
-            raise StoreError(
-                f"{str(edits.path)!r}: the edit store is not finished ({lacking} shards or edits are missing); run the "
-                "`dali-diffusemix generate` that makes it again, then pack it."
-            )
-        sizes = [np.stack([one["height"], one["width"]], axis=1)[one["verdict"] == 0] for one in rows.values()]
-        if sizes:
-            _check_room(store, config.bytes_of(np.concatenate(sizes)))
+        _check_room(store, _edit_bytes(config, [tables[shard.number] for shard in missing]))
         count = _Count(progress, sum(map(Counter.total, finished.values())), sum(map(len, header.shards())))
         with Workers(cpus(), "dali-diffusemix-pack") as threads:
             for shard in missing:
-                table = rows[shard.number]
+                table = tables[shard.number]
                 contents = ((row, edits.encoded_row(shard.number, row)) for row in table)
                 with ShardWriter(store, writer.catalog, shard) as files:
-                    prepared = _in_batches(threads, partial(_packed_edit, config), contents)
+                    prepared = _in_batches(threads, partial(_packed_edit, config, edits), contents)
                     for row, one in zip(table, prepared, strict=True):
                         files.add(
                             *(int(row[name]) for name in ("original", "prompt", "variant")),
@@ -269,6 +314,7 @@ def _pack_edits(
                             width=0 if one is None else one.width,
                             verdict=VERDICTS[row["verdict"]],
                             score=float(row["score"]),
+                            ending=None if one is None else one.file[0],
                         )
                         count.add()
                 count.end_shard()
@@ -285,6 +331,19 @@ def _pack_edits(
 
 
 _NOT_YET: Final = VERDICTS.index(NOT_YET)
+
+
+def _edit_bytes(config: PackConfig, tables: Sequence[NDArray[np.void]]) -> int | None:
+    """Bytes of packed shards of edits, see `PackConfig.bytes_of`; rejected ones stay as they are."""
+    needed = 0
+    for table in tables:
+        accepted = table["verdict"] == VERDICTS.index(ACCEPTED)
+        raw = config.bytes_of(np.stack([table["height"], table["width"]], axis=1)[accepted])
+        if raw is None:
+            return None
+        rejected = table["length"][~accepted]
+        needed += raw + int(_blocks(rejected[rejected > 0]).sum()) + table.itemsize * len(rejected)
+    return needed
 
 
 def _settings_of(settings: Settings, config: PackConfig) -> Settings:
@@ -332,9 +391,12 @@ def _check_room(store: Path, needed: int | None) -> None:
 
 
 def _is_current(store: Path) -> bool:
+    """True if a store of finished shards has the tables of these shards."""
     try:
-        return index_is_current(store)
-    except StoreError:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UnfinishedStoreWarning)  # edit stores are read without their tables, too
+            return index_is_current(store)
+    except (StoreError, UnfinishedStoreWarning):
         return False
 
 
@@ -367,10 +429,8 @@ def _packed(config: PackConfig, content: Content) -> _Packed | DecodeError:
         height, width = pixels.shape[:2]
         if config.format is None:
             assert isinstance(content, bytes)
-            ending = _KEPT[format_of(content[:4096]) or "JPEG"]
-            return _Packed(
-                file=(ending, _tiled(content, pixels) if config.tiled else content), height=height, width=width
-            )
+            file = (_kept(content), _tiled(content, pixels) if config.tiled else content)
+            return _Packed(file=file, height=height, width=width)
         height, width = _fitted(np.array([[height, width]], dtype=np.int32), config.max_side)[0].tolist()
         if config.format == "jpeg" and max(height, width) > _MOST_SIDE:
             raise DecodeError(f"a JPEG has at most {_MOST_SIDE} pixels a side, found {max(height, width)}.")
@@ -383,20 +443,31 @@ def _packed(config: PackConfig, content: Content) -> _Packed | DecodeError:
     return _Packed(file=file, height=height, width=width)
 
 
-def _packed_edit(config: PackConfig, edit: tuple[np.void, bytes | None]) -> _Packed | None:
+def _packed_edit(config: PackConfig, edits: EditStore, edit: tuple[np.void, bytes | None]) -> _Packed | None:
     """An edit as it is stored; one that was rejected as it is. Raises StoreError for a damaged one."""
     row, content = edit
     if content is None:
         return None
     if VERDICTS[row["verdict"]] != ACCEPTED:
-        return _Packed(file=("", content), height=int(row["height"]), width=int(row["width"]))
+        return _Packed(file=(_kept(content), content), height=int(row["height"]), width=int(row["width"]))
     packed = _packed(config, content)
     if isinstance(packed, DecodeError):
         raise StoreError(
-            f"an edit of original {row['original']} is damaged ({packed}); run `verify --discard` on its store and "
-            "`generate` again to replace it."
+            f"{str(edits.path)!r}: the edit of {edits.catalog.path(int(row['original']))!r} under "
+            f"{edits.prompts[int(row['prompt'])]!r} is damaged ({packed}); run `dali-diffusemix verify --discard` on "
+            "the store, and `generate` again to replace it."
         )
     return packed
+
+
+def _kept(content: bytes) -> str:
+    """The ending of a file that is kept as it is."""
+    return _KEPT[format_of(content[:4096]) or "JPEG"]
+
+
+def _blocks(length: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Bytes that files of these lengths take in a tar, with their headers."""
+    return _BLOCK + -(-length.astype(np.int64) // _BLOCK) * _BLOCK
 
 
 def _ending(path: str) -> str | None:

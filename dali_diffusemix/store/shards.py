@@ -381,8 +381,9 @@ class ShardWriter(_FilesWriter):
         width: int = 0,
         verdict: str = ACCEPTED,
         score: float = math.nan,
+        ending: str | None = None,
     ) -> None:
-        """Write one edit, a file of the store's format; without `image` only its verdict.
+        """Write one edit, a file of the store's format or with another `ending`; without `image` only its verdict.
 
         Edits of one original must follow each other.
 
@@ -390,7 +391,7 @@ class ShardWriter(_FilesWriter):
         """
         offset = length = 0
         if image is not None:
-            extension = f"{self._header.slugs[prompt]}.{variant}.{self._ending}"
+            extension = f"{self._header.slugs[prompt]}.{variant}.{ending or self._ending}"
             length = len(image)
             if verdict == ACCEPTED:
                 offset = self._add_file(original, extension, image)
