@@ -364,7 +364,8 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
     for seed, name in enumerate(names):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         write_photograph(tmp_path / "data" / name, seed, 40, 40)
-    generate(tmp_path / "data", tmp_path / "edits", GenerateConfig(prompts=("a sketch with crayon",), size=40))
+    config = GenerateConfig(prompts=("a sketch with crayon",), size=40, format="jpeg")
+    generate(tmp_path / "data", tmp_path / "edits", config)
     with tarfile.open(tmp_path / "edits" / "shards" / "edits-000000.tar") as tar:
         members = tar.getmembers()
     found = {member.name for member in members}
@@ -381,7 +382,7 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
 def test_rejected_edits_lie_apart(tmp_path: Path) -> None:
     (tmp_path / "data" / "ants").mkdir(parents=True)
     write_photograph(tmp_path / "data" / "ants" / "1.jpg", 0, 40, 40)
-    config = GenerateConfig(prompts=("autumn",), size=40, thresholds=Thresholds(like=1.0))
+    config = GenerateConfig(prompts=("autumn",), size=40, format="jpeg", thresholds=Thresholds(like=1.0))
     generate(tmp_path / "data", tmp_path / "edits", config)
     shard = json.loads((tmp_path / "edits" / "shards" / "edits-000000.json").read_text())
     assert set(shard["files"]) == {"tar", "idx", "npy", "rejected"}
