@@ -246,7 +246,7 @@ def make_sources(folder: Path) -> None:
     for part in range(2):
         with tarfile.open(data / f"train-{part:03d}.tar", "w") as tar:
             for row in range(3 * part, 3 * part + 3):
-                label = json.dumps({"label": "ant bee".split()[row % 2]}).encode()
+                label = json.dumps({"label": ["ant", "bee"][row % 2]}).encode()
                 for ending, content in (("png", files[row]), ("cls", b"%d" % (row % 2)), ("json", label)):
                     member = tarfile.TarInfo(f"{row:06d}.{ending}")
                     member.size = len(content)
@@ -287,6 +287,30 @@ def test_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         "from-dataset-in-memory": ("3", ["ant", "bee"]),
     }
     assert "train-0.parquet, row 6 unsupported" in capsys.readouterr().out
+
+
+def test_cifar_from_the_archive_to_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the loop of docs/training.md, with fewer images and a smaller batch."""
+    pytest.importorskip("scipy")
+    from miniature import cifar100
+
+    cifar100(tmp_path / "data" / "cifar-100-python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    section = page.split("\n## Small images: CIFAR-100\n")[1].split("\n## ")[0]
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    for line in commands.splitlines():
+        _, *words = shlex.split(line.replace("--count 64", "--count 4"))
+        result = CliRunner().invoke(cli.main, words)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+    names: dict[str, Any] = {"__name__": "training"}
+    exec(compile(loop.replace("batch_size=128", "batch_size=8"), "docs/training.md", "exec"), names)
+    assert names["images"].shape == (8, 3, 32, 32) and names["train_set"].store.raw
+    assert sum(len(labels) for _, labels in names["test_loader"]) == len(names["test_set"])
+    for name in ("train_loader", "test_loader"):
+        names[name].close()
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
