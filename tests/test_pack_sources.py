@@ -401,9 +401,7 @@ def test_rows_that_cannot_be_used_are_named(rows: list[Row], tmp_path: Path) -> 
         assert all(f"  {path}: {reason}" in shown.stdout for path, reason in expected.items())
     found = json.loads(run("pack", tmp_path / "train.parquet", tmp_path / "command", "--json").stdout)
     check_left_out([(one["path"], one["reason"]) for one in found["left_out"]])
-    found = json.loads(
-        run("pack", tmp_path / "train.parquet", tmp_path / "all", "--label-column", "none", "--json").stdout
-    )
+    found = json.loads(run("pack", tmp_path / "train.parquet", tmp_path / "all", "--label", "none", "--json").stdout)
     assert found["images"] == 3 and OriginalStore.open(tmp_path / "all").catalog.classes == ("unlabelled",)
 
 
@@ -528,7 +526,7 @@ def test_the_command_packs_edits(drawn: Path, tmp_path: Path) -> None:
     assert "the whole store will take 0.2 MB" in shown.stdout and "done now" in shown.stdout
     assert_same_edits(tmp_path / "packed", drawn)
     assert "all were there already" in run("pack", drawn, tmp_path / "packed").stdout
-    shown = run("pack", drawn, tmp_path / "other", "--label-column", "none", code=1)
+    shown = run("pack", drawn, tmp_path / "other", "--label", "none", code=1)
     assert "label does not apply to the edit store" in shown.stderr
     assert "tiled=False" in run("pack", drawn, tmp_path / "other", "--no-tiles", code=1).stderr
     assert not (tmp_path / "other").exists()
@@ -815,11 +813,11 @@ def test_folder_named_on_a_root_that_has_tars(rows: list[Row], tmp_path: Path) -
     tars(root, rows)
     run("pack", root, tmp_path / "packed", "--from", "folder")
     check(tmp_path / "packed", rows)
-    shown = run("pack", root, tmp_path / "other", "--from", "folder", "--label-column", "none", code=1)
+    shown = run("pack", root, tmp_path / "other", "--from", "folder", "--label", "none", code=1)
     assert "label names columns and extensions" in shown.stderr
-    run("pack", root, tmp_path / "tars", "--from", "webdataset", "--label-column", "txt")
+    run("pack", root, tmp_path / "tars", "--from", "webdataset", "--label", "txt")
     check(tmp_path / "tars", rows)
-    run("pack", f"{root}/data-*.tar", tmp_path / "png", "--image-column", "png", "--label-column", "cls")
+    run("pack", f"{root}/data-*.tar", tmp_path / "png", "--image", "png", "--label", "cls")
     assert len(OriginalStore.open(tmp_path / "png")) == 9
 
 

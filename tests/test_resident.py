@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,12 @@ while True:
 """
 
 
+@pytest.fixture
+def processes() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 class Process(warm.Script):
     """A training process with the store in memory; it goes through an epoch when it is asked to."""
 
@@ -100,12 +107,12 @@ def mapped(process: int) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_four_processes_share_one_copy(store: Path) -> None:
+def test_four_processes_share_one_copy(store: Path, processes: ExitStack) -> None:
     """The proportional set sizes of four ranks add up to the store once; it outlives whoever made it."""
     total = sum(file.stat().st_size for file in (store / "shards").glob("*.tar"))
-    first = Process(store)
+    first = processes.enter_context(Process(store))
     sums = {first.epoch(first=True)}
-    others = [Process(store) for _ in range(3)]
+    others = [processes.enter_context(Process(store)) for _ in range(3)]
     sums |= {one.epoch(first=True) for one in others}
     assert len(sums) == 1
     shares = [mapped(one.pid) for one in (first, *others)]
@@ -114,7 +121,7 @@ def test_four_processes_share_one_copy(store: Path) -> None:
     assert 0.97 * total < together < 1.03 * total
     first.kill()  # SIGKILL, and it made the memory
     first.wait()
-    late = Process(store)
+    late = processes.enter_context(Process(store))
     assert {late.epoch(first=True), *(one.epoch() for one in others)} == sums
     assert mapped(late.pid).keys() == shares[0].keys()
     (inode,) = shares[0]
@@ -130,19 +137,19 @@ def test_four_processes_share_one_copy(store: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_killed_while_it_fills_leaves_nothing(store: Path) -> None:
+def test_a_process_killed_while_it_fills_leaves_nothing(store: Path, processes: ExitStack) -> None:
     script = RUN.replace(
         "import torch\n",
         "import torch, time\nfrom dali_diffusemix.loading import resident\n"
         "def stuck(*_):\n    print('filling', flush=True)\n    time.sleep(1000)\nresident._copied = stuck\n",
     )
-    filling = warm.Script("-c", script, store)
+    filling = processes.enter_context(warm.Script("-c", script, store))
     assert filling.stdout.readline() == "filling\n"
-    waiting = Process(store)  # for the lock
+    waiting = processes.enter_context(Process(store))  # for the lock
     time.sleep(0.5)
     filling.kill()
     filling.wait()
-    other = Process(store)
+    other = processes.enter_context(Process(store))
     assert waiting.epoch(first=True) == other.epoch(first=True)
     assert mapped(waiting.pid).keys() == mapped(other.pid).keys()
     for one in (waiting, other):

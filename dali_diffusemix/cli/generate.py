@@ -89,6 +89,7 @@ def _layouts() -> Iterable[str]:
 @command_line_option("variants", "N")
 @command_line_option("seed", "N")
 @command_line_option("retry", "N")
+@command_line_option("format", "NAME", shell_complete=completed(lambda: ["jpeg", "png", "raw"]))
 @command_line_option("batch_size", "N")
 @command_line_option("device", "NAME")
 @command_line_option("part", "I/N")

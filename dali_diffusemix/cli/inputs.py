@@ -122,9 +122,9 @@ def fractals_command(
     help="What SOURCE is: folder, webdataset, parquet, or a published dataset, such as cifar100 or cub.  [default: "
     "told by its name]",
 )
-@click.option("--image-column", metavar="NAME", help="Column, or ending in a tar, of the images.  [default: found]")
+@click.option("--image", metavar="NAME", help="Column, or ending in a tar, of the images.  [default: found]")
 @click.option(
-    "--label-column",
+    "--label",
     metavar="NAME",
     help="Column, or ending in a tar, of the labels; none if there are none.  [default: found]",
 )
@@ -142,8 +142,8 @@ def pack_command(
     source: Path,
     store: Path,
     kind: str | None,
-    image_column: str | None,
-    label_column: str | None,
+    image: str | None,
+    label: str | None,
     split: str,
     format: "Stored | None",
     max_side: int | None,
@@ -175,9 +175,7 @@ def pack_command(
 
     display = Display(as_json)
     config = PackConfig(format=format, max_side=max_side, quality=quality, tiled=not no_tiles)
-    found = source_to_pack(
-        source, kind=kind, image=image_column, label=False if label_column == "none" else label_column, split=split
-    )
+    found = source_to_pack(source, kind=kind, image=image, label=False if label == "none" else label, split=split)
     if not isinstance(found, EditStore):
         with display.progress("Listing", "bytes" if isinstance(found, WebDatasetSource) else "images") as progress:
             found.catalog(progress)

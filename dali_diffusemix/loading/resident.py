@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from dali_diffusemix.base.cpus import cpus
-from dali_diffusemix.base.files import locked
+from dali_diffusemix.base.files import locked, write
 from dali_diffusemix.base.memory import free_memory
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
@@ -206,8 +206,8 @@ class _HostMemory(_Memory):
     """A store in anonymous memory that all processes of this user on this machine share.
 
     The process that comes first makes a file in memory (memfd), fills and seals it: nobody can change or cut it any
-    more. Those that come later open the same file through /proc/PID/fd of any process that has it; a list of these,
-    with a lock, is a small file in the folder for temporary files. The memory is gone when no process has it any more.
+    more. Those that come later open the same file through /proc/PID/fd of any process that has it. A small file in the
+    folder for temporary files lists these. The memory is gone when no process has it any more.
     """
 
     def __init__(self, shards: RawShards, descriptor: int, errors: dict[int, DecodeError]) -> None:
@@ -234,27 +234,33 @@ def _shared(key: str, shards: RawShards) -> tuple[int, dict[int, DecodeError]]:
     """The descriptor of the memory of some shards, and those that are damaged."""
     folder = Path(tempfile.gettempdir()) / f"dali-diffusemix-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    listing, name = folder / f"resident-{key[:32]}", f"dali_diffusemix-{key[:32]}"
-    with locked(listing.with_suffix(".lock")):
-        holders = _holders(listing)
-        for process, number in holders:
-            descriptor = _opened(process, number, name)
-            if descriptor is not None:
+    name, lock, listing = f"dali_diffusemix-{key[:32]}", folder / "resident.lock", folder / "resident"
+    byte = 1 + int(key[:12], 16)  # of the lock: who fills one store does not keep others from theirs
+    with locked(lock, range(byte, byte + 1)):
+        for process, number in _holders(listing, name):
+            if (descriptor := _opened(process, number, name)) is not None:
                 break
         else:
-            holders = []
             descriptor = _made(name, shards)
-        errors = _errors_in(shards, descriptor)
-        kept = [one for one in holders if Path(f"/proc/{one[0]}").exists()]
-        listing.write_text("".join(f"{process} {number}\n" for process, number in [*kept, (os.getpid(), descriptor)]))
-    return descriptor, errors
+        with locked(lock, range(1)):
+            lines = [
+                " ".join(map(str, line)) for line in _lines(listing) if Path(f"/proc/{line[1]}/fd/{line[2]}").exists()
+            ]
+            write(listing, "\n".join([*lines, f"{name} {os.getpid()} {descriptor}", ""]).encode(), durable=False)
+    return descriptor, _errors_in(shards, descriptor)
 
 
-def _holders(listing: Path) -> list[tuple[int, int]]:
-    """(process, descriptor) of the processes that had the memory."""
+def _lines(listing: Path) -> list[tuple[str, int, int]]:
+    """(name, process, descriptor) of memory that processes had; some may have ended."""
     with suppress(OSError, ValueError):
-        return [(int(process), int(number)) for process, number in map(str.split, listing.read_text().splitlines())]
+        lines = map(str.split, listing.read_text().splitlines())
+        return [(name, int(process), int(number)) for name, process, number in lines]
     return []
+
+
+def _holders(listing: Path, name: str) -> list[tuple[int, int]]:
+    """(process, descriptor) of those that had the memory of this name."""
+    return [(process, number) for found, process, number in _lines(listing) if found == name]
 
 
 def _opened(process: int, number: int, name: str) -> int | None:
@@ -284,8 +290,7 @@ def _made(name: str, shards: RawShards) -> int:
 
         def copy(number: int) -> bool:
             begin = shards.starts[number]
-            write = lambda offset, part: os.pwrite(descriptor, part, begin + offset)  # noqa: E731
-            return _copied(shards, number, write) is not None
+            return _copied(shards, number, lambda at, part: os.pwrite(descriptor, part, begin + at)) is not None
 
         with Workers(cpus(), "dali-diffusemix-resident") as threads:
             flags = bytes(threads.map(copy, shards.starts))
