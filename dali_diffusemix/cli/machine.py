@@ -1,6 +1,7 @@
 """`bench`, `doctor` and `demo`: what this package can do on this machine."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
     display = Display(as_json)
     with display.progress("Measuring", "turns") as progress:
         result = bench(root, num_workers=threads, progress=progress, **settings)
-    for line in result.lines():
+    for line in result.lines(shutil.get_terminal_size().columns):
         display.line(line)
     display.result(result.json())
 
