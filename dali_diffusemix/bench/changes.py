@@ -182,14 +182,20 @@ def packing(
             )
         )
     if as_raw:
-        changes += _raw_packing(material, some, dataset, raw, folder, edits)
+        changes += _raw_packing(material, some, dataset, raw, folder, edits, len(chosen))
     return changes
 
 
 def _raw_packing(
-    material: Material, some: Material, dataset: DiffuseMixDataset, raw: RawImages, folder: Path, edits: Path | None
+    material: Material,
+    some: Material,
+    dataset: DiffuseMixDataset,
+    raw: RawImages,
+    folder: Path,
+    edits: Path | None,
+    count: int,
 ) -> list[Change]:
-    """Return packing raw, read from disk and kept in memory, tried on `some` originals."""
+    """Return packing raw, read from disk and kept in memory, tried on `some`, `count` originals."""
     packed, commands, uses, root = some, [], [], material.root
     if not raw.originals:
         # Those of a packed store are files by now. What it was packed from is not known.
@@ -207,7 +213,6 @@ def _raw_packing(
         commands.append(_command(edits, _beside(edits, "raw"), "--format", "raw", size=raw.edits_bytes))
         uses.append(f"{_beside(edits, 'raw')} instead of {edits}")
     before = partial(diffusemix, some, mixed=edits is not None)
-    count = min(_PACKED, len(dataset))
     changes = []
     for resident in (None, raw.resident) if raw.resident else (None,):
         name = "pack --format raw" + ("" if resident is None else f', resident="{resident}"')
