@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
+    from dali_diffusemix.store.pack import PackConfig, pack
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "LoaderTimeoutError",
     "MissingDependencyError",
     "MixSpec",
+    "PackConfig",
     "QuarantineWarning",
     "Quarantined",
     "RandomCrop",
@@ -67,6 +69,7 @@ __all__ = [
     "TrainCrop",
     "distinct",
     "globally_seeded",
+    "pack",
 ]
 
 _HOME = {
@@ -80,6 +83,7 @@ _HOME = {
     "GpuDecoding": "loading.dali",
     "LoaderStats": "loading.batches",
     "MixSpec": "plan",
+    "PackConfig": "store.pack",
     "QuarantineWarning": "loading.quarantine",
     "Quarantined": "loading.quarantine",
     "RandomCrop": "plan",
@@ -89,6 +93,7 @@ _HOME = {
     "TrainCrop": "plan",
     "distinct": "loading.samplers",
     "globally_seeded": "loading.seeding",
+    "pack": "store.pack",
 }
 
 

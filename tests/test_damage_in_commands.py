@@ -69,7 +69,7 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def edits(root: Path, tmp_path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", StaleCatalogWarning)
-        generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=64))
+        generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=64, format="jpeg"))
     return tmp_path / "edits"
 
 

@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from dali_diffusemix.store import OriginalStore
+from dali_diffusemix.store.pack import pack
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -360,6 +364,35 @@ def test_imagenet_at_scale() -> None:
     soak = results("soak", GENERATION)
     made = next(one for name, one in soak.items() if "five_thousand" in name)["measured"]["images_per_second"]
     assert f"made {made:.0f} edits a second" in text.replace("\n", " ")
+
+
+def bytes_of_raw(height: int, width: int) -> int:
+    """Bytes that a raw image takes in its tar."""
+    content = 3 * height * width + len(f"P6\n{width} {height}\n255\n")
+    return 512 + -(-content // 512) * 512
+
+
+def test_bytes_of_raw_images(tmp_path: Path) -> None:
+    pack((np.zeros((2, 32, 40, 3), np.uint8), None), tmp_path / "store")
+    first, second = OriginalStore.open(tmp_path / "store").index["offset"]
+    assert second - first == bytes_of_raw(32, 40)
+    for title, size in (
+        ("32 x 32 (CIFAR)", (32, 32)),
+        ("64 x 64 (Tiny-ImageNet)", (64, 64)),
+        ("256 x 256", (256, 256)),
+    ):
+        assert cells(title, "Which format")[0] == f"{bytes_of_raw(*size):,}"
+    assert f"| {bytes_of_raw(375, 500):,} and more |" in TEXT
+    text = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
+    for title, height, width in (
+        ("`--max-side 256`", 192, 256),
+        ("`--max-side 341`", 256, 341),
+        ("edits of 256 px, 1 prompt", 256, 256),
+    ):
+        each = bytes_of_raw(height, width)
+        total = each * 1_281_167 / 1e9
+        assert f"| {title} | {width} x {height} | {each / 1e3:.0f} kB | {total:.0f} GB |\n" in text
+    assert f"of 500 x 375 pixels takes {bytes_of_raw(375, 500) / 1e3:.0f} kB" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["compare", "compare-ablations"])

@@ -22,7 +22,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from material import write_photograph
+from click.testing import CliRunner
+from material import encoded, photograph, write_photograph, write_photographs
 
 from dali_diffusemix import Catalog, EditStore, QuarantineWarning, cli
 from dali_diffusemix.errors import CatalogError, DiffuseMixError, StoreError
@@ -32,7 +33,7 @@ from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.store import INDEX_ROW, ORIGINAL_INDEX_ROW, ORIGINAL_SHARD_ROW, SHARD_ROW, VERDICTS, OriginalStore
 
 ROOT = Path(__file__).parents[1]
-TROUBLE, FORMATS = (ROOT / "docs" / f"{name}.md" for name in ("troubleshooting", "formats"))
+TROUBLE, FORMATS, SOURCES = (ROOT / "docs" / f"{name}.md" for name in ("troubleshooting", "formats", "originals"))
 CODE = (*sorted((ROOT / "dali_diffusemix").rglob("*.py")), *sorted((ROOT / "examples").glob("*.py")))
 
 pytestmark = pytest.mark.skipif(not TROUBLE.is_file(), reason="docs/ is not beside the package")
@@ -220,10 +221,96 @@ def test_python_on_the_page_can_be_read() -> None:
         compile(text, str(TROUBLE), "exec")
 
 
-@pytest.mark.parametrize("page", [TROUBLE, FORMATS], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [TROUBLE, FORMATS, SOURCES], ids=lambda page: page.stem)
 def test_lines_are_short(page: Path) -> None:
     long = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 120 and line[0] != "|"]
     assert not long
+
+
+# Originals ------------------------------------------------------------------------------------------------------------
+
+
+def make_sources(folder: Path) -> None:
+    """What the commands of the page read, in data/."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    datasets = pytest.importorskip("datasets")
+    pytest.importorskip("scipy")
+    from miniature import cifar100
+
+    data = write_photographs(folder / "data" / "train", ("ants", "bees"), 2).parent
+    cifar100(data / "cifar-100-python")
+    images = np.stack([photograph(seed, 32, 32) for seed in range(6)])
+    files = [encoded(image, "PNG") for image in images]
+    np.savez(data / "train.npz", images=images, labels=np.arange(6) % 2)
+    for part in range(2):
+        with tarfile.open(data / f"train-{part:03d}.tar", "w") as tar:
+            for row in range(3 * part, 3 * part + 3):
+                label = json.dumps({"label": ["ant", "bee"][row % 2]}).encode()
+                for ending, content in (("png", files[row]), ("cls", b"%d" % (row % 2)), ("json", label)):
+                    member = tarfile.TarInfo(f"{row:06d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    cells = [{"bytes": content, "path": None} for content in (*files, b"damaged")]
+    rows = {"image": cells, "fine_label": [*[0, 1] * 3, 0], "coarse_label": [0] * 7}
+    parquet.write_table(pyarrow.table(rows), data / "train-0.parquet")
+    features = {"image": datasets.Image(), **{f"{name}_label": datasets.ClassLabel(2) for name in ("fine", "coarse")}}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).save_to_disk(data / "saved")
+
+
+def test_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page's commands and examples run, in order, and its names of images are right."""
+    make_sources(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
+    names: dict[str, Any] = {"__name__": "originals"}
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```$", SOURCES.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+        if language == "python":
+            exec(compile(text, str(SOURCES), "exec"), names)
+        for line in text.splitlines() if language == "sh" else ():
+            program, *words = shlex.split(line, comments=True)
+            if program == "dali-diffusemix":
+                result = CliRunner().invoke(cli.main, words)
+                assert result.exit_code == 0, f"{line}: {result.output}"
+            else:
+                assert program == "pip"
+    stores = {path.name: OriginalStore.open(path).catalog for path in Path("cache").iterdir()}
+    assert {name: (catalog.path(3), list(catalog.classes)) for name, catalog in stores.items()} == {
+        "originals": ("bees/1.jpg", ["ants", "bees"]),
+        "cifar": ("png/train/apple/00003.png", ["apple", "aquarium_fish", "baby"]),
+        "cifar-test": ("png/test/aquarium_fish/00003.png", ["apple", "aquarium_fish", "baby"]),
+        "from-tars": ("000003.png", ["0", "1"]),
+        "by-name": ("000003.png", ["ant", "bee"]),
+        "from-parquet": ("train-0/3", ["0", "1"]),
+        "from-dataset": ("3", ["0", "1"]),
+        "from-arrays": ("3", ["0", "1"]),
+        "from-dataset-in-memory": ("3", ["ant", "bee"]),
+    }
+    assert "train-0.parquet, row 6 unsupported" in capsys.readouterr().out
+
+
+def test_cifar_from_the_archive_to_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the loop of docs/training.md, with fewer images and a smaller batch."""
+    pytest.importorskip("scipy")
+    from miniature import cifar100
+
+    cifar100(tmp_path / "data" / "cifar-100-python")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DALI_DIFFUSEMIX_CACHE", str(tmp_path / "own"))
+    page = (ROOT / "docs" / "training.md").read_text("utf-8")
+    section = page.split("\n## Small images: CIFAR-100\n")[1].split("\n## ")[0]
+    (commands,) = re.findall(r"^```sh\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    (loop,) = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    for line in commands.splitlines():
+        _, *words = shlex.split(line.replace("--count 64", "--count 4"))
+        result = CliRunner().invoke(cli.main, words)
+        assert result.exit_code == 0, f"{line}: {result.output}"
+    names: dict[str, Any] = {"__name__": "training"}
+    exec(compile(loop.replace("batch_size=128", "batch_size=8"), "docs/training.md", "exec"), names)
+    assert names["images"].shape == (8, 3, 32, 32) and names["train_set"].store.raw
+    assert sum(len(labels) for _, labels in names["test_loader"]) == len(names["test_set"])
+    for name in ("train_loader", "test_loader"):
+        names[name].close()
 
 
 # Formats --------------------------------------------------------------------------------------------------------------
@@ -364,7 +451,8 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
     for seed, name in enumerate(names):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         write_photograph(tmp_path / "data" / name, seed, 40, 40)
-    generate(tmp_path / "data", tmp_path / "edits", GenerateConfig(prompts=("a sketch with crayon",), size=40))
+    config = GenerateConfig(prompts=("a sketch with crayon",), size=40, format="jpeg")
+    generate(tmp_path / "data", tmp_path / "edits", config)
     with tarfile.open(tmp_path / "edits" / "shards" / "edits-000000.tar") as tar:
         members = tar.getmembers()
     found = {member.name for member in members}
@@ -381,7 +469,7 @@ def test_members_have_no_owner_and_keys_are_escaped(tmp_path: Path) -> None:
 def test_rejected_edits_lie_apart(tmp_path: Path) -> None:
     (tmp_path / "data" / "ants").mkdir(parents=True)
     write_photograph(tmp_path / "data" / "ants" / "1.jpg", 0, 40, 40)
-    config = GenerateConfig(prompts=("autumn",), size=40, thresholds=Thresholds(like=1.0))
+    config = GenerateConfig(prompts=("autumn",), size=40, format="jpeg", thresholds=Thresholds(like=1.0))
     generate(tmp_path / "data", tmp_path / "edits", config)
     shard = json.loads((tmp_path / "edits" / "shards" / "edits-000000.json").read_text())
     assert set(shard["files"]) == {"tar", "idx", "npy", "rejected"}

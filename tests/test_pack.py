@@ -266,7 +266,7 @@ def test_another_order_of_rows_is_paired_by_path(photos: Path, edits: Path, bank
     config = GenerateConfig(prompts=("autumn", "snowy"), size=48, variants=2)
     shutil.copytree(edits, tmp_path / "edits")
     generate(tmp_path / "packed", tmp_path / "edits", config)
-    generate(photos, tmp_path / "whole", GenerateConfig(prompts=("autumn", "snowy"), size=48))
+    generate(photos, tmp_path / "whole", GenerateConfig(prompts=("autumn", "snowy"), size=48, format="jpeg"))
     generate(photos, tmp_path / "whole", config)
     assert content(tmp_path / "whole" / "shards") == content(tmp_path / "edits" / "shards")
 

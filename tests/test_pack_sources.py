@@ -481,7 +481,7 @@ def assert_same_edits(found: Path, expected: Path) -> None:
     """Of all rows everything but their places; of accepted edits the pixels, of rejected ones the bytes."""
     ours, theirs = EditStore.open(found), EditStore.open(expected)
     assert ours.shards == theirs.shards and ours.prompts == theirs.prompts and len(ours) == len(theirs)
-    assert ours.catalog.fingerprint == theirs.catalog.fingerprint
+    assert list(ours.catalog.paths) == list(theirs.catalog.paths)  # rows name them
     for shard in ours.shards:
         for row, other in zip(ours.shard_rows(shard), theirs.shard_rows(shard), strict=True):
             for name in ("original", "prompt", "variant", "seed", "height", "width", "verdict"):

@@ -223,7 +223,7 @@ def test_a_shard_that_is_gone_is_replaced_as_everywhere(photos: Path, tmp_path: 
     assert len(loader.quarantine) == len(gone)
     with pytest.warns(QuarantineWarning):
         assert torch.equal(torch.cat([images for images, _ in DataLoader(plain, batch_size=8)]), found)
-    with pytest.raises(StoreError, match="originals-000001.tar"):
+    with pytest.raises(StoreError, match=r"originals-000001\.tar"):
         DiffuseMixDataset(store, mix=None, crop=EvalCrop(24))
 
 
@@ -279,7 +279,7 @@ def test_a_damaged_index_names_the_row(photos: Path, tmp_path: Path) -> None:
     assert sorted(places.errors) == [4, 9] and "index.npy: is damaged" in str(places.errors[9])
     dataset = DiffuseMixDataset(store, mix=None, crop=EvalCrop(24), on_error="raise")
     for resident in (None, "host"):
-        with pytest.raises(DecodeError, match="index.npy: is damaged"):
+        with pytest.raises(DecodeError, match=r"index\.npy: is damaged"):
             batches(dataset, resident=resident)
     with pytest.raises(DecodeError):
         dataset[9]

@@ -7,9 +7,10 @@ indices ─> plan ─> visible windows ─> read ─> decode ─> substitute ─
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -187,12 +188,12 @@ class BatchMaker:
         return all(one.is_raw for one in self.parts.datasets)
 
     @cached_property
-    def plans_at_once(self) -> bool:
-        """True if batches are planned in `next` and not in the reading thread.
+    def planned_together(self) -> int:
+        """Samples that are planned and read at a time; 0 is a batch.
 
-        Planning holds the interpreter's lock, for which the mix of small images would wait longer than it takes.
+        For small images NumPy's calls take longer than what they do, and hold the interpreter's lock meanwhile.
         """
-        return self._raw and all(is_small(one) for one in self.parts.datasets)
+        return _TOGETHER if self._raw and all(map(is_small, self.parts.datasets)) else 0
 
     @property
     def decoded_on(self) -> Literal["cpu", "gpu"]:
@@ -246,20 +247,24 @@ class BatchMaker:
             return self._residents.request
         return partial(request, visible_only=self.delivery.visible_parts)
 
-    def deliver(self, planned: "_Planned", decoder: AnyDecoder, clock: "Clock") -> Batch:
-        """The decoder's oldest batch, as tensors on the device."""
+    def fetch(self, decoder: AnyDecoder, clock: "Clock") -> Pieces:
+        """The decoder's oldest pieces."""
         begin = time.perf_counter()
-        on_gpu = self.device.type == "cuda"
-        with torch.cuda.device(self.device) if on_gpu else nullcontext():
-            uploads = on_gpu and self.delivery.resident != "device"
+        uploads = self.device.type == "cuda" and self.delivery.resident != "device"
+        with self._on_device():
             pieces = decoder.fetch(self._uploader().stream if uploads else None, self.delivery.timeout)
-            clock.idle += time.perf_counter() - begin
+        clock.idle += time.perf_counter() - begin
+        return pieces
+
+    def deliver(self, planned: "_Planned", pieces: Pieces, decoder: AnyDecoder, clock: "Clock") -> Batch:
+        """A batch, as tensors on the device."""
+        with self._on_device():
             shares = planned.shares if not pieces.errors else self._substituted(planned.shares, pieces, decoder)
             begin = time.perf_counter()
             images = self._images(shares, pieces)
             clock.mix += time.perf_counter() - begin
             labels = self._labels(shares)
-            if on_gpu:
+            if self.device.type == "cuda":
                 labels = labels.pin_memory().to(self.device, non_blocking=True)
         batch: Batch = (images, labels)
         if self.batch_transform is not None:
@@ -267,6 +272,9 @@ class BatchMaker:
         if self.delivery.return_index:
             batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
         return tuple(map(_pinned, batch)) if self._pins else batch
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _substituted(self, shares: "list[_PlannedShare]", pieces: Pieces, decoder: AnyDecoder) -> "list[_PlannedShare]":
         """Replace the samples that cannot be made, in the pieces and in the plans that are returned."""
@@ -468,7 +476,8 @@ class Batches:
         self._batch_size = batch_size
         self._decoder: AnyDecoder | None = None
         self._coming: Iterator[BatchIndices] = iter(())
-        self._under_way: deque[_Planned] = deque()
+        self._under_way: deque[_Planning] = deque()
+        self._fetched: tuple[deque[_Planned], Pieces] | None = None  # batches that are read, and their pieces
 
     def next(self) -> Batch | None:
         """Return the next batch; None after the last."""
@@ -477,19 +486,29 @@ class Batches:
             self.run.started = True
             self._coming = self._order.batches(self.run.epoch, self.run.delivered)
         self._submit()
-        if not self._under_way:
+        if self.exhausted:
             return None
         assert self._decoder is not None
-        planned = self._under_way.popleft()
-        batch = self._maker.deliver(planned, self._decoder, self.clock)
+        if not self._ready:
+            planning = self._under_way.popleft()
+            pieces = self._maker.fetch(self._decoder, self.clock)
+            self._fetched = deque(planning.made), pieces
+        assert self._fetched is not None
+        planned = self._fetched[0].popleft()
+        batch = self._maker.deliver(planned, self._fetched[1], self._decoder, self.clock)
         self.run.delivered, self.run.checksum = planned.batch.delivered, planned.batch.checksum
         self.clock.count(batch, begin)
         return batch
 
     @property
+    def _ready(self) -> int:
+        """Batches that are read and not delivered."""
+        return 0 if self._fetched is None else len(self._fetched[0])
+
+    @property
     def exhausted(self) -> bool:
         """True when `next` has returned the last batch, because it submits at least one more than it returns."""
-        return not self._under_way
+        return not self._under_way and not self._ready
 
     @property
     def inherited(self) -> bool:
@@ -500,6 +519,7 @@ class Batches:
         """End the run here and give the decoder back."""
         self.run.running = False
         self._under_way.clear()
+        self._fetched = None
         decoder, self._decoder = self._decoder, None
         if decoder is not None and not decoder.inherited:
             self.clock.stop()
@@ -507,31 +527,23 @@ class Batches:
 
     def _submit(self) -> None:
         # As many batches are read ahead as are decoded ahead.
-        while len(self._under_way) < 1 + 2 * self._maker.delivery.prefetch_factor:
-            order = next(self._coming, None)
-            if order is None:
+        while self._ready + sum(map(len, self._under_way)) < 1 + 2 * self._maker.delivery.prefetch_factor:
+            first = next(self._coming, None)
+            if first is None:
                 return
             if self._decoder is None:
-                self._decoder = self._maker.take_decoder(self._batch_size or len(order.indices))
+                self._decoder = self._maker.take_decoder(self._batch_size or len(first.indices))
                 self.clock.start(self._decoder)
             maker = self._maker
-            planned = _Planned(maker.parts, self.run.epoch, order, maker.requester())
-            self._decoder.submit(_made(planned) if maker.plans_at_once else planned)
-            self._under_way.append(planned)
+            more = maker.planned_together // max(1, len(first.indices)) - 1
+            batches = [first, *islice(self._coming, max(0, more))]
+            planning = _Planning(maker.parts, self.run.epoch, batches, maker.requester())
+            self._decoder.submit(planning)
+            self._under_way.append(planning)
 
 
-def _made(planned: "_Planned") -> Callable[[], Pieces]:
-    """The same as an already planned batch: what planning raises is raised when the batch is fetched."""
-    try:
-        pieces = planned()
-    except Exception as error:
-        raised = error
-
-        def fail() -> Pieces:
-            raise raised
-
-        return fail
-    return lambda: pieces
+# Samples of small images that are planned at a time.
+_TOGETHER: Final = 2048
 
 
 @dataclass(frozen=True)
@@ -541,25 +553,53 @@ class _PlannedShare:
     number: int  # of the dataset
     plan: BatchPlan
     rows: NDArray[np.int64]  # (m,) in the batch
-    columns: slice  # of the batch's pieces
+    columns: slice  # of the pieces
 
 
+@dataclass(frozen=True)
 class _Planned:
-    """A batch under way. Called in the decoder's reading thread, it makes the plans and the pieces to decode.
+    """A batch that is planned."""
+
+    epoch: int
+    batch: BatchIndices
+    shares: list[_PlannedShare]
+
+
+class _Planning:
+    """Batches under way, one or some. Called in the decoder's reading thread, it makes their plans and their pieces.
 
     It does not hold the maker, which would otherwise live as long as that thread works on it.
     """
 
-    shares: list[_PlannedShare]
+    made: list[_Planned]
 
-    def __init__(self, parts: Parts, epoch: int, batch: BatchIndices, request: Callable[[Shares], Pieces]) -> None:
-        self.epoch, self.batch = epoch, batch
-        self._parts, self._request = parts, request
+    def __init__(
+        self, parts: Parts, epoch: int, batches: Sequence[BatchIndices], request: Callable[[Shares], Pieces]
+    ) -> None:
+        self._parts, self._epoch, self._batches, self._request = parts, epoch, batches, request
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._batches)
 
     def __call__(self) -> Pieces:
-        datasets, self.shares, start = self._parts.datasets, [], 0
-        for number, rows, indices, views in self._parts.shares(self.batch.indices, self.batch.views):
-            plan = datasets[number].planner.batch(self.epoch, indices, views)
-            self.shares.append(_PlannedShare(number, plan, rows, slice(start, start + len(rows))))
+        datasets, batches = self._parts.datasets, self._batches
+        together = len(batches) > 1
+        indices, views = (
+            np.concatenate([getattr(one, name) for one in batches]) if together else getattr(batches[0], name)
+            for name in ("indices", "views")
+        )
+        bounds = np.cumsum([0, *(len(one.indices) for one in batches)])
+        self.made = [_Planned(self._epoch, one, []) for one in batches]
+        plans, start = [], 0
+        for number, rows, index, view in self._parts.shares(indices, views):
+            plan = datasets[number].planner.batch(self._epoch, index, view)
+            plans.append((datasets[number], plan))
+            cuts = np.searchsorted(rows, bounds).tolist()  # rows go up
+            for planned, begin, end, first in zip(self.made, cuts, cuts[1:], bounds.tolist(), strict=False):
+                if end > begin:
+                    its_plan = plan.rows(begin, end) if together else plan
+                    columns = slice(start + begin, start + end)
+                    planned.shares.append(_PlannedShare(number, its_plan, rows[begin:end] - first, columns))
             start += len(rows)
-        return self._request([(datasets[one.number], one.plan) for one in self.shares])
+        return self._request(plans)

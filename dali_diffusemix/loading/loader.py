@@ -43,6 +43,8 @@ class DiffuseMixLoader:
     independent of each other. The same (seed, epoch, index) gives the same sample as under
     `torch.utils.data.DataLoader`, whatever the batch size, the number of threads and of ranks.
 
+    More than ten arguments besides DataLoader's own, because each is a way of delivery that people choose by itself.
+
     Args:
         dataset: The dataset, or a Subset or ConcatDataset of such. It decides every sample; the loader only decides how
             samples are delivered.

@@ -63,7 +63,11 @@ class BatchPlan:
 
     def row(self, row: int) -> "BatchPlan":
         """The plan of one sample, a view."""
-        return replace(self, **{name: getattr(self, name)[row : row + 1] for name in self._columns()})
+        return self.rows(row, row + 1)
+
+    def rows(self, start: int, stop: int) -> "BatchPlan":
+        """The plan of consecutive samples, a view."""
+        return replace(self, **{name: getattr(self, name)[start:stop] for name in self._columns()})
 
     def with_rows(self, rows: Mapping[int, "BatchPlan"]) -> "BatchPlan":
         """The plan with some rows replaced by plans of one sample each."""

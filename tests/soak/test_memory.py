@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dali_diffusemix import PackConfig, pack
+
 EPOCHS = int(os.environ.get("DALI_DIFFUSEMIX_SOAK_EPOCHS", "50"))
 SETTLED = 5  # epochs
 LIMIT = 20.0  # MiB that the last epoch may lie above the one after which everything is in place
@@ -50,7 +52,8 @@ def epochs_of(way: str, root: str, edits: str, fractals: str) -> Iterator[None]:
                 pass
             yield
         return
-    loader = DiffuseMixLoader(dataset, batch_size=64, shuffle=True, num_workers=2, device="cpu")
+    resident = "host" if way == "resident" else None
+    loader = DiffuseMixLoader(dataset, batch_size=64, shuffle=True, num_workers=2, device="cpu", resident=resident)
     for _ in range(EPOCHS):
         for step, (images, _) in enumerate(loader):
             assert len(images)
@@ -80,7 +83,7 @@ def photographs(root: Path) -> None:
         write_photograph(file, i, int(height), int(width), quality=90)
 
 
-@pytest.mark.parametrize("way", ["loader", "breaks", "damaged", "dataset"])
+@pytest.mark.parametrize("way", ["loader", "breaks", "damaged", "dataset", "raw", "resident"])
 def test_memory_stays_flat(
     tmp_path: Path, way: str, make_store: Callable[..., Path], bank: object, measured: Callable[..., None]
 ) -> None:
@@ -91,6 +94,10 @@ def test_memory_stays_flat(
     if way == "damaged":
         for file in sorted(root.rglob("*.jpg"))[::50]:
             file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    if way in ("raw", "resident"):
+        pack(root, tmp_path / "raw", PackConfig(format="raw"))
+        pack(edits, tmp_path / "raw-edits")
+        root, edits = tmp_path / "raw", tmp_path / "raw-edits"
     output = subprocess.check_output([sys.executable, __file__, way, root, edits, bank.path], text=True)
     found = json.loads(output.splitlines()[-1])
     growth = found[-1] - found[SETTLED - 1]
