@@ -121,32 +121,32 @@ class BenchResult:
         return tuple(best.values())
 
     @property
-    def first(self) -> str:
+    def _first(self) -> str:
         """The contender that the others are there for: this loader, mixed if there are edits."""
         return next(iter(self.results), "")
 
-    def speed(self, name: str, over: str) -> float | None:
+    def _over(self, name: str, other: str) -> float | None:
         """A contender's images per second, over those of another; None if one of them was left out."""
-        if name not in self.results or over not in self.results:
+        if name not in self.results or other not in self.results:
             return None
         return statistics.median(self.results[name].images_per_second) / statistics.median(
-            self.results[over].images_per_second
+            self.results[other].images_per_second
         )
 
     @property
     def verdict(self) -> str:
         """One sentence: whether this loader is faster or slower than others here, and why; "" if it ran alone."""
-        mixed = self.first.startswith("diffusemix")
+        mixed = self._first.startswith("diffusemix")
         others = {
             "plain_dali": "plain DALI, which does not mix" if mixed else "plain DALI",
             "pillow_mixed" if mixed else "pillow_plain": "Pillow in DataLoader workers",
         }
-        speeds = {name: speed for name in others if (speed := self.speed(self.first, name)) is not None}
+        speeds = {name: speed for name in others if (speed := self._over(self._first, name)) is not None}
         if not speeds:
             return ""
         compared = " and ".join(_speed(speed, others[name]) for name, speed in speeds.items())
         sentence = f"Here this loader, {'mixing' if mixed else 'without a mix'}, is {compared}"
-        measurement = self.results[self.first]
+        measurement = self.results[self._first]
         if measurement.spent is None or self.settings.get("device") != "cpu":  # a GPU's time is not measured
             return f"{sentence}."
         read, decode, mix = measurement.spent
@@ -190,7 +190,7 @@ class BenchResult:
         }
 
     def _result(self, name: str) -> dict[str, Any]:
-        measurement, ratio = self.results[name], self.speed(name, "plain_dali")
+        measurement, ratio = self.results[name], self._over(name, "plain_dali")
         return measurement.json() | {
             "what": _WHAT.get(name, ""),
             "over_plain_dali": None if ratio is None else round(ratio, 3),
@@ -216,7 +216,7 @@ class BenchResult:
             what = f"{name} ({_WHAT[name].split(':')[0]})" if name in _WHAT else name
             yield from textwrap.wrap(f"{what} left out: {reason}", columns, subsequent_indent="  ")
         yield ""
-        yield f"Tried on {self.first}, each by itself:"
+        yield f"Tried on {self._first}, each by itself:"
         for trial in self.trials:
             text = f"{trial} ({min(trial.gains):.2f} to {max(trial.gains):.2f})"
             yield from _wrapped(text, columns, "  ", "    ")
@@ -234,7 +234,7 @@ class BenchResult:
 
     def _table(self, *, whole: bool) -> Iterator[str]:
         """Two lines for each contender: its name and numbers, and what it is."""
-        over = "plain_dali" if "plain_dali" in self.results else self.first
+        over = "plain_dali" if "plain_dali" in self.results else self._first
         extremes = f"{'lowest':>9}{'highest':>9}" if whole else ""
         label = "vs DALI" if over == "plain_dali" else "relative"
         yield f"{'':20}{'images/s':>9}{extremes}{'CPU ms/image':>14}{'MiB':>7}{label:>10}"
@@ -244,7 +244,7 @@ class BenchResult:
             extremes = f"{row['lowest']:9.0f}{row['highest']:9.0f}" if whole else ""
             yield (
                 f"{name:20}{row['images_per_second']:9.0f}{extremes}"
-                f"{row['cpu_seconds_per_image'] * 1e3:14.2f}{memory:>7}{self.speed(name, over):9.2f}x"
+                f"{row['cpu_seconds_per_image'] * 1e3:14.2f}{memory:>7}{self._over(name, over):9.2f}x"
             )
             if name in _WHAT:
                 yield f"  {_WHAT[name]}"

@@ -27,7 +27,8 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
     """Compare this loader with others on DATA, and advise what to change.
 
     DATA is a folder or a packed store. If it holds many images, a random sample is used. A run takes a
-    minute or two.
+    minute or two. Changes that pay are shown with the commands to run. Raw stores (pack --format raw) are
+    also measured in memory, if they fit, and need no DALI.
 
     \b
     Example:
