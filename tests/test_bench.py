@@ -235,6 +235,22 @@ def test_only_a_gain_in_every_round_is_advice_and_one_for_each_setting() -> None
     assert result.json()["results"]["plain"]["images_per_second"] == 2
 
 
+@pytest.mark.parametrize(
+    ("gains", "advised"), [((1.2, 1.5), ["smaller", "raw"]), ((3.0, 1.5), ["raw"]), ((1.2, 1.0), ["raw"])]
+)
+def test_smaller_images_are_advised_if_nothing_else_gains_as_much(
+    gains: tuple[float, float], advised: list[str]
+) -> None:
+    raw, smaller = gains
+    trials = (
+        Trial(setting="pack", change="same pixels", gains=(1.1,)),
+        Trial(setting="pack smaller", change="smaller", gains=(smaller,)),
+        Trial(setting="pack", change="raw", gains=(raw,)),
+    )
+    result = BenchResult(machine={}, settings={}, results={"plain": measured(1)}, trials=trials)
+    assert [trial.change for trial in result.advice] == advised
+
+
 def test_long_reasons_are_wrapped() -> None:
     settings = {"images": 10**6, "originals": 10**7, "size": 224, "batch_size": 1024, "num_workers": 128}
     result = BenchResult(
@@ -263,7 +279,7 @@ def test_long_reasons_are_wrapped() -> None:
         (101, 100, (7e-4, 1e-4, 1e-4), "about as fast as plain DALI, which does not mix (1.01x)"),
         (101, 100, (7e-4, 1e-4, 1e-4), "reading takes most"),
         (50, 100, (1e-4, 1e-4, 7e-4), "mixing takes most"),
-        (50, 100, (1e-4, 1e-4, 1e-4), "are so small that the work of each batch and sample takes most"),
+        (50, 100, (1e-4, 1e-4, 1e-4), "are so small that the work around decoding, of each file and batch, takes most"),
         (50, 100, (1e-4, 0, 7e-4), "1.00 ms of CPU time (reading 0.10 ms, mixing 0.70 ms and the rest 0.20 ms"),
     ],
 )

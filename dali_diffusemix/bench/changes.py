@@ -172,7 +172,7 @@ def packing(
         options = [] if most is None else ["--max-side", str(most)]
         changes.append(
             Change(
-                setting="pack" if most is None else name,
+                setting="pack" if most is None else "pack smaller",
                 change=f"{name} (on {len(chosen)} of your originals)",
                 before="not packed",
                 without=partial(diffusemix, some, mixed=mixed),

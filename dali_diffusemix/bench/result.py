@@ -118,6 +118,9 @@ class BenchResult:
         best: dict[str, Trial] = {}
         for trial in ranked:
             best.setdefault(trial.setting, trial)
+        packing = [setting for setting in best if setting in ("pack", "pack smaller")]
+        if packing == ["pack", "pack smaller"]:
+            del best["pack smaller"]  # it changes pixels, and gains less
         return tuple(best.values())
 
     @property
@@ -164,7 +167,10 @@ class BenchResult:
         side = self.settings.get("median_size")
         size = "" if side is None else f" (median {side[1]} x {side[0]} pixels)"
         if most == "the rest":
-            return f"images{size} are so small that the work of each batch and sample takes most"
+            what = (
+                "of each batch and sample" if self.settings.get("raw") else "around decoding, of each file and batch,"
+            )
+            return f"images{size} are so small that the work {what} takes most"
         if most == "mixing":
             what = "mixing" if mixed else "resizing"
             raw = self.settings.get("raw")
