@@ -3,9 +3,13 @@
 import json
 import multiprocessing
 import os
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import pytest
 import warm
 from click.testing import CliRunner
 
-from dali_diffusemix import cli
+from dali_diffusemix import DiffuseMixDataset, TrainCrop, cli
 from dali_diffusemix.bench import (
     BenchResult,
     Contender,
@@ -22,15 +26,17 @@ from dali_diffusemix.bench import (
     PillowCrops,
     Trial,
     bench,
+    changes,
     extract,
     interleaved,
     measure,
     plain_dali_batches,
 )
+from dali_diffusemix.bench.result import Spent
 from dali_diffusemix.errors import ConfigError, DiffuseMixError, StoreError
 from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.store import OriginalStore
-from dali_diffusemix.store.pack import PackConfig, pack
+from dali_diffusemix.store.pack import PackConfig, pack, packed_bytes, source_to_pack
 
 pytestmark = pytest.mark.slow
 
@@ -68,7 +74,7 @@ def result(photos: Path, edits: Path, bank: FractalBank) -> BenchResult:
 
 
 def check_json(content: dict[str, Any], contenders: list[str]) -> None:
-    assert list(content) == ["machine", "settings", "results", "left_out", "tried", "advice"]
+    assert list(content) == ["machine", "settings", "results", "left_out", "tried", "advice", "verdict"]
     assert {"processor", "cores", "python", "versions", "date"} <= set(content["machine"])
     assert list(content["results"]) == contenders
     assert content["left_out"] == {}
@@ -76,7 +82,9 @@ def check_json(content: dict[str, Any], contenders: list[str]) -> None:
         assert len(measured["rounds"]) == 2
         assert 0 < measured["lowest"] <= measured["images_per_second"] <= measured["highest"]
         assert measured["cpu_seconds_per_image"] > 0
-        assert 50 < measured["peak_memory_mib"] < 5000
+        assert 20 < measured["peak_memory_mib"] < 5000
+        assert measured["what"] and measured["over_plain_dali"] > 0
+    assert content["results"]["plain_dali"]["over_plain_dali"] == 1
     for one in content["tried"]:
         assert 0 < one["lowest"] <= one["gain"] <= one["highest"]
     assert all(one in content["tried"] for one in content["advice"])
@@ -90,14 +98,37 @@ def test_all_contenders_are_measured_and_changes_tried(result: BenchResult) -> N
     assert "prefetch_factor=1 instead of 2" in changes
     assert "pack --max-side 30 (on 32 of your originals)" in changes
     assert "pack, the same pixels (on 32 of your originals)" in changes
+    assert 'pack --format raw, resident="host" (on 32 of your originals)' in changes
+    for name in ("diffusemix", "plain"):
+        spent = content["results"][name]["seconds_per_image"]
+        assert list(spent) == ["read", "decode", "mix"] and all(0 < seconds < 0.1 for seconds in spent.values())
+    assert content["results"]["plain_dali"]["seconds_per_image"] is None
+    assert content["settings"]["median_size"] == [95, 66] and content["settings"]["raw"] is False
 
 
-def test_the_text_fits_a_terminal(result: BenchResult) -> None:
-    lines = list(result.lines())
-    assert max(map(len, lines)) <= 80
+def test_raw_packing_is_advised_by_its_commands(result: BenchResult, photos: Path, edits: Path) -> None:
+    raw = next(trial for trial in result.trials if 'resident="host"' in trial.change)
+    targets = [f"{photos}-raw", f"{edits}-raw"]
+    found = [(shlex.split(line), size) for line, size in raw.commands]
+    assert [words for words, _ in found] == [
+        ["dali-diffusemix", "pack", str(source), target, "--format", "raw"]
+        for source, target in zip((photos, edits), targets, strict=True)
+    ]
+    for source, (_, size) in zip((photos, edits), found, strict=True):
+        assert size == packed_bytes(source_to_pack(source), PackConfig(format="raw")) or source == edits
+    assert all(target in raw.use for target in targets) and 'resident="host"' in raw.use
+    assert result.json()["tried"][-1]["commands"] == [{"command": line, "bytes": size} for line, size in raw.commands]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_text_fits_a_terminal(result: BenchResult, columns: int) -> None:
+    lines = list(result.lines(columns))
+    assert all(len(line) <= columns for line in lines if "/" not in line)  # paths are whole, to be copied
     for name in CONTENDERS:
-        assert sum(line.startswith(f"{name} ") for line in lines) == 1
-    assert lines[-1].startswith("Advice: ")
+        [at] = [i for i, line in enumerate(lines) if line.startswith(f"{name} ")]
+        assert lines[at + 1] == f"  {result.json()['results'][name]['what']}"
+    assert any(line.startswith("Advice: ") for line in lines)
+    assert " ".join(lines).endswith(" " + result.verdict)
 
 
 def test_the_command_without_edits(photos: Path, tmp_path: Path) -> None:
@@ -109,7 +140,79 @@ def test_the_command_without_edits(photos: Path, tmp_path: Path) -> None:
     assert shown.stderr == ""
     content = json.loads(shown.stdout)
     check_json(content, ["plain", "plain_dali", "pillow_plain"])
-    assert not any("pack" in one["change"] for one in content["tried"])  # it is packed already
+    packing = [one for one in content["tried"] if "pack" in one["change"]]
+    assert [one["change"].partition(" (")[0] for one in packing] == [
+        "pack --format raw",  # the rest it is already
+        'pack --format raw, resident="host"',
+    ]
+    assert packing[0]["commands"][0]["command"].startswith("dali-diffusemix pack FOLDER ")
+    assert "where FOLDER is what that was packed from" in packing[0]["use"]
+
+
+@pytest.fixture(scope="module")
+def raw(photos: Path, edits: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The originals and their edits in raw stores."""
+    folder = tmp_path_factory.mktemp("raw")
+    pack(photos, folder / "originals", PackConfig(format="raw"))
+    pack(edits, folder / "edits", PackConfig(format="raw"))
+    return folder / "originals", folder / "edits"
+
+
+def test_raw_stores_are_measured_from_disk_and_from_memory(raw: tuple[Path, Path], bank: FractalBank) -> None:
+    assert bank.path is not None
+    originals, edits = raw
+    found = bench(originals, edits=edits, fractals=bank.path, images=24, **(SMALL | {"batch_size": 1}))
+    content = found.json()
+    check_json(content, [CONTENDERS[0], "diffusemix_resident", *CONTENDERS[1:]])
+    assert content["settings"]["images"] == 32 and content["settings"]["raw"] is True
+    for name in ("diffusemix", "diffusemix_resident"):
+        assert content["results"][name]["seconds_per_image"]["decode"] == 0
+    assert not any("pack" in one["change"] for one in content["tried"])
+    assert content["tried"][-1]["change"] == 'resident="host"'
+
+
+def test_only_what_is_not_raw_is_packed(raw: tuple[Path, Path], photos: Path, edits: Path, bank: FractalBank) -> None:
+    assert bank.path is not None
+    for root, store, packed in ((raw[0], edits, edits), (photos, raw[1], photos)):
+        found = bench(root, edits=store, fractals=bank.path, **(SMALL | {"rounds": 1, "seconds": 0.01}))
+        [line] = {line for trial in found.trials if "raw" in trial.change for line, _ in trial.commands}
+        assert shlex.split(line)[2] == str(packed)
+        assert not any("resident" in name for name in found.results)
+
+
+def test_without_room_nothing_is_resident_and_large_images_stay_jpegs(
+    raw: tuple[Path, Path], photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "free_memory", lambda: 2**20)
+    found = bench(raw[0], **(SMALL | {"rounds": 1, "seconds": 0.01}))
+    assert list(found.results) == ["plain", "plain_dali", "pillow_plain"]
+    assert found.left_out["plain_resident"].endswith("1.0 MB of memory are free")
+    dataset = DiffuseMixDataset(photos, mix=None, crop=TrainCrop(24))
+    assert changes.RawImages.of(dataset, "cpu").small
+    monkeypatch.setattr(changes, "_SMALL", 64 * 64)
+    large = changes.RawImages.of(dataset, "cpu")
+    assert not large.small and large.resident is None and not large.there
+
+
+def test_raw_stores_are_measured_without_dali(raw: tuple[Path, Path], tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys\n"
+        "sys.modules['nvidia.dali'] = None\n"
+        "from dali_diffusemix import cli\n"
+        "if __name__ == '__main__':\n"
+        "    cli.main()\n"
+    )
+    options = ["--batch-size", "8", "--threads", "1", "--size", "24", "--rounds", "1", "--seconds", "0.01", "--json"]
+    run = subprocess.run(
+        [sys.executable, script, "bench", raw[0], *options], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    content = json.loads(run.stdout)
+    assert list(content["results"]) == ["plain", "plain_resident", "pillow_plain"]
+    assert "DALI" in content["left_out"]["plain_dali"]
+    assert content["results"]["plain"]["over_plain_dali"] is None
+    assert "plain DALI" not in content["verdict"] and "Pillow" in content["verdict"]
 
 
 def measured(*rates: float) -> Measurement:
@@ -132,6 +235,22 @@ def test_only_a_gain_in_every_round_is_advice_and_one_for_each_setting() -> None
     assert result.json()["results"]["plain"]["images_per_second"] == 2
 
 
+@pytest.mark.parametrize(
+    ("gains", "advised"), [((1.2, 1.5), ["smaller", "raw"]), ((3.0, 1.5), ["raw"]), ((1.2, 1.0), ["raw"])]
+)
+def test_smaller_images_are_advised_if_nothing_else_gains_as_much(
+    gains: tuple[float, float], advised: list[str]
+) -> None:
+    raw, smaller = gains
+    trials = (
+        Trial(setting="pack", change="same pixels", gains=(1.1,)),
+        Trial(setting="pack smaller", change="smaller", gains=(smaller,)),
+        Trial(setting="pack", change="raw", gains=(raw,)),
+    )
+    result = BenchResult(machine={}, settings={}, results={"plain": measured(1)}, trials=trials)
+    assert [trial.change for trial in result.advice] == advised
+
+
 def test_long_reasons_are_wrapped() -> None:
     settings = {"images": 10**6, "originals": 10**7, "size": 224, "batch_size": 1024, "num_workers": 128}
     result = BenchResult(
@@ -143,6 +262,41 @@ def test_long_reasons_are_wrapped() -> None:
     lines = list(result.lines())
     assert max(map(len, lines)) <= 80
     assert lines[-1] == "Advice: nothing to change"
+
+
+@pytest.mark.parametrize(
+    ("ours", "dali", "spent", "words"),
+    [
+        (300, 100, (1e-4, 7e-4, 1e-4), "faster than plain DALI, which does not mix (3.00x)"),
+        (
+            300,
+            100,
+            (1e-4, 7e-4, 1e-4),
+            "only the parts of images (median 500 x 375 pixels) that samples show are decoded",
+        ),
+        (50, 100, (1e-4, 7e-4, 1e-4), "slower than plain DALI, which does not mix (0.50x)"),
+        (50, 100, (1e-4, 7e-4, 1e-4), "decoding takes most: an original and an edit have to be decoded"),
+        (101, 100, (7e-4, 1e-4, 1e-4), "about as fast as plain DALI, which does not mix (1.01x)"),
+        (101, 100, (7e-4, 1e-4, 1e-4), "reading takes most"),
+        (50, 100, (1e-4, 1e-4, 7e-4), "mixing takes most"),
+        (50, 100, (1e-4, 1e-4, 1e-4), "are so small that the work around decoding, of each file and batch, takes most"),
+        (50, 100, (1e-4, 0, 7e-4), "1.00 ms of CPU time (reading 0.10 ms, mixing 0.70 ms and the rest 0.20 ms"),
+    ],
+)
+def test_the_verdict_is_honest_and_says_why(
+    ours: float, dali: float, spent: tuple[float, float, float], words: str
+) -> None:
+    result = BenchResult(
+        machine={},
+        settings={"median_size": [375, 500], "device": "cpu"},
+        results={"diffusemix": replace(measured(ours), spent=Spent(*spent)), "plain_dali": measured(dali)},
+    )
+    assert words in result.verdict
+    assert result.verdict.endswith(".") and result.verdict.count(". ") == 0
+
+
+def test_a_loader_that_ran_alone_has_no_verdict() -> None:
+    assert BenchResult(machine={}, settings={}, results={"plain": measured(1)}).verdict == ""
 
 
 @pytest.mark.parametrize(

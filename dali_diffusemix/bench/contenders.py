@@ -18,6 +18,7 @@ from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.loading.auto import Decode
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.loader import DiffuseMixLoader
+from dali_diffusemix.loading.resident import Resident
 from dali_diffusemix.mix.pixel import edit_weight
 from dali_diffusemix.mix.tensor import IMAGENET_MEAN, IMAGENET_STD
 from dali_diffusemix.plan.batch import BatchPlan
@@ -33,6 +34,7 @@ class Contender:
 
     epoch: Callable[[], Iterator[int]]  # begins an epoch; yields the size of each batch when it arrives
     ahead: int  # batches that it prefetches at most
+    spent: Callable[[], NDArray[np.float64]] | None = None  # seconds of reading, decoding and mixing since the start
 
 
 Factory = Callable[[], Contender]
@@ -47,6 +49,7 @@ def diffusemix(
     visible_parts: bool = True,
     prefetch_factor: int = 2,
     decode: Decode = "auto",
+    resident: Resident | None = None,
 ) -> Contender:
     """Return this package's loader, with mixed or with plain images."""
     loader = DiffuseMixLoader(
@@ -59,8 +62,20 @@ def diffusemix(
         prefetch_factor=prefetch_factor,
         visible_parts=visible_parts,
         decode=decode,
+        resident=resident,
     )
-    return Contender(epoch=lambda: (len(images) for images, _ in loader), ahead=prefetch_factor + 1)
+    before = np.zeros(3)  # of the epochs that have ended
+
+    def spent() -> NDArray[np.float64]:
+        stats = loader.stats()  # of the newest epoch
+        return np.add(before, (stats.read, stats.decode, stats.mix))
+
+    def epoch() -> Iterator[int]:
+        nonlocal before
+        before = spent()
+        return (len(images) for images, _ in loader)
+
+    return Contender(epoch=epoch, ahead=prefetch_factor + 1, spent=spent)
 
 
 def plain_dali(material: Material, *, form: str = "region") -> Contender:

@@ -21,11 +21,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.bench.contenders import Contender, Factory
-from dali_diffusemix.bench.result import Measurement
+from dali_diffusemix.bench.result import Measurement, Spent
 from dali_diffusemix.errors import DataError, DiffuseMixError
 
 __all__ = ["MemoryWatch", "cpu_seconds", "interleaved", "machine"]
@@ -104,6 +106,7 @@ class _Turn:
     seconds: float
     cpu_seconds: float
     peak_memory_mib: float | None = None
+    spent: NDArray[np.float64] | None = None  # seconds of reading, decoding and mixing
 
 
 class _Stream:
@@ -131,6 +134,7 @@ class _Stream:
         if seconds is not None:
             self._take(self._contender.ahead)
         _synchronize()
+        begin_spent = self._spent()
         images, begin, begin_cpu = 0, time.perf_counter(), cpu_seconds()
         if seconds is None:
             self._batches = self._contender.epoch()
@@ -140,7 +144,11 @@ class _Stream:
             while images == 0 or time.perf_counter() - begin < seconds:
                 images += self._take(self._contender.ahead)
         _synchronize()
-        return _Turn(images=images, seconds=time.perf_counter() - begin, cpu_seconds=cpu_seconds() - begin_cpu)
+        turn = _Turn(images=images, seconds=time.perf_counter() - begin, cpu_seconds=cpu_seconds() - begin_cpu)
+        return turn if begin_spent is None else replace(turn, spent=self._spent() - begin_spent)
+
+    def _spent(self) -> Any:
+        return None if self._contender.spent is None else self._contender.spent()
 
 
 def _synchronize() -> None:
@@ -310,10 +318,12 @@ def interleaved(
 
 def _measurement(turns: Sequence[_Turn]) -> Measurement:
     """Sum up the turns; the first one only gives the memory."""
+    spent = [turn.spent / turn.images for turn in turns[1:] if turn.spent is not None]
     return Measurement(
         images_per_second=tuple(turn.images / turn.seconds for turn in turns[1:]),
         cpu_seconds_per_image=tuple(turn.cpu_seconds / turn.images for turn in turns[1:]),
         peak_memory_mib=turns[0].peak_memory_mib,
+        spent=Spent(*np.median(spent, axis=0).tolist()) if spent else None,
     )
 
 

@@ -9,12 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.bench import changes
 from dali_diffusemix.bench.contenders import Factory, diffusemix, pillow, plain_dali
 from dali_diffusemix.bench.material import LEAST_BATCHES, Material, decodable, extract, random_rows, reduced
 from dali_diffusemix.bench.measure import interleaved, machine
-from dali_diffusemix.bench.result import BenchResult
+from dali_diffusemix.bench.result import BenchResult, gigabytes
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
@@ -45,9 +47,11 @@ def bench(
     """Compare this loader with others on one's own images, and try changes that could make it faster.
 
     The contenders are `diffusemix` (every sample that has an edit is mixed), `plain` (this loader, nothing mixed),
-    `plain_dali`, `pillow_plain` and `pillow_mixed`; without edits only the plain ones. A large folder is represented by
-    a random sample of it, the same for all contenders and for the same seed. Other values of num_workers and
-    prefetch_factor are tried and, if originals are much larger than a sample, packing them smaller.
+    `plain_dali`, `pillow_plain` and `pillow_mixed`; without edits only the plain ones. Of raw stores that fit into
+    memory, also `diffusemix_resident` (or `plain_resident`): they stay there. A large folder is represented by a random
+    sample of it, the same for all contenders and for the same seed. Other values of num_workers and prefetch_factor are
+    tried, and packing: with the same pixels; smaller, if originals are much larger than a sample; as raw pixels, if
+    originals are small, or all images as raw pixels take a small part of the free memory.
 
     Call it under `if __name__ == "__main__":`, because contenders run in processes of their own. More than ten
     arguments, because they are the options of the command: an object of them would only wrap plain values.
@@ -69,7 +73,7 @@ def bench(
     Raises:
         ConfigError: An argument breaks its rule.
         CatalogError, StoreError: The originals, edits or fractals cannot be used.
-        MissingDependencyError: DALI, or what the device needs, is missing.
+        MissingDependencyError: DALI, which only raw stores do not need, or what the device needs, is missing.
         DiffuseMixError: This package's loader failed, or its process ended. Others that fail are in `left_out`.
     """
     num_workers = cpus() if num_workers is None else num_workers
@@ -88,8 +92,10 @@ def bench(
     if (edits is None) != (fractals is None):
         given, lacking = ("edits", "fractals") if fractals is None else ("fractals", "edits")
         raise ConfigError(f"edits and fractals must be given together, found {given} alone; give {lacking} too.")
-    dali()
     dataset = DiffuseMixDataset(root, edits=edits, fractals=fractals, mix=None, crop=TrainCrop(size), seed=seed)
+    raw = changes.RawImages.of(dataset, device)
+    if not raw.there:
+        dali()
     with tempfile.TemporaryDirectory(prefix="dali-diffusemix-bench-") as scratch:
         material = Material(
             root=Path(root),
@@ -109,7 +115,8 @@ def bench(
         if dataset.original_store is not None:
             material = replace(material, files=extract(dataset.original_store, rows.tolist(), Path(scratch) / "files"))
 
-        mixed = edits is not None
+        given_edits = None if edits is None else Path(edits)  # the material's may be a part of them
+        mixed = given_edits is not None
         contenders: dict[str, Factory] = {
             "plain": partial(diffusemix, material, mixed=False),
             "plain_dali": partial(plain_dali, material),
@@ -121,8 +128,14 @@ def bench(
                 **contenders,
                 "pillow_mixed": partial(pillow, material, mixed=True),
             }
+        name, no_room = next(iter(contenders)), {}
+        if raw.there and raw.resident is None:
+            no_room[f"{name}_resident"] = f"{gigabytes(raw.bytes)} of images, {gigabytes(raw.free)} of memory are free"
+        elif raw.there:
+            ours = partial(diffusemix, material, mixed=mixed, resident=raw.resident)
+            contenders = {name: contenders[name], f"{name}_resident": ours, **contenders}
         tried = changes.settings(material, mixed)
-        tried += changes.packing(material, dataset, rows, Path(scratch) / "packing", mixed)
+        tried += changes.packing(material, dataset, rows, Path(scratch) / "packing", given_edits, raw)
         variants = changes.contenders_of(tried)
         done, total = 0, (1 + rounds) * (len(contenders) + len(variants))
 
@@ -135,8 +148,11 @@ def bench(
         others = [name for name in contenders if name not in _OURS]
         results, left_out = interleaved(contenders, rounds=rounds, seconds=seconds, optional=others, progress=step)
         with_changes, _ = interleaved(variants, rounds=rounds, seconds=seconds / 2, together=True, progress=step)
+    left_out |= no_room
     settings = {
         "root": str(root),
+        "raw": raw.there,
+        "median_size": np.median(dataset.catalog.sizes, axis=0).astype(int).tolist(),
         "originals": len(dataset),
         "images": len(rows),
         "undecodable": undecodable,
@@ -153,5 +169,5 @@ def bench(
         settings=settings,
         results=results,
         left_out=left_out,
-        trials=tuple(changes.trials_of(tried, with_changes)),
+        trials=(*changes.trials_of(tried, with_changes), *changes.of_residence(raw, results)),
     )

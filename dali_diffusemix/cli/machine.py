@@ -1,6 +1,7 @@
 """`bench`, `doctor` and `demo`: what this package can do on this machine."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
     """Compare this loader with others on DATA, and advise what to change.
 
     DATA is a folder or a packed store. If it holds many images, a random sample is used. A run takes a
-    minute or two.
+    minute or two. Changes that pay are shown with the commands to run. Raw stores (pack --format raw) are
+    also measured in memory, if they fit, and need no DALI.
 
     \b
     Example:
@@ -37,7 +39,7 @@ def bench_command(root: Path, threads: int | None, as_json: bool, **settings: An
     display = Display(as_json)
     with display.progress("Measuring", "turns") as progress:
         result = bench(root, num_workers=threads, progress=progress, **settings)
-    for line in result.lines():
+    for line in result.lines(shutil.get_terminal_size().columns):
         display.line(line)
     display.result(result.json())
 
