@@ -356,10 +356,11 @@ def entries_32(options: argparse.Namespace, folder: Path) -> dict[str, Entry]:
         "diffusemix_resident_channels_last": Entry(make=partial(raw, resident="host", channels_last=True)),
     }
     if options.device != "cpu":
+        some = MIXES if options.variants else ("float", "padded", "select", "quadrants")
         return {
             "diffusemix_resident": Entry(make=partial(raw, resident="device")),
             "diffusemix_resident_channels_last": Entry(make=partial(raw, resident="device", channels_last=True)),
-            **{f"torch_{mix}": Entry(make=partial(by_hand, prepared, options, mix, "")) for mix in MIXES},
+            **{f"torch_{mix}": Entry(make=partial(by_hand, prepared, options, mix, "")) for mix in some},
         }
     ways = [BEST]
     if options.variants:  # DataLoader's workers only for the plainest and the fastest

@@ -34,6 +34,7 @@ NASTY = "<img src=x onerror=alert(1)>'\" & 100%"
 CONFIG = GenerateConfig(
     prompts=("autumn", "snowy", "mosaic"),
     size=48,
+    format="jpeg",
     originals_per_shard=4,
     denied={"mosaic": ("b*",)},
     thresholds=Thresholds(unlike=0.75),  # strict enough that some are rejected

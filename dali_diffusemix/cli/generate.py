@@ -105,8 +105,8 @@ def _layouts() -> Iterable[str]:
 )
 @json_option
 def generate_command(root: Path, store: Path, config: Path | None, as_json: bool, **given: Any) -> None:
-    """Edit the images of ROOT, a folder or a packed store, into the folder STORE. Running it again makes only
-    what is missing. The procedural editor uses no model: it is not diffusion.
+    """Edit the images of ROOT into the folder STORE. Running it again makes only what is missing. The
+    procedural editor uses no model: it is not diffusion.
 
     \b
     Example:

@@ -44,9 +44,7 @@ class GenerateOptions:
     variants: int | None = _option("Edits per image and prompt.", 1)
     seed: int | None = _option("The same seed gives the same edits.", 0)
     retry: int | None = _option("New attempts for a rejected edit.", 0)
-    format: str | None = _option(
-        "jpeg, png or raw: the last two keep every pixel; raw loads fastest.", "jpeg", "raw up to size 64, else jpeg"
-    )
+    format: str | None = _option("jpeg, png or raw.", "jpeg", "raw up to size 64, else jpeg")
     quality: int | None = _option("JPEG quality, 1 to 100.", 90, "90; if it is given, format is jpeg")
     batch_size: int | None = _option("Edits per batch.", 16)
     originals_per_shard: int | None = _option(

@@ -116,27 +116,15 @@ def fractals_command(
 @click.argument("source", type=PATH)
 @click.argument("store", type=PATH)
 @click.option(
-    "--from",
-    "kind",
-    metavar="KIND",
-    help="What SOURCE is: folder, webdataset, parquet, or a published dataset, such as cifar100 or cub.  [default: "
-    "told by its name]",
+    "--from", "kind", metavar="KIND", help="folder, webdataset, parquet or a dataset, as cub.  [default: found]"
 )
-@click.option("--image", metavar="NAME", help="Column, or ending in a tar, of the images.  [default: found]")
-@click.option(
-    "--label",
-    metavar="NAME",
-    help="Column, or ending in a tar, of the labels; none if there are none.  [default: found]",
-)
-@click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a published dataset.")
-@click.option(
-    "--format",
-    type=click.Choice(("raw", "png", "jpeg")),
-    help="Store plain pixels, PNGs or JPEGs.  [default: files as they are; of edits raw]",
-)
+@click.option("--image", metavar="NAME", help="Column or ending of the images.  [default: found]")
+@click.option("--label", metavar="NAME", help="The same of the labels; none: no labels.  [default: found]")
+@click.option("--split", default="train", show_default=True, metavar="NAME", help="Of a published dataset.")
+@click.option("--format", metavar="NAME", help="raw, png or jpeg.  [default: as files are; of edits raw]")
 @click.option("--max-side", type=int, metavar="N", help="Shrink images whose longest side is over N pixels.")
 @click.option("--quality", type=int, metavar="N", help="JPEG quality, 1 to 100.  [default: 90]")
-@click.option("--no-tiles", is_flag=True, help="Copy files byte for byte; loading them takes longer.")
+@click.option("--no-tiles", is_flag=True, help="Copy files byte for byte; loading takes longer.")
 @json_option
 def pack_command(
     source: Path,
@@ -151,23 +139,13 @@ def pack_command(
     no_tiles: bool,
     as_json: bool,
 ) -> None:
-    """Pack the images of SOURCE into the folder STORE, which is faster to read.
-
-    SOURCE is a folder of class folders, a published dataset, WebDataset tars or Parquet files (one file, a
-    folder of them or a quoted pattern), or an edit store. Train on STORE in place of SOURCE: edits made from
-    one fit the other.
-
-    Files are kept as they are, and JPEGs divided into tiles, so that loading reads only the visible ones.
-    With --format raw, plain pixels are stored: it takes more room, and nothing has to be decoded any more,
-    which is what small images need most. No pixel changes unless --max-side, --quality or --format jpeg
-    is given. Running it again resumes.
+    """Pack a folder, a published dataset, WebDataset tars, Parquet files or an edit store into STORE,
+    which replaces it and is faster to read. Pixels change only with --max-side, --quality or jpeg. As raw
+    images, nothing has to be decoded, which small ones need most. Running it again resumes.
 
     \b
-    Examples:
-      dali-diffusemix pack data/train cache/originals --max-side 500
+    Example:
       dali-diffusemix pack data/cifar-100-python cache/cifar --from cifar100 --format raw
-      dali-diffusemix pack "data/train-*.tar" cache/originals
-      dali-diffusemix pack cache/edits cache/raw-edits
     """
     from dali_diffusemix.sources.tars import WebDatasetSource
     from dali_diffusemix.store import EditStore
