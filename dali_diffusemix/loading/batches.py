@@ -29,7 +29,7 @@ from dali_diffusemix.loading.parts import Parts
 from dali_diffusemix.loading.pieces import Pieces, Shares, is_small, request
 from dali_diffusemix.loading.quarantine import Failure, Quarantine, Substitution
 from dali_diffusemix.loading.ranks import Ranks
-from dali_diffusemix.loading.resident import PiecesInMemory, Resident, Residents
+from dali_diffusemix.loading.resident import PiecesOnDevice, Resident, Residents
 from dali_diffusemix.loading.samplers import BatchIndices, Order
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix.call import mix, mix_on_device
@@ -37,7 +37,7 @@ from dali_diffusemix.mix.tensor import DtypeName, TensorFormat
 from dali_diffusemix.plan.batch import BatchPlan
 
 Batch = tuple[torch.Tensor, ...]
-AnyDecoder: TypeAlias = PieceDecoder | PiecesInMemory
+AnyDecoder: TypeAlias = PieceDecoder | PiecesOnDevice
 BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
@@ -215,8 +215,8 @@ class BatchMaker:
 
     def take_decoder(self, batch_size: int) -> AnyDecoder:
         """A decoder for one iterator."""
-        if self._residents is not None:
-            return PiecesInMemory()
+        if self.delivery.resident == "device":
+            return PiecesOnDevice()
         with suppress(IndexError):  # each of several threads takes its own
             while (decoder := self._free.pop()).inherited:
                 pass

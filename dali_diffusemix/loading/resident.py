@@ -346,11 +346,8 @@ class _DeviceMemory(_Memory):
         return memory  # type: ignore[return-value]
 
 
-class PiecesInMemory:
-    """Takes the place of a `PieceDecoder`: nothing is read or decoded, so pieces are made when they are fetched.
-
-    A thread would gain nothing: making them holds the interpreter's lock, for which the mix would wait.
-    """
+class PiecesOnDevice:
+    """Takes the place of a `PieceDecoder`: nothing is read or decoded, so pieces are made when they are fetched."""
 
     inherited = False
     intact = True
