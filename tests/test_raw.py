@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from material import write_photograph, write_photographs
+from PIL import Image
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from dali_diffusemix import (
@@ -27,9 +29,11 @@ from dali_diffusemix import (
     RandomCrop,
     StoreError,
     TrainCrop,
+    cli,
 )
 from dali_diffusemix.images import reading
 from dali_diffusemix.images.codec import decode, raw_header
+from dali_diffusemix.inspect.export import export
 from dali_diffusemix.inspect.verify import discard, verify
 from dali_diffusemix.plan.crops import Crop
 from dali_diffusemix.store import OriginalStore
@@ -322,3 +326,31 @@ def test_refusals(photos: Path, edits: Path, stores: tuple[Path, Path], bank: Fr
     assert EditStore.open(stores[1]).raw and not EditStore.open(edits).raw
     with pytest.raises(StoreError, match="made with other settings"):
         pack(edits, stores[1], PackConfig(format="png"))
+
+
+def test_exported_raw_images_are_pngs(photos: Path, stores: tuple[Path, Path], tmp_path: Path) -> None:
+    """Other loaders list them, and get the same pixels."""
+    done = export(stores[0], stores[1], tmp_path / "out")
+    originals, edits = OriginalStore.open(stores[0]), EditStore.open(stores[1])
+    assert (done.originals, done.edits, done.left_out) == (33, len(edits), 0)
+    for row, path in enumerate(originals.catalog.paths):
+        file = tmp_path / "out" / f"{path}.png"
+        assert Image.open(file).format == "PNG"
+        np.testing.assert_array_equal(decode(file), decode(photos / path))
+        for edit in range(edits.starts[row], edits.starts[row + 1]):
+            name = f"{path}.{edits.slug_of(edit)}.{edits.index['variant'][edit]}.png"
+            np.testing.assert_array_equal(decode(tmp_path / "out" / name), decode(edits.encoded(edit)))
+
+
+def test_every_tool_takes_raw_stores(stores: tuple[Path, Path], bank: FractalBank, tmp_path: Path) -> None:
+    originals, edits = stores
+    arguments = ["--edits", edits, "--fractals", bank.path, "--out", tmp_path / "sheet.png"]
+    for command in (
+        ["report", edits, "--out", tmp_path / "report", "--root", originals],
+        ["preview", originals, *arguments],
+        ["verify", edits],
+        ["generate", originals, tmp_path / "more", "--prompts", "autumn", "--size", "24"],
+    ):
+        result = CliRunner().invoke(cli.main, list(map(str, command)), prog_name="dali-diffusemix")
+        assert result.exit_code == 0, result.output
+    assert len(EditStore.open(tmp_path / "more")) == 33 and EditStore.open(tmp_path / "more").raw

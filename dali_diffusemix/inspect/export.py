@@ -18,15 +18,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
-from dali_diffusemix.images.codec import encode
+from dali_diffusemix.images.codec import encode, encode_as
 from dali_diffusemix.images.formats import format_of
 from dali_diffusemix.loading.dataset import DiffuseMixDataset, decode_edit
 from dali_diffusemix.plan.crops import EvalCrop
 from dali_diffusemix.plan.spec import MixSpec
+from dali_diffusemix.store import EditStore, OriginalStore
 
 __all__ = ["Exported", "export"]
 
@@ -101,12 +103,11 @@ def export(
             else:
                 edit = index - count
                 row = edits.index[edit]
-                suffix = f".{edits.slug_of(edit)}.{row['variant']}{'.mixed' if mixed else ''}.jpg"
                 if mixed:
-                    data = encode(_bytes_of(dataset, index), quality)
+                    data, ending = encode(_bytes_of(dataset, index), quality), ".mixed.jpg"
                 else:
-                    decode_edit(edits, edit)
-                    data = np.asarray(edits.encoded(edit)).tobytes()
+                    data, ending = _file_of(edits, edit, decode_edit(edits, edit))
+                suffix = f".{edits.slug_of(edit)}.{row['variant']}{ending}"
                 _write(names.of(int(row["original"]), suffix), data)
         except DecodeError:
             return False
@@ -186,20 +187,25 @@ def _cut(name: str, most: int) -> str:
 
 
 def _write_original(dataset: DiffuseMixDataset, original: int, names: _Names) -> None:
-    dataset.decode_original(original)  # raises if it cannot be decoded: the file would end a training run
+    pixels = dataset.decode_original(original)  # raises if it cannot be decoded: the file would end a training run
     packed = dataset.original_store
     if packed is not None:
-        data = packed.encoded(original).tobytes()
-        start = data[:12]
-    else:
-        with Path(dataset.path_of(original)).open("rb") as file:
-            start = file.read(12)
-    target = names.of(original, _ENDINGS[format_of(start) or "JPEG"], needed=False)
-    if packed is not None:
-        _write(target, data)
+        data, ending = _file_of(packed, original, pixels)
+        needed = packed.raw and not dataset.catalog.path(original).lower().endswith(ending)
+        _write(names.of(original, ending, needed=needed), data)
         return
+    with Path(dataset.path_of(original)).open("rb") as file:
+        target = names.of(original, _ENDINGS[format_of(file.read(12)) or "JPEG"], needed=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(dataset.path_of(original), target)
+
+
+def _file_of(store: EditStore | OriginalStore, row: int, pixels: NDArray[np.uint8]) -> tuple[bytes, str]:
+    """The file of a stored image and its ending; of a raw image, which few programs open, a PNG."""
+    if store.raw:
+        return encode_as("png", pixels), ".png"
+    data = store.encoded(row).tobytes()
+    return data, _ENDINGS[format_of(data[:12]) or "JPEG"]
 
 
 def _bytes_of(dataset: DiffuseMixDataset, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
