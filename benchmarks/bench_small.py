@@ -43,10 +43,8 @@ when it starts, so it has no cold figure.
 
 FFCV's environment is described in bench_ffcv.py.
 
-The ways of torch_loop.py, in microseconds of CPU per image with one thread, least of seven (a busy machine, so only the
-order counts; see the record of --variants): padded_pixels 24, select 25, pixels 26, quadrants 27, padded_rows 28,
-float_unfold 28, padded 30, padded_rows_channels_last 32, float_grid 33, pixels_channels_last 33, uint8_unfold 43,
-float 53, uint8 89. torch.compile was slower than `padded` with two threads: 41 against 48 thousand images per second.
+The ways of torch_loop.py are compared in the record of --variants (2026-11-27-2cores-small-variants.json): `select` in
+threads is the fastest there, and the contender; a plain loop in float32 makes a third to a half of it.
 """
 
 import argparse

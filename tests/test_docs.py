@@ -104,6 +104,72 @@ def test_the_ffcv_table() -> None:
         ]
 
 
+SMALL = "2026-11-27-2cores"
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("**DiffuseMix, raw, resident**", "diffusemix_resident"),
+        ("**DiffuseMix, raw, from the page cache**", "diffusemix_raw"),
+        ("DiffuseMix, raw, resident, channels-last", "diffusemix_resident_channels_last"),
+        ("DiffuseMix, raw, page cache, channels-last", "diffusemix_raw_channels_last"),
+        ("DiffuseMix, PNGs and JPEG edits", "diffusemix"),
+        ("the same mix by hand in torch, tensors in memory", "torch_select_threads"),
+        ("plain FFCV, raw mode, NCHW", "ffcv"),
+        ("plain FFCV, raw mode, NCHW by torch", "ffcv_contiguous"),
+        ("plain FFCV, raw mode, channels-last", "ffcv_channels_last"),
+    ],
+)
+def test_images_of_32(title: str, name: str) -> None:
+    record = results("small-32", SMALL)
+    row, layout = record[name], "_channels_last" if name.endswith("channels_last") else ""
+    expected = [
+        f"{rate(record, name):.0f}",
+        f"{row['cpu_seconds_per_image'] * 1e6:.0f}",
+        f"{row['peak_memory_mib']:.0f}",
+    ]
+    for ours in ("diffusemix_resident", "diffusemix_raw"):
+        is_ours = name.startswith(("diffusemix_raw", "diffusemix_resident"))
+        expected.append("" if is_ours else f"{rate(record, ours + layout) / rate(record, name):.2f}x")
+    assert cells(title, "Images of 32 x 32") == expected
+
+
+def test_the_mix_by_hand() -> None:
+    """The contender is the fastest of the ways that were tried, and the text has the plain loop's figure."""
+    record = results("small-variants", SMALL)
+    ways = {name: rate(record, name) for name in record if name.startswith("torch_")}
+    assert max(ways, key=lambda name: ways[name]) == "torch_select_threads"
+    text = " ".join(TEXT.split())
+    assert f"A plain loop in float32 makes {ways['torch_float_unfold']:,.0f} images/s there" in text
+    assert f"with `resident` {rate(record, 'diffusemix_resident'):,.0f}." in text
+
+
+@pytest.mark.parametrize(
+    ("title", "name", "raw"),
+    [
+        ("plain DALI, files, to 224", "plain_dali", "raw_256"),
+        ("plain DALI, JPEGs of 400 px, to 224", "plain_dali_400", "raw_256"),
+        ("DiffuseMix, packed to 400 px, to 224", "diffusemix_400", "raw_256"),
+        ("**DiffuseMix, raw of 256 px, to 224**", "diffusemix_raw_256", None),
+        ("**DiffuseMix, raw of 256 px, resident, to 224**", "diffusemix_resident_256", None),
+        ("plain DALI, 128 px, to 128", "plain_dali_128_to_128", "raw_128_to_128"),
+        ("DiffuseMix, JPEGs of 128 px, to 128", "diffusemix_128_to_128", "raw_128_to_128"),
+        ("**DiffuseMix, raw of 128 px, to 128**", "diffusemix_raw_128_to_128", None),
+        ("plain DALI, 128 px, to 224", "plain_dali_128_to_224", "raw_128_to_224"),
+        ("DiffuseMix, JPEGs of 128 px, to 224", "diffusemix_128_to_224", "raw_128_to_224"),
+        ("**DiffuseMix, raw of 128 px, to 224**", "diffusemix_raw_128_to_224", None),
+    ],
+)
+def test_small_photographs(title: str, name: str, raw: str | None) -> None:
+    record = json.loads((ROOT / "benchmarks" / "results" / f"{SMALL}-small-photographs.json").read_text())
+    warm, cold = record["results"], record["cold"]
+    expected = [f"{rate(warm, name):.0f}", f"{warm[name]['cpu_seconds_per_image'] * 1e3:.2f}"]
+    expected += [f"{rate(cold, name):.0f}", f"{cold[name]['read_bytes_per_image']:,}"] if name in cold else ["", ""]
+    expected.append("" if raw is None else f"{rate(warm, f'diffusemix_{raw}') / rate(warm, name):.2f}x")
+    assert cells(title, "Small photographs, and large ones made small") == expected
+
+
 def test_the_budget() -> None:
     budgets = [results(name)["cpu_milliseconds_an_image"] for name in ("budget", "budget-packed", "budget-400")]
     rows = {

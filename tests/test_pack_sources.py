@@ -357,16 +357,27 @@ def killed_and_resumed(given: Path, store: Path, count: int, resume: Callable[[P
     assert content(store) == content(whole)
 
 
+def arrays(path: Path, rows: Sequence[Row]) -> tuple[Any, dict[str, Any]]:
+    images = np.stack([photograph(number, 24, 30) for number in range(len(rows))])
+    return (images, [row.label for row in rows]), {}
+
+
+def cifar(path: Path, rows: Sequence[Row]) -> tuple[Any, dict[str, Any]]:
+    return miniature.cifar100(path / "cifar-100-python"), {"kind": "cifar100"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("make", SOURCES)
+@pytest.mark.parametrize("make", [*SOURCES, arrays, cifar])
 def test_killed_it_ends_with_the_same_store(make: Make, rows: list[Row], tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     many = [row._replace(path=row.path.replace("/", f"/{turn}")) for turn in range(3) for row in rows]
     source, options = make(tmp_path / "in", many)
     given, config = tmp_path / "given.pickle", PackConfig(format="raw", originals_per_shard=3)
     given.write_bytes(pickle.dumps((source, options)))
-    whole = tmp_path / "whole"
-    killed_and_resumed(given, tmp_path / "killed", 54, lambda store: pack(source, store, config, **options).made, whole)
+    count, whole = len(source_of(source, **options).catalog()), tmp_path / "whole"
+    killed_and_resumed(
+        given, tmp_path / "killed", count, lambda store: pack(source, store, config, **options).made, whole
+    )
 
 
 # Rows that cannot be used ---------------------------------------------------------------------------------------------

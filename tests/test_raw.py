@@ -335,7 +335,8 @@ def test_exported_raw_images_are_pngs(photos: Path, stores: tuple[Path, Path], t
     assert (done.originals, done.edits, done.left_out) == (33, len(edits), 0)
     for row, path in enumerate(originals.catalog.paths):
         file = tmp_path / "out" / f"{path}.png"
-        assert Image.open(file).format == "PNG"
+        with Image.open(file) as image:
+            assert image.format == "PNG"
         np.testing.assert_array_equal(decode(file), decode(photos / path))
         for edit in range(edits.starts[row], edits.starts[row + 1]):
             name = f"{path}.{edits.slug_of(edit)}.{edits.index['variant'][edit]}.png"
