@@ -44,7 +44,7 @@ when it starts, so it has no cold figure.
 FFCV's environment is described in bench_ffcv.py.
 
 The ways of torch_loop.py are compared in the record of --variants (2026-11-27-2cores-small-variants.json): `select` in
-threads is the fastest there, and the contender; a plain loop in float32 makes a third to a half of it.
+threads, the contender, is the fastest or within 10 % of it in each run; a plain loop in float32 makes about half of it.
 """
 
 import argparse
