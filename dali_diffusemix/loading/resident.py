@@ -8,7 +8,6 @@ A shard lies in memory as it lies on disk. Each is checked against its SHA-256 o
 cannot be made, as if it could not be read.
 """
 
-import fcntl
 import hashlib
 import logging
 import mmap
@@ -272,13 +271,23 @@ def _opened(process: int, number: int, name: str) -> int | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+    if not _is_sealed(descriptor):
         os.close(descriptor)
         return None
     return descriptor
 
 
-_SEALS: Final = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+def _seal(descriptor: int) -> None:
+    """Keep everybody from changing or cutting memory, for good."""
+    import fcntl  # Linux only, as the rest
+
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE)
+
+
+def _is_sealed(descriptor: int) -> bool:
+    import fcntl
+
+    return bool(fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & fcntl.F_SEAL_WRITE)
 
 
 def _made(name: str, shards: RawShards) -> int:
@@ -295,7 +304,7 @@ def _made(name: str, shards: RawShards) -> int:
         with Workers(cpus(), "dali-diffusemix-resident") as threads:
             flags = bytes(threads.map(copy, shards.starts))
         os.pwrite(descriptor, flags, shards.bytes)
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        _seal(descriptor)
     except BaseException:
         os.close(descriptor)
         raise
