@@ -271,6 +271,20 @@ def test_a_changed_shard_is_found_when_it_becomes_resident(photos: Path, tmp_pat
     assert torch.equal(torch.cat(batches(dataset, resident="host")), whole)
 
 
+def test_a_damaged_header_changes_nothing(photos: Path, tmp_path: Path) -> None:
+    """Nobody looks at it, neither loader nor dataset; `verify` finds it."""
+    store = tmp_path / "raw"
+    pack(photos, store, PackConfig(format="raw"))
+    dataset = DiffuseMixDataset(store, mix=None, crop=EvalCrop(24))
+    expected = torch.cat(batches(dataset))
+    row = dataset.original_store.index[7]  # type: ignore[union-attr]
+    with (store / "shards" / "originals-000000.tar").open("r+b") as tar:
+        tar.seek(int(row["offset"]))
+        tar.write(b"XX")
+    assert torch.equal(torch.cat(batches(dataset)), expected) and torch.equal(dataset[7][0], expected[7])
+    assert verify(store).damaged == (0,)
+
+
 def test_a_damaged_index_names_the_row(photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "raw"
     pack(photos, store, PackConfig(format="raw"))

@@ -88,21 +88,27 @@ def raw_header(height: int, width: int) -> bytes:
     return b"P6\n%d %d\n255\n" % (width, height)
 
 
+RAW_HEADER: Final = (len(raw_header(1, 1)), len(raw_header(10**5 - 1, 10**5 - 1)))
+"""The shortest and the longest one, bytes."""
+
+
 def raw_pixels(content: NDArray[np.uint8], size: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """The pixels of a raw image, (height, width, 3) uint8: a view.
+    """The pixels of a raw image, (height, width, 3) uint8: a view. Its header is not looked at.
 
     Args:
         content: (bytes,) its file.
         size: (2,) its height and width.
 
     Raises:
-        DecodeError: The file is not a raw image of that size.
+        DecodeError: The file is no raw image of that size.
     """
     height, width = size.tolist()
-    header = raw_header(height, width)
-    if content[: len(header)].tobytes() != header or len(content) != len(header) + 3 * height * width:
-        raise DecodeError(f"must be a raw image of {height} x {width} pixels, found {content[:16].tobytes()!r}.")
-    return content[len(header) :].reshape(height, width, 3)
+    header = len(content) - 3 * height * width
+    if not RAW_HEADER[0] <= header <= RAW_HEADER[1]:
+        raise DecodeError(
+            f"a raw image of {height} x {width} pixels must have them behind a header, found {header} bytes."
+        )
+    return content[header:].reshape(height, width, 3)
 
 
 def tile(content: bytes) -> bytes | None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import DecodeError, StoreError
-from dali_diffusemix.images.codec import STORED, Stored
+from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
 from dali_diffusemix.store.index import EditIndex, gather, sizes_of
@@ -628,7 +628,9 @@ class _Tars:
         header = lengths - 3 * height * width
         known = (shards >= 0) & (shards < len(self._ends))
         ends = self._ends[np.where(known, shards, 0)]
-        wrong = ~known | (offsets < 0) | (header < 11) | (header > 19) | (offsets + lengths > ends)
+        wrong = (
+            ~known | (offsets < 0) | (header < RAW_HEADER[0]) | (header > RAW_HEADER[1]) | (offsets + lengths > ends)
+        )
         errors = {
             i: DecodeError(str(self._damaged(int(shards[i]), int(offsets[i]), int(lengths[i]))))
             for i in np.flatnonzero(wrong & (shards != _LEFT_OUT)).tolist()

@@ -82,7 +82,7 @@ def material(tmp_path_factory: pytest.TempPathFactory, bank: FractalBank) -> Mat
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode_as(photograph(i, 70 + i % 53, 120 - i % 47)))
     # Small shards, so that several have damage in them.
-    config = GenerateConfig(prompts=("autumn", "snowy"), size=64, originals_per_shard=250)
+    config = GenerateConfig(prompts=("autumn", "snowy"), size=64, format="jpeg", originals_per_shard=250)
     generate(folder / "train", folder / "edits", config)
     assert bank.path is not None
     return Material(folder / "train", folder / "edits", bank.path)

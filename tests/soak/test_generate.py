@@ -40,6 +40,7 @@ def config_of(model: Path) -> GenerateConfig:
         editor=DiffusersConfig(model=str(model), steps=3, dtype="float32"),
         prompts=PROMPTS,
         size=64,
+        format="jpeg",
         batch_size=4,
         originals_per_shard=5,
     )
@@ -253,7 +254,7 @@ def test_a_gallery_of_ten_thousand_edits(tmp_path: Path, browser: Any, measured:
     for place in range(1250):
         file = tmp_path / "train" / f"class{place % 10}" / f"{place}.jpg"
         write_photograph(file, place, 64, 80)
-    config = GenerateConfig(prompts=PROCEDURAL[:8], size=64)
+    config = GenerateConfig(prompts=PROCEDURAL[:8], size=64, format="jpeg")
     generate(tmp_path / "train", tmp_path / "edits", config, engine=LocalEngine(("cpu", "cpu")))
     begin = time.monotonic()
     report = write_report(tmp_path / "edits", tmp_path / "report")
