@@ -289,6 +289,7 @@ def test_the_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert "train-0.parquet, row 6 unsupported" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_cifar_from_the_archive_to_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands and the loop of docs/training.md, with fewer images and a smaller batch."""
     pytest.importorskip("scipy")

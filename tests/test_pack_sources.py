@@ -44,6 +44,8 @@ from dali_diffusemix.sources import Content, source_of
 from dali_diffusemix.store import VERDICTS, OriginalStore, UnfinishedStoreWarning
 from dali_diffusemix.store.pack import PackConfig, pack, packed_bytes, source_to_pack
 
+pytestmark = pytest.mark.slow  # the libraries of all sources; tests/test_sources.py has the quick ones
+
 CLASSES = ("ants", "bees", "cats")
 KEPT = PackConfig(tiled=False, originals_per_shard=4)
 

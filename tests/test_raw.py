@@ -137,6 +137,7 @@ def test_parts_of_raw_and_of_other_datasets(
     assert same(batches(concatenated(stores, stores), shuffle=True, resident="host"), expected)
 
 
+@pytest.mark.slow
 def test_nothing_of_dali_is_needed(stores: tuple[Path, Path], bank: FractalBank) -> None:
     """On a machine without DALI raw stores load."""
     script = """
@@ -357,6 +358,7 @@ def test_exported_raw_images_are_pngs(photos: Path, stores: tuple[Path, Path], t
             np.testing.assert_array_equal(decode(tmp_path / "out" / name), decode(edits.encoded(edit)))
 
 
+@pytest.mark.slow
 def test_every_tool_takes_raw_stores(stores: tuple[Path, Path], bank: FractalBank, tmp_path: Path) -> None:
     originals, edits = stores
     arguments = ["--edits", edits, "--fractals", bank.path, "--out", tmp_path / "sheet.png"]

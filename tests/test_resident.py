@@ -37,12 +37,12 @@ from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.store import OriginalStore
 from dali_diffusemix.store.pack import PackConfig
 
-IMAGES, SIDE = 120, 256
+IMAGES, SIDE = 120, 128
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    """23 MB of photographs of this test alone, so that no memory of others has them, in 4 shards."""
+    """6 MB of photographs of this test alone, so that no memory of others has them, in 4 shards."""
     seed = int(time.time_ns() % 2**31)
     images = np.stack([np.roll(photograph(seed, SIDE, SIDE), i, axis=1) for i in range(IMAGES)])
     pack((images, np.arange(IMAGES) % 7), tmp_path / "raw", PackConfig(originals_per_shard=30))
@@ -263,7 +263,7 @@ def test_a_store_behind_a_url(store: Path, tmp_path: Path, monkeypatch: pytest.M
     assert torch.equal(batches(plain(f"file://{store}"), resident="host"), expected)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 64, 5000])
+@pytest.mark.parametrize("batch_size", [pytest.param(1, marks=pytest.mark.slow), 7, 64, 5000])
 def test_batches_of_small_images_are_planned_together(tmp_path: Path, batch_size: int) -> None:
     """Batches of any size, shuffled, resumed anywhere, from a sampler: those of one at a time."""
     images = np.random.default_rng(0).integers(0, 256, (311, 12, 12, 3), dtype=np.uint8)

@@ -91,9 +91,17 @@ def check(case: Case, format: TensorFormat, *, parts: bool = False, threads: int
 
 
 @needs_library
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(case=small_cases(), format=formats(), parts=st.booleans(), threads=st.integers(1, 3))
 def test_small_samples_are_the_specification(case: Case, format: TensorFormat, parts: bool, threads: int) -> None:
+    check(case, format, parts=parts, threads=threads)
+
+
+@needs_library
+@pytest.mark.slow
+@settings(max_examples=400, suppress_health_check=[HealthCheck.too_slow])
+@given(case=small_cases(), format=formats(), parts=st.booleans(), threads=st.integers(1, 3))
+def test_many_small_samples_are_the_specification(case: Case, format: TensorFormat, parts: bool, threads: int) -> None:
     check(case, format, parts=parts, threads=threads)
 
 

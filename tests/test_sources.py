@@ -345,6 +345,7 @@ def peak(work: Callable[[], object]) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
 def test_tars_need_little_memory(tmp_path: Path, ending: str) -> None:
     image = encoded(np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8), "PNG")  # 480 KB
@@ -554,6 +555,7 @@ def test_files_of_other_columns(rows: Rows, tmp_path: Path) -> None:
         source_of(tmp_path).catalog()
 
 
+@pytest.mark.slow
 def test_parquet_needs_little_memory(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     image = np.random.default_rng(0).integers(0, 256, (300, 300, 3), dtype=np.uint8)
@@ -847,6 +849,7 @@ def test_json_labels_that_are_odd(tmp_path: Path) -> None:
     assert len(rejected(source)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("library", "extra"), [("pyarrow", "parquet"), ("datasets", "huggingface")])
 def test_a_library_that_is_missing(rows: Rows, tmp_path: Path, library: str, extra: str) -> None:
     (tmp_path / "a.parquet").touch()

@@ -145,7 +145,7 @@ def pack_command(
 
     \b
     Example:
-      dali-diffusemix pack cifar-100-python cache/cifar --from cifar100 --format raw
+      dali-diffusemix pack cifar cache/cifar --from cifar100 --format raw
     """
     from dali_diffusemix.sources.tars import WebDatasetSource
     from dali_diffusemix.store import EditStore
