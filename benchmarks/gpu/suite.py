@@ -309,7 +309,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
             *("bench_small.py", "32", photographs, "--device", options.device, "--threads", threads, *images),
             *(*few_rounds, "--cache", cache + "-small", "--out", str(out / "small.json")),
         )
-        return Step(name="small-bench", group="a", command=command, limit=70, expected=30)
+        return Step(name="small-bench", group="a", command=command, limit=90, expected=30)
 
     def decoding() -> Step:
         seconds = "1.5" if cuda else "0.4"
