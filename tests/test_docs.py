@@ -180,7 +180,8 @@ def test_the_readmes_small_images() -> None:
     resident, raw, raw_128 = "diffusemix_resident", "diffusemix_raw_256", "diffusemix_raw_128_to_128"
     last = "_channels_last"
     for text in (
-        f"| 32 x 32, resident | {rate(small, resident):,.0f} | {over(small, resident, 'diffusemix', 1)} this loader on PNGs",
+        f"| 32 x 32, resident | {rate(small, resident):,.0f} | ",
+        f"{over(small, resident, 'diffusemix', 1)} this loader on PNGs",
         f"{over(small, resident + last, 'ffcv' + last)} plain FFCV (raw, channels-last)",
         f"{over(small, resident, 'torch_select_threads')} the same mix by hand in torch",
         f"| {rate(photographs, raw):,.0f} | {over(photographs, raw, 'plain_dali')} plain DALI on the JPEGs",
