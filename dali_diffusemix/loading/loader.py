@@ -459,7 +459,7 @@ class _Iterator(Iterator[Batch]):
         self._ending.close()
         self._batches.close()
 
-    def __del__(self) -> None:
-        # At the interpreter's end DALI is gone already.
-        if not sys.is_finalizing():
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
+        # At the interpreter's end DALI is gone already, and perhaps the names of this module.
+        if not finalizing():
             self.close()
