@@ -171,6 +171,7 @@ OTHERS: Mapping[str, Callable[[str], bool]] = {
 """Messages that are not ours, and where they are looked for."""
 
 
+@pytest.mark.slow
 def test_messages_are_printed_by_this_code() -> None:
     absent = [one for one in messages() if one not in OTHERS and not (pieces(one) and any_holds(one))]
     assert not absent, "no string of the package or the examples holds these"
@@ -196,6 +197,7 @@ def classes_below(*roots: str) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_every_error_and_warning_is_on_the_page() -> None:
     """A ratchet: whoever adds a class adds it here."""
     text = TROUBLE.read_text(encoding="utf-8")

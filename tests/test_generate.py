@@ -348,6 +348,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_what_is_finished_and_a_read_only_one_can_be_read(
     root: Path, tmp_path: Path, disk: Path
 ) -> None:
