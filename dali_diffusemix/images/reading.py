@@ -181,7 +181,7 @@ def _read_stretches(
         zip(files.tolist(), offsets.tolist(), lengths.tolist(), begins.tolist(), strict=True)
     ):
         try:
-            if os.preadv(file, [out[begin : begin + length]], offset) < length:  # type: ignore[list-item]
+            if os.preadv(file, [out.data[begin : begin + length]], offset) < length:
                 errors[i] = _ENDS_EARLY
         except OSError as error:
             errors[i] = error.errno or _ENDS_EARLY

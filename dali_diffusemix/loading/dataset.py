@@ -251,10 +251,15 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         return self.samples_at(*addresses(indices, len(self)), counted=True)
 
     @property
+    def stores(self) -> list[OriginalStore | EditStore]:
+        """The stores whose images samples show: of originals, if they are packed, and of edits, if it mixes."""
+        found = (self.original_store, self.store if self.mix is not None else None)
+        return [store for store in found if store is not None]
+
+    @property
     def is_raw(self) -> bool:
         """True if nothing has to be decoded: originals and edits are raw images in stores."""
-        edits = self.store if self.mix is not None else None
-        return self.original_store is not None and self.original_store.raw and (edits is None or edits.raw)
+        return self.original_store is not None and all(store.raw for store in self.stores)
 
     def path_of(self, original: int) -> str:
         """Path of an original, by its row in the catalog; with a packed store, there is no such file."""

@@ -23,6 +23,7 @@ from dali_diffusemix.loading.quarantine import Failure
 from dali_diffusemix.mix.call import piece_table
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.windows import visible_parts
+from dali_diffusemix.store import EditStore
 
 
 @dataclass(kw_only=True)
@@ -217,12 +218,10 @@ def _requested(dataset: DiffuseMixDataset, plan: BatchPlan, *, visible_only: boo
 
 def is_small(dataset: DiffuseMixDataset) -> bool:
     """True if the images of a raw dataset are small, by some of them, and on a local disk: a batch is there at once."""
-    edits = dataset.store if dataset.mix is not None else None
-    for store in (dataset.original_store, edits):
-        if store is not None and store.mirror is not None:
-            return False
+    if any(store.mirror is not None for store in dataset.stores):
+        return False
     some = [dataset.catalog.sizes[_spread(len(dataset.catalog))]]
-    some += [edits.sizes(_spread(len(edits)))] if edits is not None and len(edits) else []
+    some += [store.sizes(_spread(len(store))) for store in dataset.stores if isinstance(store, EditStore)]
     return all(int(_bytes_of(sizes).max(initial=0)) <= _SMALL for sizes in some)
 
 

@@ -18,8 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Final, Literal, Self, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -61,11 +62,12 @@ def check(resident: object, device: torch.device, datasets: Iterable[DiffuseMixD
                 f"resident={resident!r} needs raw images, found {str(dataset.root)!r}, whose images must be decoded; "
                 f"run `dali-diffusemix pack {dataset.root} STORE --format raw`, and give the dataset STORE."
             )
-        if dataset.store is not None and dataset.mix is not None and not dataset.store.raw:
-            raise ConfigError(
-                f"resident={resident!r} needs raw images, found edits in {str(dataset.store.path)!r}, which must be "
-                f"decoded; run `dali-diffusemix pack {dataset.store.path} STORE --format raw`, and give edits=STORE."
-            )
+        for store in dataset.stores:
+            if not store.raw:
+                raise ConfigError(
+                    f"resident={resident!r} needs raw images, found edits in {str(store.path)!r}, which must be "
+                    f"decoded; run `dali-diffusemix pack {store.path} STORE --format raw`, and give edits=STORE."
+                )
 
 
 class Residents:
@@ -88,7 +90,7 @@ class Residents:
         self._windows = windows
         self._memories: dict[int, _Memory] = {}  # by the identity of a store's shards
         make = _HostMemory.of if device is None else partial(_DeviceMemory.of, device)
-        for store in [store for dataset in datasets for store in _stores_of(dataset)]:
+        for store in chain.from_iterable(dataset.stores for dataset in datasets):
             if id(store.raw_shards) not in self._memories:
                 self._memories[id(store.raw_shards)] = make(store.raw_shards)
 
@@ -123,11 +125,6 @@ class Residents:
         pieces = Pieces(locations=(), table=table, errors=failed, owners=list(self._memories.values()))
         pieces.on_host[:] = self._on_host
         return pieces
-
-
-def _stores_of(dataset: DiffuseMixDataset) -> list[Store]:
-    stores = (dataset.original_store, dataset.store if dataset.mix is not None else None)
-    return [store for store in stores if store is not None]
 
 
 _in_this_process: weakref.WeakValueDictionary[str, "_Memory"] = weakref.WeakValueDictionary()
@@ -219,14 +216,14 @@ class _HostMemory(_Memory):
         self._end = weakref.finalize(self, os.close, descriptor)
 
     @classmethod
-    def of(cls, shards: RawShards) -> Self:
+    def of(cls, shards: RawShards) -> _Memory:
         """The memory of these shards; made if no process has it."""
         key = shards.key
         memory = _in_this_process.get(key)
         if memory is None:
             descriptor, errors = _shared(key, shards)
             memory = _in_this_process[key] = cls(shards, descriptor, errors)
-        return memory  # type: ignore[return-value]
+        return memory
 
 
 def _shared(key: str, shards: RawShards) -> tuple[int, dict[int, DecodeError]]:
@@ -263,7 +260,7 @@ def _holders(listing: Path, name: str) -> list[tuple[int, int]]:
 
 
 def _opened(process: int, number: int, name: str) -> int | None:
-    """Open the memory of another process; None if that has none of this name, or it is not whole."""
+    """Open the memory of another process; None if that has none of this name, is another user's or not whole."""
     try:
         path = Path(f"/proc/{process}/fd/{number}")
         if name not in str(path.readlink()):
@@ -271,7 +268,7 @@ def _opened(process: int, number: int, name: str) -> int | None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return None
-    if not _is_sealed(descriptor):
+    if os.fstat(descriptor).st_uid != os.getuid() or not _is_sealed(descriptor):
         os.close(descriptor)
         return None
     return descriptor
@@ -344,7 +341,7 @@ class _DeviceMemory(_Memory):
         )
 
     @classmethod
-    def of(cls, device: torch.device, shards: RawShards) -> Self:
+    def of(cls, device: torch.device, shards: RawShards) -> _Memory:
         """The memory of these shards on a device; made if this process has none."""
         key = f"{shards.key} {device}"
         memory = _in_this_process.get(key)
@@ -352,7 +349,7 @@ class _DeviceMemory(_Memory):
             if device.type == "cuda":
                 _check_room(shards, torch.cuda.mem_get_info(device)[0], f"the memory of {device}")
             memory = _in_this_process[key] = cls(shards, device)
-        return memory  # type: ignore[return-value]
+        return memory
 
 
 class PiecesOnDevice:
