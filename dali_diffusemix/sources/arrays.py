@@ -12,13 +12,13 @@ from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import rgb
 from dali_diffusemix.images.formats import MAX_PIXELS
 from dali_diffusemix.sources.columns import LabelChoice
-from dali_diffusemix.sources.listed import Listed, Positions, quiet_headers
+from dali_diffusemix.sources.listed import Listed, ListedSource, Positions
 from dali_diffusemix.sources.source import Content, Progress
 
 _PROGRESS: Final = 256  # rows from one report to the next
 
 
-class ArraySource:
+class ArraySource(ListedSource):
     """Images of one size in an array, which is not copied. A row's path is its number, padded with zeros.
 
     Args:
@@ -29,32 +29,28 @@ class ArraySource:
     """
 
     pixels = True
-    folders = ()
 
     def __init__(self, images: Any, labels: Any = None) -> None:
         self._images = _images(images)
         count = len(self._images)
         self._labels = None if labels is None else _labels(labels, count)
-        self._listed: Catalog | None = None
         self._positions = Positions()
 
     @property
     def name(self) -> str:
         return f"an array of {len(self._images)} images"
 
-    def catalog(self, progress: Progress | None = None) -> Catalog:
-        if self._listed is None:
-            count, labels = len(self._images), self._labels
-            digits = len(str(max(count - 1, 0)))
-            listed, self._positions = Listed(labelled=labels is not None), Positions()
-            for row in range(count):
-                label = None if labels is None else labels[row]
-                if listed.add(f"{row:0{digits}}", f"row {row}", self._images.shape[1:3], label):
-                    self._positions.append(row)
-            self._listed = listed.catalog(self.name)
-            if progress is not None:
-                progress(count, count)
-        return self._listed
+    def _list(self, progress: Progress | None) -> Catalog:
+        count, labels = len(self._images), self._labels
+        digits = len(str(max(count - 1, 0)))
+        listed, self._positions = Listed(labelled=labels is not None), Positions()
+        for row in range(count):
+            label = None if labels is None else labels[row]
+            if listed.add(f"{row:0{digits}}", f"row {row}", self._images.shape[1:3], label):
+                self._positions.append(row)
+        if progress is not None:
+            progress(count, count)
+        return listed.catalog(self.name)
 
     def read(self, rows: range) -> Iterator[Content]:
         self.catalog()
@@ -62,7 +58,7 @@ class ArraySource:
             yield _colour(self._images[row])
 
 
-class MapSource:
+class MapSource(ListedSource):
     """A map-style dataset: `len(dataset)` items, dataset[i] is (image, label), or an image alone.
 
     An image is a Pillow image or a uint8 array, (height, width, 3), (height, width) or (height, width, 1). Listing
@@ -77,24 +73,16 @@ class MapSource:
     """
 
     pixels = True
-    folders = ()
 
     def __init__(self, dataset: Any, label: LabelChoice = None) -> None:
         self._dataset = dataset
         self._count = len(dataset)
         self._label = label
-        self._listed: Catalog | None = None
         self._positions = Positions()
 
     @property
     def name(self) -> str:
         return f"{type(self._dataset).__name__} of {self._count} items"
-
-    def catalog(self, progress: Progress | None = None) -> Catalog:
-        if self._listed is None:
-            with quiet_headers():
-                self._listed = self._list(progress)
-        return self._listed
 
     def _list(self, progress: Progress | None) -> Catalog:
         digits = len(str(max(self._count - 1, 0)))

@@ -144,3 +144,9 @@ def _names(paths: Sequence[Path], endings: Sequence[str]) -> tuple[list[str], li
     whole = [path.relative_to(common).as_posix() for path in absolute]
     short = [name[: len(name) - len(_ending(name, endings))] or name for name in whole]
     return (short if len(set(short)) == len(short) else whole), whole
+
+
+def name_of(files: Sequence[File]) -> str:
+    """The name of a source of these files, for messages."""
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    return f"{str(files[0].path)!r}{more}"

@@ -7,7 +7,7 @@ from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyError
 from dali_diffusemix.images.formats import measure
 from dali_diffusemix.sources.columns import Column, Columns, LabelChoice, choose
-from dali_diffusemix.sources.listed import Listed, Positions, file_content, quiet_headers
+from dali_diffusemix.sources.listed import Listed, ListedSource, Positions, file_content
 from dali_diffusemix.sources.source import Content, Progress
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def _class_of(given: object) -> str | None:
     return None
 
 
-class HuggingFaceSource:
+class HuggingFaceSource(ListedSource):
     """The rows of a `datasets.Dataset`. A row's path is its number, padded with zeros.
 
     Args:
@@ -79,37 +79,27 @@ class HuggingFaceSource:
                 ) from error
             plain = plain.cast_column(self._columns.image.name, Image(decode=False))
         self._rows = plain
-        self._listed: Catalog | None = None
         self._positions = Positions()
-
-    pixels = False
-    folders = ()
 
     @property
     def name(self) -> str:
         return f"datasets.Dataset of {self._count} rows"
 
-    def catalog(self, progress: Progress | None = None) -> Catalog:
-        if self._listed is None:
-            self._listed = self._list(progress)
-        return self._listed
-
     def _list(self, progress: Progress | None) -> Catalog:
         label, digits = self._columns.label, len(str(max(self._count - 1, 0)))
         listed = Listed(labelled=label is not None, classes=None if label is None else label.classes)
         self._positions = Positions()
-        with quiet_headers():
-            for start in range(0, self._count, _BATCH):
-                batch = self._rows[start : start + _BATCH]
-                cells = batch[self._columns.image.name]
-                labels = [None] * len(cells) if label is None else batch[label.name]
-                for row, (cell, value) in enumerate(zip(cells, labels, strict=True), start):
-                    content = content_of(cell)
-                    size = f"It has no usable image: {content}" if isinstance(content, Exception) else measure(content)
-                    if listed.add(f"{row:0{digits}}", f"row {row}", size, value):
-                        self._positions.append(row)
-                if progress is not None:
-                    progress(start + len(cells), self._count)
+        for start in range(0, self._count, _BATCH):
+            batch = self._rows[start : start + _BATCH]
+            cells = batch[self._columns.image.name]
+            labels = [None] * len(cells) if label is None else batch[label.name]
+            for row, (cell, value) in enumerate(zip(cells, labels, strict=True), start):
+                content = content_of(cell)
+                size = f"It has no usable image: {content}" if isinstance(content, Exception) else measure(content)
+                if listed.add(f"{row:0{digits}}", f"row {row}", size, value):
+                    self._positions.append(row)
+            if progress is not None:
+                progress(start + len(cells), self._count)
         return listed.catalog(self.name)
 
     def read(self, rows: range) -> Iterator[Content]:

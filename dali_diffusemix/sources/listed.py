@@ -2,6 +2,7 @@
 
 import logging
 import warnings
+from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from dali_diffusemix.catalog.headers import Rejected, first_reason
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import CatalogError, DecodeError
 from dali_diffusemix.images.codec import MOST_BYTES
+from dali_diffusemix.sources.source import Progress
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +26,30 @@ UNLABELLED: Final = "unlabelled"
 """The one class of a source without labels."""
 
 _MOST_CLASSES: Final = 1_000_000
+
+
+class ListedSource(ABC):
+    """A source of this room: it is listed once, and yields files unless it says otherwise."""
+
+    pixels = False
+    folders: Sequence[Path] = ()
+    _listed: Catalog | None = None
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """As in `Source`."""
+
+    @abstractmethod
+    def _list(self, progress: Progress | None) -> Catalog:
+        """List everything."""
+
+    def catalog(self, progress: Progress | None = None) -> Catalog:
+        """As in `Source`."""
+        if self._listed is None:
+            with quiet_headers():
+                self._listed = self._list(progress)
+        return self._listed
 
 
 class Listed:

@@ -12,8 +12,8 @@ from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import CatalogError, DecodeError, MissingDependencyError
 from dali_diffusemix.images.formats import measure
 from dali_diffusemix.sources.columns import Column, Columns, LabelChoice, choose
-from dali_diffusemix.sources.files import File
-from dali_diffusemix.sources.listed import Listed, Positions, file_content, quiet_headers
+from dali_diffusemix.sources.files import File, name_of
+from dali_diffusemix.sources.listed import Listed, ListedSource, Positions, file_content
 from dali_diffusemix.sources.source import Content, Progress
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _BATCH: Final = 32  # rows in memory
 _BUFFER: Final = 1 << 20  # bytes of each column, read at once
 
 
-class ParquetSource:
+class ParquetSource(ListedSource):
     """The rows of Parquet files, in order. A row's path is FILE/ROW: the file's name, and the row padded with zeros.
 
     A path in a struct of bytes and path counts only where there are no bytes; it is relative to the file's folder.
@@ -49,21 +49,11 @@ class ParquetSource:
         self._image, self._label = image, label
         self._columns: Columns | None = None
         self._starts: list[int] = []  # the number of the first row of each file, counted over all
-        self._listed: Catalog | None = None
         self._positions = Positions()
-
-    pixels = False
 
     @property
     def name(self) -> str:
-        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
-        return f"{str(self._files[0].path)!r}{more}"
-
-    def catalog(self, progress: Progress | None = None) -> Catalog:
-        if self._listed is None:
-            with quiet_headers():
-                self._listed = self._list(progress)
-        return self._listed
+        return name_of(self._files)
 
     def _list(self, progress: Progress | None) -> Catalog:
         counts, damaged = self._open_all()

@@ -32,8 +32,8 @@ from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError
 from dali_diffusemix.images.codec import MOST_BYTES
 from dali_diffusemix.images.formats import measure
 from dali_diffusemix.sources.columns import LabelChoice
-from dali_diffusemix.sources.files import File
-from dali_diffusemix.sources.listed import Listed, Positions, check_rows, quiet_headers
+from dali_diffusemix.sources.files import File, name_of
+from dali_diffusemix.sources.listed import Listed, ListedSource, Positions, check_rows
 from dali_diffusemix.sources.source import Content, Progress
 
 IMAGES: Final = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "ppm", "pgm", "pbm", "pnm")
@@ -50,7 +50,7 @@ _DAMAGE: Final = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAErro
 _OPENERS: Final[dict[bytes, Callable[..., object]]] = {b"\x1f\x8b": gzip.open, b"BZ": bz2.open, b"\xfd7": lzma.open}
 
 
-class WebDatasetSource:
+class WebDatasetSource(ListedSource):
     """The samples of WebDataset tars, in order; tars may be compressed by gzip, bzip2 or xz.
 
     Args:
@@ -74,28 +74,18 @@ class WebDatasetSource:
         if label is not None and label is not False and not label.partition(":")[0].strip(". "):
             raise ConfigError(f"label must be an extension, as 'cls' or 'json:label', found {label!r}.")
         self._label = label
-        self._listed: Catalog | None = None
         self._reset()
 
     def _reset(self) -> None:
         # Of each row of the catalog; a compressed tar's offsets are those in its content.
         self._offsets, self._lengths, self._tars = Positions(), Positions(), array("i")
 
-    pixels = False
-
     @property
     def name(self) -> str:
-        more = f" and {len(self._files) - 1} more" if len(self._files) > 1 else ""
-        return f"{str(self._files[0].path)!r}{more}"
-
-    def catalog(self, progress: Progress | None = None) -> Catalog:
-        if self._listed is None:
-            self._reset()
-            with quiet_headers():
-                self._listed = self._list(progress)
-        return self._listed
+        return name_of(self._files)
 
     def _list(self, progress: Progress | None) -> Catalog:
+        self._reset()
         reading = self._reading()
         listed = Listed(labelled=reading.label is not None)
         done, total = 0, sum(file.size for file in self._files)
