@@ -263,11 +263,8 @@ class PieceDecoder:
 
     def _decode_aside(self, batch: "_ReadPieces") -> None:
         """Start Pillow on what DALI does not get."""
-        if not batch.pieces.locations:
-            return
-        for i in np.flatnonzero(~batch.encoded.safe).tolist():
-            if batch.encoded.images[i] is not None:
-                batch.aside[i] = self._pillow.submit(_decode_by_pillow, batch, i)
+        for i in batch.unsafe.tolist():
+            batch.aside[i] = self._pillow.submit(_decode_by_pillow, batch, i)
 
     def _decode_singly(self, batch: "_ReadPieces") -> "dict[int, _Pixels | DecodeError]":
         """Decode a batch image by image, so that each result depends on its own file only."""
@@ -320,15 +317,14 @@ class _ReadPieces:
     memory: "_Memory"
     seconds: float  # of reading
     fed: NDArray[np.int64] = field(init=False)  # images that DALI gets
-    aside: "dict[int, Result[_Pixels | DecodeError]]" = field(default_factory=dict)  # images that Pillow gets
+    unsafe: NDArray[np.int64] = field(init=False)  # images that Pillow gets
+    aside: "dict[int, Result[_Pixels | DecodeError]]" = field(default_factory=dict)  # what Pillow makes of those
     parts: list[_Part] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.pieces.locations:
-            self.fed = np.empty(0, dtype=np.int64)
-            return
         read = np.fromiter((image is not None for image in self.encoded.images), np.bool_, len(self.encoded.images))
         self.fed = np.flatnonzero(read & self.encoded.safe)
+        self.unsafe = np.flatnonzero(read & ~self.encoded.safe)
 
     def described(self, i: int, pipeline: Pipeline, pixels: Any, owner: object) -> _Pixels:
         """Describe what a pipeline made of image i. Raises RuntimeError unless it is what was asked for."""
