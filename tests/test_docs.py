@@ -544,3 +544,21 @@ def test_the_findings_of_results() -> None:
     for loss, method, images in (("is {:.2f}, D", "vanilla", "all"), ("DiffuseMix's {:.2f}.", paper, "all")):
         assert loss.format(mean(lambda run: float(run["last_loss"]), method, images)) in text
     assert f"does fit ({mean(lambda run: float(run['last_loss']), 'vanilla', '10'):.2f})" in text
+
+
+def test_small_images_on_a_gpu() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    found = results("small", "2026-11-27-h100")
+    rows = {
+        '`resident="device"`': "diffusemix_resident",
+        '`resident="device"`, channels last': "diffusemix_resident_channels_last",
+        "the mix by hand in torch: images in float32": "torch_float",
+        "selection by bits": "torch_select",
+        "images padded beforehand": "torch_padded",
+    }
+    for title, name in rows.items():
+        row = found[name]
+        rates = "{images_per_second:.0f} ({lowest:.0f} to {highest:.0f})".format(**row)
+        assert f"| {title} | {rates} | {1e6 * row['cpu_seconds_per_image']:.0f} µs |\n" in text
+    times = found["torch_padded"]["images_per_second"] / found["diffusemix_resident"]["images_per_second"]
+    assert f"The best loop by hand is {times:.2f} times as fast here" in text
