@@ -31,6 +31,7 @@ from dali_diffusemix.fractals.bank import FractalBank
 from dali_diffusemix.loading.dali import dali
 from dali_diffusemix.mix import call
 from dali_diffusemix.mix.tensor import IMAGENET, DtypeName, Normalize, TensorFormat
+from dali_diffusemix.plan.augment import no_operations
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -480,6 +481,7 @@ class _Mix:
                 fractal=part["fractal"],
                 fractal_flip=part["fractal_flip"].astype(np.bool_),
                 fractal_weight=part["fractal_weight"],
+                operations=no_operations(len(where)),
                 output_size=self._size,
             )
             yield where, batch, pieces[:, where]

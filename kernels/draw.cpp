@@ -2,7 +2,7 @@
 // hundred numbers each.
 #include <cstdint>
 
-#include "philox.h"
+#include "philox.cuh"
 
 namespace {
 

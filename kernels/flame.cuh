@@ -12,7 +12,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "philox.h"
+#include "philox.cuh"
 
 #ifdef __CUDACC__
 #define FLAME_FN __host__ __device__ __forceinline__

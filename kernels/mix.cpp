@@ -11,17 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "augment.h"
+#include "clones.h"
 #include "mix_pixel.cuh"
-
-#if defined(MIX_CLONES)  // given on the command line by tests that compare processors
-#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-// "arch=" is one model of processor, a feature is every one that has it.
-#define MIX_CLONES __attribute__((target_clones("arch=skylake-avx512", "avx2", "default")))
-#else
-#define MIX_CLONES
-#endif
-#define MIX_INLINE static inline __attribute__((always_inline))
-#define MIX_INLINE_MEMBER __attribute__((always_inline))
 
 namespace {
 
@@ -355,39 +347,6 @@ MIX_CLONES void normalise_pixels(const float* value, float* out, int width, bool
 
 // A sample that resamples nothing is put together from bytes, in the order of the tensor. Then one loop computes it.
 
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-
-// Channel C of the 16 pixels that lie in a, b and c, the last one first if Back.
-template <int C, bool Back, int... At>
-MIX_INLINE Bytes channel(Bytes a, Bytes b, Bytes c, std::integer_sequence<int, At...>) {
-    constexpr int from[] = {3 * (Back ? 15 - At : At) + C...};  // of the 48 bytes
-    const Bytes ab = __builtin_shuffle(a, b, Bytes{from[At] % 32 ...});
-    return __builtin_shuffle(ab, c, Bytes{(from[At] < 32 ? At : from[At] - 16)...});
-}
-
-template <bool Back>
-MIX_INLINE void split_pixels(const uint8_t* from, uint8_t* red, uint8_t* green, uint8_t* blue, int count) {
-    constexpr int kBlock = sizeof(Bytes);
-    constexpr std::make_integer_sequence<int, kBlock> kAt{};
-    if (count < kBlock) {
-        for (int i = 0; i < count; ++i) {
-            const uint8_t* const at = from + 3 * (Back ? count - 1 - i : i);
-            red[i] = at[0], green[i] = at[1], blue[i] = at[2];
-        }
-        return;
-    }
-    for (int i = 0; i < count; i += kBlock) {
-        if (i > count - kBlock) i = count - kBlock;  // the last block overlaps the one before
-        Bytes a, b, c;
-        const uint8_t* const at = from + 3 * (Back ? count - kBlock - i : i);
-        memcpy(&a, at, kBlock), memcpy(&b, at + kBlock, kBlock), memcpy(&c, at + 2 * kBlock, kBlock);
-        const Bytes channels[3] = {channel<0, Back>(a, b, c, kAt), channel<1, Back>(a, b, c, kAt),
-                                   channel<2, Back>(a, b, c, kAt)};
-        memcpy(red + i, &channels[0], kBlock), memcpy(green + i, &channels[1], kBlock);
-        memcpy(blue + i, &channels[2], kBlock);
-    }
-}
-
 // (count, 3) the other way round.
 MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
     for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
@@ -412,6 +371,11 @@ MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bo
         else if (back) turn_pixels(from, to + at * 3, count);
         else memcpy(to + at * 3, from, static_cast<size_t>(count) * 3);
     }
+}
+
+// Pixels to channels, each `apart` behind the one before.
+MIX_CLONES void split_band(const uint8_t* from, uint8_t* to, int count, int apart) {
+    split_pixels<false>(from, to, to + apart, to + 2 * apart, count);
 }
 
 // Scale and offset of the values in their order: of one channel, or of three in turns.
@@ -462,6 +426,9 @@ struct Batch {
     void* out;
     int out_height, out_width, dtype, channels_last;
     float scale[3], offset[3];
+    const augment::Operation* operations;  // (count, slots)
+    int slots;
+    const uint8_t* noise;  // (3, kNoiseSteps) values of erase_noise
     Affine affine[4];  // of red, green and blue alone, and of all three in turns
 
     void repeat_affine() {
@@ -480,6 +447,7 @@ struct Workspace {
     std::vector<float> value;       // one row of the sample: (width, 4)
     std::vector<float> normalised;  // the same as it is stored, before the cast, and one float to spare
     std::vector<uint8_t> under, over;  // a band of a sample without a resample: original and edit, and the fractal
+    augment::Sample sample;
 };
 
 void open_piece(SharedTaps& shared, Source& source, const Piece& piece, const Row& row, const int out[2]) {
@@ -496,9 +464,9 @@ void store_values(const Batch& batch, const float* from, size_t at, int count) {
 }
 
 // Row y of a sample into the tensor.
-void store_row(const Batch& batch, Workspace& work, int64_t index, int y, bool flip) {
+void store_row(const Batch& batch, Workspace& work, int64_t place, int y, bool flip) {
     const int width = batch.out_width;
-    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(index) * plane * 3;
+    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(place) * plane * 3;
     const float* const value = work.value.data();
     float* const row = work.normalised.data();
     if (batch.channels_last) {
@@ -517,10 +485,10 @@ void store_row(const Batch& batch, Workspace& work, int64_t index, int y, bool f
 }
 
 // A sample whose sources are copied and whose seam is hard, a band of rows at a time.
-void copy_sample(const Batch& batch, Workspace& work, int64_t index, const Row& row) {
+void copy_sample(const Batch& batch, Workspace& work, int64_t place, const Row& row) {
     constexpr int kBand = 1024;  // pixels: all that a band needs stays in the first-level cache
     const int width = batch.out_width, most = width < kBand ? kBand / width : 1;
-    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(index) * plane * 3;
+    const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(place) * plane * 3;
     const bool planes = !batch.channels_last, blended = work.fractal.seen();
     for (int y = 0, height; y < batch.out_height; y += height) {
         height = y + most < batch.out_height ? most : batch.out_height - y;
@@ -549,7 +517,8 @@ void copy_sample(const Batch& batch, Workspace& work, int64_t index, const Row& 
     }
 }
 
-void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
+// Sample `index` of the batch, into place `place` of the tensor.
+void mix_sample(const Batch& batch, int64_t index, int64_t place, Workspace& work) {
     const Row& row = batch.rows[index];
     const int out[2] = {batch.out_height, batch.out_width};
     const int height = out[0], width = out[1];
@@ -588,7 +557,7 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
         fractal.open(work.shared, pixels, shape, image, row.span, out, row.fractal_flip[0], row.fractal_flip[1]);
         fractal.show(inside[0], inside[1]);
     }
-    if (hard && original.copied() && edit.copied() && fractal.copied()) return copy_sample(batch, work, index, row);
+    if (hard && original.copied() && edit.copied() && fractal.copied()) return copy_sample(batch, work, place, row);
     work.value.assign(static_cast<size_t>(width) * 4, 0.0f);
     work.normalised.resize(static_cast<size_t>(width) * 3 + 1);
     float* const value = work.value.data();
@@ -608,8 +577,47 @@ void mix_sample(const Batch& batch, int64_t index, Workspace& work) {
             resample_rows(fractal, y);
             blend_whole_row(fractal, value, row.fractal_weight);
         }
-        store_row(batch, work, index, y, row.flip);
+        store_row(batch, work, place, y, row.flip);
     }
+}
+
+// The batch whose tensor is 8-bit pixels, (height, width, 3).
+Batch of_bytes(const Batch& batch) {
+    Batch bytes = batch;
+    bytes.dtype = kUint8, bytes.channels_last = 1;
+    for (int c = 0; c < 3; ++c) bytes.scale[c] = 1, bytes.offset[c] = 0;
+    bytes.repeat_affine();
+    return bytes;
+}
+
+// 8-bit pixels into the tensor.
+void store_bytes(const Batch& batch, Workspace& work, int64_t place, const uint8_t* pixels) {
+    constexpr int kBand = 1024;
+    const size_t plane = static_cast<size_t>(batch.out_height) * batch.out_width;
+    const size_t sample = static_cast<size_t>(place) * plane * 3;
+    const bool planes = !batch.channels_last, direct = batch.dtype == kFloat32;
+    work.under.resize(3 * kBand), work.normalised.resize(3 * kBand);
+    uint8_t* const channels = work.under.data();
+    for (size_t begin = 0; begin < plane; begin += kBand) {
+        const int count = static_cast<int>(plane - begin < kBand ? plane - begin : kBand);
+        const uint8_t* from = pixels + 3 * begin;
+        if (planes) split_band(from, channels, count, kBand), from = channels;
+        for (int c = 0; c < (planes ? 3 : 1); ++c) {
+            const int values = planes ? count : 3 * count;
+            const size_t at = sample + (planes ? c * plane + begin : 3 * begin);
+            float* const to = direct ? static_cast<float*>(batch.out) + at : work.normalised.data();
+            compute_plain(from + c * kBand, batch.affine[planes ? c : 3], to, values);
+            if (!direct) store_values(batch, to, at, values);
+        }
+    }
+}
+
+// A sample with its operations: mixed into 8-bit pixels, changed, then stored.
+void augment_sample(const Batch& batch, Batch& bytes, int64_t index, Workspace& work) {
+    bytes.out = work.sample.begin(batch.out_height, batch.out_width);
+    mix_sample(bytes, index, 0, work);
+    work.sample.apply(batch.operations + index * batch.slots, batch.slots, batch.noise);
+    store_bytes(batch, work, index, work.sample.pixels());
 }
 
 // How many of the threads are worth starting: a start takes as long as some 2^16 pixels, read or written.
@@ -630,7 +638,11 @@ int64_t useful_threads(const Batch& batch, int64_t threads) {
 void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bool>& failed) {
     try {
         Workspace work;
-        for (int64_t i; !failed && (i = next++) < batch.count;) mix_sample(batch, i, work);
+        Batch bytes = batch.slots ? of_bytes(batch) : Batch{};
+        for (int64_t i; !failed && (i = next++) < batch.count;) {
+            if (batch.slots) augment_sample(batch, bytes, i, work);
+            else mix_sample(batch, i, i, work);
+        }
     } catch (const std::bad_alloc&) {
         failed = true;
     }
@@ -638,17 +650,19 @@ void work_through(const Batch& batch, std::atomic<int64_t>& next, std::atomic<bo
 
 }  // namespace
 
-// `pieces` is (2, count): originals, edits. Returns 0, or 1 when memory ran out.
 // The number of this library's interface: base/native.py refuses a library of another one, which an update of the
 // sources leaves behind until it is built again. It grows with every change of an argument or of a struct.
-extern "C" __attribute__((visibility("default"))) int dali_diffusemix_interface() { return 3; }
+extern "C" __attribute__((visibility("default"))) int dali_diffusemix_interface() { return 4; }
 
+// `pieces` is (2, count): originals, edits; `operations` is (count, slots), and without slots nothing is rounded to 8
+// bits. Returns 0, or 1 when memory ran out.
 extern "C" __attribute__((visibility("default"))) int dali_diffusemix_mix(
     const Piece* pieces, const Row* rows, int64_t count, const uint8_t* bank, int bank_height, int bank_width,
     void* out, int out_height, int out_width, int dtype, int channels_last, const float* scale, const float* offset,
-    int threads) {
+    const augment::Operation* operations, int slots, const uint8_t* noise, int threads) {
     Batch batch{pieces, pieces + count, rows, count, bank, bank_height, bank_width, out, out_height, out_width, dtype,
-                channels_last, {scale[0], scale[1], scale[2]}, {offset[0], offset[1], offset[2]}, {}};
+                channels_last, {scale[0], scale[1], scale[2]}, {offset[0], offset[1], offset[2]}, operations, slots,
+                noise, {}};
     batch.repeat_affine();
     std::atomic<int64_t> next{0};
     std::atomic<bool> failed{false};

@@ -34,6 +34,7 @@
 // multiply-add, not a table entry, so any ratio fits into registers and shared memory.
 //
 // docs/kernel.md has the times on an H100, the bytes and instructions, and what was tried and deleted.
+#include "elements.cuh"
 #include "mix_pixel.cuh"
 
 namespace {
@@ -156,24 +157,6 @@ MIX_FN void measure(const Batch& batch, Tile& tile, int task) {
 MIX_FN float byte_of(uint32_t word, int i) {
     return __uint_as_float(__byte_perm(word, 0x4B000000u, 0x7440u | i)) - 8388608.0f;
 }
-
-// The elements of the tensor.
-struct Float32 {
-    typedef float Value;
-    static MIX_FN Value cast(float value) { return value; }
-};
-struct Float16 {
-    typedef uint16_t Value;
-    static MIX_FN Value cast(float value) { return to_float16(value); }
-};
-struct Bfloat16 {
-    typedef uint16_t Value;
-    static MIX_FN Value cast(float value) { return to_bfloat16(value); }
-};
-struct Uint8 {
-    typedef uint8_t Value;
-    static MIX_FN Value cast(float value) { return to_uint8(value); }
-};
 
 // Writes the first `count` of four values: as one vector where all are wanted and the address allows.
 template <typename T>

@@ -11,6 +11,7 @@ from dali_diffusemix.mix import TensorFormat
 from dali_diffusemix.mix.call import piece_table
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.plan import BatchPlan, visible_parts
+from dali_diffusemix.plan.augment import no_operations
 
 NOTHING = np.zeros((0, 0, 3), dtype=np.uint8)
 
@@ -35,6 +36,7 @@ def plan_of(
     fractal_flip: NDArray[np.bool_] | None = None,
     fractal_weight: NDArray[np.float32] | None = None,
     seam_width: float = 0.0,
+    operations: NDArray[np.void] | None = None,
 ) -> BatchPlan:
     mask = np.full(count, -1, dtype=np.int8) if mask is None else mask
     return BatchPlan(
@@ -51,6 +53,7 @@ def plan_of(
         fractal=np.full(count, -1) if fractal is None else fractal,
         fractal_flip=np.zeros((count, 2), dtype=np.bool_) if fractal_flip is None else fractal_flip,
         fractal_weight=np.zeros(count, dtype=np.float32) if fractal_weight is None else fractal_weight,
+        operations=no_operations(count) if operations is None else operations,
         output_size=size,
     )
 

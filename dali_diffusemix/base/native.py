@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 _FILE = "libdali_diffusemix.so"
-_INTERFACE: Final = 3  # kernels/mix.cpp has the same
+_INTERFACE: Final = 4  # kernels/mix.cpp has the same
 _DTYPES: Final = ("float32", "float16", "bfloat16", "uint8")  # as kernels/mix.cpp counts them
 
 
@@ -73,6 +73,8 @@ def mix(
     bank: NDArray[np.uint8] | None,
     out: NDArray[np.generic],
     format: SampleFormat,
+    operations: NDArray[np.void],
+    noise: NDArray[np.uint8] | None,
     threads: int,
 ) -> bool:
     """Run the fused mix of kernels/mix.cpp; `mix.call.mix` describes and checks the arguments.
@@ -91,7 +93,8 @@ def mix(
         _address(pieces), _address(rows), ctypes.c_int64(len(rows)),
         None if bank is None else _address(bank), *bank_size,
         _address(out), *out_size, _DTYPES.index(format.dtype), int(format.channels_last),
-        _address(scale), _address(offset), threads,
+        _address(scale), _address(offset),
+        _address(operations), operations.shape[1], None if noise is None else _address(noise), threads,
     )  # fmt: skip
     if short:
         raise MemoryError("no memory for the working rows of the mix")

@@ -7,7 +7,9 @@ This is the register of all streams. No two share an address:
 
     key               counter                                stream
     (seed, epoch)     (index low, index high, field, view)   a sample: MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, and
-                                                             CROP and the fields after it, a crop's tries
+                                                             CROP and the fields after it, a crop's tries;
+                                                             AUGMENT and the fields after it, augmentation
+    (drawn, drawn)    (pixel, 0, NOISE, 0)                   noise in an erased rectangle, keyed by its sample's draws
     (seed, epoch)     (step low, step high, field, 0)        the batch transform of rank r: BATCH_TRANSFORM + r
     (seed, epoch)     (round, 0, PERMUTATION, 0)             the epoch's order
     (seed, SPLIT)     (round, 0, PERMUTATION, 0)             the parts of a dataset; no epoch reaches SPLIT
@@ -39,7 +41,11 @@ WEIGHT: Final = 4
 FLIP: Final = 5
 """Field: a crop's flip."""
 CROP: Final = 16
-"""Field: a crop's first try; the fields up to BATCH_TRANSFORM are for more."""
+"""Field: a crop's first try; the fields up to AUGMENT are for more."""
+AUGMENT: Final = 2**20
+"""Field: the first setting of augmentation; `plan.augment` divides the fields up to NOISE."""
+NOISE: Final = 2**30
+"""Field: noise; no sample draws from it. kernels/augment.cuh has the same number."""
 BATCH_TRANSFORM: Final = 2**31
 """Field: the batch transform of rank 0; the other ranks follow."""
 PERMUTATION: Final = 2**32 - 1

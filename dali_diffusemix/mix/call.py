@@ -24,8 +24,10 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base import native
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.mix.augment import augmented_image, lowered, noise_table
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
+from dali_diffusemix.plan.augment import CODES
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -132,11 +134,33 @@ def mix(
     _check_tables(plan, pieces, 0 if bank is None else len(bank))
     if threads < 1:
         raise ConfigError(f"threads must be at least 1, found {threads}.")
-    if not native.mix(pieces, row_table(plan), bank, out, format, threads):
+    operations = lowered(plan.operations, plan.output_size, format)
+    if not native.mix(pieces, row_table(plan), bank, out, format, operations, _noise(plan, format), threads):
         for row, (original, edit) in enumerate(pieces.T):
             fractal = None if bank is None or plan.fractal[row] < 0 else bank[plan.fractal[row]]
             shown = _whole_image(edit) if plan.edit[row] >= 0 else None
-            out[row] = encode(mixed_image(plan, row, _whole_image(original), shown, fractal), format)
+            out[row] = sample(plan, row, _whole_image(original), shown, fractal, format)
+
+
+def sample(
+    plan: BatchPlan,
+    row: int,
+    original: NDArray[np.uint8],
+    edit: NDArray[np.uint8] | None,
+    fractal: NDArray[np.uint8] | None,
+    format: TensorFormat,
+) -> NDArray[np.generic]:
+    """One sample by the specification: mixed; with operations rounded to 8 bits and augmented; then encoded."""
+    image = mixed_image(plan, row, original, edit, fractal)
+    if plan.operations.shape[1]:
+        pixels = encode(image, TensorFormat(dtype="uint8", channels_last=True, normalize=None))
+        image = augmented_image(np.asarray(pixels, dtype=np.uint8), plan.operations[row], format).astype(np.float32)
+    return encode(image, format)
+
+
+def _noise(plan: BatchPlan, format: TensorFormat) -> NDArray[np.uint8] | None:
+    """The table of noise, if an operation needs it."""
+    return noise_table(format) if (plan.operations["code"] == CODES["erase_noise"]).any() else None
 
 
 def mix_on_device(

@@ -25,6 +25,7 @@ from dali_diffusemix.base.philox import (
     uniform,
 )
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.augment import Augmentation, draw_operations
 from dali_diffusemix.plan.crops import Crop, Draws
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
@@ -51,6 +52,7 @@ class BatchPlan:
     fractal: NDArray[np.int64]  # (n,) row of the bank; -1: none
     fractal_flip: NDArray[np.bool_]  # (n, 2) the fractal's own: upside down, left to right
     fractal_weight: NDArray[np.float32]  # (n,) λ; 0 where there is no fractal
+    operations: NDArray[np.void]  # (n, slots) of `augment.OPERATION`, in order, on the mixed 8-bit sample; 0 slots: none
     output_size: tuple[int, int]  # (height, width) pixels
 
     def __len__(self) -> int:
@@ -121,6 +123,7 @@ class Planner:
     mix: MixSpec | None = None
     edits: EditTable | None = None
     fractals: int = 0
+    augment: tuple[Augmentation, ...] = ()
 
     def __post_init__(self) -> None:
         check_seed(self.seed, 0)
@@ -192,6 +195,9 @@ class Planner:
         low, high = mix.fractal_weight_range
         weight = np.where(mixed, low + (high - low) * uniform(draws(WEIGHT, rows)[:, 0]), 0).astype(np.float32)
         blended = weight > 0
+        operations = draw_operations(
+            self.augment, count, self.crop.output_size, lambda field: draw(self.seed, epoch, index, [field], view)[0]
+        )
         return BatchPlan(
             epoch=epoch,
             index=index,
@@ -206,6 +212,7 @@ class Planner:
             fractal=np.where(blended, below(of_fractal[:, 0], self.fractals), -1),
             fractal_flip=(of_fractal[:, 1:3] >> np.uint32(31)).astype(np.bool_) & blended[:, None],
             fractal_weight=weight,
+            operations=operations,
             output_size=self.crop.output_size,
         )
 

@@ -1,7 +1,7 @@
 // Philox4x32-10: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). base/philox.py has the same.
 #pragma once
 
-#include <cstdint>
+#include "portable.cuh"
 
 namespace philox {
 
@@ -9,8 +9,7 @@ struct Words {
     uint32_t w[4];
 };
 
-inline __attribute__((always_inline)) Words words(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
-                                                  uint32_t k1) {
+MIX_FN Words words(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
     for (int round = 0; round < 10; ++round) {
         const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
         const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;

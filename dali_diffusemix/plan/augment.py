@@ -1,0 +1,785 @@
+"""Augmentation after the mix: which operations a sample gets, and how strong, drawn by the plan.
+
+The settings are frozen values with torchvision's names, ranges and order of operations; `TimmRandAugment` has timm's.
+Each draws from streams of its own (`base.philox`), so that adding or removing one changes no other draw.
+`mix.augment` is the law of the pixels.
+
+Sources: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", ICCV 2021; Cubuk et
+al., "RandAugment: Practical automated data augmentation with a reduced search space", NeurIPS 2020; Cubuk et al.,
+"AutoAugment: Learning Augmentation Strategies from Data", CVPR 2019; Zhong et al., "Random Erasing Data Augmentation",
+AAAI 2020; Touvron et al., "DeiT III: Revenge of the ViT", ECCV 2022; torchvision 0.29.1 (transforms.v2); timm 1.0.31.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dali_diffusemix.base.philox import AUGMENT, below, uniform
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.spec import check_number, check_range
+
+OPERATIONS: Final = (
+    *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
+    *("brightness", "contrast", "color", "sharpness", "hue", "grayscale"),
+    *("posterize", "solarize", "solarize_add", "autocontrast", "equalize", "invert"),
+    *("blur", "erase", "erase_noise"),
+)
+"""The operations; a code is the index in this tuple. kernels/augment.cuh has the same codes."""
+
+CODES: Final = {name: code for code, name in enumerate(OPERATIONS)}
+
+FILTERS: Final = ("nearest", "bilinear", "bicubic")
+Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
+
+OPERATION: Final = np.dtype(
+    [("code", np.uint8), ("filter", np.uint8), ("fill", np.uint8, 3), ("unused", np.uint8, 3), ("values", np.float64, 8)]
+)
+"""One operation on one sample. `values` by its code, the others 0:
+
+    shear_x, shear_y            pixels across for each pixel down, pixels down for each across
+    translate_x, translate_y    pixels to the right, pixels down
+    rotate                      degrees, counterclockwise about the middle
+    brightness, contrast, color, sharpness   factor; 1 changes nothing
+    hue                         turns, -1/2 to 1/2
+    posterize                   bits that are kept
+    solarize                    threshold; from it on a value is inverted
+    solarize_add                what is added to values below 128
+    blur                        sigma in pixels; side of the kernel
+    erase                       top, left, height, width in pixels; R, G, B as `RandomErasing.value` says
+    erase_noise                 top, left, height, width; two words that key the noise
+"""
+
+
+
+def no_operations(count: int) -> NDArray[np.void]:
+    """(count, 0) of `OPERATION`."""
+    return np.zeros((count, 0), dtype=OPERATION)
+
+
+Draws: TypeAlias = Callable[[int], NDArray[np.uint32]]
+"""Block number to (n, 4) uint32: the draws of one setting for a batch."""
+
+Triple: TypeAlias = tuple[float, float, float]
+
+
+@runtime_checkable
+class Augmentation(Protocol):
+    """One setting of augmentation."""
+
+    @property
+    def slots(self) -> int:
+        """Operations that a sample gets from it at most."""
+        ...
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """Draw the operations of a batch.
+
+        Args:
+            out: (n, slots) of `OPERATION`, all identity.
+            size: (height, width) of the samples, pixels.
+            draws: The draws of this setting.
+        """
+        ...
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ConfigError(f"{name} must lie in [0, 1], a probability, found {value!r}.")
+
+
+def _fill(name: str, value: int | tuple[int, int, int]) -> tuple[int, int, int]:
+    fill = (value,) * 3 if isinstance(value, int) else tuple(value)
+    if len(fill) != 3 or not all(isinstance(one, int | np.integer) and 0 <= one <= 255 for one in fill):
+        raise ConfigError(f"{name} must be a value from 0 to 255 or three of them (R, G, B), found {value!r}.")
+    return fill
+
+
+def _check_filter(value: str) -> None:
+    if value not in FILTERS:
+        raise ConfigError(f"interpolation must be one of {FILTERS}, found {value!r}.")
+
+
+def _range(name: str, value: float | tuple[float, float], centre: float, low: float, high: float) -> tuple[float, float]:
+    """A jitter's range: a number is the distance from the centre, cut below at `low`."""
+    if isinstance(value, int | float):
+        if value < 0:
+            raise ConfigError(f"{name} must be at least 0, found {value}.")
+        value = (max(centre - value, low) if centre == 1 else centre - value, centre + value)
+    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
+        raise ConfigError(
+            f"{name} must be a number, or (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value!r}."
+        )
+    return float(value[0]), float(value[1])
+
+
+def _between(drawn: NDArray[np.uint32], low: float, high: float) -> NDArray[np.float64]:
+    return low + (high - low) * uniform(drawn)
+
+
+# Single operations ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ColorJitter:
+    """Brightness, contrast, saturation and hue, each by a random amount, in random order: torchvision's ColorJitter.
+
+    A number is the distance from 1 (of hue, from 0) to both sides; a pair is the range itself.
+    """
+
+    brightness: float | tuple[float, float] = 0
+    """Factor; 0 is black."""
+    contrast: float | tuple[float, float] = 0
+    """Factor; 0 is the mean grey."""
+    saturation: float | tuple[float, float] = 0
+    """Factor; 0 is grey."""
+    hue: float | tuple[float, float] = 0
+    """Turns of the colour circle, -1/2 to 1/2."""
+
+    _CODES: ClassVar = ("brightness", "contrast", "color", "hue")
+
+    def __post_init__(self) -> None:
+        _ = self._ranges
+
+    @property
+    def _ranges(self) -> tuple[tuple[float, float], ...]:
+        factors = [
+            _range(name, getattr(self, name), 1, 0, math.inf) for name in ("brightness", "contrast", "saturation")
+        ]
+        return (*factors, _range("hue", self.hue, 0, -0.5, 0.5))
+
+    @property
+    def slots(self) -> int:
+        """One for each that varies."""
+        return len(self._used)
+
+    @property
+    def _used(self) -> list[int]:
+        return [i for i, (low, high) in enumerate(self._ranges) if not low == high == (0 if i == 3 else 1)]
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        used, factors, keys = self._used, draws(0), draws(1)
+        # The order of random keys is a uniform permutation; that of some of four, too.
+        place = np.argsort(np.argsort(keys[:, used], axis=1, kind="stable"), axis=1)
+        rows = np.arange(len(out))
+        for column, number in enumerate(used):
+            at = rows, place[:, column]
+            out["code"][at] = CODES[self._CODES[number]]
+            out["values"][(*at, np.zeros_like(rows))] = _between(factors[:, number], *self._ranges[number])
+
+
+@dataclass(frozen=True)
+class Grayscale:
+    """Grey of three equal channels, with a probability: torchvision's RandomGrayscale."""
+
+    p: float = 1.0
+    """Probability."""
+    slots: ClassVar = 1
+
+    def __post_init__(self) -> None:
+        _check_probability("p", self.p)
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        out["code"][uniform(draws(0)[:, 0]) < self.p] = CODES["grayscale"]
+
+
+@dataclass(frozen=True)
+class Solarize:
+    """Values from a threshold on are inverted, with a probability: torchvision's RandomSolarize."""
+
+    threshold: float = 128
+    """0 to 256."""
+    p: float = 1.0
+    """Probability."""
+    slots: ClassVar = 1
+
+    def __post_init__(self) -> None:
+        check_number("threshold", self.threshold, 0, 256)
+        _check_probability("p", self.p)
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        chosen = uniform(draws(0)[:, 0]) < self.p
+        out["code"][chosen] = CODES["solarize"]
+        out["values"][chosen, 0, 0] = self.threshold
+
+
+@dataclass(frozen=True)
+class GaussianBlur:
+    """A Gaussian of random width, with a probability: torchvision's GaussianBlur. Borders are mirrored."""
+
+    kernel_size: int
+    """Side of the kernel, odd, pixels."""
+    sigma: float | tuple[float, float] = (0.1, 2.0)
+    """Standard deviation, pixels; a pair is a range, drawn uniformly."""
+    p: float = 1.0
+    """Probability."""
+    slots: ClassVar = 1
+
+    _LARGEST: ClassVar = 63
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0 or not 1 <= self.kernel_size <= self._LARGEST:
+            raise ConfigError(f"kernel_size must be odd, 1 to {self._LARGEST} pixels, found {self.kernel_size}.")
+        low, high = self._sigmas
+        if not 0 < low <= high < math.inf:
+            raise ConfigError(f"sigma must be above 0, a number or (low, high), found {self.sigma!r}.")
+        _check_probability("p", self.p)
+
+    @property
+    def _sigmas(self) -> tuple[float, float]:
+        return self.sigma if isinstance(self.sigma, tuple) else (self.sigma, self.sigma)
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        drawn = draws(0)
+        chosen = uniform(drawn[:, 0]) < self.p
+        out["code"][chosen] = CODES["blur"]
+        out["values"][chosen, 0, 0] = _between(drawn[chosen, 1], *self._sigmas)
+        out["values"][chosen, 0, 1] = self.kernel_size
+
+
+@dataclass(frozen=True)
+class RandomErasing:
+    """A rectangle is filled, with a probability: torchvision's RandomErasing, as it stands after Normalize.
+
+    The rectangle is tried ten times until it is smaller than the sample; else nothing is erased.
+    """
+
+    p: float = 0.5
+    """Probability."""
+    scale: tuple[float, float] = (0.02, 0.33)
+    """Area of the rectangle over the area of the sample, uniform."""
+    ratio: tuple[float, float] = (0.3, 3.3)
+    """Height over width, log-uniform."""
+    value: float | Triple | Literal["random"] = 0.0
+    """What the tensor holds there, rounded to 8 bits: 0 is the mean colour if the dataset normalises, else black; three
+    values are those of R, G and B; "random" is normal noise of mean 0 and deviation 1."""
+    slots: ClassVar = 1
+
+    _TRIES: ClassVar = 10
+
+    def __post_init__(self) -> None:
+        _check_probability("p", self.p)
+        check_range("scale", self.scale, 0, 1)
+        check_range("ratio", self.ratio, 1e-3, 1e3)
+        fits = self.value == "random" if isinstance(self.value, str) else np.shape(self.value) in ((), (3,))
+        if not fits:
+            raise ConfigError(f"value must be a number, three numbers or 'random', found {self.value!r}.")
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        first = draws(0)
+        rows = np.flatnonzero(uniform(first[:, 0]) < self.p)
+        noise = isinstance(self.value, str)
+        log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
+        for attempt in range(self._TRIES):
+            if not rows.size:
+                break
+            drawn = draws(1 + attempt)[rows]
+            area = size[0] * size[1] * _between(drawn[:, 0], *self.scale)
+            ratio = np.exp(_between(drawn[:, 1], log_low, log_high))
+            shape = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)))
+            fits = (shape < size).all(axis=1)
+            taken, shape = rows[fits], shape[fits]
+            values = out["values"]
+            values[taken, 0, :2] = below(drawn[fits, 2:], np.asarray(size) - shape + 1)
+            values[taken, 0, 2:4] = shape
+            out["code"][taken, 0] = CODES["erase_noise" if noise else "erase"]
+            if noise:
+                values[taken, 0, 4:6] = first[taken, 1:3]
+            else:
+                values[taken, 0, 4:7] = self.value
+            rows = rows[~fits]
+
+
+# Policies -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Warp:
+    """How the policies' shears, translations and rotations read and fill."""
+
+    interpolation: Interpolation = field(default="nearest", kw_only=True)
+    """Filter of shears, translations and rotations."""
+    fill: int | tuple[int, int, int] = field(default=0, kw_only=True)
+    """What comes in from outside, 0 to 255; three values are R, G, B."""
+
+    def _check_warp(self) -> None:
+        _check_filter(self.interpolation)
+        _fill("fill", self.fill)
+
+    def _put(self, out: NDArray[np.void], codes: NDArray[np.integer], values: NDArray[np.float64]) -> None:
+        """Write one operation for each row, out (n,)."""
+        out["code"] = codes
+        out["values"][:, 0] = values
+        out["filter"] = FILTERS.index(self.interpolation)
+        out["fill"] = _fill("fill", self.fill)
+
+
+def _steps(low: float, high: float, bins: int) -> NDArray[np.float64]:
+    """torch.linspace in float32, where it has fused multiply-adds."""
+    low, high = float(np.float32(low)), float(np.float32(high))
+    step = float(np.float32(np.float32(high - low) / np.float32(bins - 1))) if bins > 1 else 0.0
+    i = np.arange(bins)
+    found = np.where(i < bins // 2, low + step * i, high - step * (bins - 1 - i)) if bins > 1 else np.array([low])
+    return found.astype(np.float32).astype(np.float64)
+
+
+_Space: TypeAlias = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""Codes (operations,) and values (operations, bins, 2): as they are, and negated where that is another operation."""
+
+
+def _space(names: Sequence[str], magnitudes: dict[str, NDArray[np.float64] | None], bins: int) -> _Space:
+    """The values that magnitudes become."""
+    values = np.zeros((len(names), bins, 2))
+    for row, name in enumerate(names):
+        magnitude = magnitudes[name]
+        if magnitude is None:
+            continue
+        both = np.stack([magnitude, -magnitude], axis=1)
+        if name in ("brightness", "color", "contrast", "sharpness"):
+            both = 1.0 + both
+        elif name in ("translate_x", "translate_y"):
+            both = np.trunc(both)
+        elif name == "posterize":
+            both = np.stack([magnitude] * 2, axis=1)
+        elif name == "solarize":
+            both = 255.0 * np.stack([magnitude] * 2, axis=1)
+        values[row] = both
+    return np.array([CODES[name] for name in names]), values
+
+
+_SHARED: Final = (
+    *("shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast", "sharpness"),
+    *("posterize", "solarize", "autocontrast", "equalize"),
+)
+
+
+def _magnitudes(
+    bins: int, *, shear: float, translate: tuple[float, float], rotate: float, enhance: float, bits: int
+) -> dict[str, NDArray[np.float64] | None]:
+    # As torch rounds: float32, half to even.
+    step = np.float32((bins - 1) / bits) if bins > 1 else np.float32(1)
+    posterize = np.rint(np.float32(8) - np.arange(bins, dtype=np.float32) / step).astype(np.float64)
+    return {
+        "identity": None,
+        "shear_x": _steps(0, shear, bins),
+        "shear_y": _steps(0, shear, bins),
+        "translate_x": _steps(0, translate[1], bins),
+        "translate_y": _steps(0, translate[0], bins),
+        "rotate": _steps(0, rotate, bins),
+        **{name: _steps(0, enhance, bins) for name in ("brightness", "color", "contrast", "sharpness")},
+        "posterize": posterize,
+        "solarize": _steps(1, 0, bins),
+        "autocontrast": None,
+        "equalize": None,
+        "invert": None,
+    }
+
+
+@cache
+def _wide(bins: int) -> _Space:
+    magnitudes = _magnitudes(bins, shear=0.99, translate=(32, 32), rotate=135, enhance=0.99, bits=6)
+    return _space(("identity", *_SHARED), magnitudes, bins)
+
+
+@cache
+def _standard(names: tuple[str, ...], bins: int, size: tuple[int, int]) -> _Space:
+    translate = 150 / 331 * size[0], 150 / 331 * size[1]
+    magnitudes = _magnitudes(bins, shear=0.3, translate=translate, rotate=30, enhance=0.9, bits=4)
+    return _space(names, magnitudes, bins)
+
+
+def _check_bins(bins: int) -> None:
+    if not isinstance(bins, int) or not 2 <= bins <= 1000:
+        raise ConfigError(f"num_magnitude_bins must be a whole number from 2 to 1000, found {bins!r}.")
+
+
+@dataclass(frozen=True)
+class TrivialAugmentWide(_Warp):
+    """One operation of 14 with one magnitude of `num_magnitude_bins`, both uniform: torchvision's TrivialAugmentWide."""
+
+    num_magnitude_bins: int = 31
+    slots: ClassVar = 1
+
+    def __post_init__(self) -> None:
+        _check_bins(self.num_magnitude_bins)
+        self._check_warp()
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        codes, values = _wide(self.num_magnitude_bins)
+        drawn = draws(0)
+        which, step = below(drawn[:, 0], len(codes)), below(drawn[:, 1], self.num_magnitude_bins)
+        self._put(out[:, 0], codes[which], values[which, step, drawn[:, 2] >> np.uint32(31)])
+
+
+@dataclass(frozen=True)
+class RandAugment(_Warp):
+    """`num_ops` operations of 14, uniform, all of one magnitude: torchvision's RandAugment."""
+
+    num_ops: int = 2
+    magnitude: int = 9
+    """Which of `num_magnitude_bins`, from 0."""
+    num_magnitude_bins: int = 31
+
+    def __post_init__(self) -> None:
+        _check_bins(self.num_magnitude_bins)
+        self._check_warp()
+        if not isinstance(self.num_ops, int) or not 0 <= self.num_ops <= 16:
+            raise ConfigError(f"num_ops must be a whole number from 0 to 16, found {self.num_ops!r}.")
+        if not isinstance(self.magnitude, int) or not 0 <= self.magnitude < self.num_magnitude_bins:
+            raise ConfigError(
+                f"magnitude must be a whole number below num_magnitude_bins, {self.num_magnitude_bins}, and at least 0, "
+                f"found {self.magnitude!r}."
+            )
+
+    @property
+    def slots(self) -> int:
+        """`num_ops`."""
+        return self.num_ops
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        codes, values = _standard(("identity", *_SHARED), self.num_magnitude_bins, size)
+        for slot in range(self.num_ops):
+            drawn = draws(slot)
+            which = below(drawn[:, 0], len(codes))
+            self._put(out[:, slot], codes[which], values[which, self.magnitude, drawn[:, 1] >> np.uint32(31)])
+
+
+# (operation, probability, magnitude of 10), in pairs: Cubuk et al. 2019, table 9 of the supplement.
+_IMAGENET: Final = (
+    ("posterize", 0.4, 8, "rotate", 0.6, 9),
+    ("solarize", 0.6, 5, "autocontrast", 0.6, 0),
+    ("equalize", 0.8, 0, "equalize", 0.6, 0),
+    ("posterize", 0.6, 7, "posterize", 0.6, 6),
+    ("equalize", 0.4, 0, "solarize", 0.2, 4),
+    ("equalize", 0.4, 0, "rotate", 0.8, 8),
+    ("solarize", 0.6, 3, "equalize", 0.6, 0),
+    ("posterize", 0.8, 5, "equalize", 1.0, 0),
+    ("rotate", 0.2, 3, "solarize", 0.6, 8),
+    ("equalize", 0.6, 0, "posterize", 0.4, 6),
+    ("rotate", 0.8, 8, "color", 0.4, 0),
+    ("rotate", 0.4, 9, "equalize", 0.6, 0),
+    ("equalize", 0.0, 0, "equalize", 0.8, 0),
+    ("invert", 0.6, 0, "equalize", 1.0, 0),
+    ("color", 0.6, 4, "contrast", 1.0, 8),
+    ("rotate", 0.8, 8, "color", 1.0, 2),
+    ("color", 0.8, 8, "solarize", 0.8, 7),
+    ("sharpness", 0.4, 7, "invert", 0.6, 0),
+    ("shear_x", 0.6, 5, "equalize", 1.0, 0),
+    ("color", 0.4, 0, "equalize", 0.6, 0),
+    ("equalize", 0.4, 0, "solarize", 0.2, 4),
+    ("solarize", 0.6, 5, "autocontrast", 0.6, 0),
+    ("invert", 0.6, 0, "equalize", 1.0, 0),
+    ("color", 0.6, 4, "contrast", 1.0, 8),
+    ("equalize", 0.8, 0, "equalize", 0.6, 0),
+)
+_AUTO_NAMES: Final = (*_SHARED, "invert")
+
+
+@dataclass(frozen=True)
+class AutoAugment(_Warp):
+    """One of 25 pairs of operations, each with its probability and magnitude: AutoAugment's policy for ImageNet."""
+
+    slots: ClassVar = 2
+
+    def __post_init__(self) -> None:
+        self._check_warp()
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        codes, values = _standard(_AUTO_NAMES, 10, size)
+        first, second = draws(0), draws(1)
+        policy = below(first[:, 0], len(_IMAGENET))
+        for slot, drawn in enumerate((first[:, 1:3], second[:, :2])):
+            names, probabilities, magnitudes = zip(*(pair[3 * slot : 3 * slot + 3] for pair in _IMAGENET), strict=True)
+            which = np.array([_AUTO_NAMES.index(name) for name in names])[policy]
+            at = which, np.array(magnitudes)[policy], drawn[:, 1] >> np.uint32(31)
+            self._put(out[:, slot], codes[which], values[at])
+            out["code"][uniform(drawn[:, 0]) >= np.array(probabilities)[policy], slot] = CODES["identity"]
+
+
+_TIMM: Final = (
+    *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast"),
+    *("brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
+)
+
+
+@dataclass(frozen=True)
+class TimmRandAugment:
+    """`num_ops` operations of 15, each with a probability and a random magnitude: timm's RandAugment.
+
+    timm writes it as a string, which `augment=` takes: "rand-m9-mstd0.5-inc1" is TimmRandAugment(magnitude=9,
+    magnitude_std=0.5, increasing=True).
+    """
+
+    magnitude: float = 10
+    """m: of 10."""
+    num_ops: int = 2
+    """n."""
+    p: float = 0.5
+    """Probability of each operation."""
+    magnitude_std: float = 0
+    """mstd: standard deviation of the magnitude, normal and cut to [0, magnitude_max]; above 100, it is uniform up to
+    `magnitude`."""
+    magnitude_max: float = 10
+    """mmax."""
+    increasing: bool = False
+    """inc: posterize, solarize and the four factors become stronger with the magnitude."""
+    interpolation: Literal["random", "nearest", "bilinear", "bicubic"] = "random"
+    """"random" is bilinear or bicubic, drawn for each operation."""
+    fill: int | tuple[int, int, int] = (124, 116, 104)
+    """What comes in from outside: timm takes the mean colour, which is this for ImageNet's."""
+
+    def __post_init__(self) -> None:
+        if self.interpolation != "random":
+            _check_filter(self.interpolation)
+        _fill("fill", self.fill)
+        _check_probability("p", self.p)
+        if not isinstance(self.num_ops, int) or not 0 <= self.num_ops <= 16:
+            raise ConfigError(f"num_ops must be a whole number from 0 to 16, found {self.num_ops!r}.")
+        for name in ("magnitude", "magnitude_std"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)!r}.")
+        if not 0 < self.magnitude_max <= 100:
+            raise ConfigError(f"magnitude_max must be above 0 and at most 100, found {self.magnitude_max!r}.")
+
+    @property
+    def slots(self) -> int:
+        """`num_ops`."""
+        return self.num_ops
+
+    @classmethod
+    def of(cls, text: str) -> "TimmRandAugment":
+        """Read timm's form: "rand", then parts of m, n, p, mstd, mmax and inc with their numbers, joined by "-"."""
+        names = {
+            "m": ("magnitude", int),
+            "n": ("num_ops", int),
+            "p": ("p", float),
+            "mstd": ("magnitude_std", float),
+            "mmax": ("magnitude_max", int),
+            "inc": ("increasing", lambda value: bool(int(value))),
+        }
+        settings: dict[str, Any] = {}
+        for part in text.split("-")[1:]:
+            match = re.fullmatch(r"([a-z]+)(\d.*|inf)", part)
+            try:
+                name, number = names[match[1]] if match else names[""]
+                settings[name] = number(match[2] if match else "")
+            except (KeyError, ValueError):
+                raise ConfigError(
+                    f"augment must be of timm's form rand-m9-n2-p0.5-mstd0.5-mmax10-inc1, found {part!r} in {text!r}."
+                ) from None
+        return cls(**settings)
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        for slot in range(self.num_ops):
+            self._draw_one(out[:, slot], size, draws(2 * slot), draws(2 * slot + 1))
+
+    def _draw_one(
+        self, out: NDArray[np.void], size: tuple[int, int], first: NDArray[np.uint32], second: NDArray[np.uint32]
+    ) -> None:
+        which = below(first[:, 0], len(_TIMM))
+        applied = uniform(first[:, 1]) < self.p
+        values = np.zeros(len(out))
+        level = self._levels(second[:, 0], second[:, 1]) / 10
+        sign = np.where(first[:, 2] >> np.uint32(31), -1.0, 1.0)
+        for number, name in enumerate(_TIMM):
+            rows = which == number
+            values[rows] = self._values(name, level[rows], sign[rows], size)
+        out["code"] = np.where(applied, np.array([CODES[name] for name in _TIMM])[which], CODES["identity"])
+        out["values"][:, 0] = values
+        out["fill"] = _fill("fill", self.fill)
+        random = 1 + (second[:, 2] >> np.uint32(31))
+        out["filter"] = random if self.interpolation == "random" else FILTERS.index(self.interpolation)
+
+    def _levels(self, one: NDArray[np.uint32], other: NDArray[np.uint32]) -> NDArray[np.float64]:
+        """Magnitudes from two draws each."""
+        if self.magnitude_std > 100:
+            found = self.magnitude * uniform(one)
+        elif self.magnitude_std > 0:
+            # Box and Muller 1958; 1 - u is above 0.
+            normal = np.sqrt(-2 * np.log(1 - uniform(one))) * np.cos(2 * np.pi * uniform(other))
+            found = self.magnitude + self.magnitude_std * normal
+        else:
+            found = np.full(len(one), float(self.magnitude))
+        return np.clip(found, 0, self.magnitude_max)
+
+    def _values(
+        self, name: str, level: NDArray[np.float64], sign: NDArray[np.float64], size: tuple[int, int]
+    ) -> NDArray[np.float64]:
+        if name == "rotate":
+            return 30 * level * sign
+        if name in ("shear_x", "shear_y"):
+            return 0.3 * level * sign
+        if name in ("translate_x", "translate_y"):
+            return 0.45 * level * sign * size[1 if name == "translate_x" else 0]
+        if name == "posterize":
+            bits = np.trunc(level * 4)
+            return np.clip(4 - bits if self.increasing else bits, 0, 8)
+        if name == "solarize":
+            threshold = np.minimum(np.trunc(level * 256), 256)
+            return 256 - threshold if self.increasing else threshold
+        if name == "solarize_add":
+            return np.minimum(np.trunc(level * 110), 128)
+        if name in ("color", "contrast", "brightness", "sharpness"):
+            return np.maximum(0.1, 1 + 0.9 * level * sign) if self.increasing else 1.8 * level + 0.1
+        return np.zeros_like(level)
+
+
+@dataclass(frozen=True)
+class RandomChoice:
+    """One of some settings, drawn for each sample: torchvision's RandomChoice."""
+
+    transforms: tuple[Augmentation, ...]
+    p: tuple[float, ...] | None = None
+    """Probabilities, up to a factor; None: all alike."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transforms", augmentations(self.transforms))
+        if not self.transforms or any(isinstance(one, RandomChoice) for one in self.transforms):
+            raise ConfigError(
+                f"transforms must hold one setting or more, and no RandomChoice, found {self.transforms!r}."
+            )
+        if self.p is not None:
+            object.__setattr__(self, "p", tuple(self.p))
+            if len(self.p) != len(self.transforms) or min(self.p) < 0 or not 0 < sum(self.p) < math.inf:
+                raise ConfigError(
+                    f"p must hold {len(self.transforms)} weights of at least 0, one above it, found {self.p!r}."
+                )
+
+    @property
+    def slots(self) -> int:
+        """The most of any."""
+        return max(one.slots for one in self.transforms)
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        """See `Augmentation.draw`."""
+        weights = np.array(self.p or (1.0,) * len(self.transforms))
+        bounds = np.cumsum(weights) / weights.sum()
+        which = np.searchsorted(bounds[:-1], uniform(draws(0)[:, 0]), side="right")
+        for number, one in enumerate(self.transforms):
+            drawn = np.zeros((len(out), one.slots), dtype=OPERATION)
+            one.draw(drawn, size, _after(draws, 1 + number))
+            rows = which == number
+            out[rows, : one.slots] = drawn[rows]
+
+
+def _after(draws: Draws, number: int) -> Draws:
+    """Draws of the setting of that number within another."""
+    return lambda block: draws(number * _WITHIN + block)
+
+
+def three_augment(jitter: float = 0.3) -> tuple[Augmentation, ...]:
+    """3-Augment of DeiT III: grey, solarized or blurred, then colour jitter."""
+    return RandomChoice((Grayscale(), Solarize(), GaussianBlur(13, (0.1, 2.0)))), ColorJitter(jitter, jitter, jitter)
+
+
+# All settings ---------------------------------------------------------------------------------------------------------
+
+Augment: TypeAlias = Augmentation | str | Iterable[Augmentation | str] | None
+"""What `augment=` takes: a setting, a string, several of both, or None."""
+
+_BLOCKS: Final = 2**16  # of each setting
+_WITHIN: Final = 2**8  # of a setting within RandomChoice; its own and those of settings within it
+_KINDS: Final = (
+    *("ColorJitter", "Grayscale", "GaussianBlur", "Solarize", "TrivialAugmentWide", "RandAugment", "AutoAugment"),
+    *("RandomErasing", "TimmRandAugment", "RandomChoice"),
+)
+"""A setting's stream is by its kind, and by how many of its kind come before."""
+
+
+def check_augmentations(settings: Sequence[object]) -> None:
+    """Raise ConfigError unless all are settings."""
+    for one in settings:
+        if isinstance(one, type) or not (callable(getattr(one, "draw", None)) and hasattr(one, "slots")):
+            remedy = f"; write {one.__name__}()" if isinstance(one, type) else ""
+            raise ConfigError(
+                f"augment must be ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, "
+                f"AutoAugment, RandomErasing, several of them, or a string such as 'rand-m9-mstd0.5-inc1' or "
+                f"'ThreeAugment', found {one!r}{remedy}."
+            )
+
+
+def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
+    """The settings in their order. Raises ConfigError if something else is among them."""
+    if augment is None:
+        return ()
+    if isinstance(augment, str):
+        if augment.split("-")[0] == "rand":
+            return (TimmRandAugment.of(augment),)
+        if augment.lower() == "threeaugment":
+            return three_augment()
+        raise ConfigError(
+            f"augment must be 'ThreeAugment' or of timm's form 'rand-m9-mstd0.5-inc1' if it is a string, found "
+            f"{augment!r}; for the others write TrivialAugmentWide(), RandAugment(), AutoAugment()."
+        )
+    if isinstance(augment, Augmentation) or isinstance(augment, type) or not isinstance(augment, Iterable):
+        check_augmentations([augment])
+        return (augment,)  # type: ignore[return-value]
+    return tuple(one for part in augment for one in augmentations(part))
+
+
+def slots(settings: Sequence[Augmentation]) -> int:
+    """Operations that a sample gets at most."""
+    return sum(one.slots for one in settings)
+
+
+def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
+    """The first field of each setting's stream."""
+    seen: dict[int, int] = {}
+    for one in settings:
+        name = type(one).__name__
+        kind = _KINDS.index(name) if name in _KINDS else len(_KINDS)
+        number = seen.get(kind, 0)
+        seen[kind] = number + 1
+        yield AUGMENT + (kind * 16 + number % 16) * _BLOCKS
+
+
+def draw_operations(
+    settings: Sequence[Augmentation],
+    count: int,
+    size: tuple[int, int],
+    draw: Callable[[int], NDArray[np.uint32]],
+) -> NDArray[np.void]:
+    """Draw a batch's operations.
+
+    Args:
+        settings: In their order.
+        count: n, samples.
+        size: (height, width) of the samples, pixels.
+        draw: Field to (n, 4) uint32.
+
+    Returns:
+        (n, slots) of `OPERATION`.
+    """
+    out = np.zeros((count, slots(settings)), dtype=OPERATION)
+    start = 0
+    for one, first in zip(settings, _streams(settings), strict=True):
+        one.draw(out[:, start : start + one.slots], size, lambda block, first=first: draw(first + block))  # type: ignore[misc]
+        start += one.slots
+    return out
+
+
+def described(operation: np.void) -> str:
+    """An operation in words, such as "rotate 13.5"; empty for identity."""
+    name = OPERATIONS[int(operation["code"])]
+    values = operation["values"]
+    if name == "identity":
+        return ""
+    if name in ("autocontrast", "equalize", "invert", "grayscale"):
+        return name
+    if name in ("erase", "erase_noise"):
+        return f"erase {values[2]:.0f}x{values[3]:.0f}"
+    return f"{name} {values[0]:.3g}"
