@@ -39,6 +39,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "cli": _ALL | {"inspect", "bench", "doctor", "demo"},
 }
 
+# What a module imports by name when a function is called, from a room that it may not import. Each has its reason in
+# docs/architecture.md.
+LATE = {"loading.loader": {"inspect.preview"}}
+
 # The module, or the room, where each vendor may be imported.
 VENDORS: dict[str, set[str]] = {
     "nvidia": {"loading.dali"},
@@ -139,6 +143,27 @@ def test_a_forbidden_import_is_found(name: str, source: str, found: str) -> None
     (violation,) = violations(name, source)
     assert found in violation
     assert not list(violations(name, "from dali_diffusemix.errors import ConfigError\nimport numpy"))
+
+
+def imported_by_name(source: str) -> set[str]:
+    """The modules of the package whose names a source has in a string, as `importlib.import_module` takes them."""
+    strings = {node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant)}
+    found = {str(text).removeprefix("dali_diffusemix.") for text in strings if str(text).startswith("dali_diffusemix.")}
+    return found & MODULES.keys()
+
+
+def test_what_is_imported_by_name_is_listed() -> None:
+    """A name in a string would get past the table of rooms."""
+    found = {name: imported_by_name(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
+    beyond = {
+        name: {one for one in late if not within(one, MAY_IMPORT[name.split(".")[0]] | {name.split(".")[0]})}
+        for name, late in found.items()
+    }
+    assert {name: late for name, late in beyond.items() if late} == LATE
+    assert imported_by_name("import_module('dali_diffusemix.cli.group')") == {"cli.group"}
+    docs = PACKAGE.parent / "docs" / "architecture.md"
+    for name in {name for late in LATE.values() for name in late} if docs.is_file() else ():
+        assert f"`{name}` by name" in docs.read_text(encoding="utf-8")
 
 
 def test_there_are_no_cycles() -> None:

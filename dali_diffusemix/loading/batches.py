@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Final, Literal, TypeAlias
 
 import numpy as np
@@ -23,6 +24,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading import arguments, auto, colours
 from dali_diffusemix.loading.cursor import Run
 from dali_diffusemix.loading.dali import GpuDecoding
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.decoder import PieceDecoder
 from dali_diffusemix.loading.memory import BatchMemory
 from dali_diffusemix.loading.parts import Parts
@@ -38,6 +40,7 @@ from dali_diffusemix.plan.batch import BatchPlan
 
 Batch = tuple[torch.Tensor, ...]
 AnyDecoder: TypeAlias = PieceDecoder | PiecesOnDevice
+PlannedSample: TypeAlias = tuple[DiffuseMixDataset, BatchPlan]  # of one row
 BatchTransform = Callable[[torch.Tensor, torch.Tensor, torch.Generator], tuple[torch.Tensor, torch.Tensor]]
 
 DTYPES: Final[Mapping[torch.dtype, DtypeName]] = {
@@ -256,8 +259,10 @@ class BatchMaker:
         clock.idle += time.perf_counter() - begin
         return pieces
 
-    def deliver(self, planned: "_Planned", pieces: Pieces, decoder: AnyDecoder, clock: "Clock") -> Batch:
-        """A batch, as tensors on the device."""
+    def deliver(
+        self, planned: "_Planned", pieces: Pieces, decoder: AnyDecoder, clock: "Clock"
+    ) -> "tuple[Batch, list[_PlannedShare]]":
+        """A batch, as tensors on the device; and the plans of its samples, after substitution."""
         with self._on_device():
             shares = planned.shares if not pieces.errors else self._substituted(planned.shares, pieces, decoder)
             begin = time.perf_counter()
@@ -271,7 +276,7 @@ class BatchMaker:
             batch = self._transformed(self.batch_transform, images, labels, planned.epoch, planned.batch.step)
         if self.delivery.return_index:
             batch = (*batch, torch.from_numpy(self._indices(planned, shares)))
-        return tuple(map(_pinned, batch)) if self._pins else batch
+        return tuple(map(_pinned, batch)) if self._pins else batch, shares
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -471,6 +476,7 @@ class Batches:
     def __init__(self, maker: BatchMaker, order: Order, run: Run, batch_size: int | None) -> None:
         self.run = run
         self.clock = Clock(maker.decoded_on)
+        self.newest = Newest()
         self._maker = maker
         self._order = order
         self._batch_size = batch_size
@@ -495,7 +501,8 @@ class Batches:
             self._fetched = deque(planning.made), pieces
         assert self._fetched is not None
         planned = self._fetched[0].popleft()
-        batch = self._maker.deliver(planned, self._fetched[1], self._decoder, self.clock)
+        batch, shares = self._maker.deliver(planned, self._fetched[1], self._decoder, self.clock)
+        self.newest.batch = replace(planned, shares=shares)
         self.run.delivered, self.run.checksum = planned.batch.delivered, planned.batch.checksum
         self.clock.count(batch, begin)
         return batch
@@ -563,6 +570,22 @@ class _Planned:
     epoch: int
     batch: BatchIndices
     shares: list[_PlannedShare]
+
+    def samples(self, datasets: Sequence[DiffuseMixDataset]) -> list[PlannedSample]:
+        """The samples in the order of the batch."""
+        found = [
+            (row, (datasets[share.number], share.plan.row(number)))
+            for share in self.shares
+            for number, row in enumerate(share.rows.tolist())
+        ]
+        return [sample for _, sample in sorted(found, key=itemgetter(0))]
+
+
+@dataclass
+class Newest:
+    """The newest batch that an iterator delivered, as plans after substitution: no pixels are kept."""
+
+    batch: _Planned | None = None
 
 
 class _Planning:

@@ -1,6 +1,8 @@
 """The loader: DataLoader's protocol. `batches` makes the tensors, `cursor` knows the position in the epoch."""
 
+import importlib
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +17,16 @@ from torch.utils.data import BatchSampler, ConcatDataset, RandomSampler, Sequent
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading import arguments, auto
 from dali_diffusemix.loading.accumulation import Ending
-from dali_diffusemix.loading.batches import Batch, Batches, BatchMaker, BatchTransform, Clock, Delivery, LoaderStats
+from dali_diffusemix.loading.batches import (
+    Batch,
+    Batches,
+    BatchMaker,
+    BatchTransform,
+    Clock,
+    Delivery,
+    LoaderStats,
+    Newest,
+)
 from dali_diffusemix.loading.cursor import Cursor, Identity
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.parts import Parts
@@ -213,7 +224,8 @@ class DiffuseMixLoader:
         self._cursor = Cursor(self._order, self._identity(), has_sampler=has_sampler, announce=self._parts.set_epoch)
         self._agree()
         self._maker = BatchMaker(self._parts, delivery, self._ranks, batch_transform)
-        self._clock: Clock | None = None  # of the newest iterator
+        self._clock: Clock | None = None  # of the newest iterator, as the next one
+        self._newest: Newest | None = None
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _FIXED and name in self.__dict__:
@@ -231,7 +243,7 @@ class DiffuseMixLoader:
         self._say_share()
         self._maker.prepare()
         batches = Batches(self._maker, self._order, self._cursor.begin(), self.batch_size)
-        self._clock = batches.clock
+        self._clock, self._newest = batches.clock, batches.newest
         return _Iterator(batches, self._cursor, self._order)
 
     @property
@@ -316,6 +328,31 @@ class DiffuseMixLoader:
     def stats(self) -> LoaderStats:
         """Return where the newest iterator's time has gone so far."""
         return LoaderStats() if self._clock is None else self._clock.stats()
+
+    def preview(self, file: str | os.PathLike[str], *, rows: int = 8) -> None:
+        """Draw the first samples of the batch that the newest iterator delivered last, as the command `preview` draws.
+
+        A row shows one sample: original with crop, edit, mask, hybrid, fractal, and the sample as it was delivered,
+        after substitution. Nothing is kept for it but the batch's plan: the images are decoded again, by Pillow, so
+        with decode="gpu" pixels differ slightly. The iterator and the following batches stay as they are. What
+        `batch_transform` made of the batch is not shown. Each rank draws its own batch: give each its own file.
+
+        Args:
+            file: Ends in .png or .jpg; replaced whole. Its folder is made.
+            rows: Number of samples at most, 1 to 64.
+
+        Raises:
+            ConfigError: no batch was delivered yet, or an argument breaks a rule.
+        """
+        if self._newest is None or self._newest.batch is None:
+            raise ConfigError(
+                "preview draws the batch that the newest iterator delivered last, and it has delivered none; call "
+                "preview inside the loop over the loader, or after it."
+            )
+        # By name, because the pictures are made in a room above this one: docs/architecture.md, "Rooms".
+        pictures: Any = importlib.import_module("dali_diffusemix.inspect.preview")
+        batch = self._newest.batch
+        pictures.write_batch(file, batch.samples(self._parts.datasets), step=batch.batch.step, rows=rows)
 
     def _agree(self) -> None:
         """Agree with the other ranks on the seeds, once torch.distributed is initialised: those of rank 0."""
@@ -411,7 +448,7 @@ class DiffuseMixLoader:
         self.close()
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_clock": None}
+        return {**self.__dict__, "_clock": None, "_newest": None}
 
 
 class _Iterator(Iterator[Batch]):

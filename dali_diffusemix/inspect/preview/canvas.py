@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from dali_diffusemix.inspect.preview.lettering import Colour, fitted, width, wrapped, write
-from dali_diffusemix.inspect.preview.samples import Sample
+from dali_diffusemix.inspect.preview.samples import MOST_DETAILS, Sample
 
 PAPER: Final = (252, 252, 250)
 PANEL: Final = (242, 242, 239)
@@ -58,7 +58,7 @@ class Layout:
     _GROUP_GAP = 26
     _ROW_GAP = 24
     _HEADER = 84
-    _CAPTION = 134  # height
+    _CAPTION = 49 + 17 * MOST_DETAILS  # height
     _NOTE = 18
     _FOOTER = 46
     _FOOTNOTE = 19

@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading.dataset import DiffuseMixDataset, ImagePair
+from dali_diffusemix.errors import ConfigError, DecodeError
+from dali_diffusemix.loading.dataset import DiffuseMixDataset, ImagePair, decode_edit
 from dali_diffusemix.loading.quarantine import Failure, Substitution
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
@@ -18,8 +18,10 @@ from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
+from dali_diffusemix.store.mirror import MirrorError
 
 MOST_ROWS: Final = 64
+MOST_DETAILS: Final = 6  # lines of `Sample.details`
 _MOST_EPOCHS: Final = 100
 
 _PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
@@ -37,8 +39,7 @@ def spread_indices(dataset: DiffuseMixDataset, *, epoch: int = 0, rows: int = 8)
 
 
 def _spread(dataset: DiffuseMixDataset, planner: Planner, epoch: int, rows: int) -> list[int]:
-    if not 1 <= rows <= MOST_ROWS:
-        raise ConfigError(f"rows must lie in 1 to {MOST_ROWS}, found {rows}.")
+    check_rows(rows)
     order = EpochOrder(length=len(planner), batch_size=512, shuffle=True, seed=dataset.seed)
     share = math.ceil(rows / len(dataset.classes))
     shown: Counter[int] = Counter()
@@ -105,6 +106,12 @@ def matching_indices(
     edit = reference.batch(epoch, chosen).edit
     expanded = np.where(edit >= 0, count + edit, chosen)
     return {name: (chosen if mix.epoch == "fixed" else expanded).tolist() for name, mix in mixes.items()}
+
+
+def check_rows(rows: int) -> None:
+    """Raise ConfigError unless 1 ≤ rows ≤ 64."""
+    if not 1 <= rows <= MOST_ROWS:
+        raise ConfigError(f"rows must lie in 1 to {MOST_ROWS}, found {rows}.")
 
 
 def check_epochs(epochs: Sequence[int]) -> None:
@@ -181,6 +188,7 @@ class Sample:
     row: int
     class_name: str
     prompt: str | None
+    target: str | None  # if it is not the number of the class
     original: NDArray[np.uint8]  # (height, width, 3), like the next two; their sizes differ
     edit: NDArray[np.uint8] | None
     fractal: NDArray[np.uint8] | None
@@ -202,15 +210,36 @@ class Sample:
         (images, *_), failures = dataset.decode_all(plan)
         if failures:
             plan, images = _substitute(dataset, plan, failures, planner or dataset.planner)
+        original, edit = images
+        assert original is not None
+        return cls._with(dataset, plan, original, edit)
+
+    @classmethod
+    def delivered(cls, dataset: DiffuseMixDataset, plan: BatchPlan) -> "Sample | None":
+        """Return the sample of a plan of one row that a loader delivered; nothing is substituted or logged.
+
+        None: an image cannot be decoded now. The loader decodes only what a sample shows, and here images are whole.
+        """
+        edit = int(plan.edit[0])
+        try:
+            original = dataset.decode_original(int(plan.original[0]))
+            edited = None if dataset.store is None or edit < 0 else decode_edit(dataset.store, edit)
+        except (DecodeError, MirrorError):
+            return None
+        return cls._with(dataset, plan, original, edited)
+
+    @classmethod
+    def _with(
+        cls, dataset: DiffuseMixDataset, plan: BatchPlan, original: NDArray[np.uint8], edited: NDArray[np.uint8] | None
+    ) -> "Sample":
         edit, fractal = int(plan.edit[0]), int(plan.fractal[0])
         store, bank = dataset.store if edit >= 0 else None, dataset.bank
-        original, edited = images
-        assert original is not None
         return cls(
             plan=plan,
             row=0,
-            class_name=dataset.classes[int(dataset.catalog.labels[plan.original[0]])],
+            class_name=class_name_of(dataset, plan),
             prompt=None if store is None else store.prompt_of(edit),
+            target=target_of(dataset, plan),
             original=original,
             edit=edited,
             fractal=None if bank is None or fractal < 0 else bank.images[fractal],
@@ -253,18 +282,33 @@ class Sample:
         return np.concatenate([span[:2] - extent * box[:2], extent])
 
     def details(self) -> list[str]:
-        """Return the decisions of the plan, as lines of a caption."""
+        """Return the decisions of the plan, as lines of a caption; at most `MOST_DETAILS`."""
         plan, row = self.plan, self.row
         top, left, height, width = self.box
         lines = [
             f"crop {width:.0f} × {height:.0f} at x {left:.0f}, y {top:.0f}",
             f"of {self.original.shape[1]} × {self.original.shape[0]} pixels",
             "flipped left to right" if plan.flip[row] else "not flipped",
-            f"index {plan.index[row]}",
+            f"index {plan.index[row]}" + (f"  ·  view {plan.view[row]}" if plan.view[row] else ""),
         ]
+        if self.target is not None:
+            lines.append(f"target {self.target}")
         if self.edit is not None:
             lines.insert(0, f"mask {MASKS[int(plan.mask[row])]}  ·  λ = {plan.fractal_weight[row]:.2f}")
         return lines
+
+
+def class_name_of(dataset: DiffuseMixDataset, plan: BatchPlan) -> str:
+    """Return the name of the class of a plan's first row."""
+    return dataset.classes[int(dataset.catalog.labels[plan.original[0]])]
+
+
+def target_of(dataset: DiffuseMixDataset, plan: BatchPlan) -> str | None:
+    """Return the target of a plan's first row as text; None if it is the number of the class."""
+    target = dataset.labels_of(plan)[0]
+    if target.ndim == 0 and target == dataset.catalog.labels[plan.original[0]]:
+        return None
+    return str(target.tolist()) if target.ndim == 0 else " ".join(f"{value:.3g}" for value in target.ravel().tolist())
 
 
 def _substitute(

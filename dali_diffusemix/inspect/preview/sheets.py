@@ -1,23 +1,30 @@
 """The sheets, and the content of their cells."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from PIL import Image
 
+from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.inspect.preview.animation import SHEET_ENDINGS, encoded
 from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, Frame, Layout, Line, Sheet, zoomed
 from dali_diffusemix.inspect.preview.samples import (
     MOST_ROWS,
     DecodedParts,
     Sample,
     check_epochs,
+    check_rows,
+    class_name_of,
     matching_indices,
     spread_indices,
 )
+from dali_diffusemix.loading.batches import PlannedSample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -58,16 +65,61 @@ def contact_sheet(
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
-    layout = Layout.of(
-        plan.output_size, rows=len(plan), columns=len(COLUMNS), groups=(3,), captions=_CAPTIONS, enlarged=False
-    )
-    sheet = Sheet(layout, _footnotes(dataset, epoch))
-    sheet.title("DiffuseMix", "samples of the plan")
-    for column, (name, symbols) in enumerate(COLUMNS):
-        sheet.head(column, name, symbols)
+    sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", _footnotes(dataset, epoch))
     for row in range(len(plan)):
         _draw_steps(sheet, row, Sample.of(dataset, plan, row))
     return sheet.image
+
+
+def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -> Image.Image:
+    """Draw the first samples of a delivered batch, as `contact_sheet` does; nothing is substituted or logged.
+
+    Args:
+        samples: The batch in its order: each sample's dataset, and its plan after substitution.
+        step: Number of the batch in its epoch.
+        rows: Number of samples at most, 1 to 64.
+
+    Returns:
+        The sheet, RGB. A row whose images cannot be decoded now says so.
+
+    Raises:
+        ConfigError: `rows` breaks the rule.
+    """
+    check_rows(rows)
+    shown = samples[:rows]
+    epoch, output_size = samples[0][1].epoch, samples[0][1].output_size
+    count = f"The first {len(shown)} of {len(samples)}" if len(shown) < len(samples) else f"All {len(samples)}"
+    about = [f"{count} samples of the batch, in its order. What a batch_transform changes is not shown."]
+    for dataset in dict.fromkeys(dataset for dataset, _ in shown):
+        about += [line for line in _footnotes(dataset, epoch) if line not in about]
+    sheet = _steps_sheet(output_size, len(shown), f"epoch {epoch}, batch {step}", about)
+    for row, (dataset, plan) in enumerate(shown):
+        sample = Sample.delivered(dataset, plan)
+        if sample is None:
+            _draw_lost(sheet, row, dataset, plan)
+        else:
+            _draw_steps(sheet, row, sample)
+    return sheet.image
+
+
+def write_batch(file: str | os.PathLike[str], samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -> None:
+    """Write `batch_sheet` to a file that ends in one of `SHEET_ENDINGS`; whole, or not at all. Makes its folder.
+
+    Raises:
+        ConfigError: the ending is another, the file cannot be written, or `rows` breaks its rule.
+    """
+    path = Path(file)
+    ending = path.suffix.lower()
+    if ending not in SHEET_ENDINGS:
+        raise ConfigError(f"file must end in {' or '.join(SHEET_ENDINGS)}, found {str(path)!r}.")
+    content = encoded([batch_sheet(samples, step=step, rows=rows)], ending)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, content, durable=False)
+    except OSError as error:
+        raise ConfigError(
+            f"{str(path)!r}: must be a file that can be written, found: {error}; name another."
+        ) from error
 
 
 def epochs_sheet(
@@ -226,6 +278,16 @@ def _check_count(samples: int) -> None:
         raise ConfigError(f"indices must name 1 to {MOST_ROWS} samples, found {samples}.")
 
 
+def _steps_sheet(output_size: tuple[int, int], rows: int, below: str, footer: Sequence[str]) -> Sheet:
+    """A sheet for `_draw_steps`, with its titles."""
+    layout = Layout.of(output_size, rows=rows, columns=len(COLUMNS), groups=(3,), captions=_CAPTIONS, enlarged=False)
+    sheet = Sheet(layout, footer)
+    sheet.title("DiffuseMix", below)
+    for column, (name, symbols) in enumerate(COLUMNS):
+        sheet.head(column, name, symbols)
+    return sheet
+
+
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +312,16 @@ def _draw_steps(sheet: Sheet, row: int, sample: Sample) -> None:
     cells.append(zoomed(sample.augmented(), layout.zoom))
     for column, cell in enumerate(cells):
         sheet.cell(row, column, cell)
+
+
+def _draw_lost(sheet: Sheet, row: int, dataset: DiffuseMixDataset, plan: BatchPlan) -> None:
+    """Draw a row whose images cannot be decoded now."""
+    if row:
+        sheet.divide(row)
+    lines: list[Line] = [(class_name_of(dataset, plan), 20, INK), ("cannot be decoded as a whole", 13, MUTED)]
+    sheet.caption(row, [(17, lines[0]), (41, lines[1]), (66, (f"index {plan.index[0]}", 13, MUTED))])
+    for column in range(len(COLUMNS)):
+        sheet.cell(row, column, ("no picture:", "damaged or gone"))
 
 
 def _draw_caption(sheet: Sheet, row: int, sample: Sample) -> None:
