@@ -33,6 +33,18 @@ if TYPE_CHECKING:
     from dali_diffusemix.loading.samplers import ResumeWarning, distinct
     from dali_diffusemix.loading.seeding import globally_seeded
     from dali_diffusemix.loading.subset import DiffuseMixSubset
+    from dali_diffusemix.plan.augment import (
+        AutoAugment,
+        ColorJitter,
+        GaussianBlur,
+        Grayscale,
+        RandAugment,
+        RandomChoice,
+        RandomErasing,
+        Solarize,
+        TimmRandAugment,
+        TrivialAugmentWide,
+    )
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
@@ -41,8 +53,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoAugment",
     "Catalog",
     "CatalogError",
+    "ColorJitter",
     "ConfigError",
     "DataError",
     "DecodeError",
@@ -53,7 +67,9 @@ __all__ = [
     "EditStore",
     "EvalCrop",
     "FractalBank",
+    "GaussianBlur",
     "GpuDecoding",
+    "Grayscale",
     "LoaderStats",
     "LoaderTimeoutError",
     "MissingDependencyError",
@@ -61,36 +77,52 @@ __all__ = [
     "PackConfig",
     "QuarantineWarning",
     "Quarantined",
+    "RandAugment",
+    "RandomChoice",
     "RandomCrop",
+    "RandomErasing",
     "RepeatedEpochWarning",
     "ResumeWarning",
+    "Solarize",
     "StaleCatalogWarning",
     "StoreError",
+    "TimmRandAugment",
     "TrainCrop",
+    "TrivialAugmentWide",
     "distinct",
     "globally_seeded",
     "pack",
 ]
 
 _HOME = {
+    "AutoAugment": "plan.augment",
     "Catalog": "catalog",
+    "ColorJitter": "plan.augment",
     "DiffuseMixDataset": "loading.dataset",
     "DiffuseMixLoader": "loading.loader",
     "DiffuseMixSubset": "loading.subset",
     "EditStore": "store",
     "EvalCrop": "plan",
     "FractalBank": "fractals",
+    "GaussianBlur": "plan.augment",
     "GpuDecoding": "loading.dali",
+    "Grayscale": "plan.augment",
     "LoaderStats": "loading.batches",
     "MixSpec": "plan",
     "PackConfig": "store.pack",
     "QuarantineWarning": "loading.quarantine",
     "Quarantined": "loading.quarantine",
+    "RandAugment": "plan.augment",
+    "RandomChoice": "plan.augment",
     "RandomCrop": "plan",
+    "RandomErasing": "plan.augment",
     "RepeatedEpochWarning": "loading.dataset",
     "ResumeWarning": "loading.samplers",
+    "Solarize": "plan.augment",
     "StaleCatalogWarning": "catalog",
+    "TimmRandAugment": "plan.augment",
     "TrainCrop": "plan",
+    "TrivialAugmentWide": "plan.augment",
     "distinct": "loading.samplers",
     "globally_seeded": "loading.seeding",
     "pack": "store.pack",

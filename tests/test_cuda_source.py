@@ -38,9 +38,14 @@ ROOT = Path(__file__).parents[1]
 KERNELS = ROOT / "kernels"
 SHIM = Path(__file__).parent / "cuda_shim"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
-NAMES = [f"mix_{dtype}_{layout}" for dtype in DTYPES for layout in ("nchw", "channels_last")]
+FILES = ("mix.cu", "augment.cu")
 THREADS = 256
 REGISTERS = 65_536 // (4 * THREADS)  # what mix.cu asks the compiler for: four blocks share a multiprocessor
+
+
+def all_names(file: str) -> list[str]:
+    kernel = file.removesuffix(".cu")
+    return [f"{kernel}_{dtype}_{layout}" for dtype in DTYPES for layout in ("nchw", "channels_last")]
 
 
 # --- compiled -------------------------------------------------------------------------------------------------------
@@ -80,12 +85,14 @@ def compile_with_nvcc(nvcc: str, text: str, options: Sequence[str], architecture
 def test_every_kernel_compiles_without_a_warning_or_a_spill(architecture: int, tmp_path: Path) -> None:
     """All kernels for sm_90; for the others two, one by one, as the loader compiles the one it needs."""
     library, nvcc = nvrtc_library(), shutil.which("nvcc")
-    text = gpu.source()
     if architecture == 90:
-        compilations = [(NAMES, gpu.options())]
+        compilations = [(file, all_names(file), gpu.options(file=file)) for file in FILES]
     else:
-        compilations = [([name], gpu.options(name)) for name in ("mix_float32_nchw", "mix_uint8_channels_last")]
-    for expected, options in compilations:
+        some = ("float32_nchw", "uint8_channels_last")
+        names = [(file, f"{file.removesuffix('.cu')}_{form}") for file in FILES for form in some]
+        compilations = [(file, [name], gpu.options(name, file=file)) for file, name in names]
+    for file, expected, options in compilations:
+        text = gpu.source(file)
         if library is not None:
             failed, log = compile_with_nvrtc(library, text, options, architecture)
         elif nvcc is not None:
@@ -101,7 +108,7 @@ def test_every_kernel_compiles_without_a_warning_or_a_spill(architecture: int, t
         report = dict(zip(names, zip(registers, memory, strict=True), strict=True))
         assert sorted(names) == sorted(expected), report
         assert all(bytes == ("0", "0", "0") for bytes in memory), report
-        assert max(registers) <= REGISTERS, report
+        assert max(registers) <= REGISTERS, report  # augment.cu: two blocks of 512 threads
 
 
 # --- run on the CPU -------------------------------------------------------------------------------------------------
@@ -112,12 +119,12 @@ Dim3 = ctypes.c_uint32 * 3
 class Shim:
     """A .cu file compiled by g++ against cuda_shim.h."""
 
-    def __init__(self, source: Path, folder: Path) -> None:
+    def __init__(self, source: Path, folder: Path, *, contract: str = "fast") -> None:
         compiler = shutil.which("g++")
         if compiler is None:
             pytest.skip("the shim needs g++")
         # Contraction as nvcc's default has it, where this machine has fused multiply-adds.
-        flags = "-std=c++17 -O2 -march=native -ffp-contract=fast -fno-strict-aliasing -fPIC -fvisibility=hidden"
+        flags = f"-std=c++17 -O2 -march=native -ffp-contract={contract} -fno-strict-aliasing -fPIC -fvisibility=hidden"
         checks = "-fsanitize=alignment -Wall -Wextra -Werror -Wno-unknown-pragmas"
         compiled, library = folder / "shim.o", folder / "shim.so"
         command = [compiler, *flags.split(), *checks.split(), f"-I{SHIM}", f"-I{KERNELS}", "-c", source]

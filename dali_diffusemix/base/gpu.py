@@ -1,4 +1,4 @@
-"""CuPy and the GPU: compiles the mix kernel at first use and launches it on torch's current stream.
+"""CuPy and the GPU: compiles the kernels at first use and launches them on torch's current stream.
 
 CuPy is imported only here, and only when something is launched: importing this module touches no GPU. Only
 `Retained.wait` and the first use of a kernel or a bank wait for the device.
@@ -22,6 +22,7 @@ from dali_diffusemix.errors import MissingDependencyError
 
 _TILE: Final = 32  # output pixels of a block, both ways: kTile in kernels/mix.cu
 _THREADS: Final = 256  # of a block: kThreads there
+_AUGMENT_THREADS: Final = 512  # of a block: kThreads in kernels/augment.cu
 _INSTALL: Final = "pip install 'dali-diffusemix[cuda12]' (or [cuda13]) with a PyTorch built for CUDA"
 
 
@@ -64,24 +65,30 @@ def _refuse(missing: list[str]) -> None:
         )
 
 
-def source() -> str:
-    """The CUDA source with its header inserted: the key of CuPy's cache of compiled kernels is this text alone."""
+def source(file: str = "mix.cu") -> str:
+    """A CUDA source with its headers inserted: the key of CuPy's cache of compiled kernels is this text alone."""
     folder = resources.files("dali_diffusemix.kernels")
+    inserted = set()
 
     def text(name: str) -> str:
+        if name in inserted:
+            return ""
+        inserted.add(name)
         content = (folder / name).read_text(encoding="utf-8").replace("#pragma once", "")
         return re.sub(r'#include "(\w+\.cuh)"', lambda include: text(include[1]), content)
 
-    return text("mix.cu")
+    return text(file)
 
 
-def options(name: str | None = None) -> tuple[str, ...]:
-    """NVRTC's options besides the architecture, to compile only the kernel `name`; None: all eight."""
-    # 177 would warn about the functions of the header that only the CPU's kernel calls.
+def options(name: str | None = None, *, file: str = "mix.cu") -> tuple[str, ...]:
+    """NVRTC's options besides the architecture, to compile only the kernel `name` of a file; None: all eight."""
+    # 177 would warn about the functions of the headers that only the CPU's kernels call.
     common = ("--std=c++17", "--diag-suppress=177")
+    if file == "augment.cu":  # its pixels are those of the CPU
+        common += ("--fmad=false",)
     if name is None:
         return common
-    dtype, layout = name.removeprefix("mix_").split("_", 1)
+    dtype, layout = name.split("_", 1)[1].split("_", 1)
     last = str(layout == "channels_last").lower()
     return (*common, f"-DMIX_NAME={name}", f"-DMIX_ELEMENT={dtype.capitalize()}", f"-DMIX_CHANNELS_LAST={last}")
 
@@ -90,8 +97,9 @@ def options(name: str | None = None) -> tuple[str, ...]:
 def _kernel(device: int, name: str) -> Any:
     import cupy
 
+    file = f"{name.split('_')[0]}.cu"
     with cupy.cuda.Device(device):
-        return cupy.RawModule(code=source(), options=options(name)).get_function(name)
+        return cupy.RawModule(code=source(file), options=options(name, file=file)).get_function(name)
 
 
 class _TorchStream:
@@ -195,6 +203,62 @@ def launch(tables: DeviceTables, bank: DeviceBank | None, out: torch.Tensor, for
     stream = torch.cuda.current_stream(device).cuda_stream
     with cupy.cuda.Device(device.index), _stream(stream, device.index):
         _kernel(device.index, name)(grid, (_THREADS, 1, 1), arguments)
+
+
+@functools.cache
+def _shared_memory(device: int) -> int:
+    """Bytes of shared memory that a block may have for a sample, beside what the kernel itself uses."""
+    import cupy
+
+    return int(cupy.cuda.runtime.deviceGetAttribute(97, device)) - 8192  # cudaDevAttrMaxSharedMemoryPerBlockOptin
+
+
+def augment(
+    samples: torch.Tensor,
+    operations: NDArray[np.void],
+    noise: NDArray[np.uint8] | None,
+    out: torch.Tensor,
+    format: SampleFormat,
+) -> None:
+    """Launch the augmentation kernel on torch's current stream.
+
+    Args:
+        samples: (n, 3, height, width) uint8, channels last, on the device; it is overwritten.
+        operations: (n, slots) as `mix.augment.lowered` makes them, contiguous.
+        noise: (3, 4096) uint8 for erasures with noise, or None.
+        out, format: As in `launch`.
+    """
+    import cupy
+
+    device = out.device
+    count, _, height, width = out.shape
+    scale, offset = format.scale_and_offset()
+    tables = [operations.reshape(-1).view(np.uint8), *([] if noise is None else [noise.reshape(-1)])]
+    staging = torch.empty(sum(map(len, tables)), dtype=torch.uint8, pin_memory=True)
+    staging.numpy()[:] = np.concatenate(tables)
+    there = staging.to(device, non_blocking=True)
+    nbytes = height * width * 3
+    kept = nbytes <= _shared_memory(device.index)
+    scratch = None if kept else torch.empty_like(samples)
+    arguments = (
+        np.uintp(samples.data_ptr()),
+        np.uintp(0 if scratch is None else scratch.data_ptr()),
+        np.uintp(there.data_ptr()),
+        np.int32(operations.shape[1]),
+        np.uintp(0 if noise is None else there.data_ptr() + operations.nbytes),
+        np.uintp(out.data_ptr()),
+        np.int32(height),
+        np.int32(width),
+        *scale,
+        *offset,
+    )
+    name = f"augment_{format.dtype}_{'channels_last' if format.channels_last else 'nchw'}"
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(device.index), _stream(stream, device.index):
+        kernel = _kernel(device.index, name)
+        if kept and kernel.max_dynamic_shared_size_bytes < nbytes:
+            kernel.max_dynamic_shared_size_bytes = nbytes
+        kernel((count, 1, 1), (_AUGMENT_THREADS, 1, 1), arguments, shared_mem=nbytes if kept else 0)
 
 
 class Retained:

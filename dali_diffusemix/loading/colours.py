@@ -33,8 +33,8 @@ def warn_of_colour(transform: object) -> None:
     if (name := _colour_operation(transform, depth=5)) is not None:
         warnings.warn(
             f"batch_transform has torchvision's {name}, which needs values in [0, 1] or uint8, and gets normalised "
-            "images: it clamps most of them away. Give the dataset normalize=None, the loader dtype=torch.uint8, and "
-            "normalise behind it: docs/migration.md.",
+            "images: it clamps most of them away. Give the dataset augment= instead, which has the common ones; or "
+            "normalize=None and the loader dtype=torch.uint8, and normalise behind it: docs/migration.md.",
             stacklevel=4,
         )
 

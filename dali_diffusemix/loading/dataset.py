@@ -28,6 +28,7 @@ from dali_diffusemix.loading.samplers import View, addresses
 from dali_diffusemix.loading.subset import Divisible
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
+from dali_diffusemix.plan.augment import Augment, augmentations
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
 from dali_diffusemix.plan.spec import MixSpec
@@ -74,6 +75,9 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         fractals: Fractal bank, or its file. Required if `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None.
         crop: How to crop, and the output size.
+        augment: What happens to a sample after the mix, on its 8-bit pixels: a setting such as `TrivialAugmentWide()` or
+            `ColorJitter(0.4, 0.4, 0.4)`, several in their order, timm's "rand-m9-mstd0.5-inc1", or "ThreeAugment". None
+            leaves samples as they are, and not rounded to 8 bits.
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
             a distributed run the loaders take that of rank 0.
@@ -113,6 +117,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         edits: EditStore | _Path | None = None,
         fractals: FractalBank | _Path | None = None,
         mix: MixSpec | Literal["auto"] | None = "auto",
+        augment: Augment = None,
         normalize: Normalize | None = IMAGENET,
         seed: int | None = None,
         targets: ArrayLike | None = None,
@@ -146,6 +151,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         self.catalog = index(root) if catalog is None else catalog
         self.mix = mix
         self.crop = crop
+        self.augment = augmentations(augment)
         self.normalize = normalize
         self.seed_given = seed is not None
         if seed is None:
@@ -159,12 +165,13 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
             mix=mix,
             edits=self.store,
             fractals=0 if self.bank is None else len(self.bank),
+            augment=self.augment,
         )
         self.on_error = on_error
         check_on_error(on_error)
         self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
-        self._varies = mix is not None or _draws(crop, self.catalog.sizes[:1])
+        self._varies = mix is not None or bool(self.augment) or _draws(crop, self.catalog.sizes[:1])
         # In shared memory, so that persistent workers see a new epoch.
         self._cells = torch.zeros(_FAILED + -(-len(self.catalog) // 64), dtype=torch.int64)
         self._warned_of = -1
@@ -412,13 +419,15 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
-            f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, seed={self.seed})"
+            f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, "
+            f"augment={self.augment}, seed={self.seed})"
         )
 
 
 _RECIPES: Final = {
     "transform": (
-        "{name} must be left out, found {found!r}: crop= crops and flips, normalize= normalises, and for the rest of a "
+        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, RandAugment, "
+        "AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and for the rest of a "
         "transform give the loader batch_transform=globally_seeded(lambda images, labels, _: (transform(images), "
         "labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
         "RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."

@@ -66,6 +66,10 @@ ROW: Final = np.dtype(
 """One sample of the plan, as kernels/mix_pixel.cuh declares it."""
 
 
+# What augmentation works on.
+_PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
+
+
 def piece_table(
     data: NDArray[np.uint64],
     shapes: NDArray[np.int32],
@@ -153,7 +157,7 @@ def sample(
     """One sample by the specification: mixed; with operations rounded to 8 bits and augmented; then encoded."""
     image = mixed_image(plan, row, original, edit, fractal)
     if plan.operations.shape[1]:
-        pixels = encode(image, TensorFormat(dtype="uint8", channels_last=True, normalize=None))
+        pixels = encode(image, _PIXELS)
         image = augmented_image(np.asarray(pixels, dtype=np.uint8), plan.operations[row], format).astype(np.float32)
     return encode(image, format)
 
@@ -171,7 +175,7 @@ def mix_on_device(
     out: "torch.Tensor",
     format: TensorFormat,
 ) -> None:
-    """Mix a batch on a GPU: one launch on torch's current stream, without waiting for it.
+    """Mix a batch on a GPU: one launch on torch's current stream, or two with augmentation, without waiting for them.
 
     Args:
         plan: n rows, at most 65535.
@@ -204,9 +208,17 @@ def mix_on_device(
     if len(plan) > 65535:
         raise ConfigError(f"a batch on a GPU must have at most 65535 samples, found {len(plan)}; reduce batch_size.")
     _check_tables(plan, pieces, 0 if bank is None else len(bank))
-    if len(plan):
-        # The tables go after the launch: torch gives their memory to nothing that could run before it on this stream.
-        gpu.launch(gpu.upload(pieces, row_table(plan), out.device), bank, out, format)
+    if not len(plan):
+        return
+    # The tables go after the launch: torch gives their memory to nothing that could run before it on this stream.
+    tables = gpu.upload(pieces, row_table(plan), out.device)
+    if not plan.operations.shape[1]:
+        gpu.launch(tables, bank, out, format)
+        return
+    mixed = torch.empty(shape, dtype=torch.uint8, device=out.device, memory_format=torch.channels_last)
+    gpu.launch(tables, bank, mixed, _PIXELS)
+    operations = lowered(plan.operations, plan.output_size, format)
+    gpu.augment(mixed, operations, _noise(plan, format), out, format)
 
 
 def _check_tables(plan: BatchPlan, pieces: NDArray[np.void], fractals: int) -> None:

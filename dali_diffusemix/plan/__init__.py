@@ -1,6 +1,7 @@
 """The plan: everything random about a batch, as arrays, decided before an image is opened.
 
     spec, crops      the user's choices: `MixSpec`, `TrainCrop`, `RandomCrop`, `EvalCrop`
+    augment          the user's choices of what follows the mix, and the operations that they draw
     order            the samples of a rank's batches
     batch            (seed, epoch, indices) to a `BatchPlan`, one row per sample
     geometry         centres, inside, seam and taps: the law that windows, specification and kernels share

@@ -8,7 +8,7 @@
 // __ldg is checked: the caller says which bytes of memory may be read through it; other reads are counted and give 0.
 // Alignment is checked, which the GPU insists on and x86 does not: compiled with -fsanitize=alignment, linked without.
 // Multiplications and additions of floats contract as nvcc contracts them (-ffp-contract=fast); those written as
-// intrinsics do not.
+// intrinsics do not. Dynamic shared memory, of the GPU's largest size, is filled with the pattern, too.
 #pragma once
 
 #include <ucontext.h>
@@ -26,6 +26,12 @@
 #define __shared__ static __attribute__((section("cuda_shared")))
 
 extern "C" char __start_cuda_shared[], __stop_cuda_shared[];  // the linker's names for the section's ends
+
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+
+#define DYNAMIC_SHARED(name) uint4* const name = cuda_shim::dynamic
 
 struct Dim3 {
     unsigned x, y, z;
@@ -45,6 +51,7 @@ struct Range {
     const char *begin, *end;
 };
 
+static uint4 dynamic[227 * 1024 / sizeof(uint4)];
 static ucontext_t scheduler;
 static Fiber* current;
 static std::vector<Range> readable;
@@ -95,6 +102,7 @@ bool run_block(Body body, bool descending) {
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, &Run<Body>::enter, 0);
     }
+    memset(dynamic, 0xC5, sizeof dynamic);
     memset(__start_cuda_shared, 0xC5, __stop_cuda_shared - __start_cuda_shared);
     for (;;) {
         unsigned done = 0;
@@ -151,6 +159,10 @@ T __ldg(const T* from) {
 }
 
 // Fibers take turns at barriers only: nothing comes between.
+template <typename T>
+T atomicAdd(T* to, T value) {
+    return std::exchange(*to, *to + value);
+}
 inline int atomicMin(int* to, int value) { return std::exchange(*to, value < *to ? value : *to); }
 inline int atomicMax(int* to, int value) { return std::exchange(*to, value > *to ? value : *to); }
 
