@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow soak clients check docs dist clean
+.PHONY: demo test slow soak clients torchvision check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
@@ -37,6 +37,18 @@ $(CLIENTS)/.installed: setup.py pyproject.toml tests/clients/requirements.txt te
 	$(CLIENTS)/bin/python -m pip install -q --upgrade pip "setuptools>=80" wheel
 	$(CLIENTS)/bin/python -m pip install -q -e '.[cpu]' -r tests/clients/requirements.txt
 	$(CLIENTS)/bin/python -m pip install -q --no-deps -r tests/clients/composer.txt
+	touch $@
+
+# augment= against torchvision and timm themselves, in an environment of their own with PyPI's torch: 7 GB, a quarter of
+# an hour. Leaves a record. `compare.py freeze` writes the values that `make test` compares with.
+TORCHVISION := .torchvision
+TORCHVISION_RECORD = benchmarks/results/$(shell date +%F)-torchvision.json
+PHOTOGRAPHS ?= ../shared/data/imagenet_sample
+torchvision: $(TORCHVISION)/.installed
+	$(TORCHVISION)/bin/python tests/against_torchvision/compare.py $(PHOTOGRAPHS) --out $(TORCHVISION_RECORD)
+
+$(TORCHVISION)/.installed: setup.py pyproject.toml tests/against_torchvision/environment.sh
+	tests/against_torchvision/environment.sh $(TORCHVISION) $(PYTHON)
 	touch $@
 
 check: $(INSTALLED)

@@ -210,7 +210,7 @@ def frozen_cases() -> Iterator[Case]:
     """The cases in tests/data/torchvision.npz."""
     yield from trivial_cases(SMALL)
     for filter in ("bilinear", "bicubic"):
-        yield from (case for case in trivial_cases(SMALL, filter) if case.bin % 10 == 6)  # type: ignore[arg-type]
+        yield from (case for case in trivial_cases(SMALL, filter) if case.bin % 10 == 6)
     yield from (case for case in rand_cases(SMALL) if case.bin % 10 == 9)
     yield from auto_cases(SMALL)
     yield from single_cases(SMALL)
@@ -300,15 +300,13 @@ def counted(keys: Iterator[Hashable]) -> Counter[Hashable]:
 
 def text(key: Hashable) -> str:
     """A cell's name in tests/data/torchvision.json."""
-    return "; ".join(map(_words, key)) if isinstance(key, tuple) else str(key)
 
+    def words(one: object) -> str:
+        if isinstance(one, tuple):
+            return " ".join(map(words, one))
+        return f"{one:.6g}" if isinstance(one, float) else str(one)
 
-def _words(one: object) -> str:
-    return (
-        " ".join(f"{part:.6g}" if isinstance(part, float) else str(part) for part in one)
-        if isinstance(one, tuple)
-        else (f"{one:.6g}" if isinstance(one, float) else str(one))
-    )
+    return "; ".join(map(words, key)) if isinstance(key, tuple) else words(key)
 
 
 def timm_drawn(setting: str, count: int, size: tuple[int, int]) -> list[Key]:
@@ -327,7 +325,7 @@ def timm_drawn(setting: str, count: int, size: tuple[int, int]) -> list[Key]:
 
 def sides(key: Key) -> Key:
     """What is discrete of timm's operations: name, filter, side of the value that changes nothing."""
-    return tuple((name, filter or "", _side(name, value)) for name, value, filter in key)  # type: ignore[misc]
+    return tuple((name, filter or "", _side(name, value)) for name, value, filter in key)
 
 
 def _side(name: str, value: float) -> int:
@@ -360,4 +358,4 @@ def jitter_drawn(
     rows = drawn((setting,), count, size)
     values = rows["values"][..., 0]
     orders: list[Key] = [tuple(OPERATIONS[code] for code in row) for row in rows["code"].tolist()]
-    return orders, {name: values[rows["code"] == OPERATIONS.index(name)] for name in orders[0]}  # type: ignore[misc]
+    return orders, {name: values[rows["code"] == OPERATIONS.index(name)] for name in orders[0]}

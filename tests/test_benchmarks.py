@@ -134,6 +134,7 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
     commands: dict[str, tuple[object, ...]] = {
         "bench_screening": (root / "c0" / "0.jpg", "--files", 2, "--rounds", 1),
         "bench_kernel": ("--device", "cpu", "--batch-size", 2, "--repeat", 1, "--sets", 1, "--threads", 1),
+        "bench_augment": ("operations", "--batch-size", 2, "--rounds", 1, "--plans", 1),
         "calibrate_quality": (root, "--images", 2, "--size", 32),
         "bench_sizes": (root, "--max-sides", 40, "--edit-sizes", 32),
         "bench_small": (

@@ -232,7 +232,7 @@ SPOILED: dict[str, Callable[[str, float], bool]] = {
 @pytest.mark.parametrize("fault", SPOILED)
 def test_a_wrong_distribution_is_noticed(frozen: dict[str, Any], fault: str) -> None:
     keys = [applied(row) for row in drawn((TrivialAugmentWide(),), COUNT, size_of(frozen))]
-    spoiled = [() if any(SPOILED[fault](name, value) for name, value in key) else key for key in keys]  # type: ignore[misc]
+    spoiled = [() if any(SPOILED[fault](name, value) for name, value in key) else key for key in keys]
     assert spoiled != keys
     assert probability(frozen, "TrivialAugmentWide", spoiled) < LEAST
 
