@@ -111,10 +111,14 @@ def _bins(name: str, bins: int) -> Iterator[tuple[int, int]]:
             yield bin, sign
 
 
-def trivial_cases(size: tuple[int, int], interpolation: Interpolation = "nearest", fill: int = 0) -> Iterator[Case]:
-    """Every operation, bin and sign of TrivialAugmentWide."""
-    setting = TrivialAugmentWide(interpolation=interpolation, fill=fill)
-    title = "TrivialAugmentWide" + ("" if interpolation == "nearest" else f"({interpolation})")
+FILL = (124, 116, 104)
+
+
+def trivial_cases(size: tuple[int, int], interpolation: Interpolation = "nearest") -> Iterator[Case]:
+    """Every operation, bin and sign of TrivialAugmentWide; with another filter the warps, filled with `FILL`."""
+    setting, title = TrivialAugmentWide(), "TrivialAugmentWide"
+    if interpolation != "nearest":
+        setting, title = TrivialAugmentWide(interpolation=interpolation, fill=FILL), f"{title}({interpolation})"
     for number, name in enumerate(WIDE):
         if interpolation != "nearest" and name not in WARPS:
             continue

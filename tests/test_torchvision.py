@@ -44,6 +44,7 @@ from dali_diffusemix.plan.augment import (
     RandAugment,
     RandomErasing,
     TrivialAugmentWide,
+    augmentations,
 )
 
 DATA = Path(__file__).parent / "data"
@@ -217,6 +218,20 @@ def test_jitter_draws_as_torchvision_does(frozen: dict[str, Any]) -> None:
     assert probability(frozen, "ColorJitter, order", orders) > LEAST
     found = {name: at_quantiles(frozen, f"ColorJitter, {name}", values) for name, values in factors.items()}
     assert len(found) == 4 and min(found.values()) > LEAST, found
+
+
+def test_three_augment_takes_one_of_three_and_then_jitters(frozen: dict[str, Any]) -> None:
+    """DeiT III's law, which no package has: grey, solarized from 128 or blurred, then ColorJitter(0.3, 0.3, 0.3)."""
+    rows = drawn(augmentations("ThreeAugment"), COUNT, size_of(frozen))
+    first = Counter(OPERATIONS[code] for code in rows["code"][:, 0])
+    assert chi_square(first, dict.fromkeys(("grayscale", "solarize", "blur"), COUNT))[2] > LEAST
+    assert set(rows["values"][rows["code"] == OPERATIONS.index("solarize"), 0]) == {128.0}
+    blurs = rows["values"][rows["code"] == OPERATIONS.index("blur")]
+    even = np.linspace(0.1, 2.0, COUNT)
+    assert set(blurs[:, 1]) == {13.0} and kolmogorov(blurs[:, 0], even)[1] > LEAST
+    for name in ("brightness", "contrast", "color"):
+        factors = rows["values"][..., 0][rows["code"] == OPERATIONS.index(name)]
+        assert len(factors) == COUNT and kolmogorov(factors, np.linspace(0.7, 1.3, COUNT))[1] > LEAST
 
 
 # The tests themselves -------------------------------------------------------------------------------------------------

@@ -56,7 +56,6 @@ from dali_diffusemix.plan.augment import (  # noqa: E402
 )
 
 SQUARE, OTHER = (224, 224), (176, 208)
-FILL = (124, 116, 104)
 LEAST = 1e-4  # probability of a distribution
 THEIR_NAMES = {  # torchvision's
     "identity": "Identity",
@@ -106,7 +105,8 @@ def theirs(case: ours.Case) -> Function:
     title, more = case.setting.partition(",")[0], case.more
     if title.startswith("TrivialAugmentWide"):
         interpolation = title.partition("(")[2].rstrip(")") or "nearest"
-        transform = v2.TrivialAugmentWide(interpolation=InterpolationMode(interpolation))
+        fill = None if interpolation == "nearest" else list(ours.FILL)
+        transform = v2.TrivialAugmentWide(interpolation=InterpolationMode(interpolation), fill=fill)
         return by_space(transform, transform._AUGMENTATION_SPACE, 31, case)
     if title == "RandAugment":
         transform = v2.RandAugment()
@@ -147,7 +147,7 @@ def by_timm(case: ours.Case) -> Function:
     filter = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}.get(
         case.more.get("filter", "")
     )
-    hparams = {"img_mean": FILL, **({} if filter is None else {"interpolation": filter})}
+    hparams = {"img_mean": ours.FILL, **({} if filter is None else {"interpolation": filter})}
     operation = timm_augment.AugmentOp(names[ours.TIMM.index(case.name)], prob=1.0, magnitude=level, hparams=hparams)
 
     def run(picture: Picture) -> Picture:
@@ -358,7 +358,7 @@ def run_torchvision(transform: Any, count: int, size: tuple[int, int]) -> list[o
 
 def run_timm(text: str, count: int, size: tuple[int, int]) -> list[ours.Key]:
     """Run timm's RandAugment and return what it applied each time: (name, value, filter or None) of each operation."""
-    made = timm_augment.rand_augment_transform(text, {"translate_const": int(size[0] * 0.45), "img_mean": FILL})
+    made = timm_augment.rand_augment_transform(text, {"translate_const": int(size[0] * 0.45), "img_mean": ours.FILL})
     found: list[ours.Key] = []
     now: list[tuple[str, float, str | None]] = []
 
@@ -406,7 +406,7 @@ def compare_distributions(count: int) -> Distributions:
             found.strangers.append(f"{title}: {sorted(unknown)[:10]} come on one side only")
     for text in TEXTS:
         compare_timm(found, text, run_timm(text, count, OTHER), ours.timm_drawn(text, count, OTHER))
-    compare_erasing_draws(found, count // 3)
+    compare_erasing_draws(found, count)
     compare_jitter(found, count // 3)
     return found
 
