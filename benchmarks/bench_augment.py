@@ -209,7 +209,7 @@ def on_gpu(batch: Batch, device: torch.device) -> Callable[[NDArray[np.void]], T
     def run(operations: NDArray[np.void]) -> Times:
         plan = replace(batch.plan, operations=operations)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(20_000_000)  # about 10 ms: longer than the host takes
+        torch.cuda._sleep(10_000_000)  # about 5 ms: longer than the host takes
         begin.record()
         before = time.perf_counter()
         mix_on_device(plan, batch.pieces, bank, out=out, format=format)
