@@ -75,9 +75,8 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         fractals: Fractal bank, or its file. Required if `mix` blends fractals.
         mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None.
         crop: How to crop, and the output size.
-        augment: What happens to a sample after the mix, on its 8-bit pixels: a setting such as `TrivialAugmentWide()` or
-            `ColorJitter(0.4, 0.4, 0.4)`, several in their order, timm's "rand-m9-mstd0.5-inc1", or "ThreeAugment". None
-            leaves samples as they are, and not rounded to 8 bits.
+        augment: What follows the mix, on 8-bit pixels: a setting such as `TrivialAugmentWide()`, several in order,
+            timm's "rand-m9-mstd0.5-inc1", or "ThreeAugment". None leaves samples as they are, not rounded to 8 bits.
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
             a distributed run the loaders take that of rank 0.
@@ -426,10 +425,10 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
 
 _RECIPES: Final = {
     "transform": (
-        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, RandAugment, "
-        "AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and for the rest of a "
-        "transform give the loader batch_transform=globally_seeded(lambda images, labels, _: (transform(images), "
-        "labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
+        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, "
+        "RandAugment, AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and "
+        "for the rest of a transform give the loader batch_transform=globally_seeded(lambda images, labels, _: "
+        "(transform(images), labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
         "RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
     ),
     "target_transform": (

@@ -52,7 +52,7 @@ class BatchPlan:
     fractal: NDArray[np.int64]  # (n,) row of the bank; -1: none
     fractal_flip: NDArray[np.bool_]  # (n, 2) the fractal's own: upside down, left to right
     fractal_weight: NDArray[np.float32]  # (n,) λ; 0 where there is no fractal
-    operations: NDArray[np.void]  # (n, slots) of `augment.OPERATION`, in order, on the mixed 8-bit sample; 0 slots: none
+    operations: NDArray[np.void]  # (n, slots) of `augment.OPERATION`: what follows the mix, in order; 0 slots: nothing
     output_size: tuple[int, int]  # (height, width) pixels
 
     def __len__(self) -> int:
