@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from dali_diffusemix.loading.seeding import globally_seeded
     from dali_diffusemix.loading.subset import DiffuseMixSubset
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
+    from dali_diffusemix.plan.schedule import Schedule
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
     from dali_diffusemix.store.pack import PackConfig, pack
@@ -64,6 +65,7 @@ __all__ = [
     "RandomCrop",
     "RepeatedEpochWarning",
     "ResumeWarning",
+    "Schedule",
     "StaleCatalogWarning",
     "StoreError",
     "TrainCrop",
@@ -89,6 +91,7 @@ _HOME = {
     "RandomCrop": "plan",
     "RepeatedEpochWarning": "loading.dataset",
     "ResumeWarning": "loading.samplers",
+    "Schedule": "plan",
     "StaleCatalogWarning": "catalog",
     "TrainCrop": "plan",
     "distinct": "loading.samplers",

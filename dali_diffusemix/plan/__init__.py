@@ -1,6 +1,7 @@
 """The plan: everything random about a batch, as arrays, decided before an image is opened.
 
     spec, crops      the user's choices: `MixSpec`, `TrainCrop`, `RandomCrop`, `EvalCrop`
+    schedule         choices that change with the epoch: `Schedule`
     order            the samples of a rank's batches
     batch            (seed, epoch, indices) to a `BatchPlan`, one row per sample
     geometry         centres, inside, seam and taps: the law that windows, specification and kernels share
@@ -12,6 +13,7 @@ All of it is a pure function of its arguments, and all sample randomness is draw
 from dali_diffusemix.plan.batch import PLAN_VERSION, BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop, EvalCrop, RandomCrop, TrainCrop
 from dali_diffusemix.plan.order import EpochOrder
+from dali_diffusemix.plan.schedule import Schedule
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -25,6 +27,7 @@ __all__ = [
     "MixSpec",
     "Planner",
     "RandomCrop",
+    "Schedule",
     "TrainCrop",
     "visible_parts",
 ]
