@@ -249,12 +249,14 @@ class Plain:
 
 
 def test_a_crop_of_ones_own(make: Make) -> None:
-    def own() -> DiffuseMixLoader:
-        return loader_of(make(crop=Schedule({0: Plain(16), 1: Plain(20)}), mix=None))
+    def own(last: int = 20) -> DiffuseMixLoader:
+        return loader_of(make(crop=Schedule({0: Plain(16), 1: Plain(last)}), mix=None))
 
     loader = own()
     assert [next(iter(loader))[0].shape[-1] for _ in range(2)] == [16, 20]
     own().load_state_dict(loader.state_dict())  # other objects of the same kind
+    with pytest.raises(ConfigError, match="crop of the state is"):
+        own(24).load_state_dict(loader.state_dict())
 
 
 def test_the_second_pass_over_an_epoch_warns_where_epochs_differ(photos: Path) -> None:

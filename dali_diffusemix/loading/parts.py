@@ -108,8 +108,14 @@ class Parts:
 
 
 def _described(schedule: Schedule[Any]) -> str:
-    """A Schedule as text, without the addresses in memory that a user's own crop may show."""
-    return re.sub(r" at 0x[0-9a-fA-F]+", "", repr(schedule))
+    """A Schedule as text that another process can compare: without addresses in memory."""
+    values = [repr(value) for _, value in schedule.steps]
+    if any(" at 0x" in text for text in values):  # Python's own repr of a user's crop, which hides its attributes
+        values = [
+            f"{text} {getattr(value, '__dict__', '')}" for text, (_, value) in zip(values, schedule.steps, strict=True)
+        ]
+    steps = ", ".join(f"{epoch}: {text}" for epoch, text in zip(schedule.epochs, values, strict=True))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"Schedule({{{steps}}})")
 
 
 def _resolve(dataset: Any, into: list[DiffuseMixDataset]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
