@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.philox import AUGMENT, below, uniform
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.schedule import Schedule
 from dali_diffusemix.plan.spec import check_number, check_range
 
 OPERATIONS: Final = (
@@ -734,6 +735,15 @@ def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
         check_augmentations([augment])
         return (augment,)
     return tuple(one for part in augment for one in augmentations(part))
+
+
+def settings_of(
+    augment: "Augment | Schedule[Augment]",
+) -> "tuple[Augmentation, ...] | Schedule[tuple[Augmentation, ...]]":
+    """`augmentations`, of each value of a Schedule."""
+    if isinstance(augment, Schedule):
+        return Schedule({epoch: augmentations(value) for epoch, value in augment.steps})
+    return augmentations(augment)
 
 
 def slots(settings: Sequence[Augmentation]) -> int:

@@ -27,6 +27,7 @@ from dali_diffusemix.inspect.preview.samples import (
 from dali_diffusemix.loading.batches import PlannedSample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.schedule import setting_at
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 COLUMNS: Final = (
@@ -150,8 +151,10 @@ def epochs_sheet(
     plans = [dataset.planner.batch(epoch, chosen) for epoch in epochs]
     lines = -(-len(epochs) // _EPOCHS_A_LINE)
     across = -(-len(epochs) // lines)
-    layout = Layout.of(plans[0].output_size, rows=len(chosen) * lines, columns=1 + across, groups=(1,), notes=3)
-    sheet = Sheet(layout, [*_footnotes(dataset, *epochs), *_about_epoch(dataset, dataset.mix)])
+    heights, widths = zip(*(plan.output_size for plan in plans), strict=True)
+    layout = Layout.of((max(heights), max(widths)), rows=len(chosen) * lines, columns=1 + across, groups=(1,), notes=3)
+    about = _about_epoch(dataset, setting_at(dataset.mix, epochs[0]))
+    sheet = Sheet(layout, [*_footnotes(dataset, *epochs), *about])
     sheet.head(0, *COLUMNS[0])
     name, symbols = COLUMNS[-1]
     sheet.head(1, f"{name}, epoch by epoch", symbols, across)
@@ -397,9 +400,10 @@ def _mask(sample: Sample) -> str:
 
 def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> list[str]:
     """Return the settings of the samples on a sheet, with the mix unless the sheet names it elsewhere."""
-    presets = {MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
-    mix = "none" if dataset.mix is None else presets.get(dataset.mix, str(dataset.mix))
-    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", str(dataset.crop))
+    presets = {None: "none", MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
+    mix = _in_epochs([presets.get(one, str(one)) for one in (setting_at(dataset.mix, epoch) for epoch in epochs)])
+    crop = _in_epochs([str(setting_at(dataset.crop, epoch)) for epoch in epochs])
+    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", crop)
     setting = [f"mix {mix}"] if mixed else []
     setting += [f"crop {crop}", f"seed {dataset.seed}", f"epoch{'s' * (len(epochs) > 1)} {_listed(epochs)}"]
     notes = ["  ·  ".join(setting)]
@@ -409,6 +413,11 @@ def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> 
         edits = "procedural restyling, not diffusion" if procedural else f"{settings.get('model')}"
         notes.append(f"edits: {edits}")
     return notes
+
+
+def _in_epochs(values: Sequence[str]) -> str:
+    """A setting in several epochs, which may change with them."""
+    return ", then ".join(dict.fromkeys(values))
 
 
 def _listed(numbers: Sequence[int]) -> str:
