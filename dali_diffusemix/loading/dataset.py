@@ -444,8 +444,8 @@ _RECIPES: Final = {
         "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, "
         "RandAugment, AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and "
         "for the rest of a transform give the loader batch_transform=globally_seeded(lambda images, labels, _: "
-        "(transform(images), labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
-        "RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
+        "(transform(images), labels)), which gets whole batches. For example crop=TrainCrop(224) for "
+        "RandomResizedCrop(224) and RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
     ),
     "target_transform": (
         "{name} must be left out, found {found!r}: give the targets themselves, a row for each original, for example "
