@@ -352,6 +352,23 @@ MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
     for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
 }
 
+// A row of values to bytes, turned round if wanted: (width, 4) to (width, 3). `out` has room for 4 bytes more.
+MIX_CLONES void round_pixels(const float* value, uint8_t* bytes, uint8_t* out, int width, bool flip) {
+    for (int j = 0; j < 4 * width; ++j) bytes[j] = to_uint8(value[j]);
+    if (flip) {
+        for (int x = 0; x < width; ++x) memcpy(out + 3 * x, bytes + 4 * (width - 1 - x), 4);
+        return;
+    }
+    int x = 0;
+    for (; x + 4 <= width; x += 4) {
+        Bytes four;
+        memcpy(&four, bytes + 4 * x, sizeof four);
+        const Bytes packed = __builtin_shuffle(four, Bytes{0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15});
+        memcpy(out + 3 * x, &packed, sizeof packed);
+    }
+    for (; x < width; ++x) memcpy(out + 3 * x, bytes + 4 * x, 4);
+}
+
 // What is seen of a source in output rows [y, y + height), turned round if wanted: (height, width, 3), or three planes
 // of (height, width).
 MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bool flip, bool planes, uint8_t* to) {
@@ -469,6 +486,13 @@ void store_row(const Batch& batch, Workspace& work, int64_t place, int y, bool f
     const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(place) * plane * 3;
     const float* const value = work.value.data();
     float* const row = work.normalised.data();
+    if (batch.channels_last && batch.dtype == kUint8) {  // which is never normalised
+        work.over.resize(static_cast<size_t>(width) * 7 + 16);
+        uint8_t* const rounded = work.over.data();
+        round_pixels(value, rounded + 3 * width + 16, rounded, width, flip);
+        memcpy(static_cast<uint8_t*>(batch.out) + sample + static_cast<size_t>(y) * width * 3, rounded, width * 3);
+        return;
+    }
     if (batch.channels_last) {
         normalise_pixels(value, row, width, flip, batch.scale, batch.offset);
         store_values(batch, row, sample + static_cast<size_t>(y) * width * 3, width * 3);
@@ -506,6 +530,10 @@ void copy_sample(const Batch& batch, Workspace& work, int64_t place, const Row& 
             const size_t from = static_cast<size_t>(c) * pixels, before = static_cast<size_t>(y) * width;
             const size_t at = sample + (planes ? c * plane + before : before * 3);
             const Affine& affine = batch.affine[planes ? c : 3];
+            if (batch.dtype == kUint8 && !blended) {
+                memcpy(static_cast<uint8_t*>(batch.out) + at, &work.under[from], count);
+                continue;
+            }
             const bool direct = batch.dtype == kFloat32;
             float* const to = direct ? static_cast<float*>(batch.out) + at : work.normalised.data();
             if (blended)
