@@ -10,11 +10,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dali_diffusemix import EvalCrop, MixSpec, RandomCrop, Schedule, TrainCrop
+from dali_diffusemix import (
+    AutoAugment,
+    EvalCrop,
+    MixSpec,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    Schedule,
+    TrainCrop,
+    TrivialAugmentWide,
+)
 from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import PROMPTS
+from dali_diffusemix.plan.augment import Augmentation, augmentations
 
+AUGMENTATIONS: dict[str, Augmentation | str] = {  # of each sample, by the dataset
+    "randaugment": RandAugment(),
+    "trivialaugment": TrivialAugmentWide(),
+    "autoaugment": AutoAugment(),
+    "threeaugment": "ThreeAugment",
+    "randomerasing": RandomErasing(0.25),
+}
+MIXERS = ("cutmix", "mixup")  # of batches
 STEP = 32  # pixels by which progressive resizing grows
 
 
@@ -171,7 +190,7 @@ class Train:
     nesterov: bool = False
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()  # randaugment, cutmix, mixup: after mixing
+    augment: tuple[str, ...] = ()  # after the mix: AUGMENTATIONS, timm's rand-m9-mstd0.5-inc1; then one of MIXERS
     validate_every: int | None = None  # updates; default: once per epoch
     seed: int = 0
 
@@ -182,6 +201,23 @@ class Train:
             rule(value is None or value > 0, f"train.{name}", "at least 1", value)
         rule(self.lr > 0, "train.lr", "above 0", self.lr)
         rule(0 <= self.label_smoothing < 1, "train.label_smoothing", "from 0 to below 1", self.label_smoothing)
+        known = {name for name in self.augment if name in AUGMENTATIONS or name in MIXERS or name.startswith("rand-")}
+        names = ", ".join((*AUGMENTATIONS, "timm's rand-m9-mstd0.5-inc1", *MIXERS))
+        rule(known == set(self.augment), "train.augment", f"some of {names}", list(self.augment))
+        mixers = [name for name in self.augment if name in MIXERS]
+        last = not mixers or (mixers == [self.augment[-1]])
+        rule(last, "train.augment", "settings of samples first, then cutmix or mixup, not both", list(self.augment))
+        augmentations(self.samples_augment)
+
+    @property
+    def samples_augment(self) -> tuple[Augmentation | str, ...]:
+        """The dataset's `augment`."""
+        return tuple(AUGMENTATIONS.get(name, name) for name in self.augment if name not in MIXERS)
+
+    @property
+    def mixer(self) -> str | None:
+        """What mixes batches: cutmix, mixup or nothing."""
+        return next((name for name in self.augment if name in MIXERS), None)
 
 
 @dataclass(frozen=True, kw_only=True)
