@@ -302,6 +302,13 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         command = script("bench_kernel.py", "--device", options.device, *more, "--out", str(out / "kernel.json"))
         return Step(name="kernel-bench", group="a", command=command, limit=40, expected=8)
 
+    def augment_benchmark() -> Step:
+        more = () if cuda else ("--batch-size", "8", "--rounds", "2", "--plans", "1")
+        command = script(
+            *("bench_augment.py", "operations", "--device", options.device, *more, "--out", str(out / "augment.json"))
+        )
+        return Step(name="augment-bench", group="a", command=command, limit=60, expected=25)
+
     def small_benchmark() -> Step:
         images = ("--images", "10000", "--distinct", "1000") if cuda else ("--images", "600", "--distinct", "60")
         few_rounds = ("--rounds", str(options.rounds or 3), "--seconds", "0.4" if cuda else "0.1")
@@ -397,6 +404,8 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         small_benchmark,
         lambda: tests("kernel-tests", 10, 75, 25, f"{gpu}/test_gpu_kernel.py", group="a"),
         kernel_benchmark,
+        lambda: tests("augment-tests", 8, 90, 40, f"{gpu}/test_gpu_augment.py", group="a"),
+        augment_benchmark,
         decoding,
         lambda: tests(
             "loader-tests",
@@ -436,6 +445,8 @@ NAMES = (
         "small-bench",
         "kernel-tests",
         "kernel-bench",
+        "augment-tests",
+        "augment-bench",
         "decode-probe",
         "loader-tests",
         "alone-tests",
