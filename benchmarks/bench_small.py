@@ -542,7 +542,10 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+                },
             )
 
     def turn(self, seconds: float | None, *, cold: bool = False, first: bool = False) -> dict[str, Any]:
