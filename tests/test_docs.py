@@ -583,3 +583,14 @@ def test_raw_photographs_on_a_gpu() -> None:
     wait = results("wait", "2026-11-27-h100")
     assert f"`next()` takes {wait['gpu']['next']:.1f} ms with the GPU's decoders and the step " in prose
     assert f"and {wait['cpu']['step']:.1f} ms on 27 November" in prose
+
+
+def test_augmentation_on_a_gpu() -> None:
+    text = (ROOT / "docs" / "kernel.md").read_text(encoding="utf-8")
+    found = results("augment", "2026-11-27-h100")
+    named = ("TrivialAugmentWide()", "RandAugment()", "AutoAugment()", "rand-m9-mstd0.5-inc1")
+    rows = {f"`{name}`": name for name in (*named, "ColorJitter(0.4, 0.4, 0.4, 0.1)", "ThreeAugment")}
+    for title, name in (rows | {"blur with a kernel of 13": "blur"}).items():
+        row = found[name]
+        assert f"| {title} | {row['microseconds_per_image']:.3f} | {row['over_none']:.3f} |\n" in text
+    assert f"| no augment | {found['none']['microseconds_per_image']:.3f} | |\n" in text
