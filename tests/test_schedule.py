@@ -27,9 +27,11 @@ from dali_diffusemix import (
     FractalBank,
     MixSpec,
     RandomCrop,
+    RandomErasing,
     RepeatedEpochWarning,
     Schedule,
     TrainCrop,
+    TrivialAugmentWide,
     fn,
 )
 from dali_diffusemix.inspect.preview import animation, encoded, epochs_sheet
@@ -38,6 +40,7 @@ from dali_diffusemix.loading.memory import BatchMemory
 from dali_diffusemix.loading.upload import PieceUpload
 from dali_diffusemix.mix.call import piece_table
 from dali_diffusemix.plan import Planner
+from dali_diffusemix.plan.augment import augmentations
 from dali_diffusemix.plan.crops import Draws
 from dali_diffusemix.plan.schedule import epochs_of, setting_at, values_of
 from dali_diffusemix.store.pack import PackConfig, pack
@@ -47,12 +50,14 @@ Make = Callable[..., DiffuseMixDataset]
 SIZES = {0: 24, 2: 33, 4: 40}
 CROPS = Schedule({epoch: TrainCrop(size) for epoch, size in SIZES.items()})
 LATER = Schedule({0: None, 3: MixSpec.paper()})
+AUGMENT = Schedule({0: None, 2: [TrivialAugmentWide(), RandomErasing(0.5, value="random")], 5: "rand-m9-mstd0.5-inc1"})
 
 
 @pytest.fixture
 def make(photos: Path, edits: Path, bank: FractalBank) -> Make:
     def dataset(**changes: Any) -> DiffuseMixDataset:
         arguments = {"root": photos, "edits": edits, "fractals": bank, "crop": CROPS, "mix": LATER, "seed": 3}
+        arguments["augment"] = AUGMENT
         return DiffuseMixDataset(**{**arguments, **changes})
 
     return dataset
@@ -138,7 +143,7 @@ def test_what_is_no_schedule_is_refused(values: Any, message: str) -> None:
 def test_the_plan_of_an_epoch_is_that_of_its_values(make: Make) -> None:
     dataset = make()
     for epoch in range(6):
-        plain = make(crop=CROPS.at(epoch), mix=LATER.at(epoch)).planner
+        plain = make(crop=CROPS.at(epoch), mix=LATER.at(epoch), augment=AUGMENT.at(epoch)).planner
         found, expected = (one.batch(epoch, range(33)) for one in (dataset.planner, plain))
         assert found.output_size == (SIZES[epoch // 2 * 2],) * 2
         for name in type(found)._columns():
@@ -353,18 +358,20 @@ def states(dataset: Any) -> Any:
 
 
 def test_a_state_without_schedules_is_what_it_was(make: Make) -> None:
-    plain = make(crop=TrainCrop(24), mix=MixSpec.paper())
+    plain = make(crop=TrainCrop(24), mix=MixSpec.paper(), augment=TrivialAugmentWide())
     keys = ["version", "seed", "epoch", "places", "length", "shuffle", "fingerprint"]
     assert list(states(plain)) == keys
     assert list(states(make())) == [*keys, "schedules"]
-    assert states(make())["schedules"] == [{"crop": repr(CROPS), "mix": repr(LATER)}]
-    assert states(make(mix=None))["schedules"] == [{"crop": repr(CROPS)}]
+    augment = Schedule({epoch: augmentations(AUGMENT.at(epoch)) for epoch in AUGMENT.epochs})
+    assert states(make())["schedules"] == [{"crop": repr(CROPS), "mix": repr(LATER), "augment": repr(augment)}]
+    assert states(make(mix=None, augment=None))["schedules"] == [{"crop": repr(CROPS)}]
 
 
 def test_a_state_of_other_schedules_is_refused(make: Make) -> None:
     others = {
         "crop": (TrainCrop(24), Schedule({0: TrainCrop(24), 1: TrainCrop(33), 4: TrainCrop(40)})),
         "mix": (None, MixSpec.paper(), Schedule({0: None, 4: MixSpec.paper()})),
+        "augment": ((), (TrivialAugmentWide(),), Schedule({0: (), 2: (RandomErasing(0.4),)})),
     }
     state = states(make())
     for name, values in others.items():
@@ -390,17 +397,20 @@ def test_a_state_of_other_schedules_is_refused(make: Make) -> None:
 
 
 def state_of(name: str) -> Schedule[Any]:
-    schedules: dict[str, Schedule[Any]] = {"crop": CROPS, "mix": LATER}
+    augment = Schedule({epoch: augmentations(value) for epoch, value in AUGMENT.steps})
+    schedules: dict[str, Schedule[Any]] = {"crop": CROPS, "mix": LATER, "augment": augment}
     return schedules[name]
 
 
 def test_all_datasets_of_a_loader_are_checked(make: Make) -> None:
-    plain, changing, earlier = (make(crop=TrainCrop(24), mix=mix) for mix in (None, LATER, Schedule({0: None})))
+    plain, changing, earlier = (
+        make(crop=TrainCrop(24), mix=mix, augment=None) for mix in (None, LATER, Schedule({0: None}))
+    )
     state = states(ConcatDataset([plain, changing]))
     assert state["schedules"] == [{}, {"mix": repr(LATER)}]
     loader_of(ConcatDataset([plain, changing])).load_state_dict(state)
     for other, found in ((earlier, "Schedule({0: None})"), (plain.subset(range(33)).dataset, "no Schedule")):
-        other = make(crop=TrainCrop(24), mix=other.mix)
+        other = make(crop=TrainCrop(24), mix=other.mix, augment=None)
         with pytest.raises(ConfigError) as error:
             loader_of(ConcatDataset([plain, other])).load_state_dict(state)
         assert f"mix of dataset 1 of the state is {LATER!r}, here it is {found}" in str(error.value)
@@ -412,11 +422,11 @@ import json, os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
-from test_schedule import CROPS, LATER, digest
+from test_schedule import AUGMENT, CROPS, LATER, digest
 from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader
 
 _, _, root, edits, bank, resident, file, last = sys.argv
-dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, crop=CROPS, mix=LATER, seed=3)
+dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, crop=CROPS, mix=LATER, augment=AUGMENT, seed=3)
 loader = DiffuseMixLoader(
     dataset, 7, shuffle=True, drop_last=True, device="cpu", num_workers=2, resident=resident or None
 )
