@@ -39,7 +39,11 @@ MIX_FN bool is_tone(int code) {
 
 // --- pointwise --------------------------------------------------------------------------------------------------------
 
-MIX_FN uint8_t clip(float value) { return value <= 0 ? 0 : value >= 255 ? 255 : static_cast<uint8_t>(value); }
+MIX_FN uint8_t clip(float value) {
+    value = value > 0 ? value : 0;
+    value = value < 255 ? value : 255;
+    return static_cast<uint8_t>(static_cast<int>(value));
+}
 
 // Pillow's blend: `from` at factor 0, `to` at 1, beyond that extrapolated.
 MIX_FN uint8_t blend(int from, int to, float factor) {

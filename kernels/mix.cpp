@@ -352,21 +352,35 @@ MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
     for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
 }
 
-// A row of values to bytes, turned round if wanted: (width, 4) to (width, 3). `out` has room for 4 bytes more.
-MIX_CLONES void round_pixels(const float* value, uint8_t* bytes, uint8_t* out, int width, bool flip) {
-    for (int j = 0; j < 4 * width; ++j) bytes[j] = to_uint8(value[j]);
-    if (flip) {
-        for (int x = 0; x < width; ++x) memcpy(out + 3 * x, bytes + 4 * (width - 1 - x), 4);
-        return;
-    }
+typedef int Whole __attribute__((vector_size(16)));
+
+// to_uint8 of a pixel's four lanes.
+MIX_INLINE Bytes rounded(const float* value) {
+    Pixel pixel = load(value) + 0.5f;
+    pixel = pixel > 0.0f ? pixel : Pixel{};
+    pixel = pixel < 255.0f ? pixel : Pixel{255, 255, 255, 255};
+    const Whole whole = __builtin_convertvector(pixel, Whole);
+    Bytes bytes;
+    memcpy(&bytes, &whole, sizeof bytes);
+    return bytes;
+}
+
+// A row of values to bytes, turned round if wanted: (width, 4) to (width, 3). `out` has room for 16 bytes more.
+MIX_CLONES void round_pixels(const float* value, uint8_t* out, int width, bool flip) {
+    const Bytes two = {0, 4, 8, 16, 20, 24}, four = {0, 1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21};
+    const int step = flip ? -4 : 4;
+    const float* from = flip ? value + (width - 1) * 4 : value;
     int x = 0;
-    for (; x + 4 <= width; x += 4) {
-        Bytes four;
-        memcpy(&four, bytes + 4 * x, sizeof four);
-        const Bytes packed = __builtin_shuffle(four, Bytes{0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, 3, 7, 11, 15});
-        memcpy(out + 3 * x, &packed, sizeof packed);
+    for (; x + 4 <= width; x += 4, from += 4 * step) {
+        const Bytes ab = __builtin_shuffle(rounded(from), rounded(from + step), two);
+        const Bytes cd = __builtin_shuffle(rounded(from + 2 * step), rounded(from + 3 * step), two);
+        const Bytes pixels = __builtin_shuffle(ab, cd, four);
+        memcpy(out + 3 * x, &pixels, sizeof pixels);
     }
-    for (; x < width; ++x) memcpy(out + 3 * x, bytes + 4 * x, 4);
+    for (; x < width; ++x, from += step) {
+        const Bytes pixel = __builtin_shuffle(rounded(from), two);
+        memcpy(out + 3 * x, &pixel, sizeof pixel);
+    }
 }
 
 // What is seen of a source in output rows [y, y + height), turned round if wanted: (height, width, 3), or three planes
@@ -487,10 +501,9 @@ void store_row(const Batch& batch, Workspace& work, int64_t place, int y, bool f
     const float* const value = work.value.data();
     float* const row = work.normalised.data();
     if (batch.channels_last && batch.dtype == kUint8) {  // which is never normalised
-        work.over.resize(static_cast<size_t>(width) * 7 + 16);
-        uint8_t* const rounded = work.over.data();
-        round_pixels(value, rounded + 3 * width + 16, rounded, width, flip);
-        memcpy(static_cast<uint8_t*>(batch.out) + sample + static_cast<size_t>(y) * width * 3, rounded, width * 3);
+        work.over.resize(static_cast<size_t>(width) * 3 + 16);
+        round_pixels(value, work.over.data(), width, flip);
+        memcpy(static_cast<uint8_t*>(batch.out) + sample + static_cast<size_t>(y) * width * 3, work.over.data(), width * 3);
         return;
     }
     if (batch.channels_last) {
