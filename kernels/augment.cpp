@@ -265,6 +265,24 @@ MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int wi
             constexpr int kTaps = Filter == kBilinear ? 2 : 4, kBefore = Filter == kBilinear ? 0 : 1;
             size_t columns[kTaps];
             for (int i = 0; i < kTaps; ++i) columns[i] = 3 * static_cast<size_t>(within(column - kBefore + i, width));
+            // The middle of the taps along each axis, where a weight of 0 leaves nothing of the others: of shears and
+            // translations, one axis.
+            const auto read_line = [&](int line, Four& value) {
+                const uint8_t* const pixels = from + pitch * within(line, height);
+                if (dx == 0)
+                    value = load_pixel(pixels + columns[kBefore]);
+                else if constexpr (Filter == kBilinear)
+                    value = linear(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]), dx);
+                else
+                    value = cubic(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]),
+                                  load_pixel(pixels + columns[kTaps - 2]), load_pixel(pixels + columns[kTaps - 1]), dx);
+            };
+            if (dy == 0) {
+                Four value;
+                read_line(row, value);
+                store_pixel(to, value);
+                continue;
+            }
             Four lines[kTaps];
             for (int i = 0; i < kTaps; ++i) {
                 // Of rows outside, Pillow takes the first one's clamped, and below it what came before.
@@ -273,12 +291,7 @@ MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int wi
                     lines[i] = lines[i - 1];
                     continue;
                 }
-                const uint8_t* const pixels = from + pitch * within(line, height);
-                if constexpr (Filter == kBilinear)
-                    lines[i] = linear(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]), dx);
-                else
-                    lines[i] = cubic(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]),
-                                     load_pixel(pixels + columns[2]), load_pixel(pixels + columns[3]), dx);
+                read_line(line, lines[i]);
             }
             if constexpr (Filter == kBilinear) store_pixel(to, linear(lines[0], lines[1], dy));
             else store_pixel(to, cubic(lines[0], lines[1], lines[2], lines[3], dy));
