@@ -39,7 +39,6 @@ from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, TrainC
 from dali_diffusemix.bench import Material, plain_dali_batches
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.mix import IMAGENET
 
 sys.path.insert(0, str(ROOT / "examples"))
 from batch_transforms import batch_transform
@@ -51,7 +50,7 @@ Reasons = dict[str, str]
 
 
 def ours(
-    options: argparse.Namespace, edits: Path, bank: Path, size: int, probability: float | None, *names: str
+    options: argparse.Namespace, edits: Path, bank: Path, size: int, probability: float | None, mixer: str | None = None
 ) -> Batches:
     """Yield batches of this package's loader, without end."""
     dataset = DiffuseMixDataset(
@@ -60,7 +59,6 @@ def ours(
         fractals=bank,
         mix=MixSpec(probability=probability),
         crop=TrainCrop(size),
-        normalize=None if names else IMAGENET,
         seed=0,
     )
     way = {} if options.decode is None else {"decode": WAYS[options.decode]}
@@ -71,7 +69,7 @@ def ours(
         drop_last=True,
         num_workers=options.workers,
         device=options.device,
-        batch_transform=batch_transform(names, len(dataset.classes)),
+        batch_transform=batch_transform(mixer, len(dataset.classes)),
         memory_format=torch.channels_last if options.amp else torch.contiguous_format,
         **way,
     )

@@ -36,6 +36,9 @@ photographs: --repeat copies of each; TrainCrop, batch 64; edits of 256 px.
     diffusemix_resident_256   the same with resident="host"
     ..._128_to_SIDE           from photographs shrunk to 128 px (JPEG, quality 95), with edits of 128 px
 
+    With --device cuda: plain_dali (whole images on the GPU), diffusemix_raw_256, diffusemix_resident_256, and with
+    resident="device" diffusemix_device_256 and diffusemix_device_256_augment, which has augment=TrivialAugmentWide().
+
 After the warm rounds there are --cold-rounds rounds of one epoch each, in a new process, from files that were removed
 from the page cache (posix_fadvise; the cache of a virtual machine's host is not affected), with the bytes that it read
 from the disk (read_bytes of /proc/self/io). The process has started before, with a few batches. A resident set is read
@@ -74,7 +77,15 @@ from PIL import Image
 from record import ROOT, write
 from torch_loop import MIXES, WAYS, Draws, Images, torch_loop
 
-from dali_diffusemix import DiffuseMixDataset, DiffuseMixLoader, MixSpec, RandomCrop, TrainCrop, bench
+from dali_diffusemix import (
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    MixSpec,
+    RandomCrop,
+    TrainCrop,
+    TrivialAugmentWide,
+    bench,
+)
 from dali_diffusemix.bench import Contender, Material, Measurement, extract, plain_dali
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
@@ -84,6 +95,7 @@ from dali_diffusemix.images.codec import decode
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
+from dali_diffusemix.plan.augment import Augmentation
 from dali_diffusemix.plan.crops import Crop
 from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter
 from dali_diffusemix.store.pack import PackConfig, pack
@@ -196,6 +208,7 @@ def ours(
     max_side: int | None = None,
     resident: str | None = None,
     channels_last: bool = False,
+    augment: Augmentation | None = None,
 ) -> Contender:
     """Return this package's loader; with `raw` from raw stores in this folder, which are made of root and edits."""
     if raw is not None:
@@ -204,7 +217,14 @@ def ours(
         pack(edits, raw / "edits", PackConfig(format="raw"))
         root, edits = raw / "originals", raw / "edits"
     dataset = DiffuseMixDataset(
-        root, edits=edits, fractals=fractals, mix=MixSpec(probability=1), crop=crop, seed=0, on_error="raise"
+        root,
+        edits=edits,
+        fractals=fractals,
+        mix=MixSpec(probability=1),
+        crop=crop,
+        augment=augment,
+        seed=0,
+        on_error="raise",
     )
     more: dict[str, Any] = {} if resident is None else {"resident": resident}
     loader = DiffuseMixLoader(
@@ -381,6 +401,8 @@ def entries_32(options: argparse.Namespace, folder: Path) -> dict[str, Entry]:
 def entries_photographs(options: argparse.Namespace, folder: Path) -> dict[str, Entry]:
     case = folder / f"photographs-{options.repeat}"
     whole = Prepared.of(options.root, case / "whole", options.repeat, 256)
+    if options.device != "cpu":
+        return entries_photographs_on_gpu(options, case, whole)
     small = once(case / "distinct-128", lambda new: shrunk(options.root, 128, new))
     of_128 = Prepared.of(small, case / "128", options.repeat, 128)
     packed = once(case / "400" / "store", lambda new: pack(whole.originals, new, PackConfig(max_side=400)))
@@ -418,6 +440,29 @@ def entries_photographs(options: argparse.Namespace, folder: Path) -> dict[str, 
             f"diffusemix_raw_128_to_{size}": mixed(of_128.originals, of_128, size, case / "raw-128"),
         }
     return found
+
+
+def entries_photographs_on_gpu(options: argparse.Namespace, case: Path, whole: "Prepared") -> dict[str, Entry]:
+    material = Material(
+        root=whole.originals,
+        files=whole.originals,
+        batch_size=options.batch_size,
+        num_workers=options.threads,
+        device=options.device,
+        size=224,
+    )
+
+    def raw(**more: Any) -> Entry:
+        make = partial(ours, whole.originals, whole.edits, whole.fractals, TrainCrop(224), options, **more)
+        return Entry(make=partial(make, raw=case / "raw-256", max_side=256))
+
+    return {
+        "plain_dali": Entry(make=partial(plain_dali, material, form="whole")),
+        "diffusemix_raw_256": raw(),
+        "diffusemix_resident_256": raw(resident="host"),
+        "diffusemix_device_256": raw(resident="device"),
+        "diffusemix_device_256_augment": raw(resident="device", augment=TrivialAugmentWide()),
+    }
 
 
 # Turns ----------------------------------------------------------------------------------------------------------------
@@ -497,7 +542,10 @@ class Server:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+                },
             )
 
     def turn(self, seconds: float | None, *, cold: bool = False, first: bool = False) -> dict[str, Any]:

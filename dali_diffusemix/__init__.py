@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         TrivialAugmentWide,
     )
     from dali_diffusemix.plan.crops import EvalCrop, RandomCrop, TrainCrop
+    from dali_diffusemix.plan.schedule import Schedule
     from dali_diffusemix.plan.spec import MixSpec
     from dali_diffusemix.store import EditStore
     from dali_diffusemix.store.pack import PackConfig, pack
@@ -83,6 +84,7 @@ __all__ = [
     "RandomErasing",
     "RepeatedEpochWarning",
     "ResumeWarning",
+    "Schedule",
     "Solarize",
     "StaleCatalogWarning",
     "StoreError",
@@ -118,6 +120,7 @@ _HOME = {
     "RandomErasing": "plan.augment",
     "RepeatedEpochWarning": "loading.dataset",
     "ResumeWarning": "loading.samplers",
+    "Schedule": "plan",
     "Solarize": "plan.augment",
     "StaleCatalogWarning": "catalog",
     "TimmRandAugment": "plan.augment",

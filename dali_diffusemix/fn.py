@@ -34,6 +34,7 @@ from dali_diffusemix.mix.tensor import IMAGENET, DtypeName, Normalize, TensorFor
 from dali_diffusemix.plan.augment import no_operations
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
+from dali_diffusemix.plan.schedule import Schedule
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 DataNode: TypeAlias = Any
@@ -105,6 +106,12 @@ def plan(
         ConfigError: an argument breaks a rule; inside a RuntimeError from DALI, a node's value does.
         MissingDependencyError: DALI is not installed.
     """
+    for name, setting in (("crop", crop), ("mix", mix)):
+        if isinstance(setting, Schedule):
+            raise ConfigError(
+                f"{name} must be one value in your own pipeline, found {setting!r}; build a pipeline for each of its "
+                f"values, with {name}=schedule.at(epoch)."
+            )
     if mix is not None and mix.epoch != "fixed":
         raise ConfigError(
             f"mix.epoch must be 'fixed' in your own pipeline, whose reader decides what an epoch holds, found "

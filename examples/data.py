@@ -121,11 +121,11 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
 
 
 def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cache: Path) -> DiffuseMixDataset:
-    """Return the training set. With train.augment its values are in [0, 1], and `batch_transforms` normalises."""
+    """Return the training set."""
     common = {
         "crop": recipe.crop.training(),
         "seed": recipe.train.seed,
-        "normalize": None if recipe.train.augment else IMAGENET,
+        "augment": recipe.train.samples_augment,
         "on_error": recipe.data.on_error,
     }
     mix = recipe.mix.spec()

@@ -10,10 +10,31 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from dali_diffusemix import EvalCrop, MixSpec, RandomCrop, TrainCrop
+from dali_diffusemix import (
+    AutoAugment,
+    EvalCrop,
+    MixSpec,
+    RandAugment,
+    RandomCrop,
+    RandomErasing,
+    Schedule,
+    TrainCrop,
+    TrivialAugmentWide,
+)
 from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import PROMPTS
+from dali_diffusemix.plan.augment import Augmentation, augmentations
+
+AUGMENTATIONS: dict[str, Augmentation | str] = {  # of each sample, by the dataset
+    "randaugment": RandAugment(),
+    "trivialaugment": TrivialAugmentWide(),
+    "autoaugment": AutoAugment(),
+    "threeaugment": "ThreeAugment",
+    "randomerasing": RandomErasing(0.25),
+}
+MIXERS = ("cutmix", "mixup")  # of batches
+STEP = 32  # pixels by which progressive resizing grows
 
 
 def rule(holds: bool, name: str, must: str, found: object) -> None:
@@ -106,18 +127,39 @@ class Crop:
     train: str = "TrainCrop"
     resize: int | None = None  # of RandomCrop: shorter side before the crop
     padding: int = 0  # of RandomCrop
+    from_size: int | None = None  # of TrainCrop, for progressive resizing: the size of the first epochs
+    ramp: tuple[int, ...] | None = None  # the size grows to `size` from the first of these two epochs to the second
     eval_resize: int | None = None  # of EvalCrop
 
     def __post_init__(self) -> None:
         rule(self.train in ("TrainCrop", "RandomCrop"), "crop.train", "TrainCrop or RandomCrop", self.train)
         if self.train == "TrainCrop":
             rule(self.resize is None and not self.padding, "crop.resize and padding", "RandomCrop's alone", self.train)
+        progressive = (self.from_size, self.ramp)
+        rule((self.from_size is None) == (self.ramp is None), "crop.from_size and ramp", "given together", progressive)
+        if self.from_size is not None and self.ramp is not None:
+            rule(self.train == "TrainCrop", "crop.from_size and ramp", "TrainCrop's alone", self.train)
+            sizes = (self.from_size, self.size)
+            rule(0 < sizes[0] < sizes[1], "crop.from_size and size", "growing", sizes)
+            rule(sizes[0] % STEP == sizes[1] % STEP == 0, "crop.from_size and size", f"multiples of {STEP}", sizes)
+            rule(
+                len(self.ramp) == 2 and 0 <= self.ramp[0] < self.ramp[1], "crop.ramp", "[first, last epoch]", self.ramp
+            )
         self.training(), self.evaluation()
 
-    def training(self) -> TrainCrop | RandomCrop:
-        if self.train == "TrainCrop":
+    def training(self) -> TrainCrop | RandomCrop | Schedule[TrainCrop]:
+        if self.train == "RandomCrop":
+            return RandomCrop(self.size, resize=self.resize, padding=self.padding)
+        if self.from_size is None or self.ramp is None:
             return TrainCrop(self.size)
-        return RandomCrop(self.size, resize=self.resize, padding=self.padding)
+        # Linear in the epoch, to the nearest multiple of 32: the law of FFCV's ImageNet recipe.
+        (first, last), grown = self.ramp, self.size - self.from_size
+        sizes = {
+            epoch: STEP * round((self.from_size + grown * (epoch - first) / (last - first)) / STEP)
+            for epoch in range(first, last + 1)
+        }
+        grows = {epoch: size for epoch, size in sizes.items() if size != sizes.get(epoch - 1, self.from_size)}
+        return Schedule({epoch: TrainCrop(size) for epoch, size in ({0: self.from_size} | grows).items()})
 
     def evaluation(self) -> EvalCrop:
         return EvalCrop(self.size, resize=self.eval_resize)
@@ -148,7 +190,7 @@ class Train:
     nesterov: bool = False
     weight_decay: float = 1e-4
     label_smoothing: float = 0.0
-    augment: tuple[str, ...] = ()  # randaugment, cutmix, mixup: after mixing
+    augment: tuple[str, ...] = ()  # after the mix: AUGMENTATIONS, timm's rand-m9-mstd0.5-inc1; then one of MIXERS
     validate_every: int | None = None  # updates; default: once per epoch
     seed: int = 0
 
@@ -159,6 +201,23 @@ class Train:
             rule(value is None or value > 0, f"train.{name}", "at least 1", value)
         rule(self.lr > 0, "train.lr", "above 0", self.lr)
         rule(0 <= self.label_smoothing < 1, "train.label_smoothing", "from 0 to below 1", self.label_smoothing)
+        known = {name for name in self.augment if name in AUGMENTATIONS or name in MIXERS or name.startswith("rand-")}
+        names = ", ".join((*AUGMENTATIONS, "timm's rand-m9-mstd0.5-inc1", *MIXERS))
+        rule(known == set(self.augment), "train.augment", f"some of {names}", list(self.augment))
+        mixers = [name for name in self.augment if name in MIXERS]
+        last = not mixers or (mixers == [self.augment[-1]])
+        rule(last, "train.augment", "settings of samples first, then cutmix or mixup, not both", list(self.augment))
+        augmentations(self.samples_augment)
+
+    @property
+    def samples_augment(self) -> tuple[Augmentation | str, ...]:
+        """The dataset's `augment`."""
+        return tuple(AUGMENTATIONS.get(name, name) for name in self.augment if name not in MIXERS)
+
+    @property
+    def mixer(self) -> str | None:
+        """What mixes batches: cutmix, mixup or nothing."""
+        return next((name for name in self.augment if name in MIXERS), None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         settings.batch_size // world.size,
         shuffle=True,
         drop_last=True,
-        batch_transform=batch_transform(settings.augment, len(classes)),
+        batch_transform=batch_transform(settings.mixer, len(classes)),
         **delivery,
     )
     valid_loader = DiffuseMixLoader(

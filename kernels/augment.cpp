@@ -64,9 +64,25 @@ MIX_CLONES void blend_with_luma(uint8_t* pixels, size_t count, float factor) {
     });
 }
 
+// shift_hue in steps of one type each, which makes vectors.
 MIX_CLONES void turn_hue(uint8_t* pixels, size_t count, int shift) {
-    each_block(pixels, count, [shift](Planes& planes, int) {
-        for (int j = 0; j < kBlock; ++j) shift_hue(planes.red[j], planes.green[j], planes.blue[j], shift);
+    int high[kBlock], span[kBlock], sector[kBlock], one[kBlock], other[kBlock], hue[kBlock];
+    each_block(pixels, count, [&](Planes& planes, int) {
+        for (int j = 0; j < kBlock; ++j) {
+            const Extremes found = extremes_of(planes.red[j], planes.green[j], planes.blue[j]);
+            high[j] = found.high, span[j] = found.span;
+            sector[j] = found.sector, one[j] = found.one, other[j] = found.other;
+        }
+        for (int j = 0; j < kBlock; ++j) hue[j] = hue_of(sector[j], one[j], other[j], span[j]);
+        for (int j = 0; j < kBlock; ++j) {
+            const float most = static_cast<float>(high[j] ? high[j] : 1);
+            // As whole numbers divide: the half keeps the float at least 1 / 510 away from them.
+            const int saturation = static_cast<int>((static_cast<float>(255 * span[j]) + 0.5f) / most);
+            int red, green, blue;
+            colour_of(((span[j] ? hue[j] : 0) + shift) & 255, saturation, high[j], red, green, blue);
+            planes.red[j] = static_cast<uint8_t>(red), planes.green[j] = static_cast<uint8_t>(green);
+            planes.blue[j] = static_cast<uint8_t>(blue);
+        }
     });
 }
 
@@ -210,20 +226,35 @@ void warp_nearest(const uint8_t* from, uint8_t* to, int height, int width, const
 }
 
 typedef double Four __attribute__((vector_size(32)));
+typedef int Four32 __attribute__((vector_size(16)));
+typedef uint8_t Four8 __attribute__((vector_size(4)));
 
+// Red, green, blue and the byte that follows.
 MIX_INLINE Four load_pixel(const uint8_t* at) {
-    return Four{static_cast<double>(at[0]), static_cast<double>(at[1]), static_cast<double>(at[2]), 0};
+    Four8 bytes;
+    memcpy(&bytes, at, sizeof bytes);
+    return __builtin_convertvector(__builtin_convertvector(bytes, Four32), Four);
 }
 
-MIX_INLINE void store_pixel(uint8_t* to, Four value) { to[0] = clip(value[0]), to[1] = clip(value[1]), to[2] = clip(value[2]); }
+// A byte more, which the next pixel overwrites.
+MIX_INLINE void store_pixel(uint8_t* to, Four value) {
+    value = value > 0 ? value : Four{};
+    value = value < 255 ? value : Four{255, 255, 255, 255};
+    const Four8 bytes = __builtin_convertvector(__builtin_convertvector(value, Four32), Four8);
+    memcpy(to, &bytes, sizeof bytes);
+}
 
 template <int Filter>
-MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation) {
+MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
+                            std::vector<double>& places) {
     const double* const a = operation.values;
     const size_t pitch = 3 * static_cast<size_t>(width);
-    for (int y = 0; y < height; ++y)
+    places.resize(2 * static_cast<size_t>(width));
+    double *const all_x = places.data(), *const all_y = all_x + width;
+    for (int y = 0; y < height; ++y) {
+        for (int x = 0; x < width; ++x) all_x[x] = source_x(a, x, y), all_y[x] = source_y(a, x, y);
         for (int x = 0; x < width; ++x, to += 3) {
-            double at_x = source_x(a, x, y), at_y = source_y(a, x, y);
+            double at_x = all_x[x], at_y = all_y[x];
             if (at_x < 0 || at_x >= width || at_y < 0 || at_y >= height) {
                 memcpy(to, operation.fill, 3);
                 continue;
@@ -234,6 +265,24 @@ MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int wi
             constexpr int kTaps = Filter == kBilinear ? 2 : 4, kBefore = Filter == kBilinear ? 0 : 1;
             size_t columns[kTaps];
             for (int i = 0; i < kTaps; ++i) columns[i] = 3 * static_cast<size_t>(within(column - kBefore + i, width));
+            // The middle of the taps along each axis, where a weight of 0 leaves nothing of the others: of shears and
+            // translations, one axis.
+            const auto read_line = [&](int line, Four& value) {
+                const uint8_t* const pixels = from + pitch * within(line, height);
+                if (dx == 0)
+                    value = load_pixel(pixels + columns[kBefore]);
+                else if constexpr (Filter == kBilinear)
+                    value = linear(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]), dx);
+                else
+                    value = cubic(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]),
+                                  load_pixel(pixels + columns[kTaps - 2]), load_pixel(pixels + columns[kTaps - 1]), dx);
+            };
+            if (dy == 0) {
+                Four value;
+                read_line(row, value);
+                store_pixel(to, value);
+                continue;
+            }
             Four lines[kTaps];
             for (int i = 0; i < kTaps; ++i) {
                 // Of rows outside, Pillow takes the first one's clamped, and below it what came before.
@@ -242,22 +291,20 @@ MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int wi
                     lines[i] = lines[i - 1];
                     continue;
                 }
-                const uint8_t* const pixels = from + pitch * within(line, height);
-                if constexpr (Filter == kBilinear)
-                    lines[i] = linear(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]), dx);
-                else
-                    lines[i] = cubic(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]),
-                                     load_pixel(pixels + columns[2]), load_pixel(pixels + columns[3]), dx);
+                read_line(line, lines[i]);
             }
             if constexpr (Filter == kBilinear) store_pixel(to, linear(lines[0], lines[1], dy));
             else store_pixel(to, cubic(lines[0], lines[1], lines[2], lines[3], dy));
         }
+    }
 }
-MIX_CLONES void warp_bilinear(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation) {
-    warp_smooth<kBilinear>(from, to, height, width, operation);
+MIX_CLONES void warp_bilinear(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
+                              std::vector<double>& places) {
+    warp_smooth<kBilinear>(from, to, height, width, operation, places);
 }
-MIX_CLONES void warp_bicubic(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation) {
-    warp_smooth<kBicubic>(from, to, height, width, operation);
+MIX_CLONES void warp_bicubic(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
+                             std::vector<double>& places) {
+    warp_smooth<kBicubic>(from, to, height, width, operation, places);
 }
 
 void blur(const uint8_t* from, uint8_t* to, int height, int width, double sigma, int side, std::vector<float>& rows) {
@@ -331,8 +378,8 @@ void Sample::apply(const Operation* operations, int number, const uint8_t* noise
             apply_tone(*one);
         } else if (is_warp(one->code)) {
             if (one->filter == kNearest) warp_nearest(pixels, out, height_, width_, *one);
-            else if (one->filter == kBilinear) warp_bilinear(pixels, out, height_, width_, *one);
-            else warp_bicubic(pixels, out, height_, width_, *one);
+            else if (one->filter == kBilinear) warp_bilinear(pixels, out, height_, width_, *one, places_);
+            else warp_bicubic(pixels, out, height_, width_, *one, places_);
             std::swap(from_, to_);
         } else if (one->code == kColor || one->code == kGrayscale) {
             blend_with_luma(pixels, count, one->code == kColor ? static_cast<float>(values[0]) : 0);

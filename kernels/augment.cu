@@ -322,9 +322,7 @@ MIX_FN void run(const Batch& batch, Shared& shared, uint8_t* dynamic) {
     const int count = batch.height * batch.width;
     const size_t begin = static_cast<size_t>(blockIdx.x) * count * 3;
     Sample sample = {batch.samples + begin, batch.scratch + begin, batch.height, batch.width};
-    bool changed = false;
-    for (int slot = 0; slot < batch.slots; ++slot) changed = changed || operations[slot].code != kIdentity;
-    if (changed && !batch.scratch) {
+    if (!batch.scratch) {
         copy(sample.pixels, dynamic, 3 * count);
         sample.other = sample.pixels, sample.pixels = dynamic;
         __syncthreads();

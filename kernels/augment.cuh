@@ -39,7 +39,11 @@ MIX_FN bool is_tone(int code) {
 
 // --- pointwise --------------------------------------------------------------------------------------------------------
 
-MIX_FN uint8_t clip(float value) { return value <= 0 ? 0 : value >= 255 ? 255 : static_cast<uint8_t>(value); }
+MIX_FN uint8_t clip(float value) {
+    value = value > 0 ? value : 0;
+    value = value < 255 ? value : 255;
+    return static_cast<uint8_t>(static_cast<int>(value));
+}
 
 // Pillow's blend: `from` at factor 0, `to` at 1, beyond that extrapolated.
 MIX_FN uint8_t blend(int from, int to, float factor) {
@@ -89,39 +93,47 @@ MIX_FN uint8_t equalize(Count below, Count step) {
     return static_cast<uint8_t>(found < 255 ? found : 255);
 }
 
-MIX_FN int round_half_up(double value) {
-    const int whole = static_cast<int>(value);
-    return value - whole >= 0.5 ? whole + 1 : whole;
+// A pixel's hue, saturation and value, 0 to 255 each, in two steps: whole numbers, then a hue.
+struct Extremes {
+    int high, span;           // value; high - low
+    int sector, one, other;   // the hue is sector + (one - other) / span of 6
+};
+
+MIX_FN Extremes extremes_of(int r, int g, int b) {
+    const int high = r > g ? (r > b ? r : b) : (g > b ? g : b), low = r < g ? (r < b ? r : b) : (g < b ? g : b);
+    const bool is_red = r == high, is_green = g == high;
+    return {high, high - low, is_red ? 0 : is_green ? 2 : 4, high - (is_red ? b : is_green ? r : g),
+            high - (is_red ? g : is_green ? b : r)};
 }
 
-// The hue turned by `shift` of 256, through Pillow's HSV of 8 bits. Without branches, for vectors.
-MIX_FN void shift_hue(uint8_t& red, uint8_t& green, uint8_t& blue, int shift) {
-    const int r = red, g = green, b = blue;
-    const int high = r > g ? (r > b ? r : b) : (g > b ? g : b), low = r < g ? (r < b ? r : b) : (g < b ? g : b);
-    const int span = high - low, divisor = span ? span : 1;
-    const float cr = static_cast<float>(divisor);
-    const float rc = static_cast<float>(high - r) / cr, gc = static_cast<float>(high - g) / cr,
-                bc = static_cast<float>(high - b) / cr;
-    const double sector = r == high ? 0.0 : g == high ? 2.0 : 4.0;
-    const float one = r == high ? bc : g == high ? rc : gc, other = r == high ? gc : g == high ? bc : rc;
-    const float angle = static_cast<float>(sector + one - other);  // exact without the sector
+// As Pillow rounds it, which divides floats.
+MIX_FN int hue_of(int sector, int one, int other, int span) {
+    const float whole = static_cast<float>(span ? span : 1);
+    const double first = static_cast<float>(one) / whole, second = static_cast<float>(other) / whole;
+    const float angle = static_cast<float>(sector + first - second);
     const double turn = angle / 6.0 + 1.0;
-    const float h = static_cast<float>(turn >= 1 ? turn - 1 : turn);
-    const float saturation = cr / static_cast<float>(high ? high : 1);
-    const int hue = span ? static_cast<int>(h * 255.0) : 0, s = span ? static_cast<int>(saturation * 255.0) : 0;
+    const float hue = static_cast<float>(turn >= 1 ? turn - 1 : turn);
+    return static_cast<int>(hue * 255.0);
+}
 
-    const int turned = (hue + shift) & 255, v = high;
-    const double sixth = static_cast<float>(turned) * 6.0 / 255.0;
-    const int i = static_cast<int>(sixth);
-    const float f = static_cast<float>(sixth - static_cast<float>(i));
-    const float fs = static_cast<float>(static_cast<float>(s) / 255.0);
-    const float value = static_cast<float>(v);
-    const int p = round_half_up(value * (1.0 - fs)), q = round_half_up(value * (1.0 - fs * f));
-    const int t = round_half_up(value * (1.0 - fs * (1.0 - f)));
-    const int side = i == 6 ? 0 : i;
-    red = static_cast<uint8_t>(side == 0 || side == 5 ? v : side == 1 ? q : side == 4 ? t : p);
-    green = static_cast<uint8_t>(side == 1 || side == 2 ? v : side == 0 ? t : side == 3 ? q : p);
-    blue = static_cast<uint8_t>(side == 3 || side == 4 ? v : side == 2 ? t : side == 5 ? q : p);
+// Back to red, green and blue. Pillow divides floats; whole numbers give the same for every hue, saturation and value.
+MIX_FN void colour_of(int hue, int saturation, int value, int& red, int& green, int& blue) {
+    const int side = hue * 6 / 255, part = hue * 6 - side * 255;
+    const auto rounded = [value](int taken) { return (2 * value * (65025 - taken) + 65025) / 130050; };
+    const int p = rounded(saturation * 255), q = rounded(saturation * part), t = rounded(saturation * (255 - part));
+    red = side == 1 ? q : side == 4 ? t : side == 2 || side == 3 ? p : value;
+    green = side == 0 || side == 6 ? t : side == 3 ? q : side == 4 || side == 5 ? p : value;
+    blue = side == 2 ? t : side == 5 ? q : side == 3 || side == 4 ? value : p;
+}
+
+// The hue turned by `shift` of 256, through Pillow's HSV of 8 bits.
+MIX_FN void shift_hue(uint8_t& red, uint8_t& green, uint8_t& blue, int shift) {
+    const Extremes found = extremes_of(red, green, blue);
+    const int hue = found.span ? hue_of(found.sector, found.one, found.other, found.span) : 0;
+    const int saturation = 255 * found.span / (found.high ? found.high : 1);
+    int r, g, b;
+    colour_of((hue + shift) & 255, saturation, found.high, r, g, b);
+    red = static_cast<uint8_t>(r), green = static_cast<uint8_t>(g), blue = static_cast<uint8_t>(b);
 }
 
 // --- neighbours -------------------------------------------------------------------------------------------------------

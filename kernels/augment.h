@@ -24,7 +24,8 @@ class Sample {
 
     int height_ = 0, width_ = 0;
     std::vector<uint8_t> one_, other_, *from_ = &one_, *to_ = &other_;
-    std::vector<float> rows_;  // of a blur
+    std::vector<float> rows_;     // of a blur
+    std::vector<double> places_;  // of a warp: where a row of pixels is read
 };
 
 }  // namespace augment

@@ -352,6 +352,37 @@ MIX_INLINE void turn_pixels(const uint8_t* from, uint8_t* to, int count) {
     for (int i = 0; i < count; ++i) memcpy(to + 3 * i, from + 3 * (count - 1 - i), 3);
 }
 
+typedef int Whole __attribute__((vector_size(16)));
+
+// to_uint8 of a pixel's four lanes.
+MIX_INLINE Bytes rounded(const float* value) {
+    Pixel pixel = load(value) + 0.5f;
+    pixel = pixel > 0.0f ? pixel : Pixel{};
+    pixel = pixel < 255.0f ? pixel : Pixel{255, 255, 255, 255};
+    const Whole whole = __builtin_convertvector(pixel, Whole);
+    Bytes bytes;
+    memcpy(&bytes, &whole, sizeof bytes);
+    return bytes;
+}
+
+// A row of values to bytes, turned round if wanted: (width, 4) to (width, 3). `out` has room for 16 bytes more.
+MIX_CLONES void round_pixels(const float* value, uint8_t* out, int width, bool flip) {
+    const Bytes two = {0, 4, 8, 16, 20, 24}, four = {0, 1, 2, 3, 4, 5, 16, 17, 18, 19, 20, 21};
+    const int step = flip ? -4 : 4;
+    const float* from = flip ? value + (width - 1) * 4 : value;
+    int x = 0;
+    for (; x + 4 <= width; x += 4, from += 4 * step) {
+        const Bytes ab = __builtin_shuffle(rounded(from), rounded(from + step), two);
+        const Bytes cd = __builtin_shuffle(rounded(from + 2 * step), rounded(from + 3 * step), two);
+        const Bytes pixels = __builtin_shuffle(ab, cd, four);
+        memcpy(out + 3 * x, &pixels, sizeof pixels);
+    }
+    for (; x < width; ++x, from += step) {
+        const Bytes pixel = __builtin_shuffle(rounded(from), two);
+        memcpy(out + 3 * x, &pixel, sizeof pixel);
+    }
+}
+
 // What is seen of a source in output rows [y, y + height), turned round if wanted: (height, width, 3), or three planes
 // of (height, width).
 MIX_CLONES void copy_band(const Source& source, int y, int height, int width, bool flip, bool planes, uint8_t* to) {
@@ -469,6 +500,12 @@ void store_row(const Batch& batch, Workspace& work, int64_t place, int y, bool f
     const size_t plane = static_cast<size_t>(batch.out_height) * width, sample = static_cast<size_t>(place) * plane * 3;
     const float* const value = work.value.data();
     float* const row = work.normalised.data();
+    if (batch.channels_last && batch.dtype == kUint8) {  // which is never normalised
+        work.over.resize(static_cast<size_t>(width) * 3 + 16);
+        round_pixels(value, work.over.data(), width, flip);
+        memcpy(static_cast<uint8_t*>(batch.out) + sample + static_cast<size_t>(y) * width * 3, work.over.data(), width * 3);
+        return;
+    }
     if (batch.channels_last) {
         normalise_pixels(value, row, width, flip, batch.scale, batch.offset);
         store_values(batch, row, sample + static_cast<size_t>(y) * width * 3, width * 3);
@@ -506,6 +543,10 @@ void copy_sample(const Batch& batch, Workspace& work, int64_t place, const Row& 
             const size_t from = static_cast<size_t>(c) * pixels, before = static_cast<size_t>(y) * width;
             const size_t at = sample + (planes ? c * plane + before : before * 3);
             const Affine& affine = batch.affine[planes ? c : 3];
+            if (batch.dtype == kUint8 && !blended) {
+                memcpy(static_cast<uint8_t*>(batch.out) + at, &work.under[from], count);
+                continue;
+            }
             const bool direct = batch.dtype == kFloat32;
             float* const to = direct ? static_cast<float*>(batch.out) + at : work.normalised.data();
             if (blended)

@@ -145,7 +145,8 @@ MIX_FN float float_of(uint32_t bits) {
 // Casts round half to even, but uint8 rounds half up.
 MIX_FN uint8_t to_uint8(float value) {
     value = value + 0.5f;
-    value = value < 0 ? 0 : value > 255 ? 255 : value;
+    value = value > 0 ? value : 0;  // one at a time: an instruction each
+    value = value < 255 ? value : 255;
     return static_cast<uint8_t>(static_cast<int>(value));
 }
 

@@ -71,9 +71,7 @@ def an_operation(draw: st.DrawFn, height: int, width: int) -> One:
         top, left = draw(st.integers(0, height - 1)), draw(st.integers(0, width - 1))
         box = top, left, draw(st.integers(1, height - top)), draw(st.integers(1, width - left))
         words = st.integers(0, 2**32 - 1)
-        rest = (
-            draw(st.tuples(*[st.floats(-4, 4)] * 3)) if name == "erase" else (draw(words), draw(words))
-        )
+        rest = draw(st.tuples(*[st.floats(-4, 4)] * 3)) if name == "erase" else (draw(words), draw(words))
         values = (*box, *rest)
     return name, filter, fill, values
 

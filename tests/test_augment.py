@@ -1,9 +1,5 @@
 """Augmentation after the mix: its law, the CPU's kernel and the GPU's source against it, and what the plan draws."""
 
-import shutil
-import subprocess
-from pathlib import Path
-
 import numpy as np
 import pytest
 from augment_cases import expected, operations, samples
@@ -15,7 +11,7 @@ from test_cuda_source import SHIM, Shim
 from dali_diffusemix.mix import IMAGENET, TensorFormat
 from dali_diffusemix.mix.augment import lowered, noise_table
 from dali_diffusemix.mix.call import mix
-from dali_diffusemix.mix.tensor import DTYPES, DtypeName
+from dali_diffusemix.mix.tensor import DTYPES
 
 FORMATS = [
     TensorFormat(dtype=dtype, channels_last=last, normalize=None if dtype == "uint8" else IMAGENET)
@@ -90,9 +86,7 @@ def on_the_shim(
 @settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(sample=samples())
 @example(sample=(np.zeros((1, 1, 3), dtype=np.uint8), operations(("equalize", 0, (0, 0, 0), ()))))
-def test_the_gpus_source_gives_the_same_bits(
-    shim: Shim, sample: tuple[NDArray[np.uint8], NDArray[np.void]]
-) -> None:
+def test_the_gpus_source_gives_the_same_bits(shim: Shim, sample: tuple[NDArray[np.uint8], NDArray[np.void]]) -> None:
     """In shared memory and outside, with threads in both orders: nothing depends on which comes first."""
     image, some = sample
     for turn, format in enumerate((FORMATS[0], FORMATS[-1])):

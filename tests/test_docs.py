@@ -562,3 +562,35 @@ def test_small_images_on_a_gpu() -> None:
         assert f"| {title} | {rates} | {1e6 * row['cpu_seconds_per_image']:.0f} µs |\n" in text
     times = found["torch_padded"]["images_per_second"] / found["diffusemix_resident"]["images_per_second"]
     assert f"The best loop by hand is {times:.2f} times as fast here" in text
+
+
+def test_raw_photographs_on_a_gpu() -> None:
+    text = (ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")
+    found, loaders = results("raw", "2026-11-27-h100"), results("loader", "2026-11-27-h100")
+    dali = rate(loaders, "plain_dali_whole")
+    rows = {
+        "raw images read from the page cache": "diffusemix_raw_256",
+        '`resident="host"`': "diffusemix_resident_256",
+        '`resident="device"`': "diffusemix_device_256",
+        "the same with `augment=TrivialAugmentWide()`": "diffusemix_device_256_augment",
+    }
+    for title, name in rows.items():
+        times, cpu = rate(found, name) / dali, 1e6 * found[name]["cpu_seconds_per_image"]
+        assert f"| {title} | {rate(found, name):.0f} | {times:.2f}x | {cpu:.0f} µs |\n" in text
+    rates = [round(rate(loaders, name)) for name in ("plain_dali_whole", "diffusemix_gpu", "diffusemix_cpu")]
+    prose = " ".join(text.split())
+    assert "plain DALI made {}, DiffuseMix {} with whole images on the GPU, and {} on the CPU".format(*rates) in prose
+    wait = results("wait", "2026-11-27-h100")
+    assert f"`next()` takes {wait['gpu']['next']:.1f} ms with the GPU's decoders and the step " in prose
+    assert f"and {wait['cpu']['step']:.1f} ms on 27 November" in prose
+
+
+def test_augmentation_on_a_gpu() -> None:
+    text = (ROOT / "docs" / "kernel.md").read_text(encoding="utf-8")
+    found = results("augment", "2026-11-27-h100")
+    named = ("TrivialAugmentWide()", "RandAugment()", "AutoAugment()", "rand-m9-mstd0.5-inc1")
+    rows = {f"`{name}`": name for name in (*named, "ColorJitter(0.4, 0.4, 0.4, 0.1)", "ThreeAugment")}
+    for title, name in (rows | {"blur with a kernel of 13": "blur"}).items():
+        row = found[name]
+        assert f"| {title} | {row['microseconds_per_image']:.3f} | {row['over_none']:.3f} |\n" in text
+    assert f"| no augment | {found['none']['microseconds_per_image']:.3f} | |\n" in text

@@ -5,11 +5,14 @@ import math
 import platform
 import shutil
 import subprocess
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from augment_cases import operations
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
@@ -24,6 +27,7 @@ from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image, resample, resample_weights
 from dali_diffusemix.mix.tensor import DTYPES, DtypeName
 from dali_diffusemix.plan import MASKS, BatchPlan, geometry
+from dali_diffusemix.plan.augment import OPERATIONS
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -278,28 +282,37 @@ def test_the_kernel_gives_the_same_bits_on_any_number_of_threads() -> None:
     assert len(set(results)) == 1
 
 
+def some_operations(row: int) -> NDArray[np.void]:
+    """Two operations: every one comes in one of 24 rows, warps with each filter."""
+    names = [name for name in OPERATIONS if not name.startswith("erase")]
+    values = {"posterize": (3,), "solarize": (90,), "solarize_add": (50,), "rotate": (31.0,), "blur": (1.4, 9)}
+    chosen = names[row % len(names)], names[(row * 7 + 3) % len(names)]
+    return operations(*((name, row % 3, (9, 8, 7), values.get(name, (0.37,))) for name in chosen))
+
+
 @needs_library
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="wants g++ on x86-64")
 def test_every_processor_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library's clones, built one by one: without AVX, with AVX2, and what this machine has."""
-    source = Path(__file__).parents[1] / "kernels" / "mix.cpp"
+    sources = [Path(__file__).parents[1] / "kernels" / name for name in ("mix.cpp", "augment.cpp")]
     flags = "-std=c++17 -O3 -fno-math-errno -ffp-contract=off -fPIC -shared -pthread -DMIX_CLONES="
     libraries = [native.library()]
     supported = Path("/proc/cpuinfo").read_text()
     for processor, feature in (("x86-64", "sse2"), ("haswell", "avx2"), ("skylake-avx512", "avx512vl")):
         if feature in supported:
             target = tmp_path / f"{processor}.so"
-            subprocess.run(["g++", *flags.split(), f"-march={processor}", "-o", target, source], check=True)
+            subprocess.run(["g++", *flags.split(), f"-march={processor}", "-o", target, *sources], check=True)
             libraries.append(ctypes.CDLL(str(target)))
     case = random_case(np.random.default_rng(8), 24, (61, 75), 300, seam_width=0.1)
     pieces = table(case.originals, case.edits)
-    for dtype in DTYPES:
+    augmented = replace(case.plan, operations=np.concatenate([some_operations(row) for row in range(24)]))
+    for plan, dtype in product((case.plan, augmented), DTYPES):
         format = TensorFormat(dtype=dtype, normalize=None if dtype == "uint8" else IMAGENET)
         results = []
         for library in libraries:
             monkeypatch.setattr(native, "library", lambda library=library: library)
             result = np.zeros(format.shape(24, (61, 75)), dtype=format.storage)
-            mix(case.plan, pieces, case.bank, out=result, format=format)
+            mix(plan, pieces, case.bank, out=result, format=format)
             results.append(result.tobytes())
         assert len(libraries) > 2 and len(set(results)) == 1, dtype
 

@@ -14,7 +14,7 @@ def test_a_library_of_other_sources_is_refused(
     """As an update leaves it behind: its structs may differ, and a call would end the process."""
     native.load()
     monkeypatch.setattr(native, "_INTERFACE", 99)
-    with pytest.raises(OSError, match="it has interface 3, this version needs 99"):
+    with pytest.raises(OSError, match="it has interface 4, this version needs 99"):
         native.load()
     native.library.cache_clear()
     try:
@@ -22,7 +22,7 @@ def test_a_library_of_other_sources_is_refused(
             assert native.library() is None
     finally:
         native.library.cache_clear()
-    assert "has interface 3, this version needs 99" in caplog.text and "reinstall" in caplog.text
+    assert "has interface 4, this version needs 99" in caplog.text and "reinstall" in caplog.text
 
 
 def test_a_library_from_before_the_number_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_diffusemix import Catalog
+from dali_diffusemix import Catalog, RandAugment, RandomErasing, TrainCrop
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
@@ -96,7 +96,7 @@ def test_a_recipe_trains_and_is_evaluated(
     changes = ["model.width=16"]  # seconds rather than minutes, and so are smaller crops
     changes += [f"model.weights={resnet50_weights}"] if recipe.model.weights else []
     if recipe.crop.size > 64:
-        sizes = {"size": 72, "resize": 80, "eval_resize": 80}
+        sizes = {"size": 96 if recipe.crop.from_size else 72, "from_size": 64, "resize": 80, "eval_resize": 80}
         changes += [f"crop.{name}={sizes[name]}" for name in sizes if getattr(recipe.crop, name) is not None]
     common = ["--data", str(data), "--workers", "1", "--device", "cpu"]
     out = tmp_path / "run"
@@ -154,6 +154,7 @@ def test_a_recipe_names_what_is_wrong(scripts: SimpleNamespace, tmp_path: Path) 
         ("mix.fractal_weight=2.0", "fractal_weight"),
         ("train.batch_size=true", "train.batch_size must be of kind int"),
         ("evaluate.fgsm=[0]", "evaluate.fgsm must be"),
+        ("crop.from_size=256", "crop.from_size and ramp must be given together"),
     ):
         with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
             read(file, [change])
@@ -162,6 +163,32 @@ def test_a_recipe_names_what_is_wrong(scripts: SimpleNamespace, tmp_path: Path) 
     (tmp_path / "empty.toml").write_text("")
     with pytest.raises(ConfigError, match="data is missing"):
         read(tmp_path / "empty.toml")
+
+
+def test_progressive_resizing_in_a_recipe(scripts: SimpleNamespace) -> None:
+    crop = scripts.recipe.Recipe.read(EXAMPLES / "recipes/imagenet.toml").crop
+    schedule = crop.training()
+    # FFCV's law, as its train_imagenet.py has it.
+    for epoch in range(90):
+        between = np.interp([epoch], [65, 76], [128, 224])
+        expected = 128 if epoch <= 65 else 224 if epoch >= 76 else int(np.round(between[0] / 32)) * 32
+        assert schedule.at(epoch) == TrainCrop(expected), epoch
+    assert [value.size for value in schedule.values] == [128, 160, 192, 224]
+    assert (crop.evaluation().size, crop.evaluation().resize) == (224, 256)
+    read = scripts.recipe.Recipe.read
+    plain = read(EXAMPLES / "recipes/imagenet.toml", ["crop.from_size=unset", "crop.ramp=unset"])
+    assert plain.crop.training() == TrainCrop(224)
+    assert scripts.recipe.Crop(size=64, from_size=32, ramp=(0, 1)).training().epochs == (0, 1)
+    for changes, message in (
+        (["crop.ramp=unset"], "crop.from_size and ramp must be given together"),
+        (["crop.train=RandomCrop"], "crop.from_size and ramp must be TrainCrop's alone"),
+        (["crop.from_size=256"], r"crop.from_size and size must be growing, found \(256, 224\)"),
+        (["crop.from_size=100"], "crop.from_size and size must be multiples of 32"),
+        (["crop.ramp=[5]"], r"crop.ramp must be \[first, last epoch\], found \(5,\)"),
+        (["crop.ramp=[5, 5]"], r"crop.ramp must be \[first, last epoch\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            read(EXAMPLES / "recipes/imagenet.toml", changes)
 
 
 def test_the_learning_rate(scripts: SimpleNamespace) -> None:
@@ -241,32 +268,28 @@ def test_smaller_training_sets_are_parts_of_larger_ones(scripts: SimpleNamespace
 
 @pytest.mark.parametrize("name", ["cutmix", "mixup"])
 def test_soft_labels_say_what_is_in_the_image(name: str, scripts: SimpleNamespace) -> None:
-    transform = scripts.batch_transforms.batch_transform((name,), 2)
+    transform = scripts.batch_transforms.batch_transform(name, 2)
     images = torch.zeros(32, 3, 32, 32)
     images[16:] = 1
     labels = torch.arange(32) // 16
     torch.manual_seed(0)
     mixed, soft = transform(images, labels, torch.Generator())
-    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
-    white = (mixed * std + mean).mean((1, 2, 3))
+    white = mixed.mean((1, 2, 3))
     assert torch.allclose(white, soft[:, 1], atol=1e-4)
     assert torch.allclose(soft.sum(1), torch.ones(32))
     assert ((soft > 0.05) & (soft < 0.95)).any()
 
 
-def test_randaugment_treats_images_one_by_one(scripts: SimpleNamespace) -> None:
-    transform = scripts.batch_transforms.batch_transform(("randaugment",), 2)
-    image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).expand(16, -1, -1, -1)
-    torch.manual_seed(0)
-    out, labels = transform(image, torch.zeros(16, dtype=torch.int64), torch.Generator())
-    assert labels.dtype == torch.int64
-    assert len({one.numpy().tobytes() for one in out}) > 8
+def test_a_recipe_divides_samples_augment_and_batches_mixer(scripts: SimpleNamespace) -> None:
+    train = scripts.recipe.Train(epochs=1, augment=("randaugment", "rand-m9-mstd0.5-inc1", "randomerasing", "cutmix"))
+    assert train.samples_augment == (RandAugment(), "rand-m9-mstd0.5-inc1", RandomErasing(0.25))
+    assert train.mixer == "cutmix" and scripts.recipe.Train(epochs=1).mixer is None
 
 
-def test_transforms_that_do_not_go_together(scripts: SimpleNamespace) -> None:
-    for names in (("cutmix", "mixup"), ("cutmix", "randaugment"), ("cutout",)):
-        with pytest.raises(ConfigError, match=r"train\.augment"):
-            scripts.batch_transforms.batch_transform(names, 2)
+def test_augmentations_that_do_not_go_together(scripts: SimpleNamespace) -> None:
+    for names in (("cutmix", "mixup"), ("cutmix", "randaugment"), ("cutout",), ("rand-x9",)):
+        with pytest.raises(ConfigError, match=r"augment"):
+            scripts.recipe.Train(epochs=1, augment=names)
 
 
 # --- evaluation
@@ -312,11 +335,16 @@ def command(tmp_path: Path) -> Callable[..., list[str]]:
     return make
 
 
+@pytest.mark.parametrize("crop", [(), ("crop.size=96", "crop.from_size=32", "crop.ramp=[0, 2]")], ids=("", "growing"))
 def test_it_goes_on_with_the_same_losses_and_weights(
-    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    crop: tuple[str, ...],
+    scripts: SimpleNamespace,
+    command: Callable[..., list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     often = ("--checkpoint-every", "4", "--log-every", "3")
-    changes = ("train.updates=11", "train.validate_every=5", 'train.augment=["mixup"]')
+    changes = ("train.updates=11", "train.validate_every=5", 'train.augment=["trivialaugment", "mixup"]', *crop)
     scripts.train.main(command("whole", *changes, options=often))
 
     class Killed(Exception):
@@ -337,6 +365,7 @@ def test_it_goes_on_with_the_same_losses_and_weights(
             scripts.train.main(command("killed", *changes, options=often))
     assert len(rows(tmp_path / "killed/train.csv")) == 6  # those after the checkpoint are dropped, and made again
     scripts.train.main(command("killed", *changes, options=often))
+    assert float(rows(tmp_path / "whole/train.csv")[-1]["epoch"]) > 3  # all sizes were trained
     for name in ("train.csv", "valid.csv"):
         assert (tmp_path / "killed" / name).read_text() == (tmp_path / "whole" / name).read_text()
     whole, killed = (torch.load(tmp_path / one / "last.pt", weights_only=True) for one in ("whole", "killed"))

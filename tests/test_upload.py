@@ -85,7 +85,7 @@ def test_pixels_before_the_kernel_are_those_of_the_cpu(
     loader = DiffuseMixLoader(dataset, 9, device="cpu", num_workers=2, visible_parts=visible_parts)
     upload = PieceUpload(CPU, 2)
     format = TensorFormat(normalize=None)
-    decoder = loader._maker.take_decoder(9)
+    decoder = loader._maker.take_decoder(9, crop.output_size)
     for step, (images, _) in enumerate(loader):
         plan = loader.plan(0, step)
         decoder.submit(lambda plan=plan: request([(dataset, plan)], visible_only=visible_parts))

@@ -17,6 +17,7 @@ from dali_diffusemix import (
     MixSpec,
     Quarantined,
     RandomCrop,
+    Schedule,
     TrainCrop,
 )
 
@@ -60,6 +61,13 @@ def under_a_plain_dataloader(root: str) -> Iterator[tuple[torch.Tensor, torch.Te
         yield from loader
 
 
+def by_epoch(root: str) -> DiffuseMixDataset:
+    growing = Schedule({0: TrainCrop(128), 30: TrainCrop(224)})
+    assert_type(growing.at(3), TrainCrop)
+    mix = Schedule({0: None, 5: MixSpec.paper()})
+    return DiffuseMixDataset(root, edits="cache/edits", fractals="cache/fractals.npy", crop=growing, mix=mix)
+
+
 def swap(images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     order = torch.randperm(len(images), generator=generator)
     return images[order], labels[order]
@@ -74,6 +82,7 @@ def mistakes(dataset: DiffuseMixDataset) -> None:
     DiffuseMixDataset("data/train")  # type: ignore[call-arg]
     DiffuseMixDataset("data/train", crop=TrainCrop(224), transform=swap)  # type: ignore[arg-type]
     DiffuseMixDataset("data/train", crop=224)  # type: ignore[arg-type]
+    DiffuseMixDataset("data/train", crop=Schedule({0: 128, 30: 224}))  # type: ignore[dict-item]
     DiffuseMixLoader("data/train")  # type: ignore[arg-type]
     DiffuseMixLoader(dataset, batch_size="256")  # type: ignore[arg-type]
     MixSpec(masks=("middle",))  # type: ignore[arg-type]

@@ -344,6 +344,15 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
         )
         return Step(name="loader-bench", group="d", command=command, limit=110, expected=90)
 
+    def raw_benchmark() -> Step:
+        size = ("--repeat", "8", "--batch-size", "256") if cuda else ("--repeat", "1", "--batch-size", "16")
+        command = script(
+            *("bench_small.py", "photographs", photographs, "--device", options.device, "--threads", threads, *size),
+            *("--rounds", str(options.rounds or 3), "--seconds", "0.6" if cuda else "0.1", "--cold-rounds", "1"),
+            *("--cache", cache + "-raw", "--out", str(out / "raw.json")),
+        )
+        return Step(name="raw-bench", group="d", command=command, limit=90, expected=50)
+
     def waits() -> Step:
         some = ("--ways", "cpu,gpu,regions", "--steps", "40") if cuda else ("--ways", "cpu", "--steps", "12")
         size = () if cuda else ("--batch-size", "16", "--busy", "5")
@@ -431,6 +440,7 @@ def steps(options: argparse.Namespace) -> list[Callable[[], Step]]:
             group="c",
         ),
         loader_benchmark,
+        raw_benchmark,
         waits,
         overhead,
         generation,
@@ -451,7 +461,7 @@ NAMES = (
         "loader-tests",
         "alone-tests",
     ),
-    *("loader-bench", "wait", "overhead", "generate", "region-tests"),
+    *("loader-bench", "raw-bench", "wait", "overhead", "generate", "region-tests"),
 )
 
 

@@ -83,11 +83,11 @@ def source(file: str = "mix.cu") -> str:
 def options(name: str | None = None, *, file: str = "mix.cu") -> tuple[str, ...]:
     """NVRTC's options besides the architecture, to compile only the kernel `name` of a file; None: all eight."""
     # 177 would warn about the functions of the headers that only the CPU's kernels call.
-    common = ("--std=c++17", "--diag-suppress=177")
+    common = ["--std=c++17", "--diag-suppress=177"]
     if file == "augment.cu":  # its pixels are those of the CPU
-        common += ("--fmad=false",)
+        common.append("--fmad=false")
     if name is None:
-        return common
+        return tuple(common)
     dtype, layout = name.split("_", 1)[1].split("_", 1)
     last = str(layout == "channels_last").lower()
     return (*common, f"-DMIX_NAME={name}", f"-DMIX_ELEMENT={dtype.capitalize()}", f"-DMIX_CHANNELS_LAST={last}")

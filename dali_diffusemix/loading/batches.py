@@ -144,7 +144,8 @@ class BatchMaker:
         self._way: GpuDecoding | None = None  # to decode; None is on the CPU
         self._prepared = False
         self._pins = False  # batches on the CPU are in page-locked memory
-        self._free: list[PieceDecoder] = []  # building one takes longer than a batch
+        # Building one takes longer than a batch. With the size of the samples that it worked for.
+        self._free: list[tuple[PieceDecoder, tuple[int, int]]] = []
         self._substitutions: dict[int, Substitution[Pieces]] = {}  # by the dataset's number, as the next one
         self._upload: PieceUpload | None = None
         self._banks: dict[int, gpu.DeviceBank] = {}
@@ -209,21 +210,28 @@ class BatchMaker:
         self._memory = BatchMemory()
         self._substitutions.clear()
         while self._free:
-            self._free.pop().close()
+            self._free.pop()[0].close()
         self._banks.clear()
         self._upload = None
         self._residents = None
 
     # --- decoders
 
-    def take_decoder(self, batch_size: int) -> AnyDecoder:
-        """A decoder for one iterator."""
+    def take_decoder(self, batch_size: int, size: tuple[int, int]) -> AnyDecoder:
+        """A decoder for one iterator over samples of this size.
+
+        Free decoders of another size are closed: they hold memory for it, and come from an epoch with another crop.
+        """
         if self.delivery.resident == "device":
             return PiecesOnDevice()
         with suppress(IndexError):  # each of several threads takes its own
-            while (decoder := self._free.pop()).inherited:
-                pass
-            return decoder
+            while True:
+                decoder, its_size = self._free.pop()
+                if decoder.inherited:
+                    continue
+                if its_size == size:
+                    return decoder
+                decoder.close()
         return PieceDecoder(
             batch_size,
             threads=self.delivery.threads,
@@ -233,12 +241,12 @@ class BatchMaker:
             raw=self._raw,
         )
 
-    def give_back(self, decoder: AnyDecoder) -> None:
-        """Take a decoder back: emptied, or closed if an exception has passed through it."""
+    def give_back(self, decoder: AnyDecoder, size: tuple[int, int]) -> None:
+        """Take a decoder of samples of this size back: emptied, or closed if an exception has passed through it."""
         if decoder.intact and isinstance(decoder, PieceDecoder):
             decoder.drain()
             native.trim()
-            self._free.append(decoder)
+            self._free.append((decoder, size))
         else:
             decoder.close()
 
@@ -352,7 +360,7 @@ class BatchMaker:
         )
         table, copied = pieces.table[:, columns], None
         if self.delivery.resident != "device":
-            table, copied = self._uploader()(table, pieces.on_host[:, columns])
+            table, copied = self._uploader()(table, pieces.on_host[:, columns], plan.output_size)
         mix_on_device(plan, table, self._device_bank(share.number), out=images, format=self._formats[share.number])
         del copied  # only here: its memory must not go to work that could run before the mix
         if self._way is not None:
@@ -481,6 +489,7 @@ class Batches:
         self._order = order
         self._batch_size = batch_size
         self._decoder: AnyDecoder | None = None
+        self._size = (0, 0)  # of the samples, for which the decoder works
         self._coming: Iterator[BatchIndices] = iter(())
         self._under_way: deque[_Planning] = deque()
         self._fetched: tuple[deque[_Planned], Pieces] | None = None  # batches that are read, and their pieces
@@ -530,7 +539,7 @@ class Batches:
         decoder, self._decoder = self._decoder, None
         if decoder is not None and not decoder.inherited:
             self.clock.stop()
-            self._maker.give_back(decoder)
+            self._maker.give_back(decoder, self._size)
 
     def _submit(self) -> None:
         # As many batches are read ahead as are decoded ahead.
@@ -539,7 +548,8 @@ class Batches:
             if first is None:
                 return
             if self._decoder is None:
-                self._decoder = self._maker.take_decoder(self._batch_size or len(first.indices))
+                self._size = self._maker.parts.output_size(self.run.epoch)
+                self._decoder = self._maker.take_decoder(self._batch_size or len(first.indices), self._size)
                 self.clock.start(self._decoder)
             maker = self._maker
             more = maker.planned_together // max(1, len(first.indices)) - 1

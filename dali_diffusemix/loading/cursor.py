@@ -11,8 +11,9 @@ or a user's sampler) says what an epoch holds; the cursor only says where in it 
 """
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
 from dali_diffusemix.base.philox import check_seed
@@ -35,6 +36,7 @@ class Identity(NamedTuple):
     length: int  # samples in an epoch
     shuffle: bool
     fingerprint: str  # of the catalog
+    schedules: Sequence[Mapping[str, str]] = ()  # the settings of each dataset that change with the epoch
 
 
 @dataclass
@@ -142,6 +144,8 @@ class Cursor:
             "shuffle": identity.shuffle,
             "fingerprint": identity.fingerprint,
         }
+        if identity.schedules:
+            state["schedules"] = [dict(one) for one in identity.schedules]
         if self._has_sampler:
             state["sampler"] = self.order.state() if run is None else run.sampler
             state["checksum"] = self._checksum if run is None else run.checksum
@@ -164,6 +168,7 @@ class Cursor:
             ours = getattr(self._identity, name)
             if state.get(name) != ours and not (any_seed and name == "seed"):
                 raise ConfigError(f"{name} of the state is {state.get(name)!r}, here it is {ours!r}; {remedy}.")
+        _check_schedules(state.get("schedules", ()), self._identity.schedules)
         if ("sampler" in state) != self._has_sampler:
             there, here = ("a", "none") if "sampler" in state else ("no", "one")
             raise ConfigError(
@@ -178,3 +183,18 @@ class Cursor:
         self.order.resume(delivered, state.get("sampler"), checksum)
         self._next, self._checksum = (epoch, delivered), checksum or 0
         self._newest = None
+
+
+def _check_schedules(theirs: Any, ours: Sequence[Mapping[str, str]]) -> None:
+    """Refuse a state of other Schedules: with them the rest of the run would be another."""
+    if not isinstance(theirs, Sequence) or not all(isinstance(one, Mapping) for one in theirs):
+        raise ConfigError(f"state must hold a table of each dataset as schedules, found {theirs!r}.")
+    none: Mapping[str, str] = {}
+    for number, (there, here) in enumerate(zip_longest(theirs, ours, fillvalue=none)):
+        for name in sorted({*there, *here}):
+            if there.get(name) != here.get(name):
+                of = f" of dataset {number}" if max(len(theirs), len(ours)) > 1 else ""
+                raise ConfigError(
+                    f"{name}{of} of the state is {there.get(name, 'no Schedule')}, here it is "
+                    f"{here.get(name, 'no Schedule')}; give the dataset the same {name}."
+                )

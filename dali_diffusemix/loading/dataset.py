@@ -28,9 +28,10 @@ from dali_diffusemix.loading.samplers import View, addresses
 from dali_diffusemix.loading.subset import Divisible
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
-from dali_diffusemix.plan.augment import Augment, augmentations
+from dali_diffusemix.plan.augment import Augment, settings_of
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
+from dali_diffusemix.plan.schedule import Schedule, values_of
 from dali_diffusemix.plan.spec import MixSpec
 from dali_diffusemix.store import EditStore, OriginalStore
 from dali_diffusemix.store.mirror import MirrorError, is_url
@@ -56,6 +57,8 @@ class RepeatedEpochWarning(UserWarning):
 
 # What decides samples: the plan is made from it once.
 _FIXED: Final = ("crop", "mix", "normalize", "seed", "targets", "augment")
+SCHEDULED: Final = ("crop", "mix", "augment")
+"""Settings of a dataset that may be Schedules."""
 _TRANSFORMS: Final = ("transform", "target_transform", "transforms")
 
 
@@ -73,11 +76,12 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
             without edits, the packed store's, or the one in the user's cache folder, which is made on first use.
         edits: Edit store, or its folder or URL. Required with a `mix`.
         fractals: Fractal bank, or its file. Required if `mix` blends fractals.
-        mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None.
-        crop: How to crop, and the output size.
-        augment: What happens to a sample after the mix, on its 8-bit pixels: a setting such as `TrivialAugmentWide()` or
-            `ColorJitter(0.4, 0.4, 0.4)`, several in their order, timm's "rand-m9-mstd0.5-inc1", or "ThreeAugment". None
-            leaves samples as they are, and not rounded to 8 bits.
+        mix: How to mix; None gives plain samples, for validation. "auto": `MixSpec.paper()` with edits, else None. A
+            `Schedule` changes it with the epoch; all its epochs must have one length.
+        crop: How to crop, and the output size. A `Schedule` changes them with the epoch.
+        augment: What follows the mix, on 8-bit pixels: a setting such as `TrivialAugmentWide()`, several in order,
+            timm's "rand-m9-mstd0.5-inc1", or "ThreeAugment". None leaves samples as they are, not rounded to 8 bits.
+            A `Schedule` changes it with the epoch.
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
             a distributed run the loaders take that of rank 0.
@@ -112,12 +116,12 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         self,
         root: _Path,
         *,
-        crop: Crop,
+        crop: Crop | Schedule[Crop],
         catalog: Catalog | None = None,
         edits: EditStore | _Path | None = None,
         fractals: FractalBank | _Path | None = None,
-        mix: MixSpec | Literal["auto"] | None = "auto",
-        augment: Augment = None,
+        mix: MixSpec | Schedule[MixSpec | None] | Literal["auto"] | None = "auto",
+        augment: Augment | Schedule[Augment] = None,
         normalize: Normalize | None = IMAGENET,
         seed: int | None = None,
         targets: ArrayLike | None = None,
@@ -127,8 +131,10 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
     ) -> None:
         if isinstance(mix, str) and mix == "auto":
             mix = None if edits is None else MixSpec.paper()
-        _check_crop(crop)
-        _check_mix(mix)
+        for one in values_of(crop):
+            _check_crop(one)
+        for spec in values_of(mix):
+            _check_mix(spec)
         self.root = root if isinstance(root, str) and is_url(root) else Path(root)
         if isinstance(self.root, Path) and not self.root.is_dir():
             raise CatalogError(f"{str(root)!r}: there is no such folder; give the folder of the originals.")
@@ -151,7 +157,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         self.catalog = index(root) if catalog is None else catalog
         self.mix = mix
         self.crop = crop
-        self.augment = augmentations(augment)
+        self.augment = settings_of(augment)
         self.normalize = normalize
         self.seed_given = seed is not None
         if seed is None:
@@ -171,7 +177,13 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         check_on_error(on_error)
         self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
-        self._varies = mix is not None or bool(self.augment) or _draws(crop, self.catalog.sizes[:1])
+        self._mixes = any(spec is not None for spec in values_of(mix))
+        self._varies = (
+            self._mixes
+            or any(values_of(self.augment))
+            or len(values_of(crop)) > 1
+            or any(_draws(one, self.catalog.sizes[:1]) for one in values_of(crop))
+        )
         # In shared memory, so that persistent workers see a new epoch.
         self._cells = torch.zeros(_FAILED + -(-len(self.catalog) // 64), dtype=torch.int64)
         self._warned_of = -1
@@ -184,10 +196,13 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         if name in _TRANSFORMS:
             raise ConfigError(_RECIPES.get(name, _RECIPES["transform"]).format(name=name, found=value))
         if name in _FIXED and "_cells" in self.__dict__:
-            raise ConfigError(
+            message = (
                 f"{name} of a dataset cannot be changed, found {value!r}: it decides the samples, and some of them are "
                 f"planned ahead; make another dataset, DiffuseMixDataset(..., {name}=...), and a loader of it."
             )
+            if name in SCHEDULED:
+                message += f" To change it with the epoch, give {name}=Schedule({{0: ..., 30: ...}})."
+            raise ConfigError(message)
         super().__setattr__(name, value)
 
     def take_seed(self, seed: int) -> None:
@@ -259,8 +274,8 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
 
     @property
     def stores(self) -> list[OriginalStore | EditStore]:
-        """The stores whose images samples show: of originals, if they are packed, and of edits, if it mixes."""
-        found = (self.original_store, self.store if self.mix is not None else None)
+        """The stores whose images samples show in any epoch: of originals, if packed, and of edits, if it mixes."""
+        found = (self.original_store, self.store if self._mixes else None)
         return [store for store in found if store is not None]
 
     @property
@@ -426,11 +441,11 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
 
 _RECIPES: Final = {
     "transform": (
-        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, RandAugment, "
-        "AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and for the rest of a "
-        "transform give the loader batch_transform=globally_seeded(lambda images, labels, _: (transform(images), "
-        "labels)), which gets whole batches. For example crop=TrainCrop(224) for RandomResizedCrop(224) and "
-        "RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
+        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, "
+        "RandAugment, AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and "
+        "for the rest of a transform give the loader batch_transform=globally_seeded(lambda images, labels, _: "
+        "(transform(images), labels)), which gets whole batches. For example crop=TrainCrop(224) for "
+        "RandomResizedCrop(224) and RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
     ),
     "target_transform": (
         "{name} must be left out, found {found!r}: give the targets themselves, a row for each original, for example "

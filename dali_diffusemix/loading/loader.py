@@ -409,8 +409,8 @@ class DiffuseMixLoader:
         A dataset that was not given a seed takes that of the state.
 
         Raises:
-            ConfigError: the state is of another dataset, seed or order, and the message says what differs; or the
-                number of delivered samples is no multiple of the global batch.
+            ConfigError: the state is of another dataset, seed, order or Schedule, and the message says what differs; or
+                the number of delivered samples is no multiple of the global batch.
         """
         dataset = self._parts.first
         takes = not dataset.seed_given and len(self._parts.datasets) == 1
@@ -431,7 +431,8 @@ class DiffuseMixLoader:
         self._cursor.adopt(self._order, self._identity())
 
     def _identity(self) -> Identity:
-        return Identity(self._parts.first.seed, len(self.dataset), self.shuffle, self._parts.fingerprint)
+        parts = self._parts
+        return Identity(parts.first.seed, len(self.dataset), self.shuffle, parts.fingerprint, parts.schedules)
 
     # --- lifetime
 

@@ -16,23 +16,31 @@ class BatchMemory:
 
     A batch's tensor, and every view of its storage, keeps the array that it was made from. Only when that array is gone
     its memory is used again, so a batch that somebody keeps is never overwritten.
+
+    Only memory for samples of the latest size is kept: their size changes with the epoch where the crop does.
     """
 
     def __init__(self) -> None:
-        self._free: list[NDArray[np.uint8]] = []
+        # Bytes of a sample, and free blocks of such; one object, because several threads change both.
+        self._kept: tuple[int, list[NDArray[np.uint8]]] = 0, []
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
-        """Return an array of this shape and type; its content is undefined."""
-        size = math.prod(shape) * dtype.itemsize
+        """Return an array of this shape, whose first axis is the samples, and type; its content is undefined."""
+        sample = math.prod(shape[1:]) * dtype.itemsize
+        size = shape[0] * sample
+        kept = self._kept
+        if kept[0] != sample:
+            kept = self._kept = sample, []
         block = None
         with suppress(IndexError):  # another thread took the last one
-            block = self._free.pop()
+            block = kept[1].pop()
         if block is None or block.nbytes < size:
             block = np.empty(size, dtype=np.uint8)
         array: NDArray[np.generic] = block[:size].view(dtype).reshape(shape)
-        weakref.finalize(array, self._give_back, block).atexit = False
+        weakref.finalize(array, self._give_back, block, sample).atexit = False
         return array
 
-    def _give_back(self, block: NDArray[np.uint8]) -> None:
-        if len(self._free) < _KEPT:
-            self._free.append(block)
+    def _give_back(self, block: NDArray[np.uint8], sample: int) -> None:
+        latest, free = self._kept
+        if sample == latest and len(free) < _KEPT:
+            free.append(block)

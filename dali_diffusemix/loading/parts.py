@@ -5,6 +5,7 @@ time is another view, and so on, whichever rank draws it.
 """
 
 import hashlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,8 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.dataset import SCHEDULED, DiffuseMixDataset
 from dali_diffusemix.loading.samplers import addresses, occurrences
+from dali_diffusemix.plan.schedule import Schedule, epochs_of, setting_at
 
 
 class Share(NamedTuple):
@@ -44,9 +46,12 @@ class Parts:
             self._places = places
             self._view = occurrences(places[0] << 44 | places[1])
             self._views = int(self._view.max(initial=0)) + 1
-        sizes = {one.crop.output_size for one in self.datasets}
-        if len(sizes) > 1:
-            raise ConfigError(f"crop must give one size in all datasets of a loader, found {sorted(sizes)}.")
+        for epoch in sorted({epoch for one in self.datasets for epoch in epochs_of(one.crop)}):
+            sizes = {setting_at(one.crop, epoch).output_size for one in self.datasets}
+            if len(sizes) > 1:
+                raise ConfigError(
+                    f"crop must give one size in all datasets of a loader, found {sorted(sizes)} in epoch {epoch}."
+                )
 
     @property
     def whole(self) -> bool:
@@ -71,6 +76,19 @@ class Parts:
             found.update(column.astype("<i8").tobytes())
         return found.hexdigest()
 
+    @property
+    def schedules(self) -> list[dict[str, str]]:
+        """The settings of each dataset that change with the epoch, as text; empty if there are none at all."""
+        found = [
+            {name: _described(value) for name in SCHEDULED if isinstance(value := getattr(one, name), Schedule)}
+            for one in self.datasets
+        ]
+        return found if any(found) else []
+
+    def output_size(self, epoch: int) -> tuple[int, int]:
+        """(height, width) of the samples of an epoch, pixels."""
+        return setting_at(self.first.crop, epoch).output_size
+
     def set_epoch(self, epoch: int) -> None:
         """Tell the datasets, for whoever asks them for samples."""
         for one in self.datasets:
@@ -87,6 +105,17 @@ class Parts:
         for number in np.unique(which).tolist():
             rows = np.flatnonzero(which == number)
             yield Share(number, rows, index[rows], views[rows])
+
+
+def _described(schedule: Schedule[Any]) -> str:
+    """A Schedule as text that another process can compare: without addresses in memory."""
+    values = [repr(value) for _, value in schedule.steps]
+    if any(" at 0x" in text for text in values):  # Python's own repr of a user's crop, which hides its attributes
+        values = [
+            f"{text} {getattr(value, '__dict__', '')}" for text, (_, value) in zip(values, schedule.steps, strict=True)
+        ]
+    steps = ", ".join(f"{epoch}: {text}" for epoch, text in zip(schedule.epochs, values, strict=True))
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", f"Schedule({{{steps}}})")
 
 
 def _resolve(dataset: Any, into: list[DiffuseMixDataset]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -7,7 +7,8 @@ What a GPU decodes becomes ready on the same stream. It has no other work: DALI 
 that its outputs were handed to, and would wait for training if that were the training stream.
 
 torch's allocators own both blocks: page-locked memory is reused when the copy from it is done, the GPU's when the work
-that reads it is done. Blocks are as large as the largest batch so far, so that they can replace each other.
+that reads it is done. Blocks are as large as the largest batch of this sample size so far, so that they can replace
+each other.
 """
 
 from typing import Final
@@ -36,19 +37,23 @@ class PieceUpload:
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._size = 0
+        self._size = 0  # bytes of a block
+        self._samples = (0, 0)  # size of the samples that the blocks were for
 
     @property
     def stream(self) -> int | None:
         """The number of the CUDA stream on which pieces become ready; None for the CPU."""
         return None if self._stream is None else int(self._stream.cuda_stream)
 
-    def __call__(self, table: NDArray[np.void], on_host: NDArray[np.bool_]) -> tuple[NDArray[np.void], object]:
+    def __call__(
+        self, table: NDArray[np.void], on_host: NDArray[np.bool_], samples: tuple[int, int] = (0, 0)
+    ) -> tuple[NDArray[np.void], object]:
         """Let work on torch's current stream read the pieces; copies those that are on the host. Waits for nothing.
 
         Args:
             table: (2, n) of `mix.call.PIECE`.
             on_host: (2, n) pieces in host memory. They are copied, and not needed afterwards.
+            samples: (height, width) of the samples that are made of them.
 
         Returns:
             The table with all addresses on the device, and the owner of the copies' memory: keep it until the work
@@ -63,7 +68,8 @@ class PieceUpload:
         ends = np.cumsum(-(-lengths // _ALIGNMENT) * _ALIGNMENT)
         starts = ends - -(-lengths // _ALIGNMENT) * _ALIGNMENT
         needed = int(ends[-1])
-        self._size = max(self._size, -(-needed // _GRAIN) * _GRAIN)
+        before = self._size if samples == self._samples else 0
+        self._size, self._samples = max(before, -(-needed // _GRAIN) * _GRAIN), samples
         staging = torch.empty(self._size, dtype=torch.uint8, pin_memory=self._stream is not None)
         native.gather(np.ascontiguousarray(pieces["data"][rows]), lengths, starts, staging.numpy(), self._threads)
         block = self._copied(staging, needed)

@@ -31,9 +31,7 @@ _ENHANCERS: Final = {
 }
 
 
-def augmented_image(
-    image: NDArray[np.uint8], operations: NDArray[np.void], format: TensorFormat
-) -> NDArray[np.uint8]:
+def augmented_image(image: NDArray[np.uint8], operations: NDArray[np.void], format: TensorFormat) -> NDArray[np.uint8]:
     """Apply operations in their order.
 
     Args:
@@ -77,7 +75,7 @@ def _applied(image: NDArray[np.uint8], operation: np.void, format: TensorFormat)
         # Of 0 bits nothing is left; newer versions of ImageOps.posterize refuse it.
         picture = picture.point([i & ~((1 << (8 - int(amount))) - 1) for i in range(256)] * 3)
     elif name == "solarize":
-        picture = ImageOps.solarize(picture, amount)  # type: ignore[arg-type]  # a fraction is fine
+        picture = ImageOps.solarize(picture, amount)
     elif name == "solarize_add":
         table = [min(255, i + int(amount)) if i < 128 else i for i in range(256)]
         picture = picture.point(table * 3)

@@ -2,6 +2,7 @@
 
     spec, crops      the user's choices: `MixSpec`, `TrainCrop`, `RandomCrop`, `EvalCrop`
     augment          the user's choices of what follows the mix, and the operations that they draw
+    schedule         choices that change with the epoch: `Schedule`
     order            the samples of a rank's batches
     batch            (seed, epoch, indices) to a `BatchPlan`, one row per sample
     geometry         centres, inside, seam and taps: the law that windows, specification and kernels share
@@ -13,6 +14,7 @@ All of it is a pure function of its arguments, and all sample randomness is draw
 from dali_diffusemix.plan.batch import PLAN_VERSION, BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop, EvalCrop, RandomCrop, TrainCrop
 from dali_diffusemix.plan.order import EpochOrder
+from dali_diffusemix.plan.schedule import Schedule
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 
@@ -26,6 +28,7 @@ __all__ = [
     "MixSpec",
     "Planner",
     "RandomCrop",
+    "Schedule",
     "TrainCrop",
     "visible_parts",
 ]

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.philox import AUGMENT, below, uniform
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.schedule import Schedule
 from dali_diffusemix.plan.spec import check_number, check_range
 
 OPERATIONS: Final = (
@@ -38,7 +39,13 @@ FILTERS: Final = ("nearest", "bilinear", "bicubic")
 Interpolation: TypeAlias = Literal["nearest", "bilinear", "bicubic"]
 
 OPERATION: Final = np.dtype(
-    [("code", np.uint8), ("filter", np.uint8), ("fill", np.uint8, 3), ("unused", np.uint8, 3), ("values", np.float64, 8)]
+    [
+        ("code", np.uint8),
+        ("filter", np.uint8),
+        ("fill", np.uint8, 3),
+        ("unused", np.uint8, 3),
+        ("values", np.float64, 8),
+    ]
 )
 """One operation on one sample. `values` by its code, the others 0:
 
@@ -54,7 +61,6 @@ OPERATION: Final = np.dtype(
     erase                       top, left, height, width in pixels; R, G, B as `RandomErasing.value` says
     erase_noise                 top, left, height, width; two words that key the noise
 """
-
 
 
 def no_operations(count: int) -> NDArray[np.void]:
@@ -105,16 +111,16 @@ def _check_filter(value: str) -> None:
         raise ConfigError(f"interpolation must be one of {FILTERS}, found {value!r}.")
 
 
-def _range(name: str, value: float | tuple[float, float], centre: float, low: float, high: float) -> tuple[float, float]:
+def _range(
+    name: str, value: float | tuple[float, float], centre: float, low: float, high: float
+) -> tuple[float, float]:
     """A jitter's range: a number is the distance from the centre, cut below at `low`."""
     if isinstance(value, int | float):
         if value < 0:
             raise ConfigError(f"{name} must be at least 0, found {value}.")
         value = (max(centre - value, low) if centre == 1 else centre - value, centre + value)
     if len(value) != 2 or not low <= value[0] <= value[1] <= high:
-        raise ConfigError(
-            f"{name} must be a number, or (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value!r}."
-        )
+        raise ConfigError(f"{name} must be a number, or (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value!r}.")
     return float(value[0]), float(value[1])
 
 
@@ -305,7 +311,7 @@ class RandomErasing:
 
 @dataclass(frozen=True)
 class _Warp:
-    """How the policies' shears, translations and rotations read and fill."""
+    """Filter and fill of shears, translations and rotations."""
 
     interpolation: Interpolation = field(default="nearest", kw_only=True)
     """Filter of shears, translations and rotations."""
@@ -405,7 +411,7 @@ def _check_bins(bins: int) -> None:
 
 @dataclass(frozen=True)
 class TrivialAugmentWide(_Warp):
-    """One operation of 14 with one magnitude of `num_magnitude_bins`, both uniform: torchvision's TrivialAugmentWide."""
+    """One operation of 14 with one magnitude, both uniform: torchvision's TrivialAugmentWide."""
 
     num_magnitude_bins: int = 31
     slots: ClassVar = 1
@@ -438,7 +444,7 @@ class RandAugment(_Warp):
             raise ConfigError(f"num_ops must be a whole number from 0 to 16, found {self.num_ops!r}.")
         if not isinstance(self.magnitude, int) or not 0 <= self.magnitude < self.num_magnitude_bins:
             raise ConfigError(
-                f"magnitude must be a whole number below num_magnitude_bins, {self.num_magnitude_bins}, and at least 0, "
+                f"magnitude must be a whole number from 0 to num_magnitude_bins - 1, {self.num_magnitude_bins - 1}, "
                 f"found {self.magnitude!r}."
             )
 
@@ -562,7 +568,7 @@ class TimmRandAugment:
     @classmethod
     def of(cls, text: str) -> "TimmRandAugment":
         """Read timm's form: "rand", then parts of m, n, p, mstd, mmax and inc with their numbers, joined by "-"."""
-        names = {
+        names: dict[str, tuple[str, Callable[[str], Any]]] = {
             "m": ("magnitude", int),
             "n": ("num_ops", int),
             "p": ("p", float),
@@ -626,8 +632,8 @@ class TimmRandAugment:
         if name in ("translate_x", "translate_y"):
             return 0.45 * level * sign * size[1 if name == "translate_x" else 0]
         if name == "posterize":
-            bits = np.trunc(level * 4)
-            return np.clip(4 - bits if self.increasing else bits, 0, 8)
+            bits: NDArray[np.float64] = np.clip(np.trunc(level * 4), 0, 8)
+            return np.maximum(4 - bits, 0) if self.increasing else bits
         if name == "solarize":
             threshold = np.minimum(np.trunc(level * 256), 256)
             return 256 - threshold if self.increasing else threshold
@@ -725,10 +731,19 @@ def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
             f"augment must be 'ThreeAugment' or of timm's form 'rand-m9-mstd0.5-inc1' if it is a string, found "
             f"{augment!r}; for the others write TrivialAugmentWide(), RandAugment(), AutoAugment()."
         )
-    if isinstance(augment, Augmentation) or isinstance(augment, type) or not isinstance(augment, Iterable):
+    if isinstance(augment, Augmentation | type) or not isinstance(augment, Iterable):
         check_augmentations([augment])
-        return (augment,)  # type: ignore[return-value]
+        return (augment,)
     return tuple(one for part in augment for one in augmentations(part))
+
+
+def settings_of(
+    augment: "Augment | Schedule[Augment]",
+) -> "tuple[Augmentation, ...] | Schedule[tuple[Augmentation, ...]]":
+    """`augmentations`, of each value of a Schedule."""
+    if isinstance(augment, Schedule):
+        return Schedule({epoch: augmentations(value) for epoch, value in augment.steps})
+    return augmentations(augment)
 
 
 def slots(settings: Sequence[Augmentation]) -> int:

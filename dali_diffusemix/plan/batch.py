@@ -27,6 +27,7 @@ from dali_diffusemix.base.philox import (
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.plan.augment import Augmentation, draw_operations
 from dali_diffusemix.plan.crops import Crop, Draws
+from dali_diffusemix.plan.schedule import Schedule, setting_at, values_of
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 PLAN_VERSION: Final = 1
@@ -52,7 +53,7 @@ class BatchPlan:
     fractal: NDArray[np.int64]  # (n,) row of the bank; -1: none
     fractal_flip: NDArray[np.bool_]  # (n, 2) the fractal's own: upside down, left to right
     fractal_weight: NDArray[np.float32]  # (n,) λ; 0 where there is no fractal
-    operations: NDArray[np.void]  # (n, slots) of `augment.OPERATION`, in order, on the mixed 8-bit sample; 0 slots: none
+    operations: NDArray[np.void]  # (n, slots) of `augment.OPERATION`: what follows the mix, in order; 0 slots: nothing
     output_size: tuple[int, int]  # (height, width) pixels
 
     def __len__(self) -> int:
@@ -114,20 +115,31 @@ class Planner:
     """Turns (epoch, indices) into rows. Holds what decides them and draws nothing until asked.
 
     In a fixed epoch index i is original i. In an expanded one the first N indices are the originals, unmixed, and
-    index N + j is edit j.
+    index N + j is edit j. Crop and mix may be Schedules; all epochs have one length.
     """
 
     seed: int
-    crop: Crop
+    crop: Crop | Schedule[Crop]
     sizes: NDArray[np.int32]  # (originals, 2) (height, width) pixels
-    mix: MixSpec | None = None
+    mix: MixSpec | Schedule[MixSpec | None] | None = None
     edits: EditTable | None = None
     fractals: int = 0
-    augment: tuple[Augmentation, ...] = ()
+    augment: tuple[Augmentation, ...] | Schedule[tuple[Augmentation, ...]] = ()
 
     def __post_init__(self) -> None:
         check_seed(self.seed, 0)
-        if self.mix is None:
+        mixes = values_of(self.mix)
+        if len({mix is not None and mix.epoch == "expanded" for mix in mixes}) > 1:
+            raise ConfigError(
+                f"mix must give all epochs one length, found fixed and expanded ones in {self.mix!r}; take "
+                "epoch='expanded' in all values, or in none."
+            )
+        for mix in mixes:
+            self._check_mix(mix)
+
+    def _check_mix(self, mix: MixSpec | None) -> None:
+        """Refuse a mix for which something is missing."""
+        if mix is None:
             return
         if self.edits is None:
             raise ConfigError("edits must be given with mix, found None; give an edit store or take mix=None.")
@@ -136,15 +148,16 @@ class Planner:
                 f"edits must be of these originals: found starts for {len(self.edits.starts) - 1} originals, "
                 f"{len(self.sizes)} in the catalog."
             )
-        if self.fractals < 1 and self.mix.fractal_weight_range[1] > 0:
+        if self.fractals < 1 and mix.fractal_weight_range[1] > 0:
             raise ConfigError(
-                f"fractal_weight {self.mix.fractal_weight} needs a fractal bank of at least 1, found {self.fractals}; "
+                f"fractal_weight {mix.fractal_weight} needs a fractal bank of at least 1, found {self.fractals}; "
                 "give fractals=, or take fractal_weight=0."
             )
 
     def __len__(self) -> int:
         """Samples in an epoch."""
-        if self.mix is not None and self.edits is not None and self.mix.epoch == "expanded":
+        mix = setting_at(self.mix, 0)
+        if mix is not None and self.edits is not None and mix.epoch == "expanded":
             return len(self.sizes) + int(self.edits.starts[-1])
         return len(self.sizes)
 
@@ -184,19 +197,23 @@ class Planner:
                 return np.asarray(common[field][rows])
             return np.asarray(draw(self.seed, epoch, index[rows], [field], view[rows])[0])
 
-        original, edit = self._sources(index, draws)
+        crop, chosen = setting_at(self.crop, epoch), setting_at(self.mix, epoch)
+        original, edit = self._sources(chosen, index, draws)
         sizes = np.asarray(self.sizes[original], dtype=np.int32)
-        box, flip = self.crop.boxes(sizes, draws)
+        box, flip = crop.boxes(sizes, draws)
         mixed = edit >= 0
         rows = np.arange(count)
-        mix = self.mix or MixSpec()
+        mix = chosen or MixSpec()
         of_mask, of_fractal = draws(MASK, rows)[:, 0], draws(FRACTAL, rows)
         masks = np.array([MASKS.index(m) for m in mix.masks], dtype=np.int8)
         low, high = mix.fractal_weight_range
         weight = np.where(mixed, low + (high - low) * uniform(draws(WEIGHT, rows)[:, 0]), 0).astype(np.float32)
         blended = weight > 0
         operations = draw_operations(
-            self.augment, count, self.crop.output_size, lambda field: draw(self.seed, epoch, index, [field], view)[0]
+            setting_at(self.augment, epoch),
+            count,
+            crop.output_size,
+            lambda field: draw(self.seed, epoch, index, [field], view)[0],
         )
         return BatchPlan(
             epoch=epoch,
@@ -213,18 +230,20 @@ class Planner:
             fractal_flip=(of_fractal[:, 1:3] >> np.uint32(31)).astype(np.bool_) & blended[:, None],
             fractal_weight=weight,
             operations=operations,
-            output_size=self.crop.output_size,
+            output_size=crop.output_size,
         )
 
-    def _sources(self, index: NDArray[np.int64], draws: Draws) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def _sources(
+        self, mix: MixSpec | None, index: NDArray[np.int64], draws: Draws
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The original and the edit of each sample; -1 where it shows no edit."""
-        if self.mix is None or self.edits is None:
+        if mix is None or self.edits is None:
             return index, np.full(len(index), -1, dtype=np.int64)
-        if self.mix.epoch == "expanded":
+        if mix.epoch == "expanded":
             return self.originals_of(index), np.maximum(index - len(self.sizes), -1)
         rows = np.arange(len(index))
         first = np.asarray(self.edits.starts[index])
         count = np.asarray(self.edits.starts[index + 1]) - first
-        probability = count / (1 + count) if self.mix.probability is None else self.mix.probability
+        probability = count / (1 + count) if mix.probability is None else mix.probability
         mixed = (uniform(draws(MIXED, rows)[:, 0]) < probability) & (count > 0)
         return index, np.where(mixed, first + below(draws(EDIT, rows)[:, 0], count), -1)

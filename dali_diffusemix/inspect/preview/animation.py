@@ -43,19 +43,24 @@ def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) 
         DecodeError: The original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     check_epochs(epochs)
+    plans = [dataset.planner.batch(epoch, [index]) for epoch in epochs]
+    heights, widths = zip(*(plan.output_size for plan in plans), strict=True)  # a Schedule of crops may change them
+    largest = max(heights), max(widths)
+    zoom = zoom_of(largest, _LEAST, _MOST)
+    size = max(1, round(largest[1] * zoom)), max(1, round(largest[0] * zoom))
     frames = []
-    for number, epoch in enumerate(epochs, 1):
-        sample = Sample.of(dataset, dataset.planner.batch(epoch, [index]), 0)
-        frames.append(_frame(sample, epoch, number / len(epochs)))
+    for number, plan in enumerate(plans, 1):
+        sample = Sample.of(dataset, plan, 0)
+        frames.append(_frame(sample, zoomed(sample.augmented(), zoom), size, number / len(epochs)))
     return frames
 
 
-def _frame(sample: Sample, epoch: int, progress: float) -> Image.Image:
-    output_size = sample.plan.output_size
-    picture = zoomed(sample.augmented(), zoom_of(output_size, _LEAST, _MOST))
-    frame = Image.new("RGB", (picture.width, picture.height + _STRIP), PAPER)
+def _frame(sample: Sample, picture: Image.Image, size: tuple[int, int], progress: float) -> Image.Image:
+    """A frame of a sample; its picture is at most as large as `size`, (width, height)."""
+    epoch = sample.plan.epoch
+    frame = Image.new("RGB", (size[0], size[1] + _STRIP), PAPER)
     frame.paste(picture)
-    draw, top = ImageDraw.Draw(frame), picture.height
+    draw, top = ImageDraw.Draw(frame), size[1]
     draw.rectangle([0, top, frame.width - 1, top + 2], fill=RULE)
     draw.rectangle([0, top, round(progress * frame.width) - 1, top + 2], fill=ACCENT)
     mask = int(sample.plan.mask[sample.row])

@@ -12,8 +12,10 @@ from numpy.typing import NDArray
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.loading.dataset import DiffuseMixDataset, ImagePair, decode_edit
 from dali_diffusemix.loading.quarantine import Failure, Substitution
+from dali_diffusemix.mix.augment import augmented_image
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
+from dali_diffusemix.plan.augment import described
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -192,6 +194,7 @@ class Sample:
     original: NDArray[np.uint8]  # (height, width, 3), like the next two; their sizes differ
     edit: NDArray[np.uint8] | None
     fractal: NDArray[np.uint8] | None
+    format: TensorFormat  # the dataset's normalisation, which the values of an erasure are meant after
 
     @classmethod
     def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan, row: int, planner: Planner | None = None) -> "Sample":
@@ -243,6 +246,7 @@ class Sample:
             original=original,
             edit=edited,
             fractal=None if bank is None or fractal < 0 else bank.images[fractal],
+            format=TensorFormat(normalize=dataset.normalize),
         )
 
     def hybrid(self) -> NDArray[np.uint8]:
@@ -254,9 +258,17 @@ class Sample:
         whole = replace(self.plan, fractal_weight=np.ones_like(self.plan.fractal_weight))
         return _rounded(mixed_image(whole, self.row, self.original, None, self.fractal))
 
-    def augmented(self) -> NDArray[np.uint8]:
-        """Return A on the output grid, (height, width, 3) uint8: what the network sees."""
+    def mixed(self) -> NDArray[np.uint8]:
+        """Return A on the output grid, (height, width, 3) uint8."""
         return _rounded(mixed_image(self.plan, self.row, self.original, self.edit, self.fractal))
+
+    def augmented(self) -> NDArray[np.uint8]:
+        """Return what the network sees, (height, width, 3) uint8: A, after the dataset's `augment`."""
+        return augmented_image(self.mixed(), self.plan.operations[self.row], self.format)
+
+    def operations(self) -> list[str]:
+        """Return the operations of `augment` and their magnitudes, in their order."""
+        return [text for operation in self.plan.operations[self.row] if (text := described(operation))]
 
     @property
     def box(self) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from dali_diffusemix.inspect.preview.samples import (
 from dali_diffusemix.loading.batches import PlannedSample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.batch import BatchPlan
+from dali_diffusemix.plan.schedule import setting_at
 from dali_diffusemix.plan.spec import MASKS, MixSpec
 
 COLUMNS: Final = (
@@ -38,6 +39,11 @@ COLUMNS: Final = (
     ("augmented", "A = (1−λ)H + λF"),
 )
 """Names of the columns, and the paper's symbols."""
+
+_MIXED: Final = ("mixed", COLUMNS[-1][1])  # the last column's name where samples are changed after the mix
+_AFTER: Final = ("augmented", "after the mix")
+_OPERATION_LINES: Final = 4
+_OPERATIONS_WIDTH: Final = 30  # characters of such a line
 
 _CAPTIONS: Final = 206
 _MOST_SAMPLES: Final = 512  # on one sheet
@@ -65,7 +71,9 @@ def contact_sheet(
         DecodeError: An original or an edit cannot be decoded, and the dataset has on_error="raise".
     """
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
-    sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", _footnotes(dataset, epoch))
+    augmented = plan.operations.shape[1] > 0
+    about = _footnotes(dataset, epoch)
+    sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", about, augmented=augmented)
     for row in range(len(plan)):
         _draw_steps(sheet, row, Sample.of(dataset, plan, row))
     return sheet.image
@@ -92,7 +100,8 @@ def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -
     about = [f"{count} samples of the batch, in its order. What a batch_transform changes is not shown."]
     for dataset in dict.fromkeys(dataset for dataset, _ in shown):
         about += [line for line in _footnotes(dataset, epoch) if line not in about]
-    sheet = _steps_sheet(output_size, len(shown), f"epoch {epoch}, batch {step}", about)
+    augmented = any(plan.operations.shape[1] for _, plan in shown)
+    sheet = _steps_sheet(output_size, len(shown), f"epoch {epoch}, batch {step}", about, augmented=augmented)
     for row, (dataset, plan) in enumerate(shown):
         sample = Sample.delivered(dataset, plan)
         if sample is None:
@@ -150,8 +159,10 @@ def epochs_sheet(
     plans = [dataset.planner.batch(epoch, chosen) for epoch in epochs]
     lines = -(-len(epochs) // _EPOCHS_A_LINE)
     across = -(-len(epochs) // lines)
-    layout = Layout.of(plans[0].output_size, rows=len(chosen) * lines, columns=1 + across, groups=(1,), notes=3)
-    sheet = Sheet(layout, [*_footnotes(dataset, *epochs), *_about_epoch(dataset, dataset.mix)])
+    heights, widths = zip(*(plan.output_size for plan in plans), strict=True)
+    layout = Layout.of((max(heights), max(widths)), rows=len(chosen) * lines, columns=1 + across, groups=(1,), notes=3)
+    about = _about_epoch(dataset, setting_at(dataset.mix, epochs[0]))
+    sheet = Sheet(layout, [*_footnotes(dataset, *epochs), *about])
     sheet.head(0, *COLUMNS[0])
     name, symbols = COLUMNS[-1]
     sheet.head(1, f"{name}, epoch by epoch", symbols, across)
@@ -278,12 +289,23 @@ def _check_count(samples: int) -> None:
         raise ConfigError(f"indices must name 1 to {MOST_ROWS} samples, found {samples}.")
 
 
-def _steps_sheet(output_size: tuple[int, int], rows: int, below: str, footer: Sequence[str]) -> Sheet:
-    """A sheet for `_draw_steps`, with its titles."""
-    layout = Layout.of(output_size, rows=rows, columns=len(COLUMNS), groups=(3,), captions=_CAPTIONS, enlarged=False)
+def _steps_sheet(
+    output_size: tuple[int, int], rows: int, below: str, footer: Sequence[str], *, augmented: bool
+) -> Sheet:
+    """A sheet for `_draw_steps`, with its titles; with a column more if samples are changed after the mix."""
+    columns = (*COLUMNS[:-1], _MIXED, _AFTER) if augmented else COLUMNS
+    layout = Layout.of(
+        output_size,
+        rows=rows,
+        columns=len(columns),
+        groups=(3,),
+        captions=_CAPTIONS,
+        notes=_OPERATION_LINES if augmented else 0,
+        enlarged=False,
+    )
     sheet = Sheet(layout, footer)
     sheet.title("DiffuseMix", below)
-    for column, (name, symbols) in enumerate(COLUMNS):
+    for column, (name, symbols) in enumerate(columns):
         sheet.head(column, name, symbols)
     return sheet
 
@@ -309,9 +331,25 @@ def _draw_steps(sheet: Sheet, row: int, sample: Sample) -> None:
             zoomed(sample.hybrid(), layout.zoom),
             fractal,
         ]
-    cells.append(zoomed(sample.augmented(), layout.zoom))
+    cells.append(zoomed(sample.mixed(), layout.zoom))
     for column, cell in enumerate(cells):
         sheet.cell(row, column, cell)
+    if layout.columns > len(COLUMNS):
+        notes: list[Line] = [(line, 13, MUTED) for line in _operations(sample)]
+        sheet.cell(row, len(COLUMNS), zoomed(sample.augmented(), layout.zoom), notes)
+
+
+def _operations(sample: Sample) -> list[str]:
+    """Return the operations after the mix in few lines."""
+    lines: list[str] = []
+    for text in sample.operations():
+        if lines and len(lines[-1]) + len(text) + 3 <= _OPERATIONS_WIDTH:
+            lines[-1] += f" · {text}"
+        else:
+            lines.append(text)
+    if len(lines) > _OPERATION_LINES:
+        return [*lines[: _OPERATION_LINES - 1], f"{lines[_OPERATION_LINES - 1][: _OPERATIONS_WIDTH - 2]} …"]
+    return lines or ["unchanged"]
 
 
 def _draw_lost(sheet: Sheet, row: int, dataset: DiffuseMixDataset, plan: BatchPlan) -> None:
@@ -320,7 +358,7 @@ def _draw_lost(sheet: Sheet, row: int, dataset: DiffuseMixDataset, plan: BatchPl
         sheet.divide(row)
     lines: list[Line] = [(class_name_of(dataset, plan), 20, INK), ("cannot be decoded as a whole", 13, MUTED)]
     sheet.caption(row, [(17, lines[0]), (41, lines[1]), (66, (f"index {plan.index[0]}", 13, MUTED))])
-    for column in range(len(COLUMNS)):
+    for column in range(sheet.layout.columns):
         sheet.cell(row, column, ("no picture:", "damaged or gone"))
 
 
@@ -397,11 +435,18 @@ def _mask(sample: Sample) -> str:
 
 def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> list[str]:
     """Return the settings of the samples on a sheet, with the mix unless the sheet names it elsewhere."""
-    presets = {MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
-    mix = "none" if dataset.mix is None else presets.get(dataset.mix, str(dataset.mix))
-    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", str(dataset.crop))
+    presets = {None: "none", MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
+    mix = _in_epochs([presets.get(one, str(one)) for one in (setting_at(dataset.mix, epoch) for epoch in epochs)])
+    crop = _in_epochs([str(setting_at(dataset.crop, epoch)) for epoch in epochs])
+    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", crop)
+    augment = _in_epochs([", ".join(map(str, setting_at(dataset.augment, epoch))) or "none" for epoch in epochs])
     setting = [f"mix {mix}"] if mixed else []
-    setting += [f"crop {crop}", f"seed {dataset.seed}", f"epoch{'s' * (len(epochs) > 1)} {_listed(epochs)}"]
+    setting += [
+        f"crop {crop}",
+        *([] if augment == "none" else [f"augment {augment}"]),
+        f"seed {dataset.seed}",
+        f"epoch{'s' * (len(epochs) > 1)} {_listed(epochs)}",
+    ]
     notes = ["  ·  ".join(setting)]
     if dataset.store is not None:
         settings = dataset.store.settings
@@ -409,6 +454,11 @@ def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> 
         edits = "procedural restyling, not diffusion" if procedural else f"{settings.get('model')}"
         notes.append(f"edits: {edits}")
     return notes
+
+
+def _in_epochs(values: Sequence[str]) -> str:
+    """A setting in several epochs, which may change with them."""
+    return ", then ".join(dict.fromkeys(values))
 
 
 def _listed(numbers: Sequence[int]) -> str:

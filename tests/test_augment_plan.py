@@ -1,0 +1,343 @@
+"""What the plan draws for augmentation: streams of their own, the dataset and the loader, refusals, strings."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader
+
+from dali_diffusemix import (
+    AutoAugment,
+    ColorJitter,
+    ConfigError,
+    DiffuseMixDataset,
+    DiffuseMixLoader,
+    FractalBank,
+    GaussianBlur,
+    Grayscale,
+    RandAugment,
+    RandomChoice,
+    RandomErasing,
+    Solarize,
+    TimmRandAugment,
+    TrainCrop,
+    TrivialAugmentWide,
+)
+from dali_diffusemix.base.philox import AUGMENT, NOISE
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
+from dali_diffusemix.plan import Planner
+from dali_diffusemix.plan.augment import (
+    CODES,
+    OPERATION,
+    OPERATIONS,
+    Augmentation,
+    Draws,
+    augmentations,
+    described,
+    draw_operations,
+    slots,
+    three_augment,
+)
+
+ALL: list[Augmentation | str] = [
+    TrivialAugmentWide(),
+    RandAugment(),
+    AutoAugment(),
+    "rand-m9-mstd0.5-inc1",
+    "ThreeAugment",
+    GaussianBlur(5, p=0.5),
+    Solarize(100, p=0.3),
+    Grayscale(0.2),
+    RandomErasing(0.5),
+    RandomErasing(0.5, value="random"),
+]
+
+
+def planner(augment: Any, size: int = 64) -> Planner:
+    sizes = np.full((4096, 2), 90, dtype=np.int32)
+    return Planner(seed=7, crop=TrainCrop(size), sizes=sizes, augment=augmentations(augment))
+
+
+def columns(operations: NDArray[np.void]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(operations).view(np.uint8)
+
+
+# --- streams
+
+
+def test_adding_a_setting_changes_no_other_draw() -> None:
+    """Wherever it is put; of the same kind, behind."""
+    plain = planner(None).batch(3, np.arange(50))
+    assert plain.operations.shape == (50, 0)
+    several = augmentations(ALL)
+    whole = planner(ALL).batch(3, np.arange(50))
+    for name in ("box", "flip", "original", "view", "index"):
+        np.testing.assert_array_equal(getattr(whole, name), getattr(plain, name))
+    start = 0
+    kinds: set[str] = set()
+    for one in several:
+        here = whole.operations[:, start : start + one.slots]
+        start += one.slots
+        if type(one).__name__ in kinds:
+            continue
+        kinds.add(type(one).__name__)
+        alone = planner([one]).batch(3, np.arange(50)).operations
+        behind = planner([AutoAugment(), one] if not isinstance(one, AutoAugment) else [one]).batch(3, np.arange(50))
+        np.testing.assert_array_equal(columns(here), columns(alone))
+        np.testing.assert_array_equal(columns(behind.operations[:, -one.slots :]), columns(alone))
+    assert start == slots(several)
+
+
+def test_two_of_a_kind_draw_differently() -> None:
+    two = planner([TrivialAugmentWide(), TrivialAugmentWide()]).batch(0, np.arange(500)).operations
+    assert (two["code"][:, 0] == two["code"][:, 1]).mean() < 0.2
+
+
+def test_a_sample_is_a_function_of_its_address() -> None:
+    plan = planner(ALL)
+    whole = plan.batch(2, np.arange(300))
+    for some in (np.arange(17, 60), np.array([299, 3, 3, 120])):
+        np.testing.assert_array_equal(columns(plan.batch(2, some).operations), columns(whole.operations[some]))
+    again = plan.batch(2, np.array([5, 5, 6]), np.array([0, 1, 0])).operations
+    assert not np.array_equal(columns(again[0]), columns(again[1]))
+    np.testing.assert_array_equal(columns(again[0]), columns(whole.operations[5]))
+    other = plan.batch(4, np.arange(300)).operations
+    assert (other["code"] == whole.operations["code"]).mean() < 0.9
+
+
+def test_no_setting_reaches_another_stream() -> None:
+    """Fields of all settings, many of each kind and deep in RandomChoice, lie between the crops' and the noise's."""
+    fields: list[int] = []
+
+    def draw(field: int) -> NDArray[np.uint32]:
+        fields.append(field)
+        return np.full((1, 4), 2**31, dtype=np.uint32)  # in the middle: everything is applied, and tried again
+
+    choice = RandomChoice((RandomErasing(1, ratio=(1e-3, 1e-3)), RandAugment(16), "rand-n16-p1", GaussianBlur(3)))
+    settings = augmentations([*ALL, choice, RandomErasing(1, scale=(1, 1), ratio=(1, 1))] * 3)
+    draw_operations(settings, 1, (32, 32), draw)
+    assert len(set(fields)) == len(fields)
+    assert min(fields) >= AUGMENT and max(fields) < NOISE
+
+
+# --- the draws
+
+
+def test_probabilities() -> None:
+    count = 4000
+    for p in (0.0, 0.25, 1.0):
+        for one in (Grayscale(p), Solarize(50, p), GaussianBlur(3, p=p), RandomErasing(p)):
+            found = planner(one, 224).batch(0, np.arange(count)).operations["code"]
+            assert abs((found > 0).mean() - p) < 0.03 and (p not in (0, 1) or (found > 0).mean() == p)
+
+
+def test_jitter_has_every_order_and_range() -> None:
+    jitter = ColorJitter(0.4, (0.5, 0.9), 2.0, 0.1)
+    found = planner(jitter).batch(0, np.arange(4096)).operations
+    orders, counts = np.unique(found["code"], axis=0, return_counts=True)
+    assert len(orders) == 24 and counts.min() > 4096 / 24 * 0.7 and counts.max() < 4096 / 24 * 1.3
+    for name, low, high in (
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.5, 0.9),
+        ("color", 0.0, 3.0),
+        ("hue", -0.1, 0.1),
+    ):
+        values = found["values"][found["code"] == CODES[name]][:, 0]
+        assert len(values) == 4096 and low <= values.min() < low + 0.01 * (high - low) * 2
+        assert high - 0.02 * (high - low) < values.max() <= high
+        assert abs(values.mean() - (low + high) / 2) < 0.03 * (high - low)
+    assert ColorJitter().slots == 0 and ColorJitter(hue=0.2).slots == 1
+    assert ColorJitter(brightness=(1, 1)).slots == 0 and ColorJitter(brightness=(0.5, 0.5)).slots == 1
+
+
+def test_erased_rectangles_lie_in_the_sample() -> None:
+    found = planner(RandomErasing(1, scale=(0.02, 0.33), ratio=(0.3, 3.3)), 48).batch(0, np.arange(4000)).operations
+    erased = found[found["code"] > 0]["values"]
+    assert len(erased) > 3990
+    top, left, height, width = erased[:, :4].T
+    assert top.min() == left.min() == 0 and (top + height).max() == (left + width).max() == 48
+    assert height.max() < 48 and width.max() < 48
+    area, ratio = height * width / 48**2, height / width
+    assert area.min() > 0.015 and area.max() < 0.36 and ratio.min() > 0.25 and ratio.max() < 4
+    assert abs((ratio > 1).mean() - (ratio < 1).mean()) < 0.05
+
+
+def test_a_choice_takes_one_setting() -> None:
+    choice = RandomChoice((Grayscale(), Solarize(), GaussianBlur(3)), p=(2, 1, 1))
+    names = [OPERATIONS[code] for code in planner(choice).batch(0, np.arange(4000)).operations["code"][:, 0]]
+    shares = [names.count(name) / 4000 for name in ("grayscale", "solarize", "blur")]
+    assert np.abs(np.array(shares) - (0.5, 0.25, 0.25)).max() < 0.03
+
+
+def test_strings_and_values() -> None:
+    assert augmentations("rand-m9-mstd0.5-inc1") == (TimmRandAugment(magnitude=9, magnitude_std=0.5, increasing=True),)
+    assert augmentations("rand-m7-n3-p0.7-mstd101-mmax9") == (
+        TimmRandAugment(magnitude=7, num_ops=3, p=0.7, magnitude_std=101, magnitude_max=9),
+    )
+    assert augmentations("ThreeAugment") == three_augment()
+    assert augmentations(["ThreeAugment", [Grayscale()]]) == (*three_augment(), Grayscale())
+    assert augmentations(None) == () == augmentations([])
+    for one in augmentations(ALL):
+        assert pickle.loads(pickle.dumps(one)) == one and hash(one) == hash(pickle.loads(pickle.dumps(one)))
+        assert isinstance(one, Augmentation)
+        with pytest.raises(AttributeError):
+            one.p = 1  # type: ignore[attr-defined]
+
+
+def test_operations_in_words() -> None:
+    rows = planner(ALL, 224).batch(0, np.arange(64)).operations
+    words = {described(one) for row in rows for one in row}
+    assert "" in words and "equalize" in words
+    assert any(word.startswith("rotate ") for word in words) and any("erase " in word for word in words)
+    assert all(len(word) < 28 for word in words)
+
+
+WRONG: list[tuple[Callable[[], object], str]] = [
+    (lambda: Grayscale(1.5), r"p must lie in \[0, 1\], a probability, found 1.5"),
+    (lambda: Solarize(300), r"threshold must lie in \[0, 256\], found 300"),
+    (lambda: GaussianBlur(4), r"kernel_size must be odd, 1 to 63 pixels, found 4"),
+    (lambda: GaussianBlur(3, sigma=0.0), r"sigma must be above 0"),
+    (lambda: ColorJitter(-1), r"brightness must be at least 0, found -1"),
+    (lambda: ColorJitter(hue=0.7), r"hue must be a number, or \(low, high\) with -0.5 ≤ low"),
+    (lambda: RandomErasing(scale=(0.5, 0.1)), r"scale must be \(low, high\)"),
+    (lambda: RandomErasing(value="white"), r"value must be a number, three numbers or 'random', found 'white'"),  # type: ignore[arg-type]
+    (
+        lambda: RandAugment(magnitude=31),
+        r"magnitude must be a whole number from 0 to num_magnitude_bins - 1, 30, found",
+    ),
+    (lambda: RandAugment(num_ops=-1), r"num_ops must be a whole number from 0 to 16, found -1"),
+    (lambda: TrivialAugmentWide(1), r"num_magnitude_bins must be a whole number from 2 to 1000, found 1"),
+    (lambda: TrivialAugmentWide(interpolation="lanczos"), r"interpolation must be one of .* found 'lanczos'"),  # type: ignore[arg-type]
+    (lambda: AutoAugment(fill=(1, 2)), r"fill must be a value from 0 to 255 or three of them"),  # type: ignore[arg-type]
+    (lambda: RandomChoice(()), r"transforms must hold one setting or more, and no RandomChoice, found \(\)"),
+    (lambda: RandomChoice((RandomChoice((Grayscale(),)),)), r"and no RandomChoice"),
+    (lambda: RandomChoice((Grayscale(),), p=(0,)), r"p must hold 1 weights of at least 0, one above it"),
+    (lambda: augmentations("rand-m9-x3"), r"found 'x3' in 'rand-m9-x3'"),
+    (lambda: augmentations("trivial"), r"augment must be 'ThreeAugment' or of timm's form"),
+    (lambda: augmentations(TrivialAugmentWide), r"found <class .*; write TrivialAugmentWide\(\)"),  # type: ignore[arg-type]
+    (lambda: augmentations(torch.nn.Identity()), r"augment must be ColorJitter, .* found Identity\(\)"),  # type: ignore[arg-type]
+    (lambda: augmentations([Grayscale(), 3]), r"augment must be ColorJitter, .* found 3"),  # type: ignore[list-item]
+    (lambda: TimmRandAugment(magnitude_max=0), r"magnitude_max must be above 0 and at most 100, found 0"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), WRONG)
+def test_what_is_wrong_is_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+class Twice:
+    """A setting of one's own: two operations of those that there are."""
+
+    slots = 2
+
+    def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+        out["code"] = np.where(draws(0)[:, :2] >> np.uint32(31), CODES["invert"], CODES["equalize"])
+
+
+def test_a_setting_of_ones_own() -> None:
+    found = planner([Twice(), Grayscale()]).batch(0, np.arange(100)).operations
+    assert found.dtype == OPERATION and set(np.unique(found["code"][:, :2])) == {CODES["invert"], CODES["equalize"]}
+
+
+# --- the dataset and the loader
+
+
+@pytest.fixture
+def make(photos: Path, edits: Path, bank: FractalBank) -> Callable[..., DiffuseMixDataset]:
+    def dataset(**changes: Any) -> DiffuseMixDataset:
+        arguments: dict[str, Any] = {"edits": edits, "fractals": bank, "crop": TrainCrop(40), "augment": ALL, "seed": 3}
+        return DiffuseMixDataset(photos, **{**arguments, **changes})
+
+    return dataset
+
+
+def loader_of(dataset: Any, **options: Any) -> DiffuseMixLoader:
+    pytest.importorskip("nvidia.dali", reason="DALI is not installed on this machine")
+    return DiffuseMixLoader(dataset, 7, **{"device": "cpu", "num_workers": 2, "shuffle": True, **options})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dataloader_gives_the_same(make: Callable[..., DiffuseMixDataset], workers: int) -> None:
+    dataset = make()
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        expected = list(DataLoader(dataset, 7, num_workers=workers))
+        loader = loader_of(make(), shuffle=False)
+        loader.set_epoch(epoch)
+        for (images, labels), (others, other_labels) in zip(loader, expected, strict=True):
+            assert torch.equal(images, others) and torch.equal(labels, other_labels)
+
+
+def test_it_resumes_where_it_was(make: Callable[..., DiffuseMixDataset]) -> None:
+    whole = [images for images, _ in loader_of(make())]
+    first = loader_of(make())
+    batches = iter(first)
+    for _ in range(2):
+        next(batches)
+    again = loader_of(make())
+    again.load_state_dict(first.state_dict())
+    rest = [images for images, _ in again]
+    assert len(rest) == len(whole) - 2
+    assert all(torch.equal(one, other) for one, other in zip(rest, whole[2:], strict=True))
+
+
+def test_a_substitute_has_its_own_operations(
+    make: Callable[..., DiffuseMixDataset], photos: Path, tmp_path: Path
+) -> None:
+    """A damaged original is replaced by the next sample, with what the plan draws for that one."""
+    import shutil
+
+    root = tmp_path / "photos"
+    shutil.copytree(photos, root)
+    damaged = sorted(root.glob("*/*"))[4]
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    dataset = DiffuseMixDataset(root, catalog=make().catalog, crop=TrainCrop(40), augment=ALL, seed=3)
+    with pytest.warns(UserWarning):
+        images = torch.cat([images for images, _ in loader_of(dataset, shuffle=False)])
+    assert torch.equal(images[4], images[5])
+    with pytest.warns(UserWarning):
+        assert torch.equal(images[4], dataset[4][0])
+
+
+def test_without_augment_nothing_is_rounded(make: Callable[..., DiffuseMixDataset]) -> None:
+    plain, rounded = make(augment=None, normalize=None), make(augment=RandomErasing(0), normalize=None)
+    one, other = (torch.stack([dataset[i][0] for i in range(33)]) * 255 for dataset in (plain, rounded))
+    assert (one - one.round()).abs().max() > 0.4
+    assert (other - other.round()).abs().max() < 1e-4
+    assert (one - other).abs().max() <= 0.5 + 1e-4
+
+
+def test_an_erasure_of_0_is_the_mean_colour(make: Callable[..., DiffuseMixDataset]) -> None:
+    dataset = make(augment=RandomErasing(1, value=0))
+    mean, deviation = np.array(IMAGENET_MEAN) * 255, np.array(IMAGENET_STD) * 255
+    exact = (np.floor(mean + 0.5) - mean) / deviation  # rounded to 8 bits
+    for index in range(5):
+        (operation,) = dataset.planner.batch(0, [index]).operations[0]
+        top, left, height, width = operation["values"][:4].astype(int)
+        part = dataset[index][0][:, top : top + height, left : left + width].reshape(3, -1).numpy()
+        np.testing.assert_allclose(part, np.broadcast_to(exact[:, None], part.shape), atol=1e-5)
+
+
+def test_noise_is_normal_in_the_tensor(make: Callable[..., DiffuseMixDataset]) -> None:
+    dataset = make(crop=TrainCrop(160), augment=RandomErasing(1, scale=(0.3, 0.4), value="random"))
+    parts = []
+    for index in range(8):
+        (operation,) = dataset.planner.batch(0, [index]).operations[0]
+        top, left, height, width = operation["values"][:4].astype(int)
+        parts.append(dataset[index][0][:, top : top + height, left : left + width].reshape(3, -1).numpy())
+    noise = np.concatenate(parts, axis=1)
+    # Pixels end at 0 and 255: about two deviations from the mean, where values pile up.
+    low, high = (0 - np.array(IMAGENET_MEAN)) / IMAGENET_STD, (1 - np.array(IMAGENET_MEAN)) / IMAGENET_STD
+    inside = (noise > low[:, None] + 0.02) & (noise < high[:, None] - 0.02)
+    assert 0.94 < inside.mean() < 0.97
+    assert np.abs(noise.mean(axis=1)).max() < 0.03 and np.abs(noise.std(axis=1) - 0.96).max() < 0.04
+    assert np.abs(np.corrcoef(noise)[np.triu_indices(3, 1)]).max() < 0.03  # channels are independent
+    shorter = min(parts[0].shape[1], parts[1].shape[1])
+    assert abs(np.corrcoef(parts[0][0, :shorter], parts[1][0, :shorter])[0, 1]) < 0.05  # so are samples
