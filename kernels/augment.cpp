@@ -226,84 +226,94 @@ void warp_nearest(const uint8_t* from, uint8_t* to, int height, int width, const
 }
 
 typedef double Four __attribute__((vector_size(32)));
-typedef int Four32 __attribute__((vector_size(16)));
-typedef uint8_t Four8 __attribute__((vector_size(4)));
+typedef int Whole __attribute__((vector_size(16)));
+using mix::Bytes;
 
 // Red, green, blue and the byte that follows.
 MIX_INLINE Four load_pixel(const uint8_t* at) {
-    Four8 bytes;
-    memcpy(&bytes, at, sizeof bytes);
-    return __builtin_convertvector(__builtin_convertvector(bytes, Four32), Four);
+    Bytes bytes = {};
+    memcpy(&bytes, at, 4);
+    bytes = __builtin_shuffle(bytes, Bytes{}, Bytes{0, 16, 16, 16, 1, 16, 16, 16, 2, 16, 16, 16, 3, 16, 16, 16});
+    Whole whole;
+    memcpy(&whole, &bytes, sizeof whole);
+    return __builtin_convertvector(whole, Four);
 }
 
 // A byte more, which the next pixel overwrites.
 MIX_INLINE void store_pixel(uint8_t* to, Four value) {
-    value = value > 0 ? value : Four{};
-    value = value < 255 ? value : Four{255, 255, 255, 255};
-    const Four8 bytes = __builtin_convertvector(__builtin_convertvector(value, Four32), Four8);
-    memcpy(to, &bytes, sizeof bytes);
+    value = value > 0.0 ? value : Four{};
+    value = value < 255.0 ? value : Four{255, 255, 255, 255};
+    const Whole whole = __builtin_convertvector(value, Whole);
+    Bytes bytes;
+    memcpy(&bytes, &whole, sizeof bytes);
+    bytes = __builtin_shuffle(bytes, Bytes{0, 4, 8, 12});
+    memcpy(to, &bytes, 4);
 }
 
 template <int Filter>
 MIX_INLINE void warp_smooth(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
-                            std::vector<double>& places) {
+                            Places& places) {
+    constexpr int kTaps = Filter == kBilinear ? 2 : 4, kBefore = kTaps / 2 - 1;
     const double* const a = operation.values;
     const size_t pitch = 3 * static_cast<size_t>(width);
-    places.resize(2 * static_cast<size_t>(width));
-    double *const all_x = places.data(), *const all_y = all_x + width;
-    for (int y = 0; y < height; ++y) {
-        for (int x = 0; x < width; ++x) all_x[x] = source_x(a, x, y), all_y[x] = source_y(a, x, y);
-        for (int x = 0; x < width; ++x, to += 3) {
-            double at_x = all_x[x], at_y = all_y[x];
-            if (at_x < 0 || at_x >= width || at_y < 0 || at_y >= height) {
-                memcpy(to, operation.fill, 3);
-                continue;
-            }
-            at_x -= 0.5, at_y -= 0.5;
-            const int column = floor_of(at_x), row = floor_of(at_y);
-            const double dx = at_x - column, dy = at_y - row;
-            constexpr int kTaps = Filter == kBilinear ? 2 : 4, kBefore = Filter == kBilinear ? 0 : 1;
-            size_t columns[kTaps];
-            for (int i = 0; i < kTaps; ++i) columns[i] = 3 * static_cast<size_t>(within(column - kBefore + i, width));
-            // The middle of the taps along each axis, where a weight of 0 leaves nothing of the others: of shears and
-            // translations, one axis.
+    places.resize(width);
+    double *const dx = places.x.data(), *const dy = places.y.data();
+    int *const column = places.column.data(), *const row = places.row.data();
+    const auto inside = [&](int x) { return dx[x] >= 0 && dx[x] < width && dy[x] >= 0 && dy[x] < height; };
+    for (int y = 0; y < height; ++y, to += pitch) {
+        for (int x = 0; x < width; ++x) dx[x] = source_x(a, x, y), dy[x] = source_y(a, x, y);
+        // Places go one way, so those inside are neighbours.
+        int begin = 0, end = width;
+        while (begin < end && !inside(begin)) ++begin;
+        while (begin < end && !inside(end - 1)) --end;
+        fill_pixels(to, begin, operation.fill);
+        for (int x = begin; x < end; ++x) {
+            const double at_x = dx[x] - 0.5, at_y = dy[x] - 0.5;
+            column[x] = floor_of(at_x), row[x] = floor_of(at_y);
+            dx[x] = at_x - column[x], dy[x] = at_y - row[x];
+        }
+        for (int x = begin; x < end; ++x) {
+            // Columns outside are the nearest one inside. A weight of 0 leaves nothing of the others: shears and
+            // translations work along one axis.
+            const int first = column[x] - kBefore;
             const auto read_line = [&](int line, Four& value) {
                 const uint8_t* const pixels = from + pitch * within(line, height);
-                if (dx == 0)
-                    value = load_pixel(pixels + columns[kBefore]);
-                else if constexpr (Filter == kBilinear)
-                    value = linear(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]), dx);
+                if (dx[x] == 0) {
+                    value = load_pixel(pixels + 3 * (first + kBefore));
+                    return;
+                }
+                Four taps[kTaps];
+                if (first >= 0 && first + kTaps <= width)
+                    for (int i = 0; i < kTaps; ++i) taps[i] = load_pixel(pixels + 3 * (first + i));
                 else
-                    value = cubic(load_pixel(pixels + columns[0]), load_pixel(pixels + columns[1]),
-                                  load_pixel(pixels + columns[kTaps - 2]), load_pixel(pixels + columns[kTaps - 1]), dx);
+                    for (int i = 0; i < kTaps; ++i) taps[i] = load_pixel(pixels + 3 * within(first + i, width));
+                if constexpr (Filter == kBilinear) value = linear(taps[0], taps[1], dx[x]);
+                else value = cubic(taps[0], taps[1], taps[kTaps - 2], taps[kTaps - 1], dx[x]);
             };
-            if (dy == 0) {
-                Four value;
-                read_line(row, value);
-                store_pixel(to, value);
+            Four lines[kTaps];
+            if (dy[x] == 0) {
+                read_line(row[x], lines[0]);
+                store_pixel(to + 3 * x, lines[0]);
                 continue;
             }
-            Four lines[kTaps];
             for (int i = 0; i < kTaps; ++i) {
                 // Of rows outside, Pillow takes the first one's clamped, and below it what came before.
-                const int line = row - kBefore + i;
-                if (i && (line < 0 || line >= height)) {
-                    lines[i] = lines[i - 1];
-                    continue;
-                }
-                read_line(line, lines[i]);
+                const int line = row[x] - kBefore + i;
+                if (i && (line < 0 || line >= height)) lines[i] = lines[i ? i - 1 : 0];
+                else read_line(line, lines[i]);
             }
-            if constexpr (Filter == kBilinear) store_pixel(to, linear(lines[0], lines[1], dy));
-            else store_pixel(to, cubic(lines[0], lines[1], lines[2], lines[3], dy));
+            if constexpr (Filter == kBilinear) store_pixel(to + 3 * x, linear(lines[0], lines[1], dy[x]));
+            else store_pixel(to + 3 * x, cubic(lines[0], lines[1], lines[kTaps - 2], lines[kTaps - 1], dy[x]));
         }
+        fill_pixels(to + 3 * end, width - end, operation.fill);
     }
 }
 MIX_CLONES void warp_bilinear(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
-                              std::vector<double>& places) {
+                              Places& places) {
     warp_smooth<kBilinear>(from, to, height, width, operation, places);
 }
 MIX_CLONES void warp_bicubic(const uint8_t* from, uint8_t* to, int height, int width, const Operation& operation,
-                             std::vector<double>& places) {
+                             Places& places) {
     warp_smooth<kBicubic>(from, to, height, width, operation, places);
 }
 

@@ -8,6 +8,14 @@
 
 namespace augment {
 
+// Where the pixels of a warp's output row are read: whole pixels before the place, and the rest.
+struct Places {
+    std::vector<double> x, y;
+    std::vector<int> column, row;
+
+    void resize(int width) { x.resize(width), y.resize(width), column.resize(width), row.resize(width); }
+};
+
 // What one thread reuses from sample to sample: the sample, and the place for what cannot be changed in place.
 class Sample {
    public:
@@ -24,8 +32,8 @@ class Sample {
 
     int height_ = 0, width_ = 0;
     std::vector<uint8_t> one_, other_, *from_ = &one_, *to_ = &other_;
-    std::vector<float> rows_;     // of a blur
-    std::vector<double> places_;  // of a warp: where a row of pixels is read
+    std::vector<float> rows_;  // of a blur
+    Places places_;            // of a warp
 };
 
 }  // namespace augment
