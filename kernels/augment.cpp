@@ -54,7 +54,7 @@ MIX_CLONES uint64_t sum_of_luma(const uint8_t* pixels, size_t count) {
 
 // color and grayscale: each value between the pixel's luma and itself; grayscale is the factor 0.
 MIX_CLONES void blend_with_luma(uint8_t* pixels, size_t count, float factor) {
-    each_block(pixels, count, [factor](Planes& planes, int) {
+    each_block(pixels, count, [factor](Planes& planes, int) MIX_INLINE_MEMBER {
         for (int j = 0; j < kBlock; ++j) {
             const int grey = luma(planes.red[j], planes.green[j], planes.blue[j]);
             planes.red[j] = blend(grey, planes.red[j], factor);
@@ -66,8 +66,9 @@ MIX_CLONES void blend_with_luma(uint8_t* pixels, size_t count, float factor) {
 
 // shift_hue in steps of one type each, which makes vectors.
 MIX_CLONES void turn_hue(uint8_t* pixels, size_t count, int shift) {
-    int high[kBlock], span[kBlock], sector[kBlock], one[kBlock], other[kBlock], hue[kBlock];
-    each_block(pixels, count, [&](Planes& planes, int) {
+    int high[kBlock], span[kBlock], sector[kBlock], one[kBlock], other[kBlock], hue[kBlock], saturation[kBlock];
+    int red[kBlock], green[kBlock], blue[kBlock];
+    each_block(pixels, count, [&](Planes& planes, int) MIX_INLINE_MEMBER {
         for (int j = 0; j < kBlock; ++j) {
             const Extremes found = extremes_of(planes.red[j], planes.green[j], planes.blue[j]);
             high[j] = found.high, span[j] = found.span;
@@ -75,13 +76,15 @@ MIX_CLONES void turn_hue(uint8_t* pixels, size_t count, int shift) {
         }
         for (int j = 0; j < kBlock; ++j) hue[j] = hue_of(sector[j], one[j], other[j], span[j]);
         for (int j = 0; j < kBlock; ++j) {
-            const float most = static_cast<float>(high[j] ? high[j] : 1);
             // As whole numbers divide: the half keeps the float at least 1 / 510 away from them.
-            const int saturation = static_cast<int>((static_cast<float>(255 * span[j]) + 0.5f) / most);
-            int red, green, blue;
-            colour_of(((span[j] ? hue[j] : 0) + shift) & 255, saturation, high[j], red, green, blue);
-            planes.red[j] = static_cast<uint8_t>(red), planes.green[j] = static_cast<uint8_t>(green);
-            planes.blue[j] = static_cast<uint8_t>(blue);
+            const float part = static_cast<float>(255 * span[j]) + 0.5f, whole = static_cast<float>(high[j] + (high[j] == 0));
+            saturation[j] = static_cast<int>(part / whole);
+            hue[j] = ((hue[j] & -(span[j] != 0)) + shift) & 255;
+        }
+        for (int j = 0; j < kBlock; ++j) colour_of(hue[j], saturation[j], high[j], red[j], green[j], blue[j]);
+        for (int j = 0; j < kBlock; ++j) {
+            planes.red[j] = static_cast<uint8_t>(red[j]), planes.green[j] = static_cast<uint8_t>(green[j]);
+            planes.blue[j] = static_cast<uint8_t>(blue[j]);
         }
     });
 }

@@ -108,11 +108,11 @@ MIX_FN Extremes extremes_of(int r, int g, int b) {
 
 // As Pillow rounds it, which divides floats.
 MIX_FN int hue_of(int sector, int one, int other, int span) {
-    const float whole = static_cast<float>(span ? span : 1);
+    const float whole = static_cast<float>(span + (span == 0));
     const double first = static_cast<float>(one) / whole, second = static_cast<float>(other) / whole;
     const float angle = static_cast<float>(sector + first - second);
     const double turn = angle / 6.0 + 1.0;
-    const float hue = static_cast<float>(turn >= 1 ? turn - 1 : turn);
+    const float hue = static_cast<float>(turn - static_cast<int>(turn));
     return static_cast<int>(hue * 255.0);
 }
 
@@ -121,9 +121,11 @@ MIX_FN void colour_of(int hue, int saturation, int value, int& red, int& green, 
     const int side = hue * 6 / 255, part = hue * 6 - side * 255;
     const auto rounded = [value](int taken) { return (2 * value * (65025 - taken) + 65025) / 130050; };
     const int p = rounded(saturation * 255), q = rounded(saturation * part), t = rounded(saturation * (255 - part));
-    red = side == 1 ? q : side == 4 ? t : side == 2 || side == 3 ? p : value;
-    green = side == 0 || side == 6 ? t : side == 3 ? q : side == 4 || side == 5 ? p : value;
-    blue = side == 2 ? t : side == 5 ? q : side == 3 || side == 4 ? value : p;
+    // Chosen by masks, which makes vectors.
+    const auto some = [side](int one, int other, int chosen) { return -((side == one) | (side == other)) & chosen; };
+    red = some(1, 1, q) | some(4, 4, t) | some(2, 3, p) | some(0, 5, value) | some(6, 6, value);
+    green = some(0, 6, t) | some(3, 3, q) | some(4, 5, p) | some(1, 2, value);
+    blue = some(2, 2, t) | some(5, 5, q) | some(3, 4, value) | some(0, 1, p) | some(6, 6, p);
 }
 
 // The hue turned by `shift` of 256, through Pillow's HSV of 8 bits.
