@@ -76,6 +76,7 @@ MIX_FN void copy(const uint8_t* from, uint8_t* to, int bytes) {
 }
 
 MIX_FN void look_up(Sample& sample, const Shared& shared) {
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < sample.count(); i += kThreads) {
         uint8_t* const pixel = sample.pixels + 3 * i;
 #pragma unroll
@@ -88,6 +89,7 @@ MIX_FN void autocontrast(Sample& sample, Shared& shared) {
     if (t < 3) shared.low[t] = 255, shared.high[t] = 0;
     __syncthreads();
     int low[3] = {255, 255, 255}, high[3] = {0, 0, 0};
+#pragma unroll 1
     for (int i = t; i < sample.count(); i += kThreads) {
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
@@ -108,6 +110,7 @@ MIX_FN void equalize(Sample& sample, Shared& shared) {
     const int t = static_cast<int>(threadIdx.x);
     for (int i = t; i < 768; i += kThreads) shared.histogram[i / 256][i % 256] = 0;
     __syncthreads();
+#pragma unroll 1
     for (int i = t; i < sample.count(); i += kThreads) {
 #pragma unroll
         for (int c = 0; c < 3; ++c) atomicAdd(&shared.histogram[c][sample.pixels[3 * i + c]], 1u);
@@ -141,6 +144,7 @@ MIX_FN void change_tone(Sample& sample, Shared& shared, const Operation& operati
         if (t == 0) shared.luma = 0;
         __syncthreads();
         unsigned long long sum = 0;
+#pragma unroll 1
         for (int i = t; i < sample.count(); i += kThreads) {
             const uint8_t* const pixel = sample.pixels + 3 * i;
             sum += static_cast<unsigned>(luma(pixel[0], pixel[1], pixel[2]));
@@ -159,6 +163,7 @@ MIX_FN void change_tone(Sample& sample, Shared& shared, const Operation& operati
 
 MIX_FN void change_colour(Sample& sample, const Operation& operation) {
     const float factor = operation.code == kColor ? static_cast<float>(operation.values[0]) : 0.0f;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < sample.count(); i += kThreads) {
         uint8_t* const pixel = sample.pixels + 3 * i;
         if (operation.code == kHue) {
@@ -174,6 +179,7 @@ MIX_FN void change_colour(Sample& sample, const Operation& operation) {
 MIX_FN void sharpen(Sample& sample, const Operation& operation) {
     const float factor = static_cast<float>(operation.values[0]);
     const int pitch = 3 * sample.width;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < sample.count(); i += kThreads) {
         const int y = i / sample.width, x = i % sample.width;
         const bool border = y == 0 || x == 0 || y == sample.height - 1 || x == sample.width - 1;
@@ -200,6 +206,7 @@ MIX_FN void blur(Sample& sample, Shared& shared, const Operation& operation) {
     if (threadIdx.x == 0) gaussian(operation.values[0], 2 * radius + 1, shared.weights);
     __syncthreads();
     const float* const weights = shared.weights;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < 3 * sample.count(); i += kThreads) {
         const int y = i / (3 * sample.width), x = i / 3 % sample.width, c = i % 3;
         // A row that lies at a distance, blurred across.
@@ -228,6 +235,7 @@ MIX_FN void fill_pixel(uint8_t* to, const uint8_t (&fill)[3]) {
 
 MIX_FN void warp_nearest(Sample& sample, const Operation& operation) {
     const Fixed a = fixed_matrix(operation.values);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < sample.count(); i += kThreads) {
         const int y = i / sample.width, x = i % sample.width;
         const int64_t column = (a.a2 + y * a.a1 + x * a.a0) >> 16, row = (a.a5 + y * a.a4 + x * a.a3) >> 16;
@@ -247,6 +255,7 @@ MIX_FN void warp_nearest(Sample& sample, const Operation& operation) {
 template <int kTaps>
 MIX_FN void warp_smooth(Sample& sample, const Operation& operation) {
     constexpr int kBefore = kTaps / 2 - 1;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < sample.count(); i += kThreads) {
         const int y = i / sample.width, x = i % sample.width;
         uint8_t* const to = sample.other + 3 * i;
@@ -289,6 +298,7 @@ MIX_FN void warp_smooth(Sample& sample, const Operation& operation) {
 MIX_FN void erase(Sample& sample, const Operation& operation, const uint8_t* noise) {
     const int top = static_cast<int>(operation.values[0]), left = static_cast<int>(operation.values[1]);
     const int height = static_cast<int>(operation.values[2]), width = static_cast<int>(operation.values[3]);
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < height * width; i += kThreads) {
         const int at = (top + i / width) * sample.width + left + i % width;
         uint8_t* const to = sample.pixels + 3 * at;
@@ -334,6 +344,7 @@ MIX_FN void run(const Batch& batch, Shared& shared, uint8_t* dynamic) {
         __syncthreads();
     }
     typename Element::Value* const out = static_cast<typename Element::Value*>(batch.out) + begin;
+#pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
 #pragma unroll
         for (int c = 0; c < 3; ++c) {
