@@ -267,9 +267,6 @@ MIX_FN void warp_smooth(Sample& sample, const Operation& operation) {
         at_x -= 0.5, at_y -= 0.5;
         const int column = floor_of(at_x), row = floor_of(at_y);
         const double dx = at_x - column, dy = at_y - row;
-        int columns[kTaps];
-#pragma unroll
-        for (int k = 0; k < kTaps; ++k) columns[k] = 3 * within(column - kBefore + k, sample.width);
 #pragma unroll 1
         for (int c = 0; c < 3; ++c) {
             double lines[kTaps];
@@ -277,12 +274,13 @@ MIX_FN void warp_smooth(Sample& sample, const Operation& operation) {
             for (int k = 0; k < kTaps; ++k) {
                 const int line = row - kBefore + k;
                 const uint8_t* const from = sample.pixels + 3 * within(line, sample.height) * sample.width + c;
-                double value;
+                double taps[kTaps], value;
+#pragma unroll
+                for (int j = 0; j < kTaps; ++j) taps[j] = from[3 * within(column - kBefore + j, sample.width)];
                 if constexpr (kTaps == 2)
-                    value = linear<double>(from[columns[0]], from[columns[1]], dx);
+                    value = linear(taps[0], taps[1], dx);
                 else
-                    value = cubic<double>(from[columns[0]], from[columns[1]], from[columns[kTaps - 2]],
-                                          from[columns[kTaps - 1]], dx);
+                    value = cubic(taps[0], taps[1], taps[kTaps - 2], taps[kTaps - 1], dx);
                 // Of rows outside, Pillow takes the first one's clamped, and below it what came before.
                 lines[k] = k && (line < 0 || line >= sample.height) ? lines[k ? k - 1 : 0] : value;
             }
@@ -338,9 +336,9 @@ MIX_FN void run(const Batch& batch, Shared& shared, uint8_t* dynamic) {
         __syncthreads();
     }
 #pragma unroll 1
-    for (int slot = 0; slot < batch.slots; ++slot) {
-        if (operations[slot].code == kIdentity) continue;
-        apply(sample, shared, operations[slot], batch.noise);
+    for (const Operation* one = operations; one < operations + batch.slots; ++one) {
+        if (one->code == kIdentity) continue;
+        apply(sample, shared, *one, batch.noise);
         __syncthreads();
     }
     typename Element::Value* const out = static_cast<typename Element::Value*>(batch.out) + begin;
