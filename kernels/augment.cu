@@ -31,7 +31,7 @@ namespace {
 
 using namespace augment;
 
-constexpr int kThreads = 512, kBlocks = 2;
+constexpr int kThreads = 512, kBlocks = 1;  // with a sample of 224 x 224, a multiprocessor has no room for a second
 
 struct Batch {
     uint8_t* samples;

@@ -40,7 +40,8 @@ SHIM = Path(__file__).parent / "cuda_shim"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 FILES = ("mix.cu", "augment.cu")
 THREADS = 256
-REGISTERS = 65_536 // (4 * THREADS)  # what mix.cu asks the compiler for: four blocks share a multiprocessor
+# What the sources ask the compiler for: four blocks share a multiprocessor; one has it.
+REGISTERS = {"mix.cu": 65_536 // (4 * THREADS), "augment.cu": 65_536 // 512}
 
 
 def all_names(file: str) -> list[str]:
@@ -108,7 +109,7 @@ def test_every_kernel_compiles_without_a_warning_or_a_spill(architecture: int, t
         report = dict(zip(names, zip(registers, memory, strict=True), strict=True))
         assert sorted(names) == sorted(expected), report
         assert all(bytes == ("0", "0", "0") for bytes in memory), report
-        assert max(registers) <= REGISTERS, report  # augment.cu: two blocks of 512 threads
+        assert max(registers) <= REGISTERS[file], report
 
 
 # --- run on the CPU -------------------------------------------------------------------------------------------------
