@@ -594,3 +594,29 @@ def test_augmentation_on_a_gpu() -> None:
         row = found[name]
         assert f"| {title} | {row['microseconds_per_image']:.3f} | {row['over_none']:.3f} |\n" in text
     assert f"| no augment | {found['none']['microseconds_per_image']:.3f} | |\n" in text
+
+
+def test_augmentation_page() -> None:
+    text = (ROOT / "docs" / "augmentation.md").read_text(encoding="utf-8")
+    record = json.loads((ROOT / "benchmarks/results/2026-11-27-2cores-augment.json").read_text())
+    found, added = results("augment", "2026-11-27-2cores"), record["augment_cpu_milliseconds_per_image"]
+    for name, row in found.items():
+        cells = f" | {rate(found, name):.0f} | {1e3 * row['cpu_seconds_per_image']:.2f} | "
+        if name in added:
+            cells += "{median:.2f} ({lowest:.2f} to {highest:.2f}) |".format(**added[name]).replace("-", "−")
+        assert cells in text, name
+    assert added["plain_augment"]["median"] <= 0.35 and added["mixed_augment"]["median"] <= 0.35
+    host, device = results("augment-operations", "2026-11-27-2cores"), results("augment", "2026-11-27-h100")
+    for name in host:
+        if f"| `{name}` |" in text:
+            assert f"| `{name}` | {host[name]['over_none']:.0f} | {device[name]['over_none']:.2f} |\n" in text
+    compared = results("torchvision", "2026-11-27")["pixels"]
+    differ = {name: row for name, row in compared.items() if row["differ"]}
+    assert set(differ) == {"GaussianBlur blur", "DeiT III's blur (Pillow)"}
+    blur, boxes = differ["GaussianBlur blur"], differ["DeiT III's blur (Pillow)"]
+    assert f"| {100 * blur['differ']:.4f} % of values differ, by {blur['largest']} of 255" in text
+    more = 100 * boxes["differ_by_more_than_1"]
+    assert (
+        f"| {100 * boxes['differ']:.0f} % of values differ, {more:.1f} % by more than 1, {boxes['largest']} at most"
+        in text
+    )
