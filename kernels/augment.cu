@@ -4,6 +4,7 @@
 //
 //     samples      uint8_t*, (count, height, width, 3) in device memory: what mix.cu made; it is overwritten
 //     scratch      uint8_t*, as large; null if a sample is kept in shared memory
+//     rows         float*, as many elements; null if no sample is blurred
 //     operations   const Operation*, (count, slots) in device memory, as mix.augment.lowered makes them
 //     slots        int32
 //     noise        const uint8_t*, (3, 4096) in device memory: values of erase_noise; null if there is none
@@ -36,6 +37,7 @@ constexpr int kThreads = 512, kBlocks = 1;  // with a sample of 224 x 224, a mul
 struct Batch {
     uint8_t* samples;
     uint8_t* scratch;
+    float* rows;
     const Operation* operations;
     int slots;
     const uint8_t* noise;
@@ -201,28 +203,36 @@ MIX_FN void sharpen(Sample& sample, const Operation& operation) {
     sample.swap();
 }
 
-MIX_FN void blur(Sample& sample, Shared& shared, const Operation& operation) {
+// Across into `rows`, (height, width, 3), then down.
+MIX_FN void blur(Sample& sample, Shared& shared, const Operation& operation, float* rows) {
     const int radius = static_cast<int>(operation.values[1]) / 2;
     if (threadIdx.x == 0) gaussian(operation.values[0], 2 * radius + 1, shared.weights);
     __syncthreads();
     const float* const weights = shared.weights;
+    const int pitch = 3 * sample.width;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < 3 * sample.count(); i += kThreads) {
-        const int y = i / (3 * sample.width), x = i / 3 % sample.width, c = i % 3;
-        // A row that lies at a distance, blurred across.
-        const auto across = [&](int line) {
-            const uint8_t* const row = sample.pixels + 3 * mirrored(line, sample.height) * sample.width + c;
-            float sum = weights[0] * row[3 * x];
+        const int x = i / 3 % sample.width;
+        const uint8_t* const row = sample.pixels + i / pitch * pitch + i % 3;
+        float sum = weights[0] * row[3 * x];
 #pragma unroll 1
-            for (int k = 1; k <= radius; ++k) {
-                const int left = mirrored(x - k, sample.width), right = mirrored(x + k, sample.width);
-                sum = sum + weights[k] * (static_cast<float>(row[3 * left]) + static_cast<float>(row[3 * right]));
-            }
-            return sum;
-        };
-        float sum = weights[0] * across(y);
+        for (int k = 1; k <= radius; ++k) {
+            const int left = mirrored(x - k, sample.width), right = mirrored(x + k, sample.width);
+            sum = sum + weights[k] * (static_cast<float>(row[3 * left]) + static_cast<float>(row[3 * right]));
+        }
+        rows[i] = sum;
+    }
+    __syncthreads();
 #pragma unroll 1
-        for (int k = 1; k <= radius; ++k) sum = sum + weights[k] * (across(y - k) + across(y + k));
+    for (int i = static_cast<int>(threadIdx.x); i < 3 * sample.count(); i += kThreads) {
+        const int y = i / pitch;
+        const float* const column = rows + i % pitch;
+        float sum = weights[0] * rows[i];
+#pragma unroll 1
+        for (int k = 1; k <= radius; ++k) {
+            const int above = mirrored(y - k, sample.height), below = mirrored(y + k, sample.height);
+            sum = sum + weights[k] * (column[above * pitch] + column[below * pitch]);
+        }
         sample.other[i] = nearest_even(sum);
     }
     sample.swap();
@@ -310,14 +320,14 @@ MIX_FN void erase(Sample& sample, const Operation& operation, const uint8_t* noi
     }
 }
 
-MIX_FN void apply(Sample& sample, Shared& shared, const Operation& operation, const uint8_t* noise) {
+MIX_FN void apply(Sample& sample, Shared& shared, const Operation& operation, float* rows, const uint8_t* noise) {
     const int code = operation.code;
     if (code == kAutocontrast) autocontrast(sample, shared);
     else if (code == kEqualize) equalize(sample, shared);
     else if (is_tone(code)) change_tone(sample, shared, operation);
     else if (code == kColor || code == kGrayscale || code == kHue) change_colour(sample, operation);
     else if (code == kSharpness) sharpen(sample, operation);
-    else if (code == kBlur) blur(sample, shared, operation);
+    else if (code == kBlur) blur(sample, shared, operation, rows);
     else if (code == kErase || code == kEraseNoise) erase(sample, operation, noise);
     else if (operation.filter == kNearest) warp_nearest(sample, operation);
     else if (operation.filter == kBilinear) warp_smooth<2>(sample, operation);
@@ -338,7 +348,7 @@ MIX_FN void run(const Batch& batch, Shared& shared, uint8_t* dynamic) {
 #pragma unroll 1
     for (const Operation* one = operations; one < operations + batch.slots; ++one) {
         if (one->code == kIdentity) continue;
-        apply(sample, shared, *one, batch.noise);
+        apply(sample, shared, *one, batch.rows + begin, batch.noise);
         __syncthreads();
     }
     typename Element::Value* const out = static_cast<typename Element::Value*>(batch.out) + begin;
@@ -356,12 +366,12 @@ MIX_FN void run(const Batch& batch, Shared& shared, uint8_t* dynamic) {
 
 #define AUGMENT_KERNEL(name, Element, channels_last)                                                                 \
     extern "C" __global__ void __launch_bounds__(kThreads, kBlocks)                                                  \
-    name(uint8_t* samples, uint8_t* scratch, const Operation* operations, int slots, const uint8_t* noise,          \
-         void* out, int height, int width, float scale_red, float scale_green, float scale_blue, float offset_red,  \
-         float offset_green, float offset_blue) {                                                                    \
+    name(uint8_t* samples, uint8_t* scratch, float* rows, const Operation* operations, int slots,                    \
+         const uint8_t* noise, void* out, int height, int width, float scale_red, float scale_green,                 \
+         float scale_blue, float offset_red, float offset_green, float offset_blue) {                                \
         DYNAMIC_SHARED(dynamic);                                                                                     \
         __shared__ Shared shared;                                                                                    \
-        const Batch batch = {samples, scratch, operations, slots, noise, out, height, width,                         \
+        const Batch batch = {samples, scratch, rows, operations, slots, noise, out, height, width,                   \
                              {scale_red, scale_green, scale_blue}, {offset_red, offset_green, offset_blue}};         \
         run<mix::Element, channels_last>(batch, shared, reinterpret_cast<uint8_t*>(dynamic));                        \
     }

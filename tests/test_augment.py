@@ -58,7 +58,7 @@ def on_the_shim(
     both = np.concatenate([some, some])
     both[1, 0] = np.zeros((), dtype=some.dtype)
     mixed = np.ascontiguousarray(np.stack([image, image]))
-    scratch = np.full_like(mixed, 0xC5)
+    scratch, rows = np.full_like(mixed, 0xC5), np.full(mixed.shape, np.nan, dtype=np.float32)
     table, noise = lowered(both, (height, width), format), noise_table(format)
     out = np.full(format.shape(2, (height, width)), 77, dtype=format.storage)
     scale, offset = format.scale_and_offset()
@@ -69,6 +69,7 @@ def on_the_shim(
         [
             np.uint64(mixed.ctypes.data),
             np.uint64(0 if in_shared else scratch.ctypes.data),
+            np.uint64(rows.ctypes.data),
             np.uint64(table.ctypes.data),
             np.int32(table.shape[1]),
             np.uint64(noise.ctypes.data),

@@ -219,6 +219,8 @@ def augment(
     noise: NDArray[np.uint8] | None,
     out: torch.Tensor,
     format: SampleFormat,
+    *,
+    blurs: bool,
 ) -> None:
     """Launch the augmentation kernel on torch's current stream.
 
@@ -227,6 +229,7 @@ def augment(
         operations: (n, slots) as `mix.augment.lowered` makes them, contiguous.
         noise: (3, 4096) uint8 for erasures with noise, or None.
         out, format: As in `launch`.
+        blurs: An operation is a blur.
     """
     import cupy
 
@@ -240,9 +243,11 @@ def augment(
     nbytes = height * width * 3
     kept = nbytes <= _shared_memory(device.index)
     scratch = None if kept else torch.empty_like(samples)
+    rows = torch.empty(samples.numel(), dtype=torch.float32, device=device) if blurs else None
     arguments = (
         np.uintp(samples.data_ptr()),
         np.uintp(0 if scratch is None else scratch.data_ptr()),
+        np.uintp(0 if rows is None else rows.data_ptr()),
         np.uintp(there.data_ptr()),
         np.int32(operations.shape[1]),
         np.uintp(0 if noise is None else there.data_ptr() + operations.nbytes),

@@ -218,7 +218,8 @@ def mix_on_device(
     mixed = torch.empty(shape, dtype=torch.uint8, device=out.device, memory_format=torch.channels_last)
     gpu.launch(tables, bank, mixed, _PIXELS)
     operations = lowered(plan.operations, plan.output_size, format)
-    gpu.augment(mixed, operations, _noise(plan, format), out, format)
+    blurs = bool((operations["code"] == CODES["blur"]).any())
+    gpu.augment(mixed, operations, _noise(plan, format), out, format, blurs=blurs)
 
 
 def _check_tables(plan: BatchPlan, pieces: NDArray[np.void], fractals: int) -> None:
