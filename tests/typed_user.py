@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from dali_diffusemix import (
     Catalog,
+    ColorJitter,
     DiffuseMixDataset,
     DiffuseMixLoader,
     EditStore,
@@ -16,9 +17,12 @@ from dali_diffusemix import (
     LoaderStats,
     MixSpec,
     Quarantined,
+    RandAugment,
     RandomCrop,
+    RandomErasing,
     Schedule,
     TrainCrop,
+    TrivialAugmentWide,
 )
 
 
@@ -51,6 +55,17 @@ def train(root: str, model: torch.nn.Module) -> None:
     state = loader.state_dict()
     assert_type(state, dict[str, Any])
     loader.load_state_dict(state)
+
+
+def augmented(root: str) -> None:
+    crop = TrainCrop(224)
+    several = DiffuseMixDataset(
+        root, crop=crop, augment=[TrivialAugmentWide(), RandomErasing(0.25, value="random"), "ThreeAugment"]
+    )
+    one = DiffuseMixDataset(root, crop=crop, augment=ColorJitter(0.4, 0.4, (0.6, 1.4)))
+    changing = Schedule({0: None, 5: RandAugment(), 10: "rand-m9-mstd0.5-inc1"})
+    for dataset in (several, one, DiffuseMixDataset(root, crop=crop, augment=changing)):
+        DiffuseMixLoader(dataset, batch_size=8).preview("now.png")
 
 
 def under_a_plain_dataloader(root: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -784,6 +784,7 @@ def draw_operations(
     for one, first in zip(settings, _streams(settings), strict=True):
         one.draw(out[:, start : start + one.slots], size, lambda block, first=first: draw(first + block))  # type: ignore[misc]
         start += one.slots
+    out[out["code"] == CODES["identity"]] = np.zeros((), dtype=OPERATION)  # of what was not chosen nothing is left
     return out
 
 
