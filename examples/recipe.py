@@ -18,15 +18,15 @@ from dali_diffusemix import (
     RandomCrop,
     RandomErasing,
     Schedule,
+    TimmRandAugment,
     TrainCrop,
     TrivialAugmentWide,
 )
 from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import PROMPTS
-from dali_diffusemix.plan.augment import Augmentation, augmentations
 
-AUGMENTATIONS: dict[str, Augmentation | str] = {  # of each sample, by the dataset
+AUGMENTATIONS: dict[str, Any] = {  # of each sample, by the dataset
     "randaugment": RandAugment(),
     "trivialaugment": TrivialAugmentWide(),
     "autoaugment": AutoAugment(),
@@ -207,12 +207,13 @@ class Train:
         mixers = [name for name in self.augment if name in MIXERS]
         last = not mixers or (mixers == [self.augment[-1]])
         rule(last, "train.augment", "settings of samples first, then cutmix or mixup, not both", list(self.augment))
-        augmentations(self.samples_augment)
+        _ = self.samples_augment
 
     @property
-    def samples_augment(self) -> tuple[Augmentation | str, ...]:
+    def samples_augment(self) -> tuple[Any, ...]:
         """The dataset's `augment`."""
-        return tuple(AUGMENTATIONS.get(name, name) for name in self.augment if name not in MIXERS)
+        names = [name for name in self.augment if name not in MIXERS]
+        return tuple(AUGMENTATIONS[name] if name in AUGMENTATIONS else TimmRandAugment.of(name) for name in names)
 
     @property
     def mixer(self) -> str | None:

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dali_diffusemix import Catalog, RandAugment, RandomErasing, TrainCrop
+from dali_diffusemix import Catalog, RandAugment, RandomErasing, TimmRandAugment, TrainCrop
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
@@ -282,7 +282,7 @@ def test_soft_labels_say_what_is_in_the_image(name: str, scripts: SimpleNamespac
 
 def test_a_recipe_divides_samples_augment_and_batches_mixer(scripts: SimpleNamespace) -> None:
     train = scripts.recipe.Train(epochs=1, augment=("randaugment", "rand-m9-mstd0.5-inc1", "randomerasing", "cutmix"))
-    assert train.samples_augment == (RandAugment(), "rand-m9-mstd0.5-inc1", RandomErasing(0.25))
+    assert train.samples_augment == (RandAugment(), TimmRandAugment.of("rand-m9-mstd0.5-inc1"), RandomErasing(0.25))
     assert train.mixer == "cutmix" and scripts.recipe.Train(epochs=1).mixer is None
 
 
