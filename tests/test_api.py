@@ -39,6 +39,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "integrations.transformers": ("TrainerMixin",),
     "mix": ("IMAGENET", "IMAGENET_MEAN", "IMAGENET_STD"),
     "plan": ("PLAN_VERSION", "EpochOrder"),
+    "plan.augment": ("OPERATION", "OPERATIONS", "Augmentation", "described"),
     "sources": ("Source", "source_of"),
     "store": ("OriginalStore",),
     "store.pack": ("PackConfig", "PackSummary", "pack"),
