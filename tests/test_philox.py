@@ -141,10 +141,14 @@ def test_all_draws_are_in_the_register() -> None:
     drawing = {name for name, text in sources.items() if re.search(r"\b(philox4x32|draw|Permutation)\(", text)}
     assert drawing - {"base/philox.py", "base/native.py"} == {
         "plan/batch.py",
+        "plan/augment.py",  # by fields that it asks the batch for
         "plan/order.py",
+        "mix/augment.py",
         "loading/batches.py",
         "fractals/flame.py",
     }
+    augment = (resources.files("dali_diffusemix.kernels") / "augment.cuh").read_text("utf-8")
+    assert re.findall(r"kNoiseField = ([^;]+);", augment) == ["1u << 30"] and philox.NOISE == 1 << 30
     flame = (resources.files("dali_diffusemix.kernels") / "flame.cpp").read_text("utf-8")
     assert re.findall(r"kKey = (\w+);", flame) == [f"0x{philox.FLAME:X}"]
 
