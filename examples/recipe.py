@@ -260,6 +260,11 @@ class Recipe:
     def from_tables(cls, tables: Mapping[str, Any]) -> "Recipe":
         return _build(cls, tables, "")
 
+    def __post_init__(self) -> None:
+        ramp, epochs = self.crop.ramp, self.train.epochs
+        grown = ramp is None or epochs is None or ramp[1] < epochs
+        rule(grown, "crop.ramp", f"over before the last of {epochs} epochs (or unset, with from_size)", ramp)
+
     def tables(self) -> dict[str, Any]:
         """Return plain data, for checkpoints and logs."""
         return dataclasses.asdict(self)

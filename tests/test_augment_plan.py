@@ -23,6 +23,7 @@ from dali_diffusemix import (
     RandAugment,
     RandomChoice,
     RandomErasing,
+    Schedule,
     Solarize,
     TimmRandAugment,
     TrainCrop,
@@ -221,28 +222,40 @@ def test_operations_in_words() -> None:
 WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: Grayscale(1.5), r"p must lie in \[0, 1\], a probability, found 1.5"),
     (lambda: Solarize(300), r"threshold must lie in \[0, 256\], found 300"),
-    (lambda: GaussianBlur(4), r"kernel_size must be odd, 1 to 63 pixels, found 4"),
+    (lambda: GaussianBlur(4), r"kernel_size must be one odd number, 1 to 63 pixels, found 4"),
     (lambda: GaussianBlur(3, sigma=0.0), r"sigma must be above 0"),
-    (lambda: ColorJitter(-1), r"brightness must be at least 0, found -1"),
-    (lambda: ColorJitter(hue=0.7), r"hue must be a number, or \(low, high\) with -0.5 ≤ low"),
+    (lambda: ColorJitter(-1), r"brightness must be a number of at least 0, or \(low, high\) from 0 on, found -1"),
+    (
+        lambda: ColorJitter(hue=0.7),
+        r"hue must be a number from 0 to 0.5, or \(low, high\) within -0.5 and 0.5, found 0.7",
+    ),
     (lambda: RandomErasing(scale=(0.5, 0.1)), r"scale must be \(low, high\)"),
     (lambda: RandomErasing(value="white"), r"value must be a number, three numbers or 'random', found 'white'"),  # type: ignore[arg-type]
     (
         lambda: RandAugment(magnitude=31),
-        r"magnitude must be a whole number from 0 to num_magnitude_bins - 1, 30, found",
+        r"magnitude must be a whole number from 0 to 30, found 31",
     ),
     (lambda: RandAugment(num_ops=-1), r"num_ops must be a whole number from 0 to 16, found -1"),
     (lambda: TrivialAugmentWide(1), r"num_magnitude_bins must be a whole number from 2 to 1000, found 1"),
     (lambda: TrivialAugmentWide(interpolation="lanczos"), r"interpolation must be one of .* found 'lanczos'"),  # type: ignore[arg-type]
     (lambda: AutoAugment(fill=(1, 2)), r"fill must be a value from 0 to 255 or three of them"),  # type: ignore[arg-type]
-    (lambda: RandomChoice(()), r"transforms must hold one setting or more, and no RandomChoice, found \(\)"),
-    (lambda: RandomChoice((RandomChoice((Grayscale(),)),)), r"and no RandomChoice"),
+    (lambda: RandomChoice(()), r"transforms must hold single settings, one or more .* found \(\)"),
+    (lambda: RandomChoice((RandomChoice((Grayscale(),)),)), r"transforms must hold no RandomChoice"),
     (lambda: RandomChoice((Grayscale(),), p=(0,)), r"p must hold 1 weights of at least 0, one above it"),
     (lambda: augmentations("rand-m9-x3"), r"found 'x3' in 'rand-m9-x3'"),
     (lambda: augmentations("trivial"), r"augment must be 'ThreeAugment' or of timm's form"),
     (lambda: augmentations(TrivialAugmentWide), r"found <class .*; write TrivialAugmentWide\(\)"),  # type: ignore[arg-type]
-    (lambda: augmentations(torch.nn.Identity()), r"augment must be ColorJitter, .* found Identity\(\)"),  # type: ignore[arg-type]
-    (lambda: augmentations([Grayscale(), 3]), r"augment must be ColorJitter, .* found 3"),  # type: ignore[list-item]
+    (lambda: augmentations(torch.nn.Identity()), r"augment must be a setting \(ColorJitter, .* found Identity\(\)"),  # type: ignore[arg-type]
+    (lambda: augmentations([Grayscale(), 3]), r"augment must be a setting \(ColorJitter, .* found 3"),  # type: ignore[list-item]
+    (lambda: ColorJitter(float("inf")), r"brightness must be a number of at least 0"),
+    (lambda: RandomErasing(value=float("nan")), r"value must be a number, three numbers or 'random', found nan"),
+    (lambda: RandomErasing(1, 0.3), r"scale must be \(low, high\) with 0 ≤ low ≤ high ≤ 1, found 0.3"),  # type: ignore[arg-type]
+    (lambda: GaussianBlur((5, 9)), r"kernel_size must be one odd number"),  # type: ignore[arg-type]
+    (lambda: RandomChoice(([Grayscale()], Solarize())), r"transforms must hold single settings"),  # type: ignore[arg-type]
+    (lambda: RandomChoice(("ThreeAugment",)), r"nor 'ThreeAugment', which is two"),  # type: ignore[arg-type]
+    (lambda: TimmRandAugment("rand-m9"), r"write augment='rand-m9' or TimmRandAugment.of"),  # type: ignore[arg-type]
+    (lambda: planner([Grayscale()] * 17).batch(0, [0]), r"at most 16 settings of a kind, found more of Grayscale"),
+    (lambda: augmentations([Schedule({0: None})]), r"write one Schedule, whose values are"),  # type: ignore[list-item]
     (lambda: TimmRandAugment(magnitude_max=0), r"magnitude_max must be above 0 and at most 100, found 0"),
 ]
 
@@ -265,6 +278,65 @@ class Twice:
 def test_a_setting_of_ones_own() -> None:
     found = planner([Twice(), Grayscale()]).batch(0, np.arange(100)).operations
     assert found.dtype == OPERATION and set(np.unique(found["code"][:, :2])) == {CODES["invert"], CODES["equalize"]}
+
+
+def test_what_a_setting_of_ones_own_draws_is_checked() -> None:
+    """The kernels believe it."""
+
+    class Draws1:
+        slots = 1
+
+        def __init__(self, name: str | int, *values: float, filter: int = 0) -> None:
+            self.code = CODES[name] if isinstance(name, str) else name
+            self.values, self.filter = values, filter
+
+        def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
+            out["code"], out["filter"] = self.code, self.filter
+            out["values"][..., : len(self.values)] = self.values
+
+    wrong = [
+        Draws1("erase", 50, 0, 20, 5),
+        Draws1("erase", -1, 0, 20, 5),
+        Draws1("erase", 1.5, 0, 20, 5),
+        Draws1("erase_noise", 0, 0, 5, 5, -1),
+        Draws1("blur", 1.0, 4),
+        Draws1("blur", 1.0, 101),
+        Draws1("blur", 0.0, 3),
+        Draws1("posterize", 9),
+        Draws1("hue", 0.7),
+        Draws1("rotate", np.nan),
+        Draws1("translate_x", 1e9),
+        Draws1("shear_x", 0.1, filter=3),
+        Draws1(200, 0),
+    ]
+    for one in wrong:
+        with pytest.raises(ConfigError, match=r"draw of Draws1 must give operations as plan\.augment\.OPERATION"):
+            planner([Grayscale(), one]).batch(0, np.arange(3))
+    right = [
+        Draws1("erase", 44, 0, 20, 5),
+        Draws1("blur", 1.0, 63),
+        Draws1("rotate", 400.0, filter=2),
+        Draws1("invert"),
+    ]
+    assert planner(right).batch(0, np.arange(3)).operations.shape == (3, 3)
+    with pytest.raises(ConfigError, match="augment must be a setting"):
+        planner(type("Method", (), {"slots": lambda self: 1, "draw": None})())
+
+
+def test_names_keep_settings_of_ones_own_apart() -> None:
+    class Other(Twice):
+        pass
+
+    both = planner([Twice(), Other()]).batch(0, np.arange(200)).operations["code"]
+    alone = planner([Other()]).batch(0, np.arange(200)).operations["code"]
+    np.testing.assert_array_equal(both[:, 2:], alone)
+    assert not np.array_equal(both[:, :2], both[:, 2:])
+
+
+def test_numbers_of_numpy_and_lists_are_taken() -> None:
+    assert GaussianBlur(5, [0.1, 2.0]) == GaussianBlur(5, (0.1, 2.0))  # type: ignore[arg-type]
+    assert ColorJitter(None, np.float32(0.5)).slots == 1  # type: ignore[arg-type]
+    assert RandAugment(fill=None) == RandAugment(fill=0) == RandAugment(fill=np.int64(0)) == RandAugment(fill=(0, 0, 0))  # type: ignore[arg-type]
 
 
 # --- the dataset and the loader
@@ -344,6 +416,14 @@ def test_an_erasure_of_0_is_the_mean_colour(make: Callable[..., DiffuseMixDatase
         top, left, height, width = operation["values"][:4].astype(int)
         part = dataset[index][0][:, top : top + height, left : left + width].reshape(3, -1).numpy()
         np.testing.assert_allclose(part, np.broadcast_to(exact[:, None], part.shape), atol=1e-5)
+
+
+def test_normalisation_may_be_lists_or_arrays(make: Callable[..., DiffuseMixDataset]) -> None:
+    noise = RandomErasing(1, value="random")
+    expected = make(augment=noise)[3][0]
+    for kind in (list, np.array, torch.tensor):
+        normalize: Any = (kind(IMAGENET_MEAN), kind(IMAGENET_STD))
+        assert (make(augment=noise, normalize=normalize)[3][0] - expected).abs().max() < 1e-5
 
 
 def test_noise_is_normal_in_the_tensor(make: Callable[..., DiffuseMixDataset]) -> None:

@@ -113,7 +113,7 @@ def test_schedules_of_the_same_values_are_the_same() -> None:
 
 def test_a_setting_is_a_value_or_a_schedule() -> None:
     schedule = Schedule({0: "a", 2: "b", 4: "a"})
-    assert values_of(schedule) == ("a", "b") and epochs_of(schedule) == (0, 2, 4)
+    assert values_of(schedule) == ("a", "b", "a") and epochs_of(schedule) == (0, 2, 4)
     assert [setting_at(schedule, epoch) for epoch in (1, 2, 4)] == ["a", "b", "a"]
     assert (setting_at("a", 7), values_of("a"), epochs_of("a")) == ("a", ("a",), (0,))
     assert values_of(None) == (None,)
@@ -123,13 +123,13 @@ def test_a_setting_is_a_value_or_a_schedule() -> None:
     ("values", "message"),
     [
         ({}, r"epochs of a Schedule must begin with 0, found \[\]"),
-        ({1: 2, 5: 3}, r"must begin with 0, found \[1, 5\]; give the value of epoch 0"),
+        ({1: 2, 5: 3}, r"must begin with 0, found \[1, 5\]; add the value from epoch 0 on"),
         ({0: 1, -1: 2}, "must be whole numbers, at least 0, found -1"),
         ({0: 1, 1.5: 2}, "must be whole numbers, at least 0, found 1.5"),
         ({False: 1}, "must be whole numbers, at least 0, found False"),
         ({0: 1, "3": 2}, "must be whole numbers, at least 0, found '3'"),
         ([TrainCrop(8)], "Schedule must be given values by epoch, found"),
-        ({0: Schedule({0: 1})}, r"must be no Schedules, found Schedule\(\{0: 1\}\)"),
+        ({0: Schedule({0: 1})}, r"cannot be Schedules, found Schedule\(\{0: 1\}\)"),
     ],
 )
 def test_what_is_no_schedule_is_refused(values: Any, message: str) -> None:

@@ -344,14 +344,15 @@ class DiffuseMixLoader:
         Raises:
             ConfigError: no batch was delivered yet, or an argument breaks a rule.
         """
-        if self._newest is None or self._newest.batch is None:
+        newest = self._newest  # another thread may begin an epoch
+        batch = None if newest is None else newest.batch
+        if batch is None:
             raise ConfigError(
                 "preview draws the batch that the newest iterator delivered last, and it has delivered none; call "
                 "preview inside the loop over the loader, or after it."
             )
         # By name, because the pictures are made in a room above this one: docs/architecture.md, "Rooms".
         pictures: Any = importlib.import_module("dali_diffusemix.inspect.preview")
-        batch = self._newest.batch
         pictures.write_batch(file, batch.samples(self._parts.datasets), step=batch.batch.step, rows=rows)
 
     def _agree(self) -> None:

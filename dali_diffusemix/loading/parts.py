@@ -109,13 +109,17 @@ class Parts:
 
 def _described(schedule: Schedule[Any]) -> str:
     """A Schedule as text that another process can compare: without addresses in memory."""
-    values = [repr(value) for _, value in schedule.steps]
-    if any(" at 0x" in text for text in values):  # Python's own repr of a user's crop, which hides its attributes
-        values = [
-            f"{text} {getattr(value, '__dict__', '')}" for text, (_, value) in zip(values, schedule.steps, strict=True)
-        ]
+    values = [_text(value) for _, value in schedule.steps]
     steps = ", ".join(f"{epoch}: {text}" for epoch, text in zip(schedule.epochs, values, strict=True))
     return re.sub(r" at 0x[0-9a-fA-F]+", "", f"Schedule({{{steps}}})")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_text, value))}{',' * (len(value) == 1)})"
+    text = repr(value)
+    # Python's own repr, as of a user's crop, hides the attributes.
+    return f"{text} {getattr(value, '__dict__', '')}" if " at 0x" in text else text
 
 
 def _resolve(dataset: Any, into: list[DiffuseMixDataset]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -37,7 +37,7 @@ def augmented_image(image: NDArray[np.uint8], operations: NDArray[np.void], form
     Args:
         image: (height, width, 3) uint8.
         operations: (slots,) of `plan.augment.OPERATION`.
-        format: Its normalisation is what the values of an erasure are meant after.
+        format: Its normalisation; values of an erasure are those after it.
 
     Returns:
         (height, width, 3) uint8.
@@ -182,7 +182,7 @@ def lowered(operations: NDArray[np.void], size: tuple[int, int], format: TensorF
     Args:
         operations: (n, slots) of `plan.augment.OPERATION`.
         size: (height, width) of the samples, pixels.
-        format: Its normalisation is what the values of an erasure are meant after.
+        format: Its normalisation; values of an erasure are those after it.
 
     Returns:
         (n, slots), contiguous: of warps, `values` are the matrix from output to input pixels; of a hue, fill[0] is the

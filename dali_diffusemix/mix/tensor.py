@@ -43,8 +43,10 @@ class TensorFormat:
             fits = False
         if not fits:
             raise ConfigError(f"normalize must be (mean, std), three numbers each, found {self.normalize}.")
-        if min(self.normalize[1]) <= 0:
-            raise ConfigError(f"normalize's deviations must be above 0, found {self.normalize[1]}.")
+        mean, deviation = (tuple(map(float, three)) for three in self.normalize)
+        if min(deviation) <= 0:
+            raise ConfigError(f"normalize's deviations must be above 0, found {deviation}.")
+        object.__setattr__(self, "normalize", (mean, deviation))  # of lists, arrays or tensors, too
 
     @property
     def storage(self) -> np.dtype[np.generic]:

@@ -10,6 +10,7 @@ al., "RandAugment: Practical automated data augmentation with a reduced search s
 AAAI 2020; Touvron et al., "DeiT III: Revenge of the ViT", ECCV 2022; torchvision 0.29.1 (transforms.v2); timm 1.0.31.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +24,6 @@ from numpy.typing import NDArray
 from dali_diffusemix.base.philox import AUGMENT, below, uniform
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.plan.schedule import Schedule
-from dali_diffusemix.plan.spec import check_number, check_range
 
 OPERATIONS: Final = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
@@ -55,7 +55,7 @@ OPERATION: Final = np.dtype(
     brightness, contrast, color, sharpness   factor; 1 changes nothing
     hue                         turns, -1/2 to 1/2
     posterize                   bits that are kept
-    solarize                    threshold; from it on a value is inverted
+    solarize                    threshold; values from it on are inverted
     solarize_add                what is added to values below 128
     blur                        sigma in pixels; side of the kernel
     erase                       top, left, height, width in pixels; R, G, B as `RandomErasing.value` says
@@ -94,16 +94,40 @@ class Augmentation(Protocol):
         ...
 
 
+def _is_number(value: object) -> bool:
+    """Whether it is a finite number, of Python or NumPy."""
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    return number and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _pair(value: object) -> tuple[float, float] | None:
+    """(low, high) of finite numbers in order, or None."""
+    if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(_is_number, value)):
+        return None
+    return (float(value[0]), float(value[1])) if value[0] <= value[1] else None
+
+
 def _check_probability(name: str, value: float) -> None:
-    if not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not _is_number(value) or not 0 <= value <= 1:
         raise ConfigError(f"{name} must lie in [0, 1], a probability, found {value!r}.")
 
 
-def _fill(name: str, value: int | tuple[int, int, int]) -> tuple[int, int, int]:
-    fill = (value,) * 3 if isinstance(value, int) else tuple(value)
-    if len(fill) != 3 or not all(isinstance(one, int | np.integer) and 0 <= one <= 255 for one in fill):
-        raise ConfigError(f"{name} must be a value from 0 to 255 or three of them (R, G, B), found {value!r}.")
-    return fill
+def _check_whole(name: str, value: int, low: int, high: int) -> None:
+    if not _is_whole(value) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a whole number from {low} to {high}, found {value!r}.")
+
+
+def _filled(value: int | tuple[int, int, int] | None) -> tuple[int, int, int]:
+    """The colour of `fill`: three values from 0 to 255."""
+    one: Any = 0 if value is None else value
+    fill: tuple[Any, ...] = (one,) * 3 if _is_number(one) else tuple(one) if isinstance(one, tuple | list) else ()
+    if len(fill) != 3 or not all(_is_number(value) and value == int(value) and 0 <= value <= 255 for value in fill):
+        raise ConfigError(f"fill must be a value from 0 to 255 or three of them (R, G, B), found {value!r}.")
+    return int(fill[0]), int(fill[1]), int(fill[2])
 
 
 def _check_filter(value: str) -> None:
@@ -111,17 +135,22 @@ def _check_filter(value: str) -> None:
         raise ConfigError(f"interpolation must be one of {FILTERS}, found {value!r}.")
 
 
-def _range(
-    name: str, value: float | tuple[float, float], centre: float, low: float, high: float
-) -> tuple[float, float]:
-    """A jitter's range: a number is the distance from the centre, cut below at `low`."""
-    if isinstance(value, int | float):
-        if value < 0:
-            raise ConfigError(f"{name} must be at least 0, found {value}.")
-        value = (max(centre - value, low) if centre == 1 else centre - value, centre + value)
-    if len(value) != 2 or not low <= value[0] <= value[1] <= high:
-        raise ConfigError(f"{name} must be a number, or (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value!r}.")
-    return float(value[0]), float(value[1])
+def _jitter(name: str, value: float | tuple[float, float] | None, hue: bool = False) -> tuple[float, float]:
+    """A jitter's range: a number is the distance from 1, not below 0; of the hue, from 0."""
+    centre, low, high = (0.0, -0.5, 0.5) if hue else (1.0, 0.0, math.inf)
+    given: object = value
+    if value is None:
+        given = 0
+    if _is_number(given):
+        distance = float(given)  # type: ignore[arg-type]
+        given = (centre - distance, centre + distance) if hue else (max(centre - distance, 0.0), centre + distance)
+        if distance < 0:
+            given = None
+    pair = _pair(given)
+    if pair is None or not low <= pair[0] or not pair[1] <= high:
+        rule = "from 0 to 0.5, or (low, high) within -0.5 and 0.5" if hue else "of at least 0, or (low, high) from 0 on"
+        raise ConfigError(f"{name} must be a number {rule}, found {value!r}.")
+    return pair
 
 
 def _between(drawn: NDArray[np.uint32], low: float, high: float) -> NDArray[np.float64]:
@@ -138,13 +167,13 @@ class ColorJitter:
     A number is the distance from 1 (of hue, from 0) to both sides; a pair is the range itself.
     """
 
-    brightness: float | tuple[float, float] = 0
+    brightness: float | tuple[float, float] | None = 0
     """Factor; 0 is black."""
-    contrast: float | tuple[float, float] = 0
+    contrast: float | tuple[float, float] | None = 0
     """Factor; 0 is the mean grey."""
-    saturation: float | tuple[float, float] = 0
+    saturation: float | tuple[float, float] | None = 0
     """Factor; 0 is grey."""
-    hue: float | tuple[float, float] = 0
+    hue: float | tuple[float, float] | None = 0
     """Turns of the colour circle, -1/2 to 1/2."""
 
     _CODES: ClassVar = ("brightness", "contrast", "color", "hue")
@@ -154,10 +183,8 @@ class ColorJitter:
 
     @property
     def _ranges(self) -> tuple[tuple[float, float], ...]:
-        factors = [
-            _range(name, getattr(self, name), 1, 0, math.inf) for name in ("brightness", "contrast", "saturation")
-        ]
-        return (*factors, _range("hue", self.hue, 0, -0.5, 0.5))
+        factors = [_jitter(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation")]
+        return (*factors, _jitter("hue", self.hue, hue=True))
 
     @property
     def slots(self) -> int:
@@ -171,7 +198,7 @@ class ColorJitter:
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
         used, factors, keys = self._used, draws(0), draws(1)
-        # The order of random keys is a uniform permutation; that of some of four, too.
+        # Sorting random keys gives every order equally often.
         place = np.argsort(np.argsort(keys[:, used], axis=1, kind="stable"), axis=1)
         rows = np.arange(len(out))
         for column, number in enumerate(used):
@@ -207,7 +234,8 @@ class Solarize:
     slots: ClassVar = 1
 
     def __post_init__(self) -> None:
-        check_number("threshold", self.threshold, 0, 256)
+        if not _is_number(self.threshold) or not 0 <= self.threshold <= 256:
+            raise ConfigError(f"threshold must lie in [0, 256], found {self.threshold!r}.")
         _check_probability("p", self.p)
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -232,10 +260,13 @@ class GaussianBlur:
     _LARGEST: ClassVar = 63
 
     def __post_init__(self) -> None:
-        if self.kernel_size % 2 == 0 or not 1 <= self.kernel_size <= self._LARGEST:
-            raise ConfigError(f"kernel_size must be odd, 1 to {self._LARGEST} pixels, found {self.kernel_size}.")
-        low, high = self._sigmas
-        if not 0 < low <= high < math.inf:
+        side = self.kernel_size
+        if not _is_whole(side) or side % 2 == 0 or not 1 <= side <= self._LARGEST:
+            raise ConfigError(f"kernel_size must be one odd number, 1 to {self._LARGEST} pixels, found {side!r}.")
+        sigma: Any = self.sigma
+        object.__setattr__(self, "sigma", tuple(sigma) if isinstance(sigma, list) else sigma)
+        pair = _pair((sigma, sigma) if _is_number(sigma) else sigma)
+        if pair is None or pair[0] <= 0:
             raise ConfigError(f"sigma must be above 0, a number or (low, high), found {self.sigma!r}.")
         _check_probability("p", self.p)
 
@@ -254,7 +285,7 @@ class GaussianBlur:
 
 @dataclass(frozen=True)
 class RandomErasing:
-    """A rectangle is filled, with a probability: torchvision's RandomErasing, as it stands after Normalize.
+    """A rectangle is filled, with a probability: torchvision's RandomErasing, where it follows Normalize.
 
     The rectangle is tried ten times until it is smaller than the sample; else nothing is erased.
     """
@@ -274,10 +305,17 @@ class RandomErasing:
 
     def __post_init__(self) -> None:
         _check_probability("p", self.p)
-        check_range("scale", self.scale, 0, 1)
-        check_range("ratio", self.ratio, 1e-3, 1e3)
-        fits = self.value == "random" if isinstance(self.value, str) else np.shape(self.value) in ((), (3,))
-        if not fits:
+        for name, low, high in (("scale", 0, 1), ("ratio", 1e-3, 1e3)):
+            pair = _pair(getattr(self, name))
+            if pair is None or not low <= pair[0] or not pair[1] <= high:
+                raise ConfigError(
+                    f"{name} must be (low, high) with {low} ≤ low ≤ high ≤ {high}, found {getattr(self, name)!r}."
+                )
+            object.__setattr__(self, name, pair)
+        value: Any = self.value
+        object.__setattr__(self, "value", tuple(value) if isinstance(value, list) else value)
+        values: tuple[Any, ...] = self.value if isinstance(self.value, tuple) else (self.value,) * 3
+        if self.value != "random" and not (len(values) == 3 and all(map(_is_number, values))):
             raise ConfigError(f"value must be a number, three numbers or 'random', found {self.value!r}.")
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -315,27 +353,27 @@ class _Warp:
 
     interpolation: Interpolation = field(default="nearest", kw_only=True)
     """Filter of shears, translations and rotations."""
-    fill: int | tuple[int, int, int] = field(default=0, kw_only=True)
-    """What comes in from outside, 0 to 255; three values are R, G, B."""
+    fill: int | tuple[int, int, int] | None = field(default=0, kw_only=True)
+    """What comes in from outside, 0 to 255; three values are R, G, B; None is 0."""
 
     def _check_warp(self) -> None:
         _check_filter(self.interpolation)
-        _fill("fill", self.fill)
+        object.__setattr__(self, "fill", _filled(self.fill))
 
     def _put(self, out: NDArray[np.void], codes: NDArray[np.integer], values: NDArray[np.float64]) -> None:
         """Write one operation for each row, out (n,)."""
         out["code"] = codes
         out["values"][:, 0] = values
         out["filter"] = FILTERS.index(self.interpolation)
-        out["fill"] = _fill("fill", self.fill)
+        out["fill"] = _filled(self.fill)
 
 
 def _steps(low: float, high: float, bins: int) -> NDArray[np.float64]:
     """torch.linspace in float32, where it has fused multiply-adds."""
     low, high = float(np.float32(low)), float(np.float32(high))
-    step = float(np.float32(np.float32(high - low) / np.float32(bins - 1))) if bins > 1 else 0.0
+    step = float(np.float32(np.float32(high - low) / np.float32(bins - 1)))
     i = np.arange(bins)
-    found = np.where(i < bins // 2, low + step * i, high - step * (bins - 1 - i)) if bins > 1 else np.array([low])
+    found = np.where(i < bins // 2, low + step * i, high - step * (bins - 1 - i))
     return found.astype(np.float32).astype(np.float64)
 
 
@@ -373,7 +411,7 @@ def _magnitudes(
     bins: int, *, shear: float, translate: tuple[float, float], rotate: float, enhance: float, bits: int
 ) -> dict[str, NDArray[np.float64] | None]:
     # As torch rounds: float32, half to even.
-    step = np.float32((bins - 1) / bits) if bins > 1 else np.float32(1)
+    step = np.float32((bins - 1) / bits)
     posterize = np.rint(np.float32(8) - np.arange(bins, dtype=np.float32) / step).astype(np.float64)
     return {
         "identity": None,
@@ -405,8 +443,7 @@ def _standard(names: tuple[str, ...], bins: int, size: tuple[int, int]) -> _Spac
 
 
 def _check_bins(bins: int) -> None:
-    if not isinstance(bins, int) or not 2 <= bins <= 1000:
-        raise ConfigError(f"num_magnitude_bins must be a whole number from 2 to 1000, found {bins!r}.")
+    _check_whole("num_magnitude_bins", bins, 2, 1000)
 
 
 @dataclass(frozen=True)
@@ -440,13 +477,8 @@ class RandAugment(_Warp):
     def __post_init__(self) -> None:
         _check_bins(self.num_magnitude_bins)
         self._check_warp()
-        if not isinstance(self.num_ops, int) or not 0 <= self.num_ops <= 16:
-            raise ConfigError(f"num_ops must be a whole number from 0 to 16, found {self.num_ops!r}.")
-        if not isinstance(self.magnitude, int) or not 0 <= self.magnitude < self.num_magnitude_bins:
-            raise ConfigError(
-                f"magnitude must be a whole number from 0 to num_magnitude_bins - 1, {self.num_magnitude_bins - 1}, "
-                f"found {self.magnitude!r}."
-            )
+        _check_whole("num_ops", self.num_ops, 0, 16)
+        _check_whole("magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
 
     @property
     def slots(self) -> int:
@@ -548,16 +580,22 @@ class TimmRandAugment:
     """What comes in from outside: timm takes the mean colour, which is this for ImageNet's."""
 
     def __post_init__(self) -> None:
+        magnitude: Any = self.magnitude
+        if isinstance(magnitude, str):
+            raise ConfigError(
+                f"magnitude must be a number, found {magnitude!r}; write augment={magnitude!r} or "
+                f"TimmRandAugment.of({magnitude!r})."
+            )
         if self.interpolation != "random":
             _check_filter(self.interpolation)
-        _fill("fill", self.fill)
+        object.__setattr__(self, "fill", _filled(self.fill))
         _check_probability("p", self.p)
-        if not isinstance(self.num_ops, int) or not 0 <= self.num_ops <= 16:
-            raise ConfigError(f"num_ops must be a whole number from 0 to 16, found {self.num_ops!r}.")
+        _check_whole("num_ops", self.num_ops, 0, 16)
         for name in ("magnitude", "magnitude_std"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{name} must be at least 0, found {getattr(self, name)!r}.")
-        if not 0 < self.magnitude_max <= 100:
+            value = getattr(self, name)
+            if not (_is_number(value) or value == math.inf) or value < 0:
+                raise ConfigError(f"{name} must be a number of at least 0, found {value!r}.")
+        if not _is_number(self.magnitude_max) or not 0 < self.magnitude_max <= 100:
             raise ConfigError(f"magnitude_max must be above 0 and at most 100, found {self.magnitude_max!r}.")
 
     @property
@@ -606,7 +644,7 @@ class TimmRandAugment:
             values[rows] = self._values(name, level[rows], sign[rows], size)
         out["code"] = np.where(applied, np.array([CODES[name] for name in _TIMM])[which], CODES["identity"])
         out["values"][:, 0] = values
-        out["fill"] = _fill("fill", self.fill)
+        out["fill"] = _filled(self.fill)
         random = 1 + (second[:, 2] >> np.uint32(31))
         out["filter"] = random if self.interpolation == "random" else FILTERS.index(self.interpolation)
 
@@ -650,24 +688,32 @@ class RandomChoice:
 
     transforms: tuple[Augmentation, ...]
     p: tuple[float, ...] | None = None
-    """Probabilities, up to a factor; None: all alike."""
+    """Weights of the settings, which need not add up to 1; None weighs all alike."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "transforms", augmentations(self.transforms))
-        if not self.transforms or any(isinstance(one, RandomChoice) for one in self.transforms):
+        given: Any = self.transforms
+        settings = [augmentations(one) for one in given] if isinstance(given, tuple | list) else []
+        lists = [one for one in given if isinstance(one, tuple | list)] if settings else []
+        if not settings or lists or any(len(one) != 1 for one in settings):
             raise ConfigError(
-                f"transforms must hold one setting or more, and no RandomChoice, found {self.transforms!r}."
+                "transforms must hold single settings, one or more (not lists of settings, nor 'ThreeAugment', which "
+                f"is two), found {given!r}."
             )
+        object.__setattr__(self, "transforms", tuple(one for (one,) in settings))
+        if any(isinstance(one, RandomChoice) for one in self.transforms):
+            raise ConfigError(f"transforms must hold no RandomChoice, found {self.transforms!r}.")
         if self.p is not None:
-            object.__setattr__(self, "p", tuple(self.p))
-            if len(self.p) != len(self.transforms) or min(self.p) < 0 or not 0 < sum(self.p) < math.inf:
+            weights = tuple(self.p) if isinstance(self.p, tuple | list) else ()
+            fits = len(weights) == len(self.transforms) and all(_is_number(one) and one >= 0 for one in weights)
+            if not fits or not sum(weights) > 0:
                 raise ConfigError(
                     f"p must hold {len(self.transforms)} weights of at least 0, one above it, found {self.p!r}."
                 )
+            object.__setattr__(self, "p", weights)
 
     @property
     def slots(self) -> int:
-        """The most of any."""
+        """The largest number of any of them."""
         return max(one.slots for one in self.transforms)
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -704,18 +750,26 @@ _KINDS: Final = (
     *("RandomErasing", "TimmRandAugment", "RandomChoice"),
 )
 """A setting's stream is by its kind, and by how many of its kind come before."""
+_OF_A_KIND: Final = 16
+_OWN: Final = 32  # the first kind of settings of users' own
+_MOST_KINDS: Final = 1000
 
 
-def check_augmentations(settings: Sequence[object]) -> None:
-    """Raise ConfigError unless all are settings."""
-    for one in settings:
-        if isinstance(one, type) or not (callable(getattr(one, "draw", None)) and hasattr(one, "slots")):
-            remedy = f"; write {one.__name__}()" if isinstance(one, type) else ""
-            raise ConfigError(
-                f"augment must be ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, "
-                f"AutoAugment, RandomErasing, several of them, or a string such as 'rand-m9-mstd0.5-inc1' or "
-                f"'ThreeAugment', found {one!r}{remedy}."
-            )
+def _check_setting(one: object) -> None:
+    if isinstance(one, Augmentation) and not isinstance(one, type) and _is_whole(one.slots):
+        return
+    remedy = ""
+    if isinstance(one, type):
+        remedy = f"; write {one.__name__}()"
+    elif isinstance(one, Schedule):
+        remedy = "; write one Schedule, whose values are settings or lists of them"
+    elif type(one).__module__.startswith("torchvision."):
+        remedy = " of torchvision; take the setting of that name from dali_diffusemix"
+    raise ConfigError(
+        "augment must be a setting (ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, "
+        "AutoAugment, TimmRandAugment, RandomErasing, RandomChoice), several of them, 'rand-m9-mstd0.5-inc1' or "
+        f"'ThreeAugment', found {one!r}{remedy}."
+    )
 
 
 def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
@@ -732,7 +786,7 @@ def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
             f"{augment!r}; for the others write TrivialAugmentWide(), RandAugment(), AutoAugment()."
         )
     if isinstance(augment, Augmentation | type) or not isinstance(augment, Iterable):
-        check_augmentations([augment])
+        _check_setting(augment)
         return (augment,)
     return tuple(one for part in augment for one in augmentations(part))
 
@@ -752,14 +806,50 @@ def slots(settings: Sequence[Augmentation]) -> int:
 
 
 def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
-    """The first field of each setting's stream."""
+    """The first field of each setting's stream. Raises ConfigError for more of a kind than have streams."""
     seen: dict[int, int] = {}
     for one in settings:
         name = type(one).__name__
-        kind = _KINDS.index(name) if name in _KINDS else len(_KINDS)
+        # Settings of a user's own are told apart by their names.
+        own = _OWN + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (_MOST_KINDS - _OWN)
+        kind = _KINDS.index(name) if name in _KINDS else own
         number = seen.get(kind, 0)
+        if number == _OF_A_KIND:
+            raise ConfigError(f"augment must have at most {_OF_A_KIND} settings of a kind, found more of {name}.")
         seen[kind] = number + 1
-        yield AUGMENT + (kind * 16 + number % 16) * _BLOCKS
+        yield AUGMENT + (kind * _OF_A_KIND + number) * _BLOCKS
+
+
+def _check_drawn(drawn: NDArray[np.void], size: tuple[int, int], one: Augmentation) -> None:
+    """Raise ConfigError unless operations that a user's own setting drew are such that can be computed."""
+    code, values = drawn["code"], drawn["values"]
+    names = np.array((*OPERATIONS, *["?"] * (256 - len(OPERATIONS))))[code]
+    first, second = values[..., 0], values[..., 1]
+    with np.errstate(invalid="ignore"):
+        top, left, height, width = (values[..., i] for i in range(4))
+        inside = (top >= 0) & (left >= 0) & (height >= 0) & (width >= 0)
+        inside &= (top + height <= size[0]) & (left + width <= size[1])
+        whole = (values[..., :4] == np.rint(values[..., :4])).all(axis=-1)
+        words = (values[..., 4:6] >= 0) & (values[..., 4:6] < 2**32)
+        rules = {
+            "?": np.zeros_like(inside),
+            "hue": np.abs(first) <= 0.5,
+            "posterize": (first >= 0) & (first <= 8) & (first == np.rint(first)),
+            "solarize_add": (first >= 0) & (first <= 255),
+            "blur": (first > 0) & (second >= 1) & (second <= GaussianBlur._LARGEST) & (second % 2 == 1),
+            "erase": inside & whole,
+            "erase_noise": inside & whole & words.all(axis=-1),
+        }
+        right = np.isfinite(values).all(axis=-1) & (np.abs(first) < 2**14) & (drawn["filter"] < len(FILTERS))
+        for name, holds in rules.items():
+            right &= holds | (names != name)
+    if not right.all():
+        row, slot = np.argwhere(~right)[0].tolist()
+        raise ConfigError(
+            f"draw of {type(one).__name__} must give operations as plan.augment.OPERATION describes them, for samples "
+            f"of {size[0]} x {size[1]} pixels, found {names[row, slot]} with filter {drawn['filter'][row, slot]} and "
+            f"values {values[row, slot].tolist()}."
+        )
 
 
 def draw_operations(
@@ -782,7 +872,10 @@ def draw_operations(
     out = np.zeros((count, slots(settings)), dtype=OPERATION)
     start = 0
     for one, first in zip(settings, _streams(settings), strict=True):
-        one.draw(out[:, start : start + one.slots], size, lambda block, first=first: draw(first + block))  # type: ignore[misc]
+        here = out[:, start : start + one.slots]
+        one.draw(here, size, lambda block, first=first: draw(first + block))  # type: ignore[misc]
+        if type(one).__name__ not in _KINDS or type(one).__module__ != __name__:
+            _check_drawn(here, size, one)
         start += one.slots
     out[out["code"] == CODES["identity"]] = np.zeros((), dtype=OPERATION)  # of what was not chosen nothing is left
     return out

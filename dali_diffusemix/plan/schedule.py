@@ -42,10 +42,10 @@ class Schedule(Generic[_T_co]):
                     f"epochs of a Schedule must be whole numbers, at least 0, found {epoch!r}; count epochs from 0."
                 )
             if isinstance(value, Schedule):
-                raise ConfigError(f"values of a Schedule must be no Schedules, found {value!r}; write one Schedule.")
+                raise ConfigError(f"values of a Schedule cannot be Schedules, found {value!r}; write one Schedule.")
         if 0 not in values:
             raise ConfigError(
-                f"epochs of a Schedule must begin with 0, found {sorted(values)}; give the value of epoch 0, too."
+                f"epochs of a Schedule must begin with 0, found {sorted(values)}; add the value from epoch 0 on."
             )
         steps = sorted(((int(epoch), value) for epoch, value in values.items()), key=lambda step: step[0])
         object.__setattr__(self, "steps", tuple(steps))
@@ -63,12 +63,8 @@ class Schedule(Generic[_T_co]):
 
     @property
     def values(self) -> tuple[_T_co, ...]:
-        """The values, each once, in the order of their first epochs."""
-        found: list[_T_co] = []
-        for _, value in self.steps:
-            if value not in found:
-                found.append(value)
-        return tuple(found)
+        """The values in the order of their first epochs."""
+        return tuple(value for _, value in self.steps)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({{{', '.join(f'{epoch}: {value!r}' for epoch, value in self.steps)}}})"
@@ -80,7 +76,7 @@ def setting_at(setting: _T | Schedule[_T], epoch: int) -> _T:
 
 
 def values_of(setting: _T | Schedule[_T]) -> tuple[_T, ...]:
-    """The values of a setting, each once."""
+    """The values of a setting."""
     return setting.values if isinstance(setting, Schedule) else (setting,)
 
 

@@ -194,7 +194,7 @@ class Sample:
     original: NDArray[np.uint8]  # (height, width, 3), like the next two; their sizes differ
     edit: NDArray[np.uint8] | None
     fractal: NDArray[np.uint8] | None
-    format: TensorFormat  # the dataset's normalisation, which the values of an erasure are meant after
+    format: TensorFormat  # the dataset's normalisation; values of an erasure are those after it
 
     @classmethod
     def of(cls, dataset: DiffuseMixDataset, plan: BatchPlan, row: int, planner: Planner | None = None) -> "Sample":
