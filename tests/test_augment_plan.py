@@ -318,7 +318,7 @@ def test_what_a_setting_of_ones_own_draws_is_checked() -> None:
         Draws1("rotate", 400.0, filter=2),
         Draws1("invert"),
     ]
-    assert planner(right).batch(0, np.arange(3)).operations.shape == (3, 3)
+    assert planner(right).batch(0, np.arange(3)).operations.shape == (3, 4)
     with pytest.raises(ConfigError, match="augment must be a setting"):
         planner(type("Method", (), {"slots": lambda self: 1, "draw": None})())
 

@@ -95,7 +95,7 @@ class Augmentation(Protocol):
 
 
 def _is_number(value: object) -> bool:
-    """Whether it is a finite number, of Python or NumPy."""
+    """Return True for finite numbers, of Python or NumPy."""
     number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
     return number and math.isfinite(value)  # type: ignore[arg-type]
 
