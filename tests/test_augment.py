@@ -31,7 +31,7 @@ def by_the_kernel(
     return out[0]
 
 
-@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(sample=samples())
 def test_the_kernel_gives_the_specifications_bits(sample: tuple[NDArray[np.uint8], NDArray[np.void]]) -> None:
     image, some = sample
@@ -84,7 +84,7 @@ def on_the_shim(
     return out[0]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 @given(sample=samples())
 @example(sample=(np.zeros((1, 1, 3), dtype=np.uint8), operations(("equalize", 0, (0, 0, 0), ()))))
 def test_the_gpus_source_gives_the_same_bits(shim: Shim, sample: tuple[NDArray[np.uint8], NDArray[np.void]]) -> None:

@@ -82,7 +82,9 @@ def compile_with_nvcc(nvcc: str, text: str, options: Sequence[str], architecture
     return run.returncode, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture", [pytest.param(one, marks=() if one == 90 else pytest.mark.slow) for one in ARCHITECTURES]
+)
 def test_every_kernel_compiles_without_a_warning_or_a_spill(architecture: int, tmp_path: Path) -> None:
     """All kernels for sm_90; for the others two, one by one, as the loader compiles the one it needs."""
     library, nvcc = nvrtc_library(), shutil.which("nvcc")

@@ -193,6 +193,7 @@ def test_it_is_picklable(photos: Path, edits: Path, bank: FractalBank) -> None:
     assert len(pickle.dumps(dataset)) < 20_000
 
 
+@pytest.mark.slow
 def test_spawned_workers_give_the_same(photos: Path, edits: Path, bank: FractalBank) -> None:
     dataset = mixed(photos, edits, bank)
     loader = DataLoader(dataset, batch_size=33, num_workers=1, multiprocessing_context="spawn")

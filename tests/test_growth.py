@@ -292,6 +292,7 @@ with StoreWriter.open(sys.argv[2], index(sys.argv[1]), {}, Part.parse(sys.argv[3
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_is_dead_holds_nothing_whatever_the_clock_says(root: Path, tmp_path: Path) -> None:
     with warm.Script("-c", HOLD, root, tmp_path / "store", "1/2") as run:
         assert run.stdout.readline() == "held\n"

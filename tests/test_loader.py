@@ -69,7 +69,7 @@ CROPS: list[Callable[[float], Crop]] = [
 @pytest.mark.parametrize(
     ("preset", "order", "crop", "flip"),
     [
-        (preset, order, crop, flip)
+        pytest.param(preset, order, crop, flip, marks=() if preset == "paper" else pytest.mark.slow)
         for (preset, order, crop), flip in zip(
             product(("paper", "release"), ("mix_then_crop", "crop_then_mix"), range(3)), [0.0, 0.5] * 6, strict=True
         )

@@ -192,6 +192,7 @@ def test_substitutes_are_drawn_in_the_place_of_what_failed(photos: Path, setting
     assert [bool(plan.mixed[0]) for plan in delivered] == [True, True, True, True, False, True]
 
 
+@pytest.mark.slow
 def test_parts_of_several_datasets(photos: Path, plain: DiffuseMixDataset, tmp_path: Path) -> None:
     other = DiffuseMixDataset(photos, crop=EvalCrop(SIZE), normalize=None, seed=1)
     for part in (

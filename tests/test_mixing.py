@@ -290,6 +290,7 @@ def some_operations(row: int) -> NDArray[np.void]:
     return operations(*((name, row % 3, (9, 8, 7), values.get(name, (0.37,))) for name in chosen))
 
 
+@pytest.mark.slow
 @needs_library
 @pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("g++") is None, reason="wants g++ on x86-64")
 def test_every_processor_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

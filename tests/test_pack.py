@@ -253,6 +253,7 @@ def test_edits_of_the_folder_serve_smaller_originals(
 # Pairing by path ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_order_of_rows_is_paired_by_path(photos: Path, edits: Path, bank: FractalBank, tmp_path: Path) -> None:
     listed = index(photos)
     rows = np.random.default_rng(0).permutation(33)

@@ -68,6 +68,7 @@ def expanded(photos: Path, edits: Path, bank: FractalBank) -> DiffuseMixDataset:
 # --- parts
 
 
+@pytest.mark.slow
 def test_a_part_is_in_the_loader_what_it_is_in_dataloader(
     dataset: DiffuseMixDataset, expanded: DiffuseMixDataset, photos: Path
 ) -> None:

@@ -48,6 +48,7 @@ def pictures_and_windows(draw: st.DrawFn) -> tuple[Image.Image, tuple[int, int, 
     return picture, (top, left, bottom, right)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=400)
 @given(
     case=pictures_and_windows(),

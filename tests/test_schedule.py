@@ -218,6 +218,7 @@ def test_raw_images_give_the_same(make: Make, raw: dict[str, Path], options: dic
         assert found == [digest(batch) for batch in plain]
 
 
+@pytest.mark.slow
 def test_iterators_in_different_epochs_do_not_disturb_each_other(make: Make, raw: dict[str, Path]) -> None:
     for dataset, options in ((make(), {}), (make(**raw), {}), (make(**raw), {"resident": "host"})):
         loader = loader_of(dataset, **options)
