@@ -45,7 +45,7 @@ TORCHVISION := .torchvision
 TORCHVISION_RECORD = benchmarks/results/$(shell date +%F)-torchvision.json
 PHOTOGRAPHS ?= ../shared/data/imagenet_sample
 torchvision: $(TORCHVISION)/.installed
-	$(TORCHVISION)/bin/python tests/against_torchvision/compare.py $(PHOTOGRAPHS) --out $(TORCHVISION_RECORD)
+	PYTHONPATH=tests:benchmarks:. $(TORCHVISION)/bin/python tests/against_torchvision/compare.py $(PHOTOGRAPHS) --out $(TORCHVISION_RECORD)
 
 $(TORCHVISION)/.installed: setup.py pyproject.toml tests/against_torchvision/environment.sh
 	tests/against_torchvision/environment.sh $(TORCHVISION) $(PYTHON)

@@ -38,7 +38,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -342,8 +342,7 @@ def by_torchvision(material: Any, *, augment: bool) -> Any:
         num_workers=material.num_workers,
         persistent_workers=True,
     )
-    epoch: Callable[[], Iterator[int]] = lambda: (len(images) for images, _ in loader)  # noqa: E731
-    return Contender(epoch=epoch, ahead=2 * material.num_workers)
+    return Contender(epoch=lambda: (len(images) for images, _ in loader), ahead=2 * material.num_workers)
 
 
 def prepared(root: Path, folder: Path, options: argparse.Namespace) -> Any:

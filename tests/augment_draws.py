@@ -32,7 +32,6 @@ from dali_diffusemix.plan.augment import (
     TrivialAugmentWide,
     augmentations,
     draw_operations,
-    slots,
 )
 
 PIXELS = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
@@ -72,9 +71,9 @@ def chosen(setting: Augmentation, size: tuple[int, int], *blocks: tuple[int, ...
     """(slots,) of OPERATION: what a setting makes of these draws; those that are not given are 0."""
     out = np.zeros((1, setting.slots), dtype=OPERATION)
 
-    def draws(block: int) -> NDArray[np.uint32]:
+    def draws(block: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
         found = blocks[block] if block < len(blocks) else ()
-        return np.array([[*found, 0, 0, 0, 0][:4]], dtype=np.uint32)
+        return np.array([[*found, 0, 0, 0, 0][:4]] * len(rows), dtype=np.uint32).reshape(-1, 4)
 
     setting.draw(out, size, draws)
     return out[0]
@@ -226,11 +225,7 @@ def frozen_cases() -> Iterator[Case]:
 
 def drawn(settings: tuple[Augmentation, ...], count: int, size: tuple[int, int], seed: int = 1) -> NDArray[np.void]:
     """(count, slots) of OPERATION, as a plan draws them."""
-    index, views = np.arange(count), np.zeros(count, dtype=np.int64)
-    made: Callable[[int], NDArray[np.uint32]] = lambda number: draw(seed, 0, index, [number], views)[0]  # noqa: E731
-    out = draw_operations(settings, count, size, made)
-    assert out.shape == (count, slots(settings))
-    return out
+    return draw_operations(settings, count, size, lambda number, rows: draw(seed, 0, rows, [number])[0])
 
 
 Key = tuple[Hashable, ...]

@@ -41,7 +41,6 @@ from dali_diffusemix.plan.augment import (
     augmentations,
     described,
     draw_operations,
-    slots,
     three_augment,
 )
 
@@ -91,7 +90,7 @@ def test_adding_a_setting_changes_no_other_draw() -> None:
         behind = planner([AutoAugment(), one] if not isinstance(one, AutoAugment) else [one]).batch(3, np.arange(50))
         np.testing.assert_array_equal(columns(here), columns(alone))
         np.testing.assert_array_equal(columns(behind.operations[:, -one.slots :]), columns(alone))
-    assert start == slots(several)
+    assert start == whole.operations.shape[1]
 
 
 def test_two_of_a_kind_draw_differently() -> None:
@@ -136,9 +135,9 @@ def test_no_setting_reaches_another_stream() -> None:
     """Fields of all settings, many of each kind and deep in RandomChoice, lie between the crops' and the noise's."""
     fields: list[int] = []
 
-    def draw(field: int) -> NDArray[np.uint32]:
-        fields.append(field)
-        return np.full((1, 4), 2**31, dtype=np.uint32)  # in the middle: everything is applied, and tried again
+    def draw(field: int, rows: NDArray[np.int64]) -> NDArray[np.uint32]:
+        fields.extend([field] * len(rows))
+        return np.full((len(rows), 4), 2**31, dtype=np.uint32)  # in the middle: all is applied, and tried again
 
     choice = RandomChoice((RandomErasing(1, ratio=(1e-3, 1e-3)), RandAugment(16), "rand-n16-p1", GaussianBlur(3)))
     settings = augmentations([*ALL, choice, RandomErasing(1, scale=(1, 1), ratio=(1, 1))] * 3)
@@ -272,7 +271,9 @@ class Twice:
     slots = 2
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
-        out["code"] = np.where(draws(0)[:, :2] >> np.uint32(31), CODES["invert"], CODES["equalize"])
+        out["code"] = np.where(
+            draws(0, np.arange(len(out)))[:, :2] >> np.uint32(31), CODES["invert"], CODES["equalize"]
+        )
 
 
 def test_a_setting_of_ones_own() -> None:
@@ -312,6 +313,8 @@ def test_what_a_setting_of_ones_own_draws_is_checked() -> None:
     for one in wrong:
         with pytest.raises(ConfigError, match=r"draw of Draws1 must give operations as plan\.augment\.OPERATION"):
             planner([Grayscale(), one]).batch(0, np.arange(3))
+        with pytest.raises(ConfigError, match=r"draw of Draws1 must give operations"):
+            planner(RandomChoice((Grayscale(), one))).batch(0, np.arange(30))
     right = [
         Draws1("erase", 44, 0, 20, 5),
         Draws1("blur", 1.0, 63),

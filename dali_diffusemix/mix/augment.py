@@ -188,6 +188,8 @@ def lowered(operations: NDArray[np.void], size: tuple[int, int], format: TensorF
         (n, slots), contiguous: of warps, `values` are the matrix from output to input pixels; of a hue, fill[0] is the
         shift; of an erasure, `fill` is the colour.
     """
+    if not operations.size:
+        return operations
     result = np.array(operations, order="C")
     code, values = result["code"], result["values"]
     for name in ("shear_x", "shear_y", "translate_x", "translate_y"):

@@ -26,7 +26,7 @@ from dali_diffusemix.base import native
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.mix.augment import augmented_image, lowered, noise_table
 from dali_diffusemix.mix.pixel import encode, mixed_image
-from dali_diffusemix.mix.tensor import TensorFormat
+from dali_diffusemix.mix.tensor import PIXELS, TensorFormat
 from dali_diffusemix.plan.augment import CODES
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.windows import visible_parts
@@ -64,10 +64,6 @@ ROW: Final = np.dtype(
     align=True,
 )
 """One sample of the plan, as kernels/mix_pixel.cuh declares it."""
-
-
-# What augmentation works on.
-_PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
 
 
 def piece_table(
@@ -157,7 +153,7 @@ def sample(
     """One sample by the specification: mixed; with operations rounded to 8 bits and augmented; then encoded."""
     image = mixed_image(plan, row, original, edit, fractal)
     if plan.operations.shape[1]:
-        pixels = encode(image, _PIXELS)
+        pixels = encode(image, PIXELS)
         image = augmented_image(np.asarray(pixels, dtype=np.uint8), plan.operations[row], format).astype(np.float32)
     return encode(image, format)
 
@@ -216,7 +212,7 @@ def mix_on_device(
         gpu.launch(tables, bank, out, format)
         return
     mixed = torch.empty(shape, dtype=torch.uint8, device=out.device, memory_format=torch.channels_last)
-    gpu.launch(tables, bank, mixed, _PIXELS)
+    gpu.launch(tables, bank, mixed, PIXELS)
     operations = lowered(plan.operations, plan.output_size, format)
     blurs = bool((operations["code"] == CODES["blur"]).any())
     gpu.augment(mixed, operations, _noise(plan, format), out, format, blurs=blurs)

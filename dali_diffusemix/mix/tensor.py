@@ -63,3 +63,7 @@ class TensorFormat:
             return np.ones(3, dtype=np.float32), np.zeros(3, dtype=np.float32)
         mean, std = self.normalize or ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
         return (1 / (255 * np.array(std))).astype(np.float32), (-np.array(mean) / np.array(std)).astype(np.float32)
+
+
+PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
+"""8-bit pixels, (height, width, 3): what augmentation works on, and pictures show."""

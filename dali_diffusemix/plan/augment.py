@@ -15,14 +15,15 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
+from functools import cache, cached_property
+from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.base.philox import AUGMENT, below, uniform
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.crops import Draws
 from dali_diffusemix.plan.schedule import Schedule
 
 OPERATIONS: Final = (
@@ -68,12 +69,6 @@ def no_operations(count: int) -> NDArray[np.void]:
     return np.zeros((count, 0), dtype=OPERATION)
 
 
-Draws: TypeAlias = Callable[[int], NDArray[np.uint32]]
-"""Block number to (n, 4) uint32: the draws of one setting for a batch."""
-
-Triple: TypeAlias = tuple[float, float, float]
-
-
 @runtime_checkable
 class Augmentation(Protocol):
     """One setting of augmentation."""
@@ -89,15 +84,14 @@ class Augmentation(Protocol):
         Args:
             out: (n, slots) of `OPERATION`, all identity.
             size: (height, width) of the samples, pixels.
-            draws: The draws of this setting.
+            draws: (block, rows (m,)) to (m, 4) uint32: draws of this setting for some rows of the batch.
         """
         ...
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Return True for finite numbers, of Python or NumPy."""
-    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    return number and math.isfinite(value)  # type: ignore[arg-type]
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
 
 
 def _is_whole(value: object) -> bool:
@@ -135,18 +129,15 @@ def _check_filter(value: str) -> None:
         raise ConfigError(f"interpolation must be one of {FILTERS}, found {value!r}.")
 
 
-def _jitter(name: str, value: float | tuple[float, float] | None, hue: bool = False) -> tuple[float, float]:
+def _jitter(name: str, value: object, *, hue: bool = False) -> tuple[float, float]:
     """A jitter's range: a number is the distance from 1, not below 0; of the hue, from 0."""
     centre, low, high = (0.0, -0.5, 0.5) if hue else (1.0, 0.0, math.inf)
-    given: object = value
-    if value is None:
-        given = 0
-    if _is_number(given):
-        distance = float(given)  # type: ignore[arg-type]
-        given = (centre - distance, centre + distance) if hue else (max(centre - distance, 0.0), centre + distance)
-        if distance < 0:
-            given = None
-    pair = _pair(given)
+    pair = None
+    distance = 0 if value is None else value
+    if not _is_number(distance):
+        pair = _pair(value)
+    elif distance >= 0:
+        pair = centre - distance if hue else max(centre - distance, 0.0), centre + distance
     if pair is None or not low <= pair[0] or not pair[1] <= high:
         rule = "from 0 to 0.5, or (low, high) within -0.5 and 0.5" if hue else "of at least 0, or (low, high) from 0 on"
         raise ConfigError(f"{name} must be a number {rule}, found {value!r}.")
@@ -179,32 +170,30 @@ class ColorJitter:
     _CODES: ClassVar = ("brightness", "contrast", "color", "hue")
 
     def __post_init__(self) -> None:
-        _ = self._ranges
+        for name in ("brightness", "contrast", "saturation", "hue"):
+            object.__setattr__(self, name, _jitter(name, getattr(self, name), hue=name == "hue"))
 
-    @property
-    def _ranges(self) -> tuple[tuple[float, float], ...]:
-        factors = [_jitter(name, getattr(self, name)) for name in ("brightness", "contrast", "saturation")]
-        return (*factors, _jitter("hue", self.hue, hue=True))
+    @cached_property
+    def _ranges(self) -> dict[int, tuple[float, float]]:
+        """By its place in `_CODES`, the range of each that varies."""
+        ranges: list[Any] = [self.brightness, self.contrast, self.saturation, self.hue]
+        return {i: pair for i, pair in enumerate(ranges) if pair != ((0.0, 0.0) if i == 3 else (1.0, 1.0))}
 
     @property
     def slots(self) -> int:
         """One for each that varies."""
-        return len(self._used)
-
-    @property
-    def _used(self) -> list[int]:
-        return [i for i, (low, high) in enumerate(self._ranges) if not low == high == (0 if i == 3 else 1)]
+        return len(self._ranges)
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
-        used, factors, keys = self._used, draws(0), draws(1)
-        # Sorting random keys gives every order equally often.
-        place = np.argsort(np.argsort(keys[:, used], axis=1, kind="stable"), axis=1)
         rows = np.arange(len(out))
-        for column, number in enumerate(used):
+        factors, keys = draws(0, rows), draws(1, rows)[:, list(self._ranges)]
+        # Sorting random keys gives every order equally often.
+        place = np.argsort(np.argsort(keys, axis=1, kind="stable"), axis=1)
+        for column, (number, (low, high)) in enumerate(self._ranges.items()):
             at = rows, place[:, column]
             out["code"][at] = CODES[self._CODES[number]]
-            out["values"][(*at, np.zeros_like(rows))] = _between(factors[:, number], *self._ranges[number])
+            out["values"][(*at, np.zeros_like(rows))] = _between(factors[:, number], low, high)
 
 
 @dataclass(frozen=True)
@@ -220,7 +209,7 @@ class Grayscale:
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
-        out["code"][uniform(draws(0)[:, 0]) < self.p] = CODES["grayscale"]
+        out["code"][uniform(draws(0, np.arange(len(out)))[:, 0]) < self.p] = CODES["grayscale"]
 
 
 @dataclass(frozen=True)
@@ -240,7 +229,7 @@ class Solarize:
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
-        chosen = uniform(draws(0)[:, 0]) < self.p
+        chosen = uniform(draws(0, np.arange(len(out)))[:, 0]) < self.p
         out["code"][chosen] = CODES["solarize"]
         out["values"][chosen, 0, 0] = self.threshold
 
@@ -276,7 +265,7 @@ class GaussianBlur:
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
-        drawn = draws(0)
+        drawn = draws(0, np.arange(len(out)))
         chosen = uniform(drawn[:, 0]) < self.p
         out["code"][chosen] = CODES["blur"]
         out["values"][chosen, 0, 0] = _between(drawn[chosen, 1], *self._sigmas)
@@ -296,7 +285,7 @@ class RandomErasing:
     """Area of the rectangle over the area of the sample, uniform."""
     ratio: tuple[float, float] = (0.3, 3.3)
     """Height over width, log-uniform."""
-    value: float | Triple | Literal["random"] = 0.0
+    value: float | tuple[float, float, float] | Literal["random"] = 0.0
     """What the tensor holds there, rounded to 8 bits: 0 is the mean colour if the dataset normalises, else black; three
     values are those of R, G and B; "random" is normal noise of mean 0 and deviation 1."""
     slots: ClassVar = 1
@@ -320,14 +309,14 @@ class RandomErasing:
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
-        first = draws(0)
+        first = draws(0, np.arange(len(out)))
         rows = np.flatnonzero(uniform(first[:, 0]) < self.p)
         noise = isinstance(self.value, str)
         log_low, log_high = math.log(self.ratio[0]), math.log(self.ratio[1])
         for attempt in range(self._TRIES):
             if not rows.size:
                 break
-            drawn = draws(1 + attempt)[rows]
+            drawn = draws(1 + attempt, rows)
             area = size[0] * size[1] * _between(drawn[:, 0], *self.scale)
             ratio = np.exp(_between(drawn[:, 1], log_low, log_high))
             shape = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], axis=1)))
@@ -365,7 +354,7 @@ class _Warp:
         out["code"] = codes
         out["values"][:, 0] = values
         out["filter"] = FILTERS.index(self.interpolation)
-        out["fill"] = _filled(self.fill)
+        out["fill"] = self.fill
 
 
 def _steps(low: float, high: float, bins: int) -> NDArray[np.float64]:
@@ -442,10 +431,6 @@ def _standard(names: tuple[str, ...], bins: int, size: tuple[int, int]) -> _Spac
     return _space(names, magnitudes, bins)
 
 
-def _check_bins(bins: int) -> None:
-    _check_whole("num_magnitude_bins", bins, 2, 1000)
-
-
 @dataclass(frozen=True)
 class TrivialAugmentWide(_Warp):
     """One operation of 14 with one magnitude, both uniform: torchvision's TrivialAugmentWide."""
@@ -454,13 +439,13 @@ class TrivialAugmentWide(_Warp):
     slots: ClassVar = 1
 
     def __post_init__(self) -> None:
-        _check_bins(self.num_magnitude_bins)
+        _check_whole("num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
         self._check_warp()
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
         codes, values = _wide(self.num_magnitude_bins)
-        drawn = draws(0)
+        drawn = draws(0, np.arange(len(out)))
         which, step = below(drawn[:, 0], len(codes)), below(drawn[:, 1], self.num_magnitude_bins)
         self._put(out[:, 0], codes[which], values[which, step, drawn[:, 2] >> np.uint32(31)])
 
@@ -475,7 +460,7 @@ class RandAugment(_Warp):
     num_magnitude_bins: int = 31
 
     def __post_init__(self) -> None:
-        _check_bins(self.num_magnitude_bins)
+        _check_whole("num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
         self._check_warp()
         _check_whole("num_ops", self.num_ops, 0, 16)
         _check_whole("magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
@@ -489,7 +474,7 @@ class RandAugment(_Warp):
         """See `Augmentation.draw`."""
         codes, values = _standard(("identity", *_SHARED), self.num_magnitude_bins, size)
         for slot in range(self.num_ops):
-            drawn = draws(slot)
+            drawn = draws(slot, np.arange(len(out)))
             which = below(drawn[:, 0], len(codes))
             self._put(out[:, slot], codes[which], values[which, self.magnitude, drawn[:, 1] >> np.uint32(31)])
 
@@ -525,6 +510,13 @@ _IMAGENET: Final = (
 _AUTO_NAMES: Final = (*_SHARED, "invert")
 
 
+@cache
+def _policy(slot: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
+    """(25,) each: number in `_AUTO_NAMES`, probability and magnitude of the first or second operation of the pairs."""
+    names, probabilities, magnitudes = zip(*(pair[3 * slot : 3 * slot + 3] for pair in _IMAGENET), strict=True)
+    return np.array([_AUTO_NAMES.index(name) for name in names]), np.array(probabilities), np.array(magnitudes)
+
+
 @dataclass(frozen=True)
 class AutoAugment(_Warp):
     """One of 25 pairs of operations, each with its probability and magnitude: AutoAugment's policy for ImageNet."""
@@ -537,14 +529,13 @@ class AutoAugment(_Warp):
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
         codes, values = _standard(_AUTO_NAMES, 10, size)
-        first, second = draws(0), draws(1)
-        policy = below(first[:, 0], len(_IMAGENET))
+        rows = np.arange(len(out))
+        first, second = draws(0, rows), draws(1, rows)
+        pair = below(first[:, 0], len(_IMAGENET))
         for slot, drawn in enumerate((first[:, 1:3], second[:, :2])):
-            names, probabilities, magnitudes = zip(*(pair[3 * slot : 3 * slot + 3] for pair in _IMAGENET), strict=True)
-            which = np.array([_AUTO_NAMES.index(name) for name in names])[policy]
-            at = which, np.array(magnitudes)[policy], drawn[:, 1] >> np.uint32(31)
-            self._put(out[:, slot], codes[which], values[at])
-            out["code"][uniform(drawn[:, 0]) >= np.array(probabilities)[policy], slot] = CODES["identity"]
+            which, probability, magnitude = (column[pair] for column in _policy(slot))
+            self._put(out[:, slot], codes[which], values[which, magnitude, drawn[:, 1] >> np.uint32(31)])
+            out["code"][uniform(drawn[:, 0]) >= probability, slot] = CODES["identity"]
 
 
 _TIMM: Final = (
@@ -628,8 +619,9 @@ class TimmRandAugment:
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
+        rows = np.arange(len(out))
         for slot in range(self.num_ops):
-            self._draw_one(out[:, slot], size, draws(2 * slot), draws(2 * slot + 1))
+            self._draw_one(out[:, slot], size, draws(2 * slot, rows), draws(2 * slot + 1, rows))
 
     def _draw_one(
         self, out: NDArray[np.void], size: tuple[int, int], first: NDArray[np.uint32], second: NDArray[np.uint32]
@@ -644,7 +636,7 @@ class TimmRandAugment:
             values[rows] = self._values(name, level[rows], sign[rows], size)
         out["code"] = np.where(applied, np.array([CODES[name] for name in _TIMM])[which], CODES["identity"])
         out["values"][:, 0] = values
-        out["fill"] = _filled(self.fill)
+        out["fill"] = self.fill
         random = 1 + (second[:, 2] >> np.uint32(31))
         out["filter"] = random if self.interpolation == "random" else FILTERS.index(self.interpolation)
 
@@ -720,17 +712,10 @@ class RandomChoice:
         """See `Augmentation.draw`."""
         weights = np.array(self.p or (1.0,) * len(self.transforms))
         bounds = np.cumsum(weights) / weights.sum()
-        which = np.searchsorted(bounds[:-1], uniform(draws(0)[:, 0]), side="right")
+        chosen = np.searchsorted(bounds[:-1], uniform(draws(0, np.arange(len(out)))[:, 0]), side="right")
         for number, one in enumerate(self.transforms):
-            drawn = np.zeros((len(out), one.slots), dtype=OPERATION)
-            one.draw(drawn, size, _after(draws, 1 + number))
-            rows = which == number
-            out[rows, : one.slots] = drawn[rows]
-
-
-def _after(draws: Draws, number: int) -> Draws:
-    """Draws of the setting of that number within another."""
-    return lambda block: draws(number * _WITHIN + block)
+            rows = np.flatnonzero(chosen == number)
+            out[rows, : one.slots] = _drawn(one, size, draws, (1 + number) * _WITHIN, rows)
 
 
 def three_augment(jitter: float = 0.3) -> tuple[Augmentation, ...]:
@@ -745,9 +730,9 @@ Augment: TypeAlias = Augmentation | str | Iterable[Augmentation | str] | None
 
 _BLOCKS: Final = 2**16  # of each setting
 _WITHIN: Final = 2**8  # of a setting within RandomChoice; its own and those of settings within it
-_KINDS: Final = (
-    *("ColorJitter", "Grayscale", "GaussianBlur", "Solarize", "TrivialAugmentWide", "RandAugment", "AutoAugment"),
-    *("RandomErasing", "TimmRandAugment", "RandomChoice"),
+_KINDS: Final[tuple[type, ...]] = (
+    *(ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, AutoAugment),
+    *(RandomErasing, TimmRandAugment, RandomChoice),
 )
 """A setting's stream is by its kind, and by how many of its kind come before."""
 _OF_A_KIND: Final = 16
@@ -800,11 +785,6 @@ def settings_of(
     return augmentations(augment)
 
 
-def slots(settings: Sequence[Augmentation]) -> int:
-    """Operations that a sample gets at most."""
-    return sum(one.slots for one in settings)
-
-
 def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
     """The first field of each setting's stream. Raises ConfigError for more of a kind than have streams."""
     seen: dict[int, int] = {}
@@ -812,7 +792,7 @@ def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
         name = type(one).__name__
         # Settings of a user's own are told apart by their names.
         own = _OWN + int.from_bytes(hashlib.sha256(name.encode()).digest()[:4]) % (_MOST_KINDS - _OWN)
-        kind = _KINDS.index(name) if name in _KINDS else own
+        kind = _KINDS.index(type(one)) if type(one) in _KINDS else own
         number = seen.get(kind, 0)
         if number == _OF_A_KIND:
             raise ConfigError(f"augment must have at most {_OF_A_KIND} settings of a kind, found more of {name}.")
@@ -852,11 +832,19 @@ def _check_drawn(drawn: NDArray[np.void], size: tuple[int, int], one: Augmentati
         )
 
 
+def _drawn(
+    one: Augmentation, size: tuple[int, int], draws: Draws, first: int, rows: NDArray[np.int64]
+) -> NDArray[np.void]:
+    """(len(rows), slots) of `OPERATION`: what a setting, whose draws begin with block `first`, draws for some rows."""
+    out = np.zeros((len(rows), one.slots), dtype=OPERATION)
+    one.draw(out, size, lambda block, some: draws(first + block, rows[some]))
+    if type(one) not in _KINDS:
+        _check_drawn(out, size, one)
+    return out
+
+
 def draw_operations(
-    settings: Sequence[Augmentation],
-    count: int,
-    size: tuple[int, int],
-    draw: Callable[[int], NDArray[np.uint32]],
+    settings: Sequence[Augmentation], count: int, size: tuple[int, int], draws: Draws
 ) -> NDArray[np.void]:
     """Draw a batch's operations.
 
@@ -864,19 +852,16 @@ def draw_operations(
         settings: In their order.
         count: n, samples.
         size: (height, width) of the samples, pixels.
-        draw: Field to (n, 4) uint32.
+        draws: (field, rows (m,)) to (m, 4) uint32.
 
     Returns:
         (n, slots) of `OPERATION`.
     """
-    out = np.zeros((count, slots(settings)), dtype=OPERATION)
-    start = 0
-    for one, first in zip(settings, _streams(settings), strict=True):
-        here = out[:, start : start + one.slots]
-        one.draw(here, size, lambda block, first=first: draw(first + block))  # type: ignore[misc]
-        if type(one).__name__ not in _KINDS or type(one).__module__ != __name__:
-            _check_drawn(here, size, one)
-        start += one.slots
+    if not settings:
+        return no_operations(count)
+    rows = np.arange(count)
+    drawn = [_drawn(one, size, draws, first, rows) for one, first in zip(settings, _streams(settings), strict=True)]
+    out = np.concatenate(drawn, axis=1)
     out[out["code"] == CODES["identity"]] = np.zeros((), dtype=OPERATION)  # of what was not chosen nothing is left
     return out
 

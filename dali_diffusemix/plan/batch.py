@@ -115,7 +115,7 @@ class Planner:
     """Turns (epoch, indices) into rows. Holds what decides them and draws nothing until asked.
 
     In a fixed epoch index i is original i. In an expanded one the first N indices are the originals, unmixed, and
-    index N + j is edit j. Crop and mix may be Schedules; all epochs have one length.
+    index N + j is edit j. Crop, mix and augment may be Schedules; all epochs have one length.
     """
 
     seed: int
@@ -209,12 +209,7 @@ class Planner:
         low, high = mix.fractal_weight_range
         weight = np.where(mixed, low + (high - low) * uniform(draws(WEIGHT, rows)[:, 0]), 0).astype(np.float32)
         blended = weight > 0
-        operations = draw_operations(
-            setting_at(self.augment, epoch),
-            count,
-            crop.output_size,
-            lambda field: draw(self.seed, epoch, index, [field], view)[0],
-        )
+        operations = draw_operations(setting_at(self.augment, epoch), count, crop.output_size, draws)
         return BatchPlan(
             epoch=epoch,
             index=index,

@@ -3,6 +3,8 @@
     compare.py PHOTOGRAPHS --out RECORD     compare pixels and distributions; fails if a bound is broken
     compare.py freeze                       write tests/data/torchvision.npz and .json, for tests/test_torchvision.py
 
+Run from the repository's root, with PYTHONPATH=tests:benchmarks, as `make torchvision` does.
+
 Pixels: on photographs (224 x 224, and 176 x 208 for "not square"), the function or transform of torchvision or timm on
 the Pillow image, and this package's kernel with the operation that the plan makes for the same bin, sign or value. For
 each operation: the share of values that differ at all, the share that differs by more than 1 of 255, the largest
@@ -24,6 +26,7 @@ from collections.abc import Callable, Hashable, Iterator
 from pathlib import Path
 from typing import Any
 
+import augment_draws as ours
 import numpy as np
 import PIL
 import timm
@@ -31,18 +34,13 @@ import torch
 import torchvision
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
+from record import write
 from timm.data import auto_augment as timm_augment
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as F
 
-TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS), str(TESTS.parent / "benchmarks"), str(TESTS.parent)]
-
-import augment_draws as ours  # noqa: E402
-from record import write  # noqa: E402
-
-from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD, TensorFormat  # noqa: E402
-from dali_diffusemix.plan.augment import (  # noqa: E402
+from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD, TensorFormat
+from dali_diffusemix.plan.augment import (
     OPERATION,
     OPERATIONS,
     Augmentation,
@@ -447,8 +445,8 @@ def compare_erasing_draws(found: Distributions, count: int) -> None:
         found.table(f"{title}, erased", ours.counted(iter(erased)), ours.counted(iter(also)))
         for name, value in ours.BOX_FIGURES.items():
             found.continuous(f"{title}, {name}", value(one, OTHER), value(other, OTHER))
-        coarse = lambda box: map(tuple, (box // (30, 30, 20, 20)).astype(int).tolist())  # noqa: E731
-        found.table(f"{title}, boxes", ours.counted(coarse(one)), ours.counted(coarse(other)))
+        coarse = [map(tuple, (boxes // (30, 30, 20, 20)).astype(int).tolist()) for boxes in (one, other)]
+        found.table(f"{title}, boxes", *map(ours.counted, coarse))
 
 
 def run_jitter(transform: Any, count: int) -> tuple[list[ours.Key], dict[str, list[float]]]:
@@ -562,7 +560,7 @@ def freeze() -> None:
         names.append(f"{case.group}: {case.key}")
     content = {"versions": VERSIONS, "image_size": ours.SMALL, "sizes": {"draws": OTHER}}
     content |= {"largest": largest, "tables": tables(), "draws": draws(60_000)}
-    folder = TESTS / "data"
+    folder = Path(__file__).resolve().parents[1] / "data"
     folder.mkdir(exist_ok=True)
     lines = json.dumps(content, separators=(",", ":")).replace('},"', '},\n"')
     (folder / "torchvision.json").write_text(lines + "\n")

@@ -14,7 +14,7 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset, ImagePair, decode
 from dali_diffusemix.loading.quarantine import Failure, Substitution
 from dali_diffusemix.mix.augment import augmented_image
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
-from dali_diffusemix.mix.tensor import TensorFormat
+from dali_diffusemix.mix.tensor import PIXELS, TensorFormat
 from dali_diffusemix.plan.augment import described
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.order import EpochOrder
@@ -25,8 +25,6 @@ from dali_diffusemix.store.mirror import MirrorError
 MOST_ROWS: Final = 64
 MOST_DETAILS: Final = 6  # lines of `Sample.details`
 _MOST_EPOCHS: Final = 100
-
-_PIXELS: Final = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
 
 
 # Samples to show ------------------------------------------------------------------------------------------------------
@@ -339,4 +337,4 @@ def _substitute(
 
 
 def _rounded(image: NDArray[np.float32]) -> NDArray[np.uint8]:
-    return encode(image, _PIXELS).astype(np.uint8, copy=False)
+    return encode(image, PIXELS).astype(np.uint8, copy=False)
