@@ -169,18 +169,14 @@ def cases(count: int, plans: int) -> dict[str, list[NDArray[np.void]]]:
             one["code"], one["filter"], one["fill"] = CODES[name], number, 128
             one["values"][..., : len(values)] = values
             found[f"{name}, {filter}" if filter else name] = [one]
-    rows = np.arange(count)
-    views = np.zeros_like(rows)
     for name, augment in SETTINGS.items():
-        found[name] = [
-            draw_operations(
-                augmentations(augment),
-                count,
-                (SIDE, SIDE),
-                lambda field, epoch=epoch: draw(0, epoch, rows, [field], views)[0],
-            )
-            for epoch in range(plans)
-        ]
+        found[name] = []
+        for epoch in range(plans):
+
+            def draws(field: int, rows: NDArray[np.int64], epoch: int = epoch) -> NDArray[np.uint32]:
+                return draw(0, epoch, rows, [field])[0]
+
+            found[name].append(draw_operations(augmentations(augment), count, (SIDE, SIDE), draws))
     return found
 
 

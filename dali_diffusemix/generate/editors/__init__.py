@@ -29,6 +29,14 @@ TEMPLATE = "A transformed version of image into {prompt}"
 """The instruction to the paper's editor; `{prompt}` is one of `PROMPTS`."""
 
 
+def instruction(template: str, prompt: str, class_name: str) -> str:
+    """The text that a model is given: `{prompt}` and `{class}` of the template filled in, also `{class}` of the prompt.
+
+    Other braces stay as they are.
+    """
+    return template.replace("{prompt}", prompt).replace("{class}", class_name)
+
+
 @dataclass(frozen=True, kw_only=True)
 class EditTask:
     """One edit to make: of an image of the batch, under a prompt, from a seed."""
@@ -39,6 +47,8 @@ class EditTask:
     """The bare prompt, without the template."""
     seed: int
     """0 ≤ seed < 2⁶⁴, a function of (image, prompt, variant) alone."""
+    class_name: str = ""
+    """The class of the image in words, for templates and prompts with `{class}`."""
 
 
 class Editor(Protocol):
