@@ -97,7 +97,7 @@ from dali_diffusemix.mix.pixel import encode, mixed_image
 from dali_diffusemix.mix.tensor import TensorFormat
 from dali_diffusemix.plan.augment import Augmentation
 from dali_diffusemix.plan.crops import Crop
-from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter
+from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter, Wish
 from dali_diffusemix.store.pack import PackConfig, pack
 
 SIDE = 32
@@ -160,7 +160,7 @@ def repeated_edits(store: EditStore, catalog: Catalog, folder: Path) -> None:
     """Write a store with an edit for every copy (`copies`) of the store's originals; a rejected edit is replaced."""
     rows = {store.catalog.path(row): row for row in range(len(store.catalog))}
     with StoreWriter.open(folder, catalog, store.settings) as writer:
-        writer.order(("edit",), 1, 512)
+        writer.order(Wish(prompts={"edit": None}, variants=1, originals_per_shard=512))
         for shard in writer.shards():
             with ShardWriter(folder, writer.catalog, shard) as edits:
                 for row in shard.rows:

@@ -25,7 +25,7 @@ from dali_diffusemix.catalog import index
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig
 from dali_diffusemix.generate.worker import edit_seed
-from dali_diffusemix.store import ShardWriter, StoreWriter
+from dali_diffusemix.store import ShardWriter, StoreWriter, Wish
 
 START = """
 import sys
@@ -53,7 +53,7 @@ def small_edits(root: Path, store: Path) -> None:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
     config = GenerateConfig(prompts=("sunset",), size=64)
     with StoreWriter.open(store, index(root), config.settings()) as writer:
-        writer.order(config.prompts, 1, 512)
+        writer.order(Wish(prompts=dict.fromkeys(config.prompts), variants=1, originals_per_shard=512))
         for shard in writer.shards():
             with ShardWriter(store, writer.catalog, shard) as shards:
                 for row in shard.rows:

@@ -284,9 +284,9 @@ def test_two_runs_into_one_part(root: Path, tmp_path: Path, first: Part, second:
 HOLD = """
 import sys, time
 from dali_diffusemix.catalog import StaleCatalogWarning, index
-from dali_diffusemix.store import Part, StoreWriter
+from dali_diffusemix.store import Part, StoreWriter, Wish
 with StoreWriter.open(sys.argv[2], index(sys.argv[1]), {}, Part.parse(sys.argv[3])) as writer:
-    writer.order(["autumn"], 1, 3)
+    writer.order(Wish(prompts={"autumn": None}, variants=1, originals_per_shard=3))
     print("held", flush=True)
     time.sleep(600)
 """
@@ -340,24 +340,30 @@ def test_prompts_from_a_file(root: Path, tmp_path: Path) -> None:
     )
     read = PromptFile.read(file)
     assert read == PromptFile(
-        prompts=("autumn", "snowy"), denied={"autumn": ("b*", "ants"), "snowy": ("ants",)}, template="make it {prompt}"
+        prompts=("autumn", "snowy"),
+        class_prompts={},
+        deny={"b*": ("autumn",), "ants": ("autumn", "snowy")},
+        class_names={},
+        template="make it {prompt}",
     )
-    config = dataclasses.replace(CONFIG, prompts=read.prompts, denied=read.denied)
+    config = dataclasses.replace(CONFIG, prompts=read.prompts, deny=read.deny)
     summary = generate(root, tmp_path / "store", config)
     assert summary.verdicts["denied"] == 4 + 4 + 3 and summary.verdicts["accepted"] == 3
     assert summary.by_class["ants"] == {"denied": 8} and summary.by_prompt["autumn"] == {"denied": 7}
-    with pytest.raises(StoreError, match=r"'autumn' is denied to \['b\*', 'ants'\] in the store, found \[\]"):
-        generate(root, tmp_path / "store", dataclasses.replace(config, denied={}))
-    assert generate(root, tmp_path / "store", dataclasses.replace(config, prompts=("mosaic",), denied={})).made == 7
+    # What is not said stays as the store has it.
+    assert generate(root, tmp_path / "store", dataclasses.replace(config, deny=None)).made == 0
+    assert generate(root, tmp_path / "store", dataclasses.replace(config, prompts=("mosaic",), deny=None)).made == 7
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("prompts = [", "must be a TOML file"),
-        ('prompt = ["a"]', "may have prompts, template and"),
+        ('prompt = ["a"]', "may have prompts, template, class_prompts, deny, class_names, found 'prompt'"),
         ("prompts = [1]", "prompts must be a list of strings"),
-        ('prompts = ["a"]\n[deny]\nx = ["b"]', "denies 'b' to 'x'"),
+        ('prompts = ["a"]\n[deny]\nx = "b"', "deny 'x' must be a list of strings"),
+        ("deny = 3", r"\[deny\] must be a table"),
+        ("[class_names]\nx = 3", r"\[class_names\] must be a table of strings"),
         ("template = 3", "template must be a string"),
     ],
 )

@@ -484,8 +484,8 @@ def drawn(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(**options: Any) -> GenerateConfig:
     options = {"prompts": ("autumn", "snowy"), "size": 40, "format": "jpeg", "originals_per_shard": 4, **options}
-    denied = {"snowy": ("cats",)} if "snowy" in options["prompts"] else {}
-    return GenerateConfig(denied=denied, thresholds=Thresholds(unlike=0.85), **options)
+    denied = {"cats": ("snowy",)} if "snowy" in options["prompts"] else {}
+    return GenerateConfig(deny=denied, thresholds=Thresholds(unlike=0.85), **options)
 
 
 def assert_same_edits(found: Path, expected: Path) -> None:

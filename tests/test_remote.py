@@ -30,7 +30,15 @@ from dali_diffusemix.errors import ConfigError, DecodeError, MissingDependencyEr
 from dali_diffusemix.images.reading import Extent
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
-from dali_diffusemix.store import EditStore, OriginalStore, ShardWriter, StoreWriter, UnfinishedStoreWarning, mirror
+from dali_diffusemix.store import (
+    EditStore,
+    OriginalStore,
+    ShardWriter,
+    StoreWriter,
+    UnfinishedStoreWarning,
+    Wish,
+    mirror,
+)
 from dali_diffusemix.store.mirror import Mirror, MirrorError, MirrorLimitWarning, is_url
 from dali_diffusemix.store.pack import PackConfig, pack
 
@@ -54,7 +62,7 @@ def build(store: Path, *, seed: int = 0, leave_out: tuple[int, ...] = ()) -> Pat
     paths = [f"all/{row}.jpg".encode() for row in range(ORIGINALS)]
     catalog = Catalog.from_arrays(paths, [0] * ORIGINALS, ["all"], np.full((ORIGINALS, 2), 9))
     with StoreWriter.open(store, catalog, {"editor": "none"}) as writer:
-        writer.order(("autumn",), 1, PER_SHARD)
+        writer.order(Wish(prompts={"autumn": None}, variants=1, originals_per_shard=PER_SHARD))
         for shard in writer.shards():
             if shard.number not in leave_out:
                 with ShardWriter(store, catalog, shard) as files:

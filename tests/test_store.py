@@ -28,6 +28,7 @@ from dali_diffusemix.store import (
     ShardWriter,
     StoreWriter,
     UnfinishedStoreWarning,
+    Wish,
     layout,
     readers,
 )
@@ -86,7 +87,7 @@ def build(
     store: Path, catalog: Catalog, prompts: Iterable[str] = PROMPTS, variants: int = 2, per_shard: int = 4
 ) -> list[Shard]:
     with StoreWriter.open(store, catalog, SETTINGS) as writer:
-        writer.order(tuple(prompts), variants, per_shard)
+        writer.order(Wish(prompts=dict.fromkeys(prompts), variants=variants, originals_per_shard=per_shard))
         missing = [shard for shard in writer.shards() if shard.number not in writer.done()]
         for shard in missing:
             fill(store, writer.catalog, shard)
@@ -202,7 +203,7 @@ def test_a_pickled_store_does_not_see_what_was_added_since(tmp_path: Path) -> No
 def test_shards_do_not_depend_on_the_order_of_making(tmp_path: Path) -> None:
     build(tmp_path / "forward", originals(10))
     with StoreWriter.open(tmp_path / "backward", originals(10), SETTINGS) as writer:
-        writer.order(PROMPTS, 2, 4)
+        writer.order(Wish(prompts=dict.fromkeys(PROMPTS), variants=2, originals_per_shard=4))
         for shard in reversed(writer.shards()):
             fill(tmp_path / "backward", writer.catalog, shard)
         writer.finish()
@@ -236,13 +237,13 @@ def test_more_prompts_and_variants_add_to_a_store_and_change_no_shard(tmp_path: 
     )
 )
 def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], int, int]]) -> None:
-    header = layout.Header(settings={}, prompts=(), segments=(), denied={}, fingerprint="")
+    header = layout.Header(settings={}, prompts=(), segments=(), rules={}, fingerprint="")
     rows, wanted, count = 0, set(), 0
     for more, prompts, variants, per_shard in orders:
-        earlier = list(header.shards())
+        earlier = list(header.shards(Path()))
         rows += more  # originals may come later too
-        header = header.extended(sorted(prompts), variants, rows, per_shard, {})
-        shards = list(header.shards())
+        header = header.with_boxes(sorted(prompts), variants, rows, per_shard)
+        shards = list(header.shards(Path()))
         assert shards[: len(earlier)] == earlier
         assert [shard.number for shard in shards] == list(range(header.shard_count))
         wanted |= {(row, prompt, variant) for row in range(rows) for prompt in prompts for variant in range(variants)}
@@ -260,7 +261,7 @@ def test_every_edit_is_ordered_exactly_once(orders: list[tuple[int, set[str], in
 @given(st.lists(st.text(max_size=20), unique=True, max_size=8), st.integers(0, 8))
 def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
     def slugs(prompts: list[str]) -> tuple[str, ...]:
-        return layout.Header(settings={}, prompts=tuple(prompts), segments=(), denied={}, fingerprint="").slugs
+        return layout.Header(settings={}, prompts=tuple(prompts), segments=(), rules={}, fingerprint="").slugs
 
     all_slugs = slugs(prompts)
     assert len(set(all_slugs)) == len(prompts)
@@ -270,7 +271,7 @@ def test_slugs_differ_and_stay(prompts: list[str], some: int) -> None:
 
 def test_the_slugs_of_prompts() -> None:
     prompts = ("a sketch with crayon", "ukiyo-e", "雪", "Ukiyo e")
-    header = layout.Header(settings={}, prompts=prompts, segments=(), denied={}, fingerprint="")
+    header = layout.Header(settings={}, prompts=prompts, segments=(), rules={}, fingerprint="")
     assert header.slugs == ("a-sketch-with-crayon", "ukiyo-e", "prompt--2", "ukiyo-e--3")
 
 
@@ -355,7 +356,7 @@ def test_the_index_for_dali_is_the_one_that_dali_makes(odd: EditStore, tmp_path:
 
 def test_an_unfinished_store_serves_what_is_there_and_says_what_is_missing(tmp_path: Path) -> None:
     with StoreWriter.open(tmp_path, originals(10), SETTINGS) as writer:
-        writer.order(PROMPTS, 2, 4)
+        writer.order(Wish(prompts=dict.fromkeys(PROMPTS), variants=2, originals_per_shard=4))
         with pytest.raises(StoreError, match="none of its 3 shards"):
             EditStore.open(tmp_path)
         for shard in (writer.shards()[0], writer.shards()[2]):
@@ -376,7 +377,7 @@ def test_without_its_index_a_store_derives_it_in_memory(tmp_path: Path, lost: st
         if lost == "index.json":
             (tmp_path / lost).unlink()
         else:  # killed between the last shard and the index
-            writer.order(PROMPTS, 2, 4)
+            writer.order(Wish(prompts=dict.fromkeys(PROMPTS), variants=2, originals_per_shard=4))
             for shard in writer.shards()[3:]:
                 fill(tmp_path, writer.catalog, shard)
     with pytest.warns(UnfinishedStoreWarning, match="index is not finished"):
@@ -390,7 +391,7 @@ def test_without_its_index_a_store_derives_it_in_memory(tmp_path: Path, lost: st
 
 def test_a_failed_shard_leaves_nothing(tmp_path: Path) -> None:
     with StoreWriter.open(tmp_path, originals(4), SETTINGS) as writer:
-        writer.order(PROMPTS, 1, 4)
+        writer.order(Wish(prompts=dict.fromkeys(PROMPTS), variants=1, originals_per_shard=4))
         (shard,) = writer.shards()
         with pytest.raises(KeyboardInterrupt), ShardWriter(tmp_path, writer.catalog, shard) as shard_writer:
             shard_writer.add(0, 0, 0, seed=0, image=b"x")
@@ -462,7 +463,7 @@ def test_a_shard_cut_short_while_the_store_is_open_is_an_error_not_a_crash(tmp_p
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"version": 2}, "'version' must be 1, found 2; update"),
+        ({"version": 3}, "'version' must be 1.*, found 3; update"),
         ({"magic": "tar"}, "'magic' must be"),
         (None, "is damaged"),
     ],

@@ -36,7 +36,7 @@ CONFIG = GenerateConfig(
     size=48,
     format="jpeg",
     originals_per_shard=4,
-    denied={"mosaic": ("b*",)},
+    deny={"b*": ("mosaic",)},
     thresholds=Thresholds(unlike=0.75),  # strict enough that some are rejected
 )
 

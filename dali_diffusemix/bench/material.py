@@ -19,7 +19,7 @@ from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import TrainCrop
 from dali_diffusemix.plan.spec import MixSpec
-from dali_diffusemix.store import DENIED, EditStore, OriginalStore, ShardWriter, StoreWriter
+from dali_diffusemix.store import DENIED, EditStore, OriginalStore, ShardWriter, StoreWriter, Wish
 
 __all__ = ["LEAST_BATCHES", "Material", "decodable", "extract", "random_rows", "reduced"]
 
@@ -148,7 +148,7 @@ def reduced(
 def _copy_edits(store: EditStore, rows: NDArray[np.int64], chosen: Catalog, folder: Path) -> Path:
     """Write a store of the first edit of each original, with the same bytes; the verdict of one without is denied."""
     with StoreWriter.open(folder, chosen, store.settings) as writer:
-        writer.order(("edit",), 1, 512)
+        writer.order(Wish(prompts={"edit": None}, variants=1, originals_per_shard=512))
         for shard in writer.shards():
             with ShardWriter(folder, writer.catalog, shard) as edits:
                 for row in shard.rows:

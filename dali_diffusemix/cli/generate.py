@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dali_diffusemix.generate.engines import Engine
 
 # Options that are fields of PromptFile, of GenerateConfig and of DiffusersConfig, with the same names.
-_PROMPTS: Final = ("prompts", "template", "deny")
+_PROMPTS: Final = ("prompts", "template", "class_prompts", "deny", "class_names")
 _EDITS: Final = (
     *(
         "size",
@@ -189,7 +189,9 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
     prompts = written.prompts if options.prompts is None else tuple(options.prompts)
     making = _given(options, _EDITS) | {
         "prompts": prompts,
-        "denied": {prompt: classes for prompt, classes in written.denied.items() if prompt in prompts},
+        "class_prompts": written.class_prompts,
+        "deny": written.deny,
+        "class_names": written.class_names,
     }
     diffusion = _given(options, _DIFFUSION)
     if options.editor not in (None, "procedural"):

@@ -74,8 +74,14 @@ class GenerateOptions:
     layout: str | None = _option("Published dataset that ROOT holds, such as cub or flowers.", "cub", None)
     split: str | None = _option("Split of the layout, or several as A+B.", "train")
 
+    class_prompts: Mapping[str, Any] | None = _option(
+        "Classes, or patterns of classes, and prompts that only they have.", {}, None
+    )
     deny: Mapping[str, Any] | None = _option(
         "Classes, or patterns of classes, and the prompts that would change their label.", {}, None
+    )
+    class_names: Mapping[str, Any] | None = _option(
+        "Classes and the words that {class} stands for, if their folders' names are not these words.", {}, None
     )
 
 
@@ -84,9 +90,13 @@ _SECTIONS: Final = {  # by the first option in them
     "template": "The diffusion model",
     "engine": "Where to run",
     "layout": "Originals",
-    "deny": "Prompts to skip for some classes",
+    "class_prompts": "Classes",
 }
-_DENY: Final = '#[deny]\n#"yellow *" = ["autumn", "sunset"]'
+_TABLES: Final[Mapping[str, str]] = {  # examples
+    "class_prompts": '"tulips" = ["a {class} in a vase"]',
+    "deny": '"yellow *" = ["autumn", "sunset"]',
+    "class_names": 'n11939491 = "daisy"',
+}
 _OPTIONS: Final[Mapping[str, Field[Any]]] = {one.name: one for one in fields(GenerateOptions)}
 _RULES: Final[Mapping[type, str]] = {
     str: "a string",
@@ -153,4 +163,6 @@ def _template_lines() -> Iterator[str]:
             yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
         default = option.metadata["default"]
         yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
-        yield _DENY if name == "deny" else f"#{name} = {json.dumps(option.metadata['example'])}"
+        yield (
+            f"#[{name}]\n#{_TABLES[name]}" if name in _TABLES else f"#{name} = {json.dumps(option.metadata['example'])}"
+        )

@@ -2,9 +2,11 @@
 
 import math
 import os
+import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -14,6 +16,7 @@ from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
 from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 from dali_diffusemix.generate.editors.procedural import ProceduralConfig
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
+from dali_diffusemix.store import Wish
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
@@ -31,8 +34,10 @@ class GenerateConfig:
     """
 
     editor: str | EditorConfig = "procedural"  # or a model for `DiffusersConfig`: hub id or local folder
-    prompts: tuple[str, ...] = PROMPTS  # without the template
-    denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of denied classes
+    prompts: tuple[str, ...] = PROMPTS  # of all classes, without the template
+    class_prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # class, or pattern, to its own prompts
+    deny: Mapping[str, tuple[str, ...]] | None = None  # class, or pattern, to prompts not for it; None: as in the store
+    class_names: Mapping[str, str] = field(default_factory=dict)  # class to what {class} stands for; see `class_name`
     size: int = 256  # side of a stored edit in pixels; with resize="keep" the square root of its pixel count
     edit_size: int | None = None  # the same for the image given to the editor; None: as stored
     resize: Literal["squash", "keep"] = "squash"  # to a square, as in the released code; or keep the aspect ratio
@@ -57,25 +62,31 @@ class GenerateConfig:
     }
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "prompts", tuple(self.prompts))
-        denied = {prompt: tuple(patterns) for prompt, patterns in self.denied.items() if patterns}
-        object.__setattr__(self, "denied", denied)
+        object.__setattr__(self, "prompts", _checked_prompts("prompts", self.prompts))
+        for name in ("class_prompts", "deny"):
+            if (given := getattr(self, name)) is not None:
+                checked = {pattern: _checked_prompts(name, of_class) for pattern, of_class in given.items()}
+                object.__setattr__(self, name, checked)
         for name, (least, most) in self._LIMITS.items():
             value = getattr(self, name)
             if name in ("edit_size", "originals_per_shard", "quality") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
-        if not self.prompts or len(set(self.prompts)) != len(self.prompts):
-            raise ConfigError(f"prompts must be one or more, all different, found {list(self.prompts)}.")
+        if not self.all_prompts:
+            raise ConfigError("prompts must be one or more, found none, and no class_prompts either.")
+        for pattern, of_class in self.class_prompts.items():
+            if both := sorted(set(of_class) & set(self.prompts)):
+                raise ConfigError(
+                    f"class_prompts: {pattern!r} must have prompts of its own, found {both[0]!r}, which all classes "
+                    "have; remove it from one of the two."
+                )
         if self.format is not None and self.format not in STORED:
             raise ConfigError(f"format must be one of {', '.join(STORED)}, found {self.format!r}.")
         if self.format in ("png", "raw") and self.quality is not None:
             raise ConfigError(f"quality is that of JPEGs: leave it out beside format={self.format!r}.")
         if self.resize not in ("squash", "keep"):
             raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
-        if unknown := sorted(set(denied) - set(self.prompts)):
-            raise ConfigError(f"denied must name prompts of this run, found {unknown[0]!r}; these are {self.prompts}.")
         if isinstance(self.editor, str):
             editor = ProceduralConfig() if self.editor == "procedural" else DiffusersConfig(model=self.editor)
             object.__setattr__(self, "editor", editor)
@@ -84,6 +95,27 @@ class GenerateConfig:
                 f"edit_size must be divisible by {self.editor_config.multiple} for this editor, found {self._side}; "
                 "an edit can be stored at any other size."
             )
+
+    @property
+    def all_prompts(self) -> tuple[str, ...]:
+        """The prompts of all classes, then those of some."""
+        return tuple(dict.fromkeys((*self.prompts, *chain.from_iterable(self.class_prompts.values()))))
+
+    def wish(self, classes: Sequence[str], stored: Mapping[str, str]) -> Wish:
+        """What a store of originals of these classes is to have; `stored` are the class names that it has already."""
+        prompts: dict[str, tuple[str, ...] | None] = dict.fromkeys(self.prompts)
+        prompts.update(_by_prompt(self.class_prompts))
+        template = str(getattr(self.editor_config, "template", ""))
+        names = {}
+        if any("{class}" in text for text in (template, *self.all_prompts)):
+            names = {name: self.class_names.get(name) or stored.get(name) or class_name(name) for name in classes}
+        return Wish(
+            prompts=prompts,
+            variants=self.variants,
+            originals_per_shard=self.shard_length,
+            deny=None if self.deny is None else _by_prompt(self.deny),
+            class_names=names,
+        )
 
     @property
     def editor_config(self) -> EditorConfig:
@@ -143,20 +175,52 @@ class GenerateConfig:
         return tuple(max(1, round(side / step)) * step for side in (self._side * ratio, self._side / ratio))  # type: ignore[return-value]
 
 
+def class_name(folder: str) -> str:
+    """What `{class}` stands for, unless it is given: a class's folder without its number, in words."""
+    return re.sub(r"^\d+[\s._-]+", "", folder).replace("_", " ").strip() or folder
+
+
+def _by_prompt(of_classes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Prompt to patterns of classes, from pattern to prompts."""
+    found: dict[str, tuple[str, ...]] = {}
+    for pattern, prompts in of_classes.items():
+        for prompt in prompts:
+            found[prompt] = (*found.get(prompt, ()), pattern)
+    return found
+
+
+def _checked_prompts(name: str, given: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(given, str) or not all(isinstance(prompt, str) and prompt for prompt in given):
+        raise ConfigError(f"{name} must be lists of prompts, found {given!r}.")
+    if len(set(given)) != len(given):
+        raise ConfigError(f"{name} must be all different, found {list(given)}.")
+    return tuple(given)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
     """Prompts from a TOML file:
 
-    template = "A transformed version of image into {prompt}"   # may be left out
-    prompts = ["autumn", "snowy", "sunset"]
+    template = "A transformed version of image into {prompt}"   # may be left out; {class} stands for the class
+    prompts = ["autumn", "snowy", "sunset"]                     # of all classes
+
+    [class_prompts]                      # class, or a pattern of classes, to prompts of its own
+    "tulips" = ["a {class} in a vase"]
 
     [deny]                               # class, or a pattern of classes, to prompts that would change its label
     "yellow *" = ["autumn", "sunset"]
+
+    [class_names]                        # class to what {class} stands for, if the folder's name does not say it
+    n11939491 = "daisy"
     """
 
     prompts: tuple[str, ...]
-    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes that it is not applied to
+    class_prompts: Mapping[str, tuple[str, ...]]
+    deny: Mapping[str, tuple[str, ...]] | None
+    class_names: Mapping[str, str]
     template: str | None
+
+    KEYS: ClassVar = ("prompts", "template", "class_prompts", "deny", "class_names")
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> "PromptFile":
@@ -165,26 +229,33 @@ class PromptFile:
             content = tomllib.loads(Path(file).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"prompts: {str(file)!r} must be a TOML file, found: {error}.") from error
-        if unknown := sorted(set(content) - {"prompts", "template", "deny"}):
-            raise ConfigError(f"prompts: {str(file)!r} may have prompts, template and [deny], found {unknown[0]!r}.")
+        if unknown := sorted(set(content) - set(cls.KEYS)):
+            raise ConfigError(f"prompts: {str(file)!r} may have {', '.join(cls.KEYS)}, found {unknown[0]!r}.")
         return cls.parse(content, file)
 
     @classmethod
     def parse(cls, content: Mapping[str, object], file: str | os.PathLike[str]) -> "PromptFile":
-        """Take these three keys of a file that was read. Raises ConfigError."""
-        template, deny = content.get("template"), content.get("deny", {})
-        if not (template is None or isinstance(template, str)) or not isinstance(deny, dict):
-            raise ConfigError(f"prompts: {str(file)!r}: template must be a string and [deny] a table.")
-        prompts = _strings(file, "prompts", content.get("prompts", list(PROMPTS)))
-        denied: dict[str, tuple[str, ...]] = {}
-        for pattern, names in deny.items():
-            for prompt in _strings(file, f"deny {pattern!r}", names):
-                if prompt not in prompts:
-                    raise ConfigError(
-                        f"prompts: {str(file)!r} denies {prompt!r} to {pattern!r}, but its prompts are {list(prompts)}."
-                    )
-                denied[prompt] = (*denied.get(prompt, ()), pattern)
-        return cls(prompts=prompts, denied=denied, template=template)
+        """Take these keys of a file that was read. Raises ConfigError."""
+        template = content.get("template")
+        if not (template is None or isinstance(template, str)):
+            raise ConfigError(f"prompts: {str(file)!r}: template must be a string, found {template!r}.")
+        names = content.get("class_names", {})
+        if not isinstance(names, dict) or not all(isinstance(words, str) and words for words in names.values()):
+            raise ConfigError(f"prompts: {str(file)!r}: [class_names] must be a table of strings, found {names!r}.")
+        deny = _table(file, "deny", content["deny"]) if "deny" in content else None
+        return cls(
+            prompts=_strings(file, "prompts", content.get("prompts", list(PROMPTS))),
+            class_prompts=_table(file, "class_prompts", content.get("class_prompts", {})),
+            deny=deny,
+            class_names={str(name): words for name, words in names.items()},
+            template=template,
+        )
+
+
+def _table(file: str | os.PathLike[str], name: str, value: object) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, dict):
+        raise ConfigError(f"prompts: {str(file)!r}: [{name}] must be a table, found {value!r}.")
+    return {str(pattern): _strings(file, f"{name} {pattern!r}", prompts) for pattern, prompts in value.items()}
 
 
 def _strings(file: str | os.PathLike[str], name: str, value: object) -> tuple[str, ...]:

@@ -15,14 +15,14 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Self
+from typing import Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,22 +30,27 @@ from numpy.typing import NDArray
 from dali_diffusemix import __version__
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.engines import Engine
 from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
-from dali_diffusemix.generate.worker import ShardWorker
+from dali_diffusemix.generate.worker import Originals, ShardWorker
 from dali_diffusemix.store import (
     VERDICTS,
     WHOLE,
     EditStore,
     OriginalStore,
     Part,
+    Redo,
     StoreWriter,
 )
 from dali_diffusemix.store.writer import local_folders
 
 _log = logging.getLogger(__name__)
+
+Redoable = Literal["rejected", "unreadable"]
+REDOABLE: Final[tuple[Redoable, ...]] = ("rejected", "unreadable")
+"""Names of edits that can be made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,13 +92,15 @@ def generate(
     catalog: Catalog | None = None,
     engine: Engine | None = None,
     part: Part = WHOLE,
+    redo: Collection[Redoable] = (),
     progress: Callable[[int, int], None] | None = None,
     rejects: Callable[[Mapping[str, int]], None] | None = None,
 ) -> Summary:
     """Make the edits that a store lacks; begin the store if there is none.
 
-    Call again to resume an interrupted run. More originals, prompts or variants extend a store. An original that cannot
-    be read gets a verdict, and the run continues.
+    Call again to resume an interrupted run. More originals, prompts or variants extend a store, and its `class_prompts`
+    and `deny` may change: what they do not want any more stays in the store, and is not trained on. An original that
+    cannot be read gets a verdict, and the run continues.
 
     The first Ctrl-C (SIGINT, unless it has another handler) finishes the edits under way and closes the open shards
     with what they have; the second stops at once, and the edits in open shards are lost.
@@ -106,6 +113,8 @@ def generate(
         engine: Where the work is done; by default on every GPU if the editor uses GPUs and there are any, else in this
             process.
         part: The shards to make, if several runs share the work.
+        redo: Edits to make again: "rejected", those that quality or people rejected, from new seeds; "unreadable",
+            those of originals that could not be read and now can. The new edits replace the old ones.
         progress: Called with the number of edits done, also by earlier runs, and of all edits.
         rejects: Called with the number of rejected edits of this run for each prompt.
 
@@ -119,14 +128,14 @@ def generate(
     begin = time.perf_counter()
     root, store = local_folders(root, store)
     config = _in_format_of(store, config or GenerateConfig())
-    config.editor_config.check(config.prompts)
+    config.editor_config.check(config.all_prompts)
     settings = config.settings()
     originals = list_originals(root) if catalog is None else catalog
     if engine is None:
         devices = default_devices(config.editor_config.accelerated)
         engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
-        writer.order(config.prompts, config.variants, config.shard_length, config.denied)
+        writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root, writer.catalog))
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
         # Edits per shard: made before this run, made so far, and safe in a closed shard.
@@ -137,8 +146,7 @@ def generate(
             progress(before, total)
         rejected: dict[int, Counter[str]] = {}
         with _Stopping(store, engine) as stopping:
-            asked = replace(config, prompts=writer.prompts, denied=writer.denied)
-            start = partial(ShardWorker, root, store, asked, stopping.file)
+            start = partial(ShardWorker, root, store, config, stopping.file)
             reports = engine.run(start, missing)
             try:
                 for report in reports:
@@ -172,6 +180,23 @@ def generate(
         made=made,
         seconds=time.perf_counter() - begin,
         missing=writer.shard_count - len(done),
+    )
+
+
+def _redo_of(names: Collection[Redoable], root: Path, catalog: Catalog) -> Redo | None:
+    if unknown := set(names) - set(REDOABLE):
+        raise ConfigError(f"redo must be of {', '.join(REDOABLE)}, found {sorted(unknown)[0]!r}.")
+    originals = Originals(root, catalog)
+
+    def is_readable(row: int) -> bool:
+        try:
+            originals.pixels(row)
+        except DecodeError:
+            return False
+        return True
+
+    return (
+        Redo(rejected="rejected" in names, unreadable=is_readable if "unreadable" in names else None) if names else None
     )
 
 

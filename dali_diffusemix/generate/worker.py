@@ -11,9 +11,10 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from itertools import groupby, islice
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,20 +32,26 @@ from dali_diffusemix.store import (
     NOT_YET,
     REJECTIONS,
     BegunShard,
+    EditKey,
     OriginalStore,
     Shard,
     ShardWriter,
 )
-from dali_diffusemix.store.layout import ACCEPTED, UNREADABLE
+from dali_diffusemix.store.layout import ACCEPTED, UNREADABLE, Header
 
 _log = logging.getLogger(__name__)
+
+
+# Seeds of an edit in one round: more than the attempts that `retry` allows.
+_ATTEMPTS: Final = 128
 
 
 def edit_seed(seed: int, path: bytes, prompt: str, variant: int, attempt: int = 0) -> int:
     """An edit's seed, 0 ≤ seed < 2⁶⁴: a function of the arguments alone, so that new files change no seed.
 
     The first 8 bytes, little-endian, of SHA-256 over the store's seed, the original's relative path, the prompt, the
-    variant and, for retries, the attempt; numbers in decimal, all joined by NUL.
+    variant and, for retries, the attempt; numbers in decimal, all joined by NUL. Edits that are made again count their
+    attempts from 128 times their round.
     """
     parts = [str(seed).encode(), path, prompt.encode("utf-8", "surrogateescape"), str(variant).encode()]
     parts += [str(attempt).encode()] if attempt else []
@@ -76,9 +83,7 @@ class _Made:
 class _Edit:
     """An edit of a batch, made or not."""
 
-    original: int
-    prompt: int
-    variant: int
+    key: EditKey
     image: int | None  # index into the batch's images; None: the original cannot be read
     seed: int
     made: _Made | None = None  # None: not made yet, or not to be made
@@ -97,28 +102,21 @@ class ShardWorker:
     """Makes shards, one at a time, with one editor for all of them."""
 
     def __init__(self, root: Path, store: Path, config: GenerateConfig, stop: Path, device: str) -> None:
-        """`config.prompts` are all of the store's; when the file `stop` appears, the run is to stop."""
+        """When the file `stop` appears, the run is to stop."""
         self._root = root
         self._store = store
         self._config = config
         self._stop = stop
         if self._is_stopped():
             return  # a model may take minutes to load
-        self._editor: Editor = config.editor_config.load(config.prompts, device=device, batch_size=config.batch_size)
+        self._header = Header.read(store)  # all prompts of the store, its rules and class names
+        prompts = self._header.prompts
+        self._editor: Editor = config.editor_config.load(prompts, device=device, batch_size=config.batch_size)
         self._catalog = Catalog.open(store / "catalog")
-        packed = OriginalStore.find(root)
-        self._packed = None if packed is None else packed.reindexed(self._catalog)
+        self._originals = Originals(root, self._catalog)
         # On CPUs each worker has one; beside a GPU some are free.
         self._threads = 1 if device == "cpu" else 4
-        classes = self._catalog.classes
-        self._denied = [
-            frozenset(
-                label
-                for label, name in enumerate(classes)
-                if any(fnmatchcase(name, pattern) for pattern in config.denied.get(prompt, ()))
-            )
-            for prompt in config.prompts
-        ]
+        self._wanted = self._header.wanted(self._catalog.classes)
 
     def __call__(self, shard: Shard) -> Iterator[ShardProgress]:
         """Make one shard, or a part of it if the run is stopped; yields its state after each batch."""
@@ -136,7 +134,7 @@ class ShardWorker:
                     verdict = self._add(writer, edit)
                     verdicts[verdict] += 1
                     if verdict in REJECTIONS:
-                        rejected[self._config.prompts[edit.prompt]] += 1
+                        rejected[self._header.prompts[edit.key.prompt]] += 1
                 yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
             self._leave(writer, shard, verdicts.total())
         yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy(), closed=True)
@@ -146,11 +144,8 @@ class ShardWorker:
 
     def _leave(self, writer: ShardWriter, shard: Shard, done: int) -> None:
         """Record the edits after the first `done` as not made yet."""
-        for original in shard.rows[done // (len(shard.prompts) * len(shard.variants)) :]:
-            for prompt in shard.prompts:
-                for variant in shard.variants:
-                    seed = self._seed(original, prompt, variant, 0)
-                    writer.add(original, prompt, variant, seed=seed, image=None, verdict=NOT_YET)
+        for key in islice(shard.edits(), done, None):
+            writer.add(*key[:3], seed=self._seed(key, 0), image=None, verdict=NOT_YET)
 
     def _batches(self, shard: Shard, first: int, threads: Workers) -> Iterator[_EditBatch]:
         """The shard's originals, from index `first` on, with their edits made; the editor is one batch ahead.
@@ -159,6 +154,7 @@ class ShardWorker:
         """
         # Enough originals to fill the editor's batches, even with one prompt.
         size = self._config.batch_size
+        keys = {original: list(of_it) for original, of_it in groupby(shard.edits(), attrgetter("original"))}
         groups = [shard.rows[start : start + size] for start in range(first, len(shard.rows), size)]
         reading = threads.map(self._read, groups[0])
         before: _EditBatch | None = None
@@ -168,7 +164,7 @@ class ShardWorker:
             images = list(reading)
             if number < len(groups):
                 reading = threads.map(self._read, groups[number])
-            batch = self._edit(shard, rows, images, threads)
+            batch = self._edit([keys[row] for row in rows], images, threads)
             if before is not None:
                 yield self._settled(before, threads)
             before = batch
@@ -176,18 +172,15 @@ class ShardWorker:
             yield self._settled(before, threads)
 
     def _edit(
-        self, shard: Shard, rows: range, images: Sequence[NDArray[np.uint8] | None], threads: Workers
+        self, keys: Sequence[Sequence[EditKey]], images: Sequence[NDArray[np.uint8] | None], threads: Workers
     ) -> _EditBatch:
-        """Make the edits of some originals, all prompts and variants in one call, and submit them to quality."""
+        """Make the edits of some originals in one call, and submit them to quality."""
         readable: list[NDArray[np.uint8]] = []
         edits: list[_Edit] = []
-        for original, image in zip(rows, images, strict=True):
+        for of_original, image in zip(keys, images, strict=True):
             index = None if image is None else len(readable)
             readable += [] if image is None else [image]
-            for prompt in shard.prompts:
-                for variant in shard.variants:
-                    seed = self._seed(original, prompt, variant, 0)
-                    edits.append(_Edit(original=original, prompt=prompt, variant=variant, image=index, seed=seed))
+            edits += [_Edit(key=key, image=index, seed=self._seed(key, 0)) for key in of_original]
         wanted = [edit for edit in edits if edit.image is not None and not self._is_denied(edit)]
         return _EditBatch(images=readable, edits=edits, making=self._make(readable, wanted, threads))
 
@@ -201,7 +194,7 @@ class ShardWorker:
             if not again or attempt > self._config.retry:
                 break
             for edit in again:
-                edit.seed = self._seed(edit.original, edit.prompt, edit.variant, attempt)
+                edit.seed = self._seed(edit.key, attempt)
             making = self._make(batch.images, again, threads)
         return batch
 
@@ -213,7 +206,15 @@ class ShardWorker:
         tasks = []
         for edit in edits:
             assert edit.image is not None
-            tasks.append(EditTask(image=edit.image, prompt=self._config.prompts[edit.prompt], seed=edit.seed))
+            name = self._catalog.classes[self._catalog.labels[edit.key.original]]
+            tasks.append(
+                EditTask(
+                    image=edit.image,
+                    prompt=self._header.prompts[edit.key.prompt],
+                    seed=edit.seed,
+                    class_name=self._header.class_names.get(name, ""),
+                )
+            )
         pixels = self._editor.edit(images, tasks)
         return [
             (edit, threads.submit(self._finish, images[task.image], result))
@@ -235,7 +236,7 @@ class ShardWorker:
         return _Made(file=file, height=height, width=width, verdict=verdict, score=judged.score)
 
     def _add(self, writer: ShardWriter, edit: _Edit) -> str:
-        key = (edit.original, edit.prompt, edit.variant)
+        key = edit.key[:3]
         if edit.made is None:
             verdict = UNREADABLE if edit.image is None else DENIED
             writer.add(*key, seed=edit.seed, image=None, verdict=verdict)
@@ -253,19 +254,38 @@ class ShardWorker:
         return made.verdict
 
     def _is_denied(self, edit: _Edit) -> bool:
-        return int(self._catalog.labels[edit.original]) in self._denied[edit.prompt]
+        return not self._wanted[self._catalog.labels[edit.key.original], edit.key.prompt]
 
-    def _seed(self, original: int, prompt: int, variant: int, attempt: int) -> int:
-        path = self._catalog.encoded_path(original)
-        return edit_seed(self._config.seed, path, self._config.prompts[prompt], variant, attempt)
+    def _seed(self, key: EditKey, attempt: int) -> int:
+        path, prompt = self._catalog.encoded_path(key.original), self._header.prompts[key.prompt]
+        return edit_seed(self._config.seed, path, prompt, key.variant, key.round * _ATTEMPTS + attempt)
 
     def _read(self, original: int) -> NDArray[np.uint8] | None:
         """An original at the editor's size, (height, width, 3) uint8; None if it cannot be read."""
-        path = self._catalog.path(original)
         try:
-            pixels = decode(self._root / path if self._packed is None else self._packed.encoded(original))
+            pixels = self._originals.pixels(original)
         except DecodeError as error:
-            _log.warning("No edits are made of the original %r: %s", path, error)
+            _log.warning("No edits are made of the original %r: %s", self._catalog.path(original), error)
             return None
         height, width = self._config.shape(*pixels.shape[:2])
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
+
+
+class Originals:
+    """The originals of a store: files under a root, or in a packed store.
+
+    Args:
+        root: The folder, or the packed store.
+        catalog: Lists them.
+    """
+
+    def __init__(self, root: Path, catalog: Catalog) -> None:
+        self._root, self._catalog = root, catalog
+        packed = OriginalStore.find(root)
+        self._packed = None if packed is None else packed.reindexed(catalog)
+
+    def pixels(self, original: int) -> NDArray[np.uint8]:
+        """An original, upright, (height, width, 3) uint8, by its row in the catalog. Raises DecodeError."""
+        if self._packed is not None:
+            return decode(self._packed.encoded(original))
+        return decode(self._root / self._catalog.path(original))

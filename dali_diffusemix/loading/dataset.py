@@ -6,7 +6,7 @@ Samples are decoded by Pillow here and mixed by the same call as in `DiffuseMixL
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, Literal, Self, overload
@@ -33,7 +33,7 @@ from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
 from dali_diffusemix.plan.schedule import Schedule, values_of
 from dali_diffusemix.plan.spec import MixSpec
-from dali_diffusemix.store import EditStore, OriginalStore
+from dali_diffusemix.store import EditStore, OriginalStore, Selection
 from dali_diffusemix.store.mirror import MirrorError, is_url
 
 _log = logging.getLogger(__name__)
@@ -85,6 +85,10 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         normalize: (mean, std) for values in [0, 1]; None leaves values in [0, 1].
         seed: 0 ≤ seed < 2³². None takes `torch.initial_seed()`, modulo 2³², when the dataset is made, and logs it; in
             a distributed run the loaders take that of rank 0.
+        prompts: Use only edits under these prompts; by default under all.
+        exclude: Leave out edits under these prompts: a list, or class (or pattern of classes) to prompts.
+        min_score: Use only edits with at least this score of quality, see `generate.quality`; or name of a score (see
+            `dali-diffusemix score`) to the least.
         targets: What is delivered in the labels' place, a row for each original in the order of `samples`: (n,)
             integers; or float32, (n,) or (n, k): soft labels, several labels, regression.
         on_error: What to do with an image that cannot be read or decoded. "substitute": for a failed edit, use the
@@ -124,6 +128,9 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         augment: Augment | Schedule[Augment] = None,
         normalize: Normalize | None = IMAGENET,
         seed: int | None = None,
+        prompts: Collection[str] | None = None,
+        exclude: Collection[str] | Mapping[str, Collection[str]] = (),
+        min_score: float | Mapping[str, float] | None = None,
         targets: ArrayLike | None = None,
         on_error: OnError = "substitute",
         transform: None = None,
@@ -141,6 +148,13 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         packed = OriginalStore.find(root)
         self.store = EditStore.open(edits) if isinstance(edits, str | os.PathLike) else edits
         self.bank = FractalBank.open(fractals) if isinstance(fractals, str | os.PathLike) else fractals
+        selection = Selection(prompts=prompts, exclude=exclude, min_score=min_score)
+        if selection != Selection():
+            if self.store is None:
+                raise ConfigError(
+                    f"prompts, exclude and min_score must be left out without edits, found {selection}; give edits too."
+                )
+            self.store = self.store.select(selection)
         chosen = catalog is not None
         if self.store is not None:
             if catalog is not None:
@@ -393,10 +407,10 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         path = self.path_of(int(row.original[0]))
         if kind == "original" or self.store is None:
             return path
-        edit = self.store.index[row.edit[0]]
+        edit = int(row.edit[0])
         return (
-            f"{self.store.path}/{self.catalog.path(int(row.original[0]))}: {self.store.prompts[edit['prompt']]}, "
-            f"variant {edit['variant']}"
+            f"{self.store.path}/{self.catalog.path(int(row.original[0]))}: {self.store.prompt_of(edit)}, variant "
+            f"{self.store.variant_of(edit)}"
         )
 
     def decode_original(self, original: int) -> NDArray[np.uint8]:

@@ -10,9 +10,12 @@ An edit store holds edits:
                        .json         settings, sizes, hashes, verdicts; written last: without it a shard does not exist
     index.npy, starts.npy            derived from the shards: the accepted edits, sorted by original, prompt, variant
     index.json                       the shards that they are derived from
+    ../NAME.decisions.jsonl          beside the store: the edits that people rejected
 
-A segment is a box of work, originals x prompts x variants, cut into shards along the originals. The segments alone
-number the shards, whenever and wherever they are made, so a later run knows which are missing.
+A segment is a box of work, originals x prompts x variants, cut into shards along the originals; or a list of edits in
+orders/, for prompts that only some classes have and for edits that are made again. The segments alone number the
+shards, whenever and wherever they are made, so a later run knows which are missing. No shard ever changes: where two
+have the same edit, the later one counts.
 
 A packed store holds originals, in shards of the same four files:
 
@@ -29,6 +32,9 @@ A store at a URL can be read, too; `mirror` copies it into a local folder.
 layout     names, tables and JSON of both kinds
 shards     one shard, written and read
 index      one table of all shards
+decisions  the edits that people rejected
+selection  the edits that are used
+ordering   the edits that are missing
 catalogs   the store's originals and those given
 writer     the run that adds to a store
 readers    EditStore, OriginalStore
@@ -36,6 +42,7 @@ mirror     copies of stores at URLs
 pack       makes packed stores
 """
 
+from dali_diffusemix.store.decisions import Decisions, EditName
 from dali_diffusemix.store.layout import (
     DENIED,
     INDEX_ROW,
@@ -46,11 +53,15 @@ from dali_diffusemix.store.layout import (
     SHARD_ROW,
     VERDICTS,
     WHOLE,
+    EditKey,
     Part,
+    Rule,
     Shard,
     UnfinishedStoreWarning,
 )
+from dali_diffusemix.store.ordering import Redo, Wish
 from dali_diffusemix.store.readers import EditStore, OriginalStore, RawShards, index_is_current, shard_records
+from dali_diffusemix.store.selection import Selection
 from dali_diffusemix.store.shards import BegunShard, DamagedShard, OriginalShardWriter, ShardRecord, ShardWriter
 from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter
 
@@ -66,17 +77,24 @@ __all__ = [
     "WHOLE",
     "BegunShard",
     "DamagedShard",
+    "Decisions",
+    "EditKey",
+    "EditName",
     "EditStore",
     "OriginalShardWriter",
     "OriginalStore",
     "OriginalStoreWriter",
     "Part",
     "RawShards",
+    "Redo",
+    "Rule",
+    "Selection",
     "Shard",
     "ShardRecord",
     "ShardWriter",
     "StoreWriter",
     "UnfinishedStoreWarning",
+    "Wish",
     "index_is_current",
     "shard_records",
 ]

@@ -18,6 +18,8 @@ from dali_diffusemix.errors import StoreError
 
 Decision = Literal["reject", "undo"]
 DECISIONS: Final[tuple[Decision, ...]] = ("reject", "undo")
+DECISIONS_ENDING: Final = ".decisions.jsonl"
+"""Of the file's name, which begins with the store's."""
 _BROKEN_OFF: Final = b" <- broken off\n"
 
 
@@ -44,7 +46,7 @@ class Decisions:
     def of(cls, store: str | os.PathLike[str]) -> "Decisions":
         """Those beside a store's folder."""
         store = Path(store).absolute()
-        return cls(store.with_name(f"{store.name}.decisions.jsonl"))
+        return cls(store.with_name(store.name + DECISIONS_ENDING))
 
     def rejected(self) -> set[EditName]:
         """The edits that are rejected at present.

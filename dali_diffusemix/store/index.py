@@ -18,6 +18,8 @@ from dali_diffusemix.store.layout import (
     INDEX_ROW,
     NOT_YET,
     VERDICTS,
+    WHOLE,
+    Header,
     Kind,
     Sizes,
     load,
@@ -98,10 +100,10 @@ class EditIndex:
         return cls(rows=rows, starts=starts, sizes=record.sizes, not_yet=record.not_yet)
 
     @classmethod
-    def derive(cls, records: Mapping[int, ShardRecord], originals: int) -> "EditIndex":
+    def derive(cls, records: Mapping[int, ShardRecord], header: Header, originals: int) -> "EditIndex":
         """Derive the index of these shards in memory. Raises StoreError."""
-        rows = gather(EDITS, records, originals)
-        key = (rows["original"] << 32) | (rows["prompt"].astype(np.int64) << 16) | rows["variant"]
+        rows = gather(EDITS, records, originals, Replaced(records, header))
+        key = edit_keys(rows)
         if (key[1:] < key[:-1]).any():  # shards of one segment come sorted already
             rows = rows[np.argsort(key, kind="stable")]
         starts = np.searchsorted(rows["original"], np.arange(originals + 1)).astype(np.int64)
@@ -115,23 +117,69 @@ class EditIndex:
         )
 
 
-def gather(kind: Kind, records: Mapping[int, ShardRecord], originals: int) -> NDArray[np.void]:
-    """(accepted,) rows of the index, shard after shard. Raises StoreError."""
+class Replaced:
+    """The edits of a store's shards that later shards made again.
+
+    Args:
+        records: The finished shards.
+        header: The store's.
+
+    Raises:
+        StoreError: A shard that made edits again cannot be read.
+    """
+
+    def __init__(self, records: Mapping[int, ShardRecord], header: Header) -> None:
+        keys, numbers = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for order in header.orders:
+            for number in order.numbers(WHOLE):
+                if number in records:
+                    rows = records[number].rows()
+                    made = rows[rows["verdict"] != VERDICTS.index(NOT_YET)]
+                    keys.append(edit_keys(made))
+                    numbers.append(np.full(len(made), number, np.int64))
+        # The last shard that has an edit is the one that counts.
+        self._keys, first = np.unique(np.concatenate(keys)[::-1], return_index=True)
+        self._last = np.concatenate(numbers)[::-1][first]
+
+    def mask(self, number: int, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+        """(n,) True for the rows of a shard, (n,) SHARD_ROW or INDEX_ROW, that a later shard replaces."""
+        if not len(self._keys):
+            return np.zeros(len(rows), np.bool_)
+        keys = edit_keys(rows)
+        place = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return np.asarray((self._keys[place] == keys) & (self._last[place] > number))
+
+
+def edit_keys(rows: NDArray[np.void]) -> NDArray[np.int64]:
+    """(n,) int64: one number for each original, prompt and variant, in their order."""
+    return np.asarray(
+        (rows["original"].astype(np.int64) << 32) | (rows["prompt"].astype(np.int64) << 16) | rows["variant"], np.int64
+    )
+
+
+def gather(
+    kind: Kind, records: Mapping[int, ShardRecord], originals: int, replaced: Replaced | None = None
+) -> NDArray[np.void]:
+    """(accepted,) rows of the index, shard after shard, without replaced ones. Raises StoreError."""
     index = np.empty(sum(record.verdicts[ACCEPTED] for record in records.values()), kind.index_row)
     filled = 0
     for record in records.values():
         rows = record.accepted(originals)
+        if replaced is not None:
+            rows = rows[~replaced.mask(record.number, rows)]
         index[filled : filled + len(rows)] = rows
         filled += len(rows)
-    return index
+    return index[:filled]
 
 
-def tally(records: Mapping[int, ShardRecord], catalog: Catalog, prompts: int) -> NDArray[np.int64]:
+def tally(records: Mapping[int, ShardRecord], header: Header, catalog: Catalog) -> NDArray[np.int64]:
     """(classes, prompts, verdicts) the number of edits in these shards. Raises StoreError."""
-    shape = (len(catalog.classes), prompts, len(VERDICTS))
+    shape = (len(catalog.classes), len(header.prompts), len(VERDICTS))
     counts = np.zeros(math.prod(shape), np.int64)
+    replaced = Replaced(records, header)
     for record in records.values():
-        rows = record.checked_rows(len(catalog), prompts)
+        rows = record.checked_rows(len(catalog), len(header.prompts))
+        rows = rows[~replaced.mask(record.number, rows)]
         cells = (catalog.labels[rows["original"]], rows["prompt"], rows["verdict"])
         counts += np.bincount(np.ravel_multi_index(cells, shape), minlength=len(counts))
     return counts.reshape(shape)

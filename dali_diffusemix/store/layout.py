@@ -8,11 +8,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,6 +66,9 @@ INDEX_ROW = np.dtype(
 )
 """An accepted edit in the index of the whole store."""
 
+ORDER_ROW = np.dtype([("original", "<i8"), ("prompt", "<i2"), ("variant", "<i2"), ("round", "<i2")])
+"""An edit of an order: see `Order`."""
+
 ORIGINAL_SHARD_ROW = np.dtype(
     [
         ("original", "<i8"),  # row of the catalog of the packed folder
@@ -91,6 +95,10 @@ Sizes: TypeAlias = dict[int, tuple[int, ...]]
 MOST = 32768
 # The folder of rejected edits: apart from the shards, so that a training that reads all tars there sees none of them.
 REJECTED = "rejected"
+# The folder of the lists of edits that were ordered one by one.
+ORDERS = "orders"
+# Rounds of an edit: made once, then made again. int16.
+ROUNDS = 32767
 
 
 class UnfinishedStoreWarning(UserWarning):
@@ -110,6 +118,7 @@ class Kind:
     shard_row: np.dtype[Any]
     index_row: np.dtype[Any]
     tables: tuple[str, ...]  # files whose hashes are in index.json
+    newest: int = VERSION  # of store.json
 
     def shard(self, number: int) -> str:
         """A shard's name."""
@@ -134,6 +143,7 @@ EDITS = Kind(
     shard_row=SHARD_ROW,
     index_row=INDEX_ROW,
     tables=("index.npy", "starts.npy"),
+    newest=2,
 )
 ORIGINALS = Kind(
     images="originals",
@@ -161,18 +171,41 @@ def rejected_tar(store: Path, number: int) -> Path:
 # store.json -----------------------------------------------------------------------------------------------------------
 
 
+class EditKey(NamedTuple):
+    """An edit of a store, to be made in a round: 0 the first time, then 1 more than before."""
+
+    original: int  # row of the store's catalog
+    prompt: int  # index into the store's prompts
+    variant: int
+    round: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A unit of work, of retry and of storage: all edits of some originals under some prompts."""
+    """A unit of work, of retry and of storage: edits of some originals, one original after another."""
 
     number: int
-    rows: range  # of the catalog
+    rows: Sequence[int]  # of the catalog
     prompts: tuple[int, ...]  # indices into the store's prompts
     variants: range
+    listed: tuple[EditKey, ...] | None = None  # the edits, unless they are all of these prompts and variants
 
     def __len__(self) -> int:
         """The number of its edits."""
+        if self.listed is not None:
+            return len(self.listed)
         return len(self.rows) * len(self.prompts) * len(self.variants)
+
+    def edits(self) -> Iterator[EditKey]:
+        """Its edits, in the order of its rows."""
+        if self.listed is not None:
+            return iter(self.listed)
+        return (
+            EditKey(original, prompt, variant, 0)
+            for original in self.rows
+            for prompt in self.prompts
+            for variant in self.variants
+        )
 
 
 @dataclass(frozen=True)
@@ -208,25 +241,41 @@ WHOLE = Part()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """A box of work that was ordered at once: originals x prompts x variants, cut into shards along the originals."""
+class _Work:
+    """Work that was ordered at once, cut into shards along the originals."""
 
-    rows: range
-    prompts: tuple[int, ...]
-    variants: range
     originals_per_shard: int
     first_shard: int
 
     @property
+    def originals(self) -> int:
+        """The number of originals."""
+        raise NotImplementedError
+
+    @property
     def shard_count(self) -> int:
-        return math.ceil(len(self.rows) / self.originals_per_shard)
+        return math.ceil(self.originals / self.originals_per_shard)
 
     def numbers(self, part: Part) -> range:
-        """The shards of a part. They do not change when segments are added."""
+        """The shards of a part. They do not change when work is added."""
         share = part.share(self.shard_count)
         return range(self.first_shard, self.first_shard + self.shard_count)[share.start : share.stop]
 
-    def shards(self) -> Iterator[Shard]:
+
+@dataclass(frozen=True, kw_only=True)
+class Segment(_Work):
+    """A box of work: originals x prompts x variants."""
+
+    rows: range
+    prompts: tuple[int, ...]
+    variants: range
+
+    @property
+    def originals(self) -> int:
+        return len(self.rows)
+
+    def shards(self, store: Path) -> Iterator[Shard]:
+        """Its shards, by number."""
         for index in range(self.shard_count):
             rows = self.rows[index * self.originals_per_shard : (index + 1) * self.originals_per_shard]
             yield Shard(number=self.first_shard + index, rows=rows, prompts=self.prompts, variants=self.variants)
@@ -250,6 +299,120 @@ class Segment:
             first_shard=int(stored["first_shard"]),
         )
 
+    def is_valid(self, prompts: int) -> bool:
+        """True if its numbers make sense, in a store with so many prompts."""
+        return (
+            0 <= self.rows.start <= self.rows.stop < 2**62
+            and 0 <= self.variants.start < self.variants.stop <= MOST
+            and all(0 <= prompt < prompts for prompt in self.prompts)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order(_Work):
+    """Edits that were ordered one by one: those of prompts that only some classes have, and those made again.
+
+    They are listed in a file, (edits,) `ORDER_ROW` sorted by original, prompt and variant. Where an earlier shard has
+    the same edit, that of the later one takes its place.
+    """
+
+    sha256: str
+    edits: int
+    listed_originals: int
+
+    @property
+    def originals(self) -> int:
+        return self.listed_originals
+
+    @property
+    def file(self) -> str:
+        """Relative to the store."""
+        return f"{ORDERS}/{self.first_shard:06d}.npy"
+
+    @classmethod
+    def of(cls, table: NDArray[np.void], originals_per_shard: int, first_shard: int) -> "Order":
+        """The order of a table of `ORDER_ROW`, which `write_file` writes."""
+        return cls(
+            sha256=hashlib.sha256(_npy(table)).hexdigest(),
+            edits=len(table),
+            listed_originals=len(np.unique(table["original"])),
+            originals_per_shard=originals_per_shard,
+            first_shard=first_shard,
+        )
+
+    def write_file(self, store: Path, table: NDArray[np.void]) -> None:
+        (store / ORDERS).mkdir(exist_ok=True)
+        write(store / self.file, _npy(table))
+
+    def table(self, store: Path) -> NDArray[np.void]:
+        """(edits,) ORDER_ROW. Raises StoreError."""
+        file, remedy = store / self.file, "bring back a copy of it, or make a new store"
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise StoreError(f"{str(file)!r}: cannot be read ({error.strerror}); {remedy}.") from error
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise StoreError(f"{str(file)!r}: has changed since it was written; {remedy}.")
+        table: NDArray[np.void] = np.load(io.BytesIO(data), allow_pickle=False)
+        return table
+
+    def shards(self, store: Path) -> Iterator[Shard]:
+        """Its shards, by number. Raises StoreError."""
+        table = self.table(store)
+        firsts = np.flatnonzero(np.diff(table["original"], prepend=-1))[:: self.originals_per_shard].tolist()
+        for index, (start, stop) in enumerate(itertools.pairwise([*firsts, len(table)])):
+            listed = tuple(EditKey(*row) for row in table[start:stop].tolist())
+            yield Shard(
+                number=self.first_shard + index,
+                rows=tuple(dict.fromkeys(edit.original for edit in listed)),
+                prompts=tuple(sorted({edit.prompt for edit in listed})),
+                variants=range(min(edit.variant for edit in listed), max(edit.variant for edit in listed) + 1),
+                listed=listed,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "listed": self.file,
+            "sha256": self.sha256,
+            "edits": self.edits,
+            "originals": self.originals,
+            "originals_per_shard": self.originals_per_shard,
+            "first_shard": self.first_shard,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> "Order":
+        return cls(
+            sha256=str(stored["sha256"]),
+            edits=int(stored["edits"]),
+            listed_originals=int(stored["originals"]),
+            originals_per_shard=int(stored["originals_per_shard"]),
+            first_shard=int(stored["first_shard"]),
+        )
+
+    def is_valid(self, prompts: int) -> bool:
+        """True if its numbers make sense."""
+        return 1 <= self.originals <= self.edits < 2**62
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The classes that a prompt is applied to."""
+
+    only: tuple[str, ...] | None = None  # patterns, as for file names; None: all classes
+    deny: tuple[str, ...] = ()  # patterns of classes among them that it is not applied to
+
+    def applies(self, classes: Sequence[str]) -> NDArray[np.bool_]:
+        """(classes,) True for those that it is applied to."""
+        return np.array(
+            [
+                (self.only is None or any(fnmatchcase(name, pattern) for pattern in self.only))
+                and not any(fnmatchcase(name, pattern) for pattern in self.deny)
+                for name in classes
+            ],
+            dtype=np.bool_,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
@@ -257,18 +420,29 @@ class Header:
 
     settings: Settings
     prompts: tuple[str, ...]
-    segments: tuple[Segment, ...]
-    denied: Mapping[str, tuple[str, ...]]  # prompt to patterns of classes whose originals it is not applied to
+    segments: tuple[Segment | Order, ...]
+    rules: Mapping[str, Rule]  # prompt to its classes, where these are not all
     fingerprint: str  # of the catalog
     growing: str | None = None  # fingerprint of the catalog that is replacing it
+    class_names: Mapping[str, str] = field(default_factory=dict)  # class to its words in an instruction, where given
 
     @property
     def shard_count(self) -> int:
         return sum(segment.shard_count for segment in self.segments)
 
-    def shards(self) -> Iterator[Shard]:
-        """All shards, by number."""
-        return itertools.chain.from_iterable(segment.shards() for segment in self.segments)
+    def shards(self, store: Path) -> Iterator[Shard]:
+        """All shards, by number. Raises StoreError if the file of an order cannot be used."""
+        return itertools.chain.from_iterable(segment.shards(store) for segment in self.segments)
+
+    @property
+    def boxes(self) -> tuple[Segment, ...]:
+        """The segments that are boxes."""
+        return tuple(segment for segment in self.segments if isinstance(segment, Segment))
+
+    @property
+    def orders(self) -> tuple[Order, ...]:
+        """The segments whose edits are listed."""
+        return tuple(segment for segment in self.segments if isinstance(segment, Order))
 
     @cached_property
     def slugs(self) -> tuple[str, ...]:
@@ -279,23 +453,31 @@ class Header:
             slugs.append(slug if slug and slug not in slugs else f"{slug or 'prompt'}--{index}")
         return tuple(slugs)
 
-    def extended(
-        self,
-        prompts: Sequence[str],
-        variants: int,
-        rows: int,
-        originals_per_shard: int,
-        denied: Mapping[str, Sequence[str]],
-    ) -> "Header":
-        """The header with the segments added that are missing until all rows have these variants of these prompts."""
-        known = (*self.prompts, *(prompt for prompt in prompts if prompt not in self.prompts))
-        wanted = sorted(known.index(prompt) for prompt in prompts)
+    def wanted(self, classes: Sequence[str]) -> NDArray[np.bool_]:
+        """(classes, prompts) True where a prompt is applied to a class."""
+        table = np.ones((len(classes), len(self.prompts)), dtype=np.bool_)
+        for prompt, rule in self.rules.items():
+            table[:, self.prompts.index(prompt)] = rule.applies(classes)
+        return table
+
+    def with_prompts(self, prompts: Sequence[str]) -> "Header":
+        """The header that knows these prompts, too."""
+        return replace(self, prompts=tuple(dict.fromkeys((*self.prompts, *prompts))))
+
+    def with_order(self, table: NDArray[np.void], originals_per_shard: int) -> "Header":
+        """The header with the edits of a table of `ORDER_ROW` ordered; the order's file is still to be written."""
+        return replace(self, segments=(*self.segments, Order.of(table, originals_per_shard, self.shard_count)))
+
+    def with_boxes(self, prompts: Sequence[str], variants: int, rows: int, originals_per_shard: int) -> "Header":
+        """The header with the boxes added that are missing until all rows have these variants of these prompts."""
+        known = self.with_prompts(prompts)
+        wanted = sorted(known.prompts.index(prompt) for prompt in prompts)
         segments = list(self.segments)
-        bounds = {0, rows} | {bound for segment in segments for bound in (segment.rows.start, segment.rows.stop)}
+        bounds = {0, rows} | {bound for segment in self.boxes for bound in (segment.rows.start, segment.rows.stop)}
         for start, stop in itertools.pairwise(sorted(bounds)):
             # Between two bounds every row has the same variants of a prompt, counted from 0.
             ordered = dict.fromkeys(wanted, 0)
-            for segment in self.segments:
+            for segment in self.boxes:
                 if start in segment.rows:
                     for prompt in ordered.keys() & set(segment.prompts):
                         ordered[prompt] = max(ordered[prompt], segment.variants.stop)
@@ -310,41 +492,53 @@ class Header:
                             first_shard=sum(segment.shard_count for segment in segments),
                         )
                     )
-        new = {name: tuple(denied[name]) for name in known if denied.get(name) and name not in self.denied}
-        return replace(self, prompts=known, segments=tuple(segments), denied={**self.denied, **new})
+        return replace(known, segments=tuple(segments))
 
     def write(self, store: Path) -> None:
+        only = {prompt: rule.only for prompt, rule in self.rules.items() if rule.only is not None}
         content = {
             "settings": dict(self.settings),
             "prompts": self.prompts,
-            "denied": self.denied,
+            "denied": {prompt: rule.deny for prompt, rule in self.rules.items() if rule.deny},
+            **({"only": only} if only else {}),
+            **({"class_names": dict(self.class_names)} if self.class_names else {}),
             "segments": [segment.to_json() for segment in self.segments],
             "fingerprint": self.fingerprint,
             **({} if self.growing is None else {"growing": self.growing}),
             "written_by": f"dali_diffusemix {__version__}",
         }
-        write_json(store / "store.json", EDITS.magic, content)
+        # What reads version 1 alone would use edits that were made again, or are not wanted any more.
+        write_json(store / "store.json", EDITS.magic, content, version=2 if self.orders or only else 1)
 
     @classmethod
     def read(cls, store: Path) -> "Header":
         with stored_header(EDITS, store) as stored:
+            prompts = tuple(map(str, stored["prompts"]))
+            only, denied = (
+                {str(name): tuple(map(str, of)) for name, of in dict(stored.get(key, {})).items()}
+                for key in ("only", "denied")
+            )
             header = cls(
                 settings=MappingProxyType(dict(stored["settings"])),
-                prompts=tuple(map(str, stored["prompts"])),
-                segments=tuple(map(Segment.from_json, stored["segments"])),
-                denied={str(name): tuple(map(str, of)) for name, of in dict(stored.get("denied", {})).items()},
+                prompts=prompts,
+                segments=tuple(
+                    Order.from_json(one) if "listed" in one else Segment.from_json(one) for one in stored["segments"]
+                ),
+                rules={
+                    name: Rule(only.get(name), denied.get(name, ()))
+                    for name in prompts
+                    if name in only or name in denied
+                },
                 fingerprint=str(stored["fingerprint"]),
                 growing=None if stored.get("growing") is None else str(stored["growing"]),
+                class_names={str(name): str(words) for name, words in dict(stored.get("class_names", {})).items()},
             )
             number = 0
             for segment in header.segments:
-                rows, variants = segment.rows, segment.variants
                 if not (
-                    0 <= rows.start <= rows.stop < 2**62
-                    and 0 <= variants.start < variants.stop <= MOST
-                    and 1 <= segment.originals_per_shard < 2**62
+                    segment.is_valid(len(prompts))
                     and segment.first_shard == number
-                    and all(0 <= prompt < len(header.prompts) for prompt in segment.prompts)
+                    and 1 <= segment.originals_per_shard < 2**62
                 ):
                     raise ValueError(f"segment {segment}")
                 number += segment.shard_count
@@ -352,7 +546,7 @@ class Header:
 
     def check(self, store: Path, originals: int) -> None:
         """Raise StoreError if it names more originals than there are."""
-        most = max((segment.rows.stop for segment in self.segments), default=0)
+        most = max((segment.rows.stop for segment in self.boxes), default=0)
         if most > originals:
             raise StoreError(
                 f"{str(store / 'store.json')!r}: 'segments' must be of the {originals} originals in the store's "
@@ -413,7 +607,7 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
     remedy = "bring back a copy of it, or make a new store"
     elsewhere = f"use another folder (what has {other.magic!r}, the {other.name}, {other.use})"
     try:
-        stored = read_json(file, kind.magic, remedy, elsewhere)
+        stored = read_json(file, kind.magic, remedy, elsewhere, newest=kind.newest)
     except FileNotFoundError as error:
         raise StoreError(
             f"{str(store)!r}: there is no {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
@@ -444,25 +638,32 @@ def write_data(file: Path, data: bytes) -> dict[str, Any]:
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def write_table(file: Path, table: NDArray[Any]) -> dict[str, Any]:
-    """Write a .npy file; returns its entry for a JSON file."""
+def _npy(table: NDArray[Any]) -> bytes:
     content = io.BytesIO()
     np.save(content, table, allow_pickle=False)
-    return write_data(file, content.getvalue())
+    return content.getvalue()
 
 
-def write_json(file: Path, magic: str, content: Mapping[str, Any]) -> None:
-    write(file, json.dumps({"magic": magic, "version": VERSION, **content}, indent=1).encode("ascii") + b"\n")
+def write_table(file: Path, table: NDArray[Any]) -> dict[str, Any]:
+    """Write a .npy file; returns its entry for a JSON file."""
+    return write_data(file, _npy(table))
 
 
-def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None) -> dict[str, Any]:
-    """Read a JSON object of this magic and version. Raises FileNotFoundError, StoreError.
+def write_json(file: Path, magic: str, content: Mapping[str, Any], *, version: int = VERSION) -> None:
+    write(file, json.dumps({"magic": magic, "version": version, **content}, indent=1).encode("ascii") + b"\n")
+
+
+def read_json(
+    file: Path, magic: str, remedy: str, elsewhere: str | None = None, *, newest: int = VERSION
+) -> dict[str, Any]:
+    """Read a JSON object of this magic. Raises FileNotFoundError, StoreError.
 
     Args:
         file: The file.
         magic: The expected magic.
         remedy: The remedy if it is damaged.
         elsewhere: The remedy if it has another magic; by default the same.
+        newest: Its version may be 1 to this one.
     """
     try:
         data = file.read_bytes()
@@ -477,9 +678,10 @@ def read_json(file: Path, magic: str, remedy: str, elsewhere: str | None = None)
         found, version = stored["magic"], stored["version"]
     if found != magic:
         raise StoreError(f"{str(file)!r}: 'magic' must be {magic!r}, found {found!r}; {elsewhere or remedy}.")
-    if version != VERSION:
+    if version not in range(1, newest + 1):
+        expected = VERSION if newest == VERSION else f"1 to {newest}"
         raise StoreError(
-            f"{str(file)!r}: 'version' must be {VERSION}, found {version!r}; update dali_diffusemix to the release "
+            f"{str(file)!r}: 'version' must be {expected}, found {version!r}; update dali_diffusemix to the release "
             "that wrote it."
         )
     return stored

@@ -154,6 +154,26 @@ class Mirror:
             raise missing
         return data
 
+    def refresh_beside(self, ending: str) -> None:
+        """Fetch again the file beside the store that has its name with this ending; it will lie beside the mirror.
+
+        Raises:
+            MirrorError: The source does not answer, or the file cannot be written.
+        """
+        files, root = self._files()
+        file = self.folder.with_name(self.folder.name + ending)
+        try:
+            data = self._try(f"..{ending}", lambda _: bytes(files.cat_file(f"{root}{ending}")))
+        except (FileNotFoundError, MirrorError) as error:
+            # Users who may not list a bucket get no other answer for a file that is not there.
+            if isinstance(error, MirrorError) and not _refuses(error.__cause__):
+                raise
+            with self._on_disk():
+                file.unlink(missing_ok=True)
+            return
+        with self._on_disk():
+            write(file, data)
+
     def copy(self, name: str, sha256: str = "") -> None:
         """Fetch a file unless it is here. `sha256` is its hash, or the beginning of it; "" if it is unknown.
 

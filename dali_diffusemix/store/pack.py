@@ -36,6 +36,7 @@ from dali_diffusemix.sources import Source, source_of
 from dali_diffusemix.sources.columns import LabelChoice
 from dali_diffusemix.sources.folder import FolderSource
 from dali_diffusemix.store.catalogs import rows_of, same_rows
+from dali_diffusemix.store.decisions import Decisions
 from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings, UnfinishedStoreWarning
 from dali_diffusemix.store.mirror import is_url
 from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
@@ -294,11 +295,11 @@ def _pack_edits(
             "missing); run the `dali-diffusemix generate` that makes it again, then pack it."
         )
     with StoreWriter.open(store, edits.catalog, _settings_of(edits.settings, config)) as writer:
-        writer.order_as(header)
+        writer.order_as(edits.path)
         finished = writer.done()
         missing = [shard for shard in writer.shards() if shard.number not in finished]
         _check_room(store, _edit_bytes(config, [tables[shard.number] for shard in missing]))
-        count = _Count(progress, sum(map(Counter.total, finished.values())), sum(map(len, header.shards())))
+        count = _Count(progress, sum(map(Counter.total, finished.values())), sum(map(len, header.shards(edits.path))))
         with Workers(cpus(), "dali-diffusemix-pack") as threads:
             for shard in missing:
                 table = tables[shard.number]
@@ -320,6 +321,9 @@ def _pack_edits(
                 count.end_shard()
         if missing or not _is_current(store):
             writer.finish()
+    rejected = Decisions.of(edits.path).rejected() - Decisions.of(store).rejected()
+    if rejected:
+        Decisions.of(store).add("reject", sorted(rejected))  # a packed edit keeps its name
     packed_store = EditStore.open(store)
     return PackSummary(
         images=len(packed_store),

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, lru_cache
@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
+from dali_diffusemix.store.decisions import DECISIONS_ENDING, Decisions, EditName
 from dali_diffusemix.store.index import EditIndex, gather, sizes_of
 from dali_diffusemix.store.layout import (
     ACCEPTED,
@@ -45,6 +46,7 @@ from dali_diffusemix.store.layout import (
     understood,
 )
 from dali_diffusemix.store.mirror import Mirror, MirrorError, is_url
+from dali_diffusemix.store.selection import Selection, rejected_by_hand
 from dali_diffusemix.store.shards import (
     DamagedShard,
     ShardRecord,
@@ -74,7 +76,6 @@ class EditStore:
     settings: Settings  # all that decides an edit besides its original, prompt and variant
     prompts: tuple[str, ...]
     catalog: Catalog
-    index: NDArray[np.void]  # (edits,) INDEX_ROW
     starts: NDArray[np.int64]  # (originals + 1,) the edits of original i are starts[i] to starts[i + 1]
 
     def __init__(self, path: Path, header: Header, catalog: Catalog, index: EditIndex, mirror: Mirror | None) -> None:
@@ -83,17 +84,20 @@ class EditStore:
         self.mirror = mirror
         self.settings = header.settings
         self.prompts = header.prompts
-        self._slugs = header.slugs
+        self._header = header
         self.catalog = catalog
-        self.index = index.rows
+        self._table = index.rows  # (edits there,) INDEX_ROW
+        self._rows: NDArray[np.int64] | None = None  # (edits,) rows of the table; None: all
         self.starts = index.starts
         self._shards = index.shards
-        self._whole: EditStore | None = None  # the store that this one is reindexed from
+        self._base: EditStore | None = None  # the opened store that this one has some edits of
         self._tars = _Tars(EDITS, path, index.sizes, mirror)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> "EditStore":
         """Open a store. An unfinished one has the shards that are there, with an `UnfinishedStoreWarning`.
+
+        Edits that people rejected (`decisions`) are left out, and those that the store's rules do not want any more.
 
         Args:
             path: Its folder, or a URL as `str`.
@@ -133,7 +137,7 @@ class EditStore:
                 f"{str(path)!r}: none of its {header.shard_count} shards is finished; "
                 "run `dali-diffusemix generate` until it is."
             )
-        index, its_own = _open_index(path, len(catalog), done, mirror)
+        index, its_own = _open_index(path, header, len(catalog), done, mirror)
         _check_sizes(EDITS, path, index.sizes, listing, mirror)
         missing = header.shard_count - len(done)
         if missing or not its_own or index.not_yet:
@@ -147,29 +151,46 @@ class EditStore:
                 UnfinishedStoreWarning,
                 stacklevel=3,
             )
-        return cls(path, header, catalog, index, mirror)
+        return cls(path, header, catalog, index, mirror)._offered(Decisions.of(path).rejected())
 
     def __reduce__(self) -> tuple[Callable[..., "EditStore"], tuple[Any, ...]]:
-        if self._whole is not None:
-            return EditStore.reindexed, (self._whole, self.catalog)
+        if self._base is not None:
+            return _restored, (self._base, self.catalog, self._rows, self.starts)
         if self.mirror is not None:
             return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._shards)
         return _reopen, (self.path, self.catalog, self._shards)
 
     def __len__(self) -> int:
-        """The number of accepted edits."""
-        return len(self.index)
+        """The number of edits."""
+        return int(self.starts[-1])
 
     def __repr__(self) -> str:
         return f"<EditStore {self._tars.where!r}: {len(self)} edits of {len(self.catalog)} originals>"
 
+    @property
+    def index(self) -> NDArray[np.void]:
+        """(edits,) INDEX_ROW, read-only; a copy, unless the edits are all that are there."""
+        if self._rows is None:
+            return self._table
+        index = self._table[self._rows]
+        index["original"] = np.repeat(np.arange(len(self.catalog)), np.diff(self.starts))
+        index.flags.writeable = False
+        return index
+
+    def _at(self, edits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(n,) rows of the table of these edits, (n,)."""
+        return edits if self._rows is None else self._rows[edits]
+
     def originals_of(self, edits: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) int64: the originals, rows of the catalog, of these edits, (n,)."""
-        return np.asarray(self.index["original"][edits], dtype=np.int64)
+        if self._rows is None:
+            return np.asarray(self._table["original"][edits], dtype=np.int64)
+        return np.asarray(np.searchsorted(self.starts, edits, side="right") - 1, dtype=np.int64)
 
     def sizes(self, edits: NDArray[np.int64]) -> NDArray[np.int32]:
         """(n, 2) height and width in pixels of these edits, (n,); at least 1, even if the index is damaged."""
-        height, width = (self.index[name][edits] for name in ("height", "width"))
+        rows = self._at(edits)
+        height, width = (self._table[name][rows] for name in ("height", "width"))
         return np.asarray(np.maximum(np.stack([height, width], axis=-1), 1), dtype=np.int32)
 
     @property
@@ -183,13 +204,21 @@ class EditStore:
         found = Header.read(path).settings.get("format")
         return next((one for one in STORED if one == found), "jpeg")
 
+    def _row(self, edit: int) -> np.void:
+        row: np.void = self._table[edit if self._rows is None else self._rows[edit]]
+        return row
+
     def prompt_of(self, edit: int) -> str:
         """The prompt of an edit, without the template."""
-        return self.prompts[int(self.index["prompt"][edit])]
+        return self.prompts[int(self._row(edit)["prompt"])]
+
+    def variant_of(self, edit: int) -> int:
+        """The variant of an edit, of those under one prompt."""
+        return int(self._row(edit)["variant"])
 
     def slug_of(self, edit: int) -> str:
         """The prompt of an edit as it stands in file names."""
-        return self._slugs[int(self.index["prompt"][edit])]
+        return self._header.slugs[int(self._row(edit)["prompt"])]
 
     def extents(self, edits: NDArray[np.int64]) -> list[Extent | DecodeError]:
         """The locations of the files of these edits, (n,), or the error if a shard is missing or was changed.
@@ -199,15 +228,15 @@ class EditStore:
         Raises:
             MirrorError: The URL does not answer or refuses, or the disk is full.
         """
-        return self._tars.extents(self.index[edits])
+        return self._tars.extents(self._table[self._at(edits)])
 
     def stretches(self, edits: NDArray[np.int64]) -> Stretches:
         """Where the pixels of these edits, (n,) of a raw store, lie. Raises MirrorError, see `extents`."""
-        return self._tars.stretches(self.index, edits)
+        return self._tars.stretches(self._table, self._at(edits))
 
     def places(self, edits: NDArray[np.int64]) -> "Places":
         """The same in the shards."""
-        return self._tars.places(self.index, edits)
+        return self._tars.places(self._table, self._at(edits))
 
     @property
     def raw_shards(self) -> "RawShards":
@@ -220,7 +249,7 @@ class EditStore:
         Raises:
             StoreError: The shard is missing, or was changed since the store was opened.
         """
-        return self._tars.encoded(self.index[edit])
+        return self._tars.encoded(self._row(edit))
 
     @property
     def shards(self) -> tuple[int, ...]:
@@ -239,7 +268,7 @@ class EditStore:
         if self.mirror is not None:
             self.mirror.copy_tables([EDITS.shard(shard)])
         record = ShardRecord.read(EDITS, self.path, shard)
-        return record.checked_rows(len((self._whole or self).catalog), len(self.prompts))
+        return record.checked_rows(len((self._base or self).catalog), len(self.prompts))
 
     def encoded_row(self, shard: int, row: np.void) -> bytes | None:
         """The file of a row of `shard_rows`, accepted or not; None if it has none.
@@ -275,17 +304,55 @@ class EditStore:
                 f"{len(missing)} (for one {catalog.path(missing[0])!r}); give the originals that it was built from, or "
                 "some of them, or run `dali-diffusemix generate` to take new ones in."
             )
-        counts = (self.starts[1:] - self.starts[:-1])[rows]
+        counts = np.diff(self.starts)[rows]
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         edits = np.repeat(self.starts[rows] - starts[:-1], counts) + np.arange(starts[-1])
-        index = self.index[edits]
-        index["original"] = np.repeat(np.arange(len(catalog)), counts)
-        for table in (index, starts):
-            table.flags.writeable = False
-        reindexed = EditStore.__new__(EditStore)  # a copy that shares the open shards
-        reindexed.__dict__.update(self.__dict__)
-        reindexed.catalog, reindexed.index, reindexed.starts, reindexed._whole = catalog, index, starts, self
-        return reindexed
+        return self._derived(catalog, self._at(edits), starts)
+
+    def select(self, selection: Selection) -> "EditStore":
+        """The store with some of its edits only, numbered anew.
+
+        Raises:
+            ConfigError: It names a prompt or a score that the store lacks.
+            StoreError: An edit has no such score.
+        """
+        table = selection.table(self.path, self.prompts, self.catalog.classes)
+        index = self.index
+        mask = table[self.catalog.labels[index["original"]], index["prompt"]]
+        for name, least in selection.least.items():
+            mask &= self._scores(name, index) >= least
+        return self._only(mask)
+
+    def _scores(self, name: str, index: NDArray[np.void]) -> NDArray[np.float32]:
+        """(edits,) a score of all edits."""
+        if name == "quality":
+            return np.asarray(index["score"], np.float32)
+        raise ConfigError(f"min_score must name scores of {str(self.path)!r}, found {name!r}.")
+
+    def _offered(self, rejected: Collection[EditName]) -> "EditStore":
+        """The store without edits that its rules do not want any more, and without those that people rejected."""
+        if not rejected and not self._header.rules:
+            return self
+        index, wanted = self.index, self._header.wanted(self.catalog.classes)
+        mask = wanted[self.catalog.labels[index["original"]], index["prompt"]]
+        mask &= ~rejected_by_hand(rejected, index, index["shard"], self.catalog, self.prompts)
+        return self._only(mask)
+
+    def _only(self, mask: NDArray[np.bool_]) -> "EditStore":
+        """The store with the edits of a mask, (edits,)."""
+        if mask.all():
+            return self
+        ends = np.concatenate([[0], np.cumsum(mask)]).astype(np.int64)
+        return self._derived(self.catalog, self._at(np.flatnonzero(mask)), ends[self.starts])
+
+    def _derived(self, catalog: Catalog, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> "EditStore":
+        """A store of these rows of the table, in the order of the catalog's originals, that shares the open shards."""
+        derived = EditStore.__new__(EditStore)
+        derived.__dict__.update(self.__dict__)
+        derived.catalog, derived._rows, derived.starts, derived._base = catalog, rows, starts, self._base or self
+        for array in (rows, starts):
+            array.flags.writeable = False
+        return derived
 
 
 class OriginalStore:
@@ -484,11 +551,13 @@ def index_is_current(path: Path) -> bool:
     if isinstance(store, OriginalStore):
         listed = open_catalog(path, ORIGINALS.listing)
         return bool(np.array_equal(store.index, gather(kind, records, len(listed))))
-    index = EditIndex.derive(records, len(store.catalog))
-    same = len(store.index) == len(index.rows) and all(
-        np.array_equal(store.index[name], index.rows[name], equal_nan=name == "score") for name in INDEX_ROW.names or ()
+    header, originals = Header.read(path), len(store.catalog)
+    found, _ = _open_index(path, header, originals, store.shards, None)
+    index = EditIndex.derive(records, header, originals)
+    same = len(found.rows) == len(index.rows) and all(
+        np.array_equal(found.rows[name], index.rows[name], equal_nan=name == "score") for name in INDEX_ROW.names or ()
     )
-    return same and bool(np.array_equal(store.starts, index.starts))
+    return same and bool(np.array_equal(found.starts, index.starts))
 
 
 def shard_records(path: Path) -> tuple[list[ShardRecord | DamagedShard], int]:
@@ -517,20 +586,27 @@ def _kind_of(path: Path) -> Kind:
             return EDITS
 
 
-def _open_index(path: Path, originals: int, shards: Sequence[int], mirror: Mirror | None) -> tuple[EditIndex, bool]:
+def _open_index(
+    path: Path, header: Header, originals: int, shards: Sequence[int], mirror: Mirror | None
+) -> tuple[EditIndex, bool]:
     """The index of these shards; False if it is not the store's own, but was derived here."""
     if (index := EditIndex.open(path, originals, shards)) is not None:
         return index, True
     if mirror is not None:
         mirror.copy_tables([EDITS.shard(number) for number in shards])
     records = {number: ShardRecord.read(EDITS, path, number) for number in shards}
-    return EditIndex.derive(records, originals), False
+    return EditIndex.derive(records, header, originals), False
+
+
+def _restored(base: EditStore, catalog: Catalog, rows: NDArray[np.int64], starts: NDArray[np.int64]) -> EditStore:
+    return base._derived(catalog, rows, starts)
 
 
 def _reopen(path: Path, catalog: Catalog, shards: tuple[int, ...]) -> EditStore:
     """Open a store with these shards, whatever was added since."""
-    index, _ = _open_index(path, len(catalog), shards, None)
-    return EditStore(path, Header.read(path), catalog, index, None)
+    header = Header.read(path)
+    index, _ = _open_index(path, header, len(catalog), shards, None)
+    return EditStore(path, header, catalog, index, None)
 
 
 def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> EditStore:
@@ -542,7 +618,7 @@ def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> Edi
                 f"{url}: the store was replaced by one of other originals while another process was using it; build "
                 "the dataset again."
             )
-        index, _ = _open_index(path, len(catalog), shards, mirror)
+        index, _ = _open_index(path, header, len(catalog), shards, mirror)
         return EditStore(path, header, catalog, index, mirror)
 
 
@@ -732,6 +808,8 @@ def _reached(kind: Kind, path: str | os.PathLike[str]) -> Iterator[tuple[Path, M
                 pass
             _mirror_index(kind, mirror)
             _mirror_catalog(mirror)
+            if kind is EDITS:
+                mirror.refresh_beside(DECISIONS_ENDING)
             yield mirror.folder, mirror
     except StoreError as error:
         error.add_note(f"{str(mirror.folder)!r} is the mirror of {mirror.url!r}.")

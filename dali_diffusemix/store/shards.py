@@ -1,6 +1,7 @@
 """One shard: its four files, written whole or not at all, and checked when they are read."""
 
 import hashlib
+import itertools
 import logging
 import math
 import mmap
@@ -417,7 +418,7 @@ class ShardWriter(_FilesWriter):
         shard = self._shard
         return {
             "settings": dict(self._header.settings),
-            "rows": [shard.rows.start, shard.rows.stop],
+            "rows": [shard.rows[0], shard.rows[-1] + 1],
             "prompts": {index: self._header.prompts[index] for index in shard.prompts},
             "variants": [shard.variants.start, shard.variants.stop],
         }
@@ -476,13 +477,7 @@ class BegunShard:
         except (StoreError, OSError, KeyError):
             return None
         made = rows[rows["verdict"] != VERDICTS.index(NOT_YET)]
-        each = len(shard.prompts) * len(shard.variants)
-        wanted = [
-            (original, prompt, variant)
-            for original in shard.rows[: len(made) // each]
-            for prompt in shard.prompts
-            for variant in shard.variants
-        ]
+        wanted = [edit[:3] for edit in itertools.islice(shard.edits(), len(made))]
         if list(zip(*(made[name].tolist() for name in ("original", "prompt", "variant")), strict=True)) != wanted:
             return None
         return cls(made, (tar, rejected))

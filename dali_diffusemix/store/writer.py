@@ -2,11 +2,11 @@
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from dali_diffusemix.store.layout import (
     INDEX,
     MOST,
     NOT_YET,
+    ORDERS,
     ORIGINALS,
     REJECTED,
     WHOLE,
@@ -29,6 +30,7 @@ from dali_diffusemix.store.layout import (
     Kind,
     OriginalHeader,
     Part,
+    Rule,
     Settings,
     Shard,
     stored_header,
@@ -37,7 +39,11 @@ from dali_diffusemix.store.layout import (
     writing,
 )
 from dali_diffusemix.store.mirror import is_url
+from dali_diffusemix.store.ordering import Redo, Wish, ordered
 from dali_diffusemix.store.shards import finished_shards
+
+# Settings that a run may change in a store: they decide how often an edit is tried, and each edit keeps its seed.
+_MAY_DIFFER: Final = ("retry",)
 
 
 class StoreWriter:
@@ -74,20 +80,20 @@ class StoreWriter:
                 _begin(EDITS, path, catalog, alone=part == WHOLE)
                 if (path / "store.json").exists():
                     writer._header = Header.read(path)
-                    _check_settings(path, writer._header.settings, settings)
-                    writer._grow(catalog)
+                    _check_settings(path, writer._header.settings, settings, may_differ=_MAY_DIFFER)
+                    writer._grow(catalog, settings)
                 else:
                     writer._header = Header(
-                        settings=settings, prompts=(), segments=(), denied={}, fingerprint=catalog.fingerprint
+                        settings=settings, prompts=(), segments=(), rules={}, fingerprint=catalog.fingerprint
                     )
                 writer.catalog = open_catalog(path)
                 writer._header.check(path, len(writer.catalog))
             yield writer
 
-    def _grow(self, catalog: Catalog) -> None:
-        """Add new originals to the end of the store's catalog."""
+    def _grow(self, catalog: Catalog, settings: Settings) -> None:
+        """Take these settings, and add new originals to the end of the store's catalog."""
         path, ours = self.path, open_catalog(self.path)
-        header = self._header
+        header = replace(self._header, settings=settings)
         if ours.fingerprint not in (header.fingerprint, header.growing):
             raise StoreError(
                 f"{str(path)!r}: store.json is of originals with fingerprint {header.fingerprint[:16]}, but its "
@@ -105,59 +111,52 @@ class StoreWriter:
                 header.write(path)
         self._header = header
 
-    def order(
-        self,
-        prompts: Sequence[str],
-        variants: int,
-        originals_per_shard: int,
-        denied: Mapping[str, Sequence[str]] = MappingProxyType({}),
-    ) -> None:
-        """Order the first `variants` variants of every original under every prompt; earlier orders stay.
+    def order(self, wish: Wish, *, redo: Redo | None = None) -> None:
+        """Order the edits that a run wishes; earlier orders stay.
+
+        Ordered are the wished variants of every original under every wished prompt, where its rule applies, and edits
+        that were denied and are wanted now.
 
         Args:
-            prompts: Without the template.
-            variants: Edits of an original under one prompt.
-            originals_per_shard: Of the shards that this call adds.
-            denied: Prompt to patterns (as for file names) of classes whose originals it is not applied to.
+            wish: The edits.
+            redo: Edits to make again; see `ordering.ordered`.
 
         Raises:
-            StoreError: A prompt of the store is denied to other classes than before, or there are too many.
+            ConfigError: `deny` names a prompt that neither the wish nor the store has.
+            StoreError: Class names differ from the store's, there are too many prompts, or a file is damaged.
         """
         with self._lock.ordering():
-            self._header = Header.read(self.path) if (self.path / "store.json").exists() else self._header
-            for prompt in [one for one in self._header.prompts if one in prompts]:
-                before, now = self._header.denied.get(prompt, ()), tuple(denied.get(prompt, ()))
-                if before != now:
-                    raise StoreError(
-                        f"{str(self.path)!r}: the prompt {prompt!r} is denied to {list(before)} in the store, found "
-                        f"{list(now)}; keep the store's own, or give another folder."
-                    )
-            header = self._header.extended(prompts, variants, len(self.catalog), originals_per_shard, denied)
-            if len(header.prompts) > MOST or variants > MOST:
+            before = Header.read(self.path) if (self.path / "store.json").exists() else self._header
+            header, table = ordered(before, wish, redo, self.path, self.catalog)
+            if len(header.prompts) > MOST or wish.variants > MOST:
                 raise StoreError(
                     f"{str(self.path)!r}: a store has at most {MOST} prompts and variants, "
-                    f"found {len(header.prompts)} and {variants}."
+                    f"found {len(header.prompts)} and {wish.variants}."
                 )
             with writing(self.path):
-                if header != self._header or not (self.path / "store.json").exists():
+                if len(table):
+                    header.orders[-1].write_file(self.path, table)  # before store.json, which names it
+                if header != before or not (self.path / "store.json").exists():
                     header.write(self.path)
             self._header = header
 
-    def order_as(self, other: Header) -> None:
+    def order_as(self, other: Path) -> None:
         """Order what another store has ordered, in the same shards. Raises StoreError unless earlier orders agree."""
+        theirs = Header.read(other)
         with self._lock.ordering():
             ours = self._header
             if (
-                other.segments[: len(ours.segments)] != ours.segments
-                or other.prompts[: len(ours.prompts)] != ours.prompts
-                or any(other.denied.get(prompt, ()) != ours.denied.get(prompt, ()) for prompt in ours.prompts)
+                theirs.segments[: len(ours.segments)] != ours.segments
+                or theirs.prompts[: len(ours.prompts)] != ours.prompts
             ):
                 raise StoreError(
                     f"{str(self.path)!r}: its edits were ordered otherwise than those of the store to pack; give a new "
                     "folder."
                 )
-            self._header = replace(ours, prompts=other.prompts, segments=other.segments, denied=other.denied)
+            self._header = replace(theirs, settings=ours.settings, fingerprint=ours.fingerprint, growing=ours.growing)
             with writing(self.path):
+                for order in theirs.orders:
+                    order.write_file(self.path, order.table(other))
                 if self._header != ours or not (self.path / "store.json").exists():
                     self._header.write(self.path)
 
@@ -167,9 +166,14 @@ class StoreWriter:
         return self._header.prompts
 
     @property
-    def denied(self) -> Mapping[str, tuple[str, ...]]:
-        """Prompt to patterns of classes whose originals it is not applied to."""
-        return self._header.denied
+    def rules(self) -> Mapping[str, Rule]:
+        """Prompt to the classes that it is applied to, where these are not all."""
+        return self._header.rules
+
+    @property
+    def class_names(self) -> Mapping[str, str]:
+        """Class to its words in an instruction, where given."""
+        return self._header.class_names
 
     @property
     def shard_count(self) -> int:
@@ -182,7 +186,7 @@ class StoreWriter:
 
     def _shards(self, header: Header) -> list[Shard]:
         mine = {number for segment in header.segments for number in segment.numbers(self._part)}
-        return [shard for shard in header.shards() if shard.number in mine]
+        return [shard for shard in header.shards(self.path) if shard.number in mine]
 
     def done(self) -> dict[int, Counter[str]]:
         """Finished shards with the count of each verdict; without those whose files have other sizes."""
@@ -211,7 +215,7 @@ class StoreWriter:
 
     def _finish(self) -> NDArray[np.int64]:
         records = finished_shards(EDITS, self.path, self._header.shard_count)
-        index = EditIndex.derive(records, len(self.catalog))
+        index = EditIndex.derive(records, self._header, len(self.catalog))
         with writing(self.path):
             # Without index.json readers do not use the tables, so none sees half of the old and half of the new.
             (self.path / "index.json").unlink(missing_ok=True)
@@ -223,7 +227,7 @@ class StoreWriter:
                 edits=len(index.rows), originals=len(self.catalog), sizes=index.sizes, not_yet=index.not_yet
             )
             record.write(self.path, files)
-        return tally(records, self.catalog, len(self._header.prompts))
+        return tally(records, self._header, self.catalog)
 
 
 def local_folders(root: str | os.PathLike[str], store: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -383,14 +387,14 @@ def _begin(kind: Kind, path: Path, catalog: Catalog, *, alone: bool) -> None:
     with writing(path):
         # Those of shards may belong to another part at work; they are removed when their shard is made.
         of_shards = [path / "shards", path / REJECTED] if alone else []
-        for folder in {path, path / "catalog", path / kind.listing, *of_shards}:
+        for folder in {path, path / "catalog", path / ORDERS, path / kind.listing, *of_shards}:
             remove_temporary(folder)
         if not (path / "store.json").exists():
             catalog.save(path / kind.listing)
 
 
-def _check_settings(store: Path, stored: Settings, asked: Settings) -> None:
-    names = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name)]
+def _check_settings(store: Path, stored: Settings, asked: Settings, *, may_differ: Collection[str] = ()) -> None:
+    names = [name for name in {**stored, **asked} if stored.get(name) != asked.get(name) and name not in may_differ]
     if names:
         differences = "".join(
             f"\n  {name}: {stored.get(name)!r} in the store, {asked.get(name)!r} asked for" for name in names

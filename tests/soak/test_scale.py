@@ -21,7 +21,7 @@ import numpy as np
 from dali_diffusemix import FractalBank
 from dali_diffusemix.catalog import Catalog
 from dali_diffusemix.generate.editors import PROMPTS
-from dali_diffusemix.store import SHARD_ROW, VERDICTS, Shard, StoreWriter
+from dali_diffusemix.store import SHARD_ROW, VERDICTS, Shard, StoreWriter, Wish
 
 ORIGINALS, CLASSES = 1_281_167, 1000
 RANKS = 4
@@ -132,7 +132,7 @@ def imagenet(root: Path) -> Catalog:
 def write_store(folder: Path, catalog: Catalog) -> None:
     settings = {"editor": "procedural", "size": 256}
     with StoreWriter.open(folder, catalog, settings) as writer:
-        writer.order(PROMPTS, 1, 512)
+        writer.order(Wish(prompts=dict.fromkeys(PROMPTS), variants=1, originals_per_shard=512))
         for shard in writer.shards():
             write_shard(folder / "shards", shard, settings)
         assert sum(sum(verdicts.values()) for verdicts in writer.done().values()) == ORIGINALS * len(PROMPTS)

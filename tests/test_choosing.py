@@ -1,0 +1,434 @@
+"""Edits that are chosen: prompts of some classes, rules that change, edits that people reject, edits made again."""
+
+import dataclasses
+import pickle
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import warm
+from material import encoded, photograph, write_photograph
+from numpy.typing import NDArray
+
+from dali_diffusemix.catalog import index
+from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.fractals import FractalBank
+from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate.config import class_name
+from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.inspect.verify import verify
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan import MixSpec, TrainCrop
+from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, UnfinishedStoreWarning
+from dali_diffusemix.store.layout import Header
+
+CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3, batch_size=2)
+ANTS, BEES = 4, 3
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for place in range(ANTS + BEES):
+        write_photograph(tmp_path / "train" / f"{'ants' if place < ANTS else 'bees'}" / f"{place}.jpg", place, 40, 50)
+    return tmp_path / "train"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def with_fields(**fields: Any) -> GenerateConfig:
+    return dataclasses.replace(CONFIG, **fields)
+
+
+def counts(edits: EditStore) -> dict[tuple[str, str], int]:
+    """Class and prompt to the number of edits."""
+    found: dict[tuple[str, str], int] = {}
+    for row in edits.index:
+        key = edits.catalog.classes[edits.catalog.labels[row["original"]]], edits.prompts[row["prompt"]]
+        found[key] = found.get(key, 0) + 1
+    return found
+
+
+def seeds(edits: EditStore) -> dict[tuple[str, str, int], int]:
+    """Of the edits that are used: from the shards that hold them."""
+    found = {}
+    for row in edits.index:
+        for other in edits.shard_rows(int(row["shard"])):
+            if all(other[name] == row[name] for name in ("original", "prompt", "variant")):
+                key = (edits.catalog.path(int(row["original"])), edits.prompts[row["prompt"]], int(row["variant"]))
+                found[key] = int(other["seed"])
+    return found
+
+
+def names(edits: EditStore) -> list[EditName]:
+    return [
+        EditName(
+            edits.catalog.path(int(row["original"])),
+            edits.prompts[row["prompt"]],
+            int(row["variant"]),
+            int(row["shard"]),
+        )
+        for row in edits.index
+    ]
+
+
+# Classes --------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_of_some_classes(root: Path, tmp_path: Path) -> None:
+    """Only theirs are made and stored: a thousand classes may have a thousand prompts."""
+    store = tmp_path / "store"
+    summary = generate(root, store, with_fields(prompts=("autumn",), class_prompts={"b*": ("mosaic", "snowy")}))
+    edits = EditStore.open(store)
+    assert counts(edits) == {("ants", "autumn"): ANTS, ("bees", "autumn"): BEES} | {
+        ("bees", prompt): BEES for prompt in ("mosaic", "snowy")
+    }
+    assert sum(summary.verdicts.values()) == len(edits) == ANTS + 3 * BEES
+    assert not verify(store).problems
+    # They are the edits that all classes would have.
+    generate(root, tmp_path / "all", with_fields(prompts=("autumn", "mosaic", "snowy")))
+    assert seeds(edits).items() <= seeds(EditStore.open(tmp_path / "all")).items()
+    # More originals, more variants, more classes: only what is missing.
+    write_photograph(root / "bees" / "new.jpg", 50, 40, 50)
+    index(root, refresh=True)
+    before = content(store / "shards")
+    grown = with_fields(prompts=("autumn",), class_prompts={"b*": ("mosaic", "snowy"), "ants": ("snowy",)}, variants=2)
+    made = generate(root, store, grown).made
+    assert before.items() <= content(store / "shards").items()
+    assert made == 1 + 8 + 2 * (1 + 4) + 2 * 1 + ANTS * 2 - 2 + 0  # see below
+    edits = EditStore.open(store)
+    assert counts(edits) == {
+        ("ants", "autumn"): 2 * ANTS,
+        ("bees", "autumn"): 2 * (BEES + 1),
+        ("bees", "mosaic"): 2 * (BEES + 1),
+        ("bees", "snowy"): 2 * (BEES + 1),
+        ("ants", "snowy"): 2 * ANTS,
+    }
+    assert generate(root, store, grown).made == 0
+    # A prompt that all classes get at last.
+    assert generate(root, store, with_fields(prompts=("mosaic",))).made == ANTS
+    assert counts(EditStore.open(store))["ants", "mosaic"] == ANTS
+
+
+def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: FractalBank) -> None:
+    store = tmp_path / "store"
+    generate(root, store, with_fields(deny={"ants": ("mosaic",)}))
+    assert counts(EditStore.open(store)) == {
+        ("ants", "autumn"): ANTS,
+        ("bees", "autumn"): BEES,
+        ("bees", "mosaic"): BEES,
+    }
+    shards = content(store / "shards")
+
+    def uses(**fields: Any) -> int:
+        made = generate(root, store, with_fields(**fields)).made
+        assert shards.items() <= content(store / "shards").items()
+        assert not verify(store).problems
+        mix = MixSpec(probability=1)
+        dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=mix, crop=TrainCrop(32), seed=0)
+        assert dataset.store is not None and counts(dataset.store) == counts(EditStore.open(store))
+        return made
+
+    # Less is wanted: nothing is deleted, nothing of it is used.
+    assert uses(deny={"*": ("autumn",), "ants": ("mosaic",)}) == 0
+    assert counts(EditStore.open(store)) == {("bees", "mosaic"): BEES}
+    # A later run that says nothing about it leaves it as it is.
+    assert uses() == 0 and counts(EditStore.open(store)) == {("bees", "mosaic"): BEES}
+    # What was denied is wanted: it is made, from the seeds that it would have had.
+    assert uses(deny={}) == ANTS
+    generate(root, tmp_path / "anew", CONFIG)
+    assert seeds(EditStore.open(store)) == seeds(EditStore.open(tmp_path / "anew"))
+    assert uses(deny={}) == 0
+    # All classes, then some.
+    assert uses(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}) == 0
+    assert ("ants", "mosaic") not in counts(EditStore.open(store))
+    with pytest.raises(ConfigError, match="deny must name prompts of this run or of the store, found 'snow'"):
+        generate(root, store, with_fields(deny={"ants": ("snow",)}))
+
+
+class Words:
+    """An editor that writes down what it is told, and shifts colours by it."""
+
+    accelerated, multiple = False, 1
+    template = "{prompt}, with {class}"
+
+    def settings(self) -> Mapping[str, str]:
+        return {"editor": "words", "template": self.template}
+
+    def check(self, prompts: Sequence[str]) -> None:
+        pass
+
+    def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "Words":
+        return self
+
+    def edit(self, images: Sequence[NDArray[np.uint8]], tasks: Sequence[EditTask]) -> list[NDArray[Any]]:
+        TOLD.extend((task.prompt, task.class_name) for task in tasks)
+        return [np.roll(images[task.image], 1, axis=2) for task in tasks]
+
+
+TOLD: list[tuple[str, str]] = []
+
+
+def test_the_class_in_words(root: Path, tmp_path: Path) -> None:
+    TOLD.clear()
+    (root / "bees").rename(root / "007.Honey_bees")
+    config = with_fields(editor=Words(), prompts=("a", "b"), class_names={"ants": "black ants"})
+    generate(root, tmp_path / "store", config)
+    assert set(TOLD) == {(prompt, words) for prompt in "ab" for words in ("black ants", "Honey bees")}
+    assert Header.read(tmp_path / "store").class_names == {"ants": "black ants", "007.Honey_bees": "Honey bees"}
+    # They decide pixels: the store keeps them, and refuses others.
+    TOLD.clear()
+    generate(root, tmp_path / "store", dataclasses.replace(config, prompts=("c",), class_names={}))
+    assert set(TOLD) == {("c", "black ants"), ("c", "Honey bees")}
+    with pytest.raises(StoreError, match="class_names: 'ants' is 'black ants' in the store, 'ants!' asked for"):
+        generate(root, tmp_path / "store", dataclasses.replace(config, class_names={"ants": "ants!"}))
+    assert [class_name(name) for name in ("001.Black_footed_Albatross", "n01440764", "12", "_")] == [
+        "Black footed Albatross",
+        "n01440764",
+        "12",
+        "_",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"class_prompts": {"ants": ("autumn",)}},
+            "class_prompts: 'ants' must have prompts of its own, found 'autumn'",
+        ),
+        ({"prompts": ()}, "prompts must be one or more, found none"),
+        ({"prompts": "autumn"}, "prompts must be lists of prompts, found 'autumn'"),
+        ({"deny": {"ants": "autumn"}}, "deny must be lists of prompts"),
+        ({"prompts": ("a", "a")}, "prompts must be all different"),
+    ],
+)
+def test_prompts_that_contradict(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        with_fields(**fields)
+
+
+# People ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_people_reject_is_not_used_and_can_be_made_again(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    whole, files = EditStore.open(store), content(store)
+    bad = names(whole)[2:5]
+    Decisions.of(store).add("reject", bad)
+    left = EditStore.open(store)
+    assert content(store) == files and names(left) == [name for name in names(whole) if name not in bad]
+    assert left.starts[-1] == len(left) == len(whole) - 3 and np.diff(left.starts).min() >= 0
+    for edit in range(len(left)):
+        place = names(whole).index(names(left)[edit])
+        assert np.array_equal(left.encoded(edit), whole.encoded(place))
+        assert left.originals_of(np.array([edit])) == whole.originals_of(np.array([place]))
+        assert (left.sizes(np.array([edit])) == whole.sizes(np.array([place]))).all()
+        assert left.prompt_of(edit) == whole.prompt_of(place) and left.variant_of(edit) == whole.variant_of(place)
+    # Another process sees the same edits, whatever people do meanwhile.
+    pickled = pickle.dumps(left)
+    Decisions.of(store).add("undo", bad[:1])
+    assert names(pickle.loads(pickled)) == names(left)
+    assert len(EditStore.open(store)) == len(left) + 1
+    # Made again, from other seeds; what was undone is not.
+    summary = generate(root, store, CONFIG, redo=["rejected"])
+    assert summary.made == 2 and sum(summary.verdicts.values()) == len(whole)
+    again = EditStore.open(store)
+    assert {name[:3] for name in names(again)} == {name[:3] for name in names(whole)}
+    before, now = seeds(whole), seeds(again)
+    assert {key for key in now if now[key] != before[key]} == {name[:3] for name in bad[1:]}
+    assert files.items() - content(store).items() == {
+        (name, files[name]) for name in ("store.json", "index.json", "index.npy")
+    } | ({("starts.npy", files["starts.npy"])} & (files.items() - content(store).items()))
+    assert not verify(store).problems
+    # Nothing is left to do, and the new ones can be rejected in their turn.
+    files = content(store)
+    assert generate(root, store, CONFIG, redo=["rejected"]).made == 0 and content(store) == files
+    Decisions.of(store).add("reject", [name for name in names(again) if name[:3] == bad[1][:3]])
+    assert generate(root, store, CONFIG, redo=["rejected"]).made == 1
+    third = seeds(EditStore.open(store))[bad[1][:3]]
+    assert third not in (before[bad[1][:3]], now[bad[1][:3]])
+
+
+def test_what_quality_rejected_and_what_could_not_be_read(root: Path, tmp_path: Path) -> None:
+    store, broken = tmp_path / "store", root / "ants" / "1.jpg"
+    whole = broken.read_bytes()
+    index(root, refresh=True)
+    broken.write_bytes(encoded(photograph(1, 40, 50))[:900])
+    strict = with_fields(thresholds=dataclasses.replace(CONFIG.thresholds, unlike=0.9))
+    first = generate(root, store, strict)
+    rejected = first.verdicts["structure_lost"]
+    assert first.verdicts["unreadable original"] == 2 and 0 < rejected < 12
+    # Nothing can be read that could not before; nothing is ordered.
+    files = content(store)
+    assert generate(root, store, strict, redo=["unreadable"]).made == 0 and content(store) == files
+    broken.write_bytes(whole)
+    second = generate(root, store, strict, redo=["unreadable"])
+    assert second.made == 2 and second.verdicts["unreadable original"] == 0
+    generate(root, tmp_path / "anew", strict)
+    assert seeds(EditStore.open(store)) == seeds(EditStore.open(tmp_path / "anew"))
+    # From new seeds, with more attempts than the store was begun with.
+    rejected = second.verdicts["structure_lost"]
+    third = generate(root, store, dataclasses.replace(strict, retry=5), redo=["rejected"])
+    assert third.made == rejected and third.verdicts["structure_lost"] < rejected
+    assert not verify(store).problems and EditStore.open(store).settings["retry"] == 5
+    with pytest.raises(ConfigError, match="redo must be of rejected, unreadable, found 'all'"):
+        generate(root, store, strict, redo=["all"])  # type: ignore[list-item]
+
+
+def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> None:
+    from dali_diffusemix import pack
+
+    store = tmp_path / "store"
+    generate(root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}))
+    Decisions.of(store).add("reject", names(EditStore.open(store))[:2])
+    generate(root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}), redo=["rejected"])
+    Decisions.of(store).add("reject", names(EditStore.open(store))[:1])
+    pack(store, tmp_path / "raw")
+    assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
+    assert not verify(tmp_path / "raw").problems
+    generate(root, store, CONFIG)
+    pack(store, tmp_path / "raw")
+    assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
+
+
+# At load time ---------------------------------------------------------------------------------------------------------
+
+
+def test_some_edits_at_load_time(root: Path, tmp_path: Path, bank: FractalBank) -> None:
+    store = tmp_path / "store"
+    generate(root, store, with_fields(prompts=("autumn", "mosaic", "snowy"), variants=2))
+    whole = EditStore.open(store)
+
+    def used(**options: Any) -> EditStore:
+        mix = MixSpec(probability=1)
+        dataset = DiffuseMixDataset(root, edits=store, fractals=bank, mix=mix, crop=TrainCrop(32), seed=0, **options)
+        assert dataset.store is not None
+        plan = dataset.planner.batch(0, np.arange(len(dataset)))
+        mixed = plan.edit[plan.mixed]
+        # Every original is mixed that has an edit left, with one of its own.
+        has = np.diff(dataset.store.starts)[plan.original] > 0
+        assert (plan.mixed == has).all()
+        assert (dataset.store.originals_of(mixed) == plan.original[plan.mixed]).all()
+        assert len(dataset[0]) == 2
+        return dataset.store
+
+    assert {prompt for _, prompt in counts(used(prompts=["mosaic"]))} == {"mosaic"}
+    assert {prompt for _, prompt in counts(used(exclude=["mosaic"]))} == {"autumn", "snowy"}
+    some = counts(used(exclude={"b*": ["mosaic", "autumn"], "ants": ["snowy"]}))
+    assert set(some) == {("bees", "snowy"), ("ants", "autumn"), ("ants", "mosaic")}
+    least = float(np.median(whole.index["score"]))
+    good = used(min_score=least)
+    assert len(good) == (whole.index["score"] >= least).sum() and good.index["score"].min() >= least
+    assert len(used(min_score={"quality": least}, prompts=["autumn"])) < len(good)
+    with pytest.raises(ConfigError, match="prompts must be prompts of .*store', found 'winter'; these are"):
+        used(prompts=["winter"])
+    with pytest.raises(ConfigError, match="exclude must be prompts, found the text 'mosaic'"):
+        used(exclude="mosaic")
+    with pytest.raises(ConfigError, match="min_score must name scores of .*, found 'clip'"):
+        used(min_score={"clip": 0.5})
+    with pytest.raises(ConfigError, match=r"min_score must be numbers, found '0.5'"):
+        used(min_score="0.5")
+    with pytest.raises(ConfigError, match="prompts, exclude and min_score must be left out without edits"):
+        DiffuseMixDataset(root, crop=TrainCrop(32), prompts=["autumn"])
+
+
+def test_a_selection_under_another_catalog(root: Path, tmp_path: Path) -> None:
+    """In either order."""
+    generate(root, tmp_path / "store", CONFIG)
+    edits = EditStore.open(tmp_path / "store")
+    some = edits.catalog.take([5, 0, 2])
+    one = edits.reindexed(some).select(Selection(prompts=["mosaic"]))
+    other = edits.select(Selection(prompts=["mosaic"])).reindexed(some)
+    assert np.array_equal(one.index, other.index) and np.array_equal(one.starts, other.starts) and len(one) == 3
+    assert one.index["original"].tolist() == [0, 1, 2] == one.originals_of(np.arange(3)).tolist()
+    restored = pickle.loads(pickle.dumps(one))
+    assert np.array_equal(restored.index, one.index)
+    assert [restored.encoded(edit).tobytes() for edit in range(3)] == [one.encoded(edit).tobytes() for edit in range(3)]
+    assert one.shard_rows(0)["original"].max() == 2  # rows of the store's own catalog
+
+
+# Killed ---------------------------------------------------------------------------------------------------------------
+
+STEPS = """
+import os, signal, sys
+from pathlib import Path
+from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.store import Decisions, EditName, EditStore
+sys.path.insert(0, sys.argv[4])
+from test_choosing import names, steps
+left = [-1]
+def counting(replace):
+    def one(self, target):
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left[0] -= 1
+        return replace(self, target)
+    return one
+Path.replace = counting(Path.replace)
+root, folder, moments = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+made, killed = 0, True
+moment = 0
+while killed:
+    child = os.fork()
+    if child == 0:
+        left[0] = moment
+        try:
+            steps(Path(root), folder / f"killed{moment}")
+            os._exit(0)
+        finally:
+            os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL), code
+    moment, killed = moment + int(moments), code != 0
+print(moment)
+"""
+
+
+def steps(root: Path, store: Path) -> list[str]:
+    """Take the steps that are left: a store grows prompts, loses some, has rejected edits made again, gets some back."""
+    fields: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("begun", {"deny": {"ants": ("mosaic",)}}, {}),
+        ("grown", {"prompts": ("autumn", "snowy"), "class_prompts": {"bees": ("rainbow",)}}, {}),
+        ("lost", {"prompts": ("autumn",), "deny": {"*": ("snowy",), "ants": ("mosaic",)}}, {}),
+        ("again", {}, {"redo": ["rejected"]}),
+        ("back", {"deny": {}}, {}),
+    ]
+    done = store.with_name(f"{store.name}.steps")
+    taken = done.read_text().split() if done.exists() else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfinishedStoreWarning)
+        for name, of_config, options in fields[len(taken) :]:
+            if name == "again" and not Decisions.of(store).rejected():
+                Decisions.of(store).add("reject", names(EditStore.open(store))[1::3])
+            generate(root, store, with_fields(**of_config), **options)
+            taken.append(name)
+            done.write_text(" ".join(taken))
+    return taken
+
+
+@pytest.mark.slow
+def test_killed_at_each_step(root: Path, tmp_path: Path) -> None:
+    """At every second replacement of a file; gone on with, the store is that of a run that nobody killed."""
+    whole = tmp_path / "whole"
+    assert steps(root, whole) == ["begun", "grown", "lost", "again", "back"]
+    assert not verify(whole).problems
+    expected, used = content(whole), names(EditStore.open(whole))
+    assert used == names(EditStore.open(whole)) and len({name[:3] for name in used}) == len(used)
+    moments = int(warm.run("-c", STEPS, root, tmp_path, 2, Path(__file__).parent).stdout)
+    assert moments > 60
+    for moment in range(0, moments, 2):
+        store = tmp_path / f"killed{moment}"
+        steps(root, store)
+        assert content(store) == expected, moment
+        assert names(EditStore.open(store)) == used and not verify(store, decoding=False).problems
+        shutil.rmtree(store)
+    files = content(whole)
+    assert generate(root, whole, CONFIG).made == 0 and content(whole) == files
+    assert len(list((whole / "orders").iterdir())) == 3
