@@ -20,6 +20,7 @@ from dali_diffusemix.fractals import FractalBank
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.config import class_name
 from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.generate.estimate import estimate
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
@@ -298,6 +299,36 @@ def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> Non
     assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
 
 
+# Before a run ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_estimate_writes_nothing_and_counts_right(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    some = with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic", "snowy")}, variants=2)
+    for config in (some, CONFIG, with_fields(deny={"a*": ("mosaic", "snowy")}, class_prompts={"ants": ("snowy",)})):
+        before = content(store) if store.exists() else {}
+        found = estimate(root, store, config, devices=("cpu", "cpu"))
+        assert (content(store) if store.exists() else {}) == before
+        beside = {"train"} | ({"store", "store.runs.jsonl"} if before else set())
+        assert {file.name for file in tmp_path.iterdir()} == beside
+        denied = generate(root, tmp_path / "other" / "store", config).verdicts["denied"] if not before else 0
+        made = generate(root, store, config).made
+        assert found.edits == made - denied
+        assert (found.bytes > 0) == (found.seconds > 0) == (found.tried > 0) == (made > 0)
+        shutil.rmtree(tmp_path / "other", ignore_errors=True)
+    # The bytes of all of them are near.
+    found = estimate(root, tmp_path / "new", CONFIG)
+    generate(root, tmp_path / "new", CONFIG)
+    size = sum(file.stat().st_size for file in (tmp_path / "new" / "shards").iterdir())
+    assert found.edits == 2 * (ANTS + BEES) and 0.5 * size < found.bytes < 1.5 * size
+    # What a run is refused for, its estimate is refused for.
+    with pytest.raises(StoreError, match="size: 32 in the store, 64 asked for"):
+        estimate(root, store, with_fields(size=64))
+    Decisions.of(store).add("reject", names(EditStore.open(store))[:3])
+    assert estimate(root, store, CONFIG).edits == 0
+    assert estimate(root, store, CONFIG, redo=["rejected"]).edits == 3
+
+
 # At load time ---------------------------------------------------------------------------------------------------------
 
 
@@ -327,11 +358,11 @@ def test_some_edits_at_load_time(root: Path, tmp_path: Path, bank: FractalBank) 
     good = used(min_score=least)
     assert len(good) == (whole.index["score"] >= least).sum() and good.index["score"].min() >= least
     assert len(used(min_score={"quality": least}, prompts=["autumn"])) < len(good)
-    with pytest.raises(ConfigError, match="prompts must be prompts of .*store', found 'winter'; these are"):
+    with pytest.raises(ConfigError, match=r"prompts must be prompts of .*store', found 'winter'; these are"):
         used(prompts=["winter"])
     with pytest.raises(ConfigError, match="exclude must be prompts, found the text 'mosaic'"):
         used(exclude="mosaic")
-    with pytest.raises(ConfigError, match="min_score must name scores of .*, found 'clip'"):
+    with pytest.raises(ConfigError, match=r"min_score must name scores of .*, found 'clip'"):
         used(min_score={"clip": 0.5})
     with pytest.raises(ConfigError, match=r"min_score must be numbers, found '0.5'"):
         used(min_score="0.5")
@@ -392,7 +423,7 @@ print(moment)
 
 
 def steps(root: Path, store: Path) -> list[str]:
-    """Take the steps that are left: a store grows prompts, loses some, has rejected edits made again, gets some back."""
+    """Take the steps that are left: a store grows, loses prompts, has edits made again, gets prompts back."""
     fields: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("begun", {"deny": {"ants": ("mosaic",)}}, {}),
         ("grown", {"prompts": ("autumn", "snowy"), "class_prompts": {"bees": ("rainbow",)}}, {}),

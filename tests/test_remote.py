@@ -31,6 +31,8 @@ from dali_diffusemix.images.reading import Extent
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
 from dali_diffusemix.store import (
+    Decisions,
+    EditName,
     EditStore,
     OriginalStore,
     ShardWriter,
@@ -613,3 +615,23 @@ def test_a_local_store_needs_none_of_it(local: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "False", "False"]
+
+
+# Decisions ------------------------------------------------------------------------------------------------------------
+
+
+def test_decisions_beside_a_store_at_a_url_are_honoured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are fetched each time that the store is opened."""
+    monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR", str(tmp_path / "mirrors"))
+    store = build(tmp_path / "edits")
+    url = f"file://{store}"
+    assert len(EditStore.open(url)) == ORIGINALS
+    bad = [EditName(f"all/{row}.jpg", "autumn", 0, row // PER_SHARD) for row in (2, 7)]
+    Decisions.of(store).add("reject", bad)
+    edits = EditStore.open(url)
+    assert len(edits) == ORIGINALS - 2
+    assert edits.encoded(2).tobytes() == jpeg_of(3, 0) and len(pickle.loads(pickle.dumps(edits))) == ORIGINALS - 2
+    Decisions.of(store).add("undo", bad[:1])
+    assert len(EditStore.open(url)) == ORIGINALS - 1
+    Decisions.of(store).file.unlink()
+    assert len(EditStore.open(url)) == ORIGINALS

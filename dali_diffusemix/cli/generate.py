@@ -1,12 +1,12 @@
 """`generate`: edits of originals, into a store."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
 
-from dali_diffusemix.cli.display import Display, echo
+from dali_diffusemix.cli.display import Display, echo, readable_bytes, readable_seconds
 from dali_diffusemix.cli.generate_options import GenerateOptions, command_line_option, read_options, template
 from dali_diffusemix.cli.options import PATH, completed, json_option
 from dali_diffusemix.errors import ConfigError
@@ -14,6 +14,8 @@ from dali_diffusemix.errors import ConfigError
 if TYPE_CHECKING:
     from dali_diffusemix.generate.config import GenerateConfig, PromptFile
     from dali_diffusemix.generate.engines import Engine
+    from dali_diffusemix.generate.estimate import Estimate
+    from dali_diffusemix.generate.run import Redoable
 
 # Options that are fields of PromptFile, of GenerateConfig and of DiffusersConfig, with the same names.
 _PROMPTS: Final = ("prompts", "template", "class_prompts", "deny", "class_names")
@@ -62,6 +64,14 @@ def _to_prompts(ctx: click.Context, param: click.Parameter, value: str | None) -
     return words
 
 
+def _to_redo(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[str, ...]:
+    """Kinds of edits from text such as rejected,unreadable."""
+    words = () if value is None else tuple(word.strip() for word in value.split(","))
+    if not set(words) <= {"rejected", "unreadable"}:
+        raise click.BadParameter(f"{value!r} must be rejected, unreadable, or both as rejected,unreadable.")
+    return words
+
+
 def _print_config(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
         echo(template(), nl=False)
@@ -103,10 +113,29 @@ def _layouts() -> Iterable[str]:
     callback=_print_config,
     help="Print a commented file of all options.",
 )
+@click.option(
+    "--redo",
+    metavar="A,B",
+    callback=_to_redo,
+    shell_complete=completed(lambda: ["rejected", "unreadable"], many=True),
+    help="Make edits again: rejected (by quality or in `review`; from new seeds), or unreadable (whose image can be "
+    "read now).",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Make a few edits, and show how many, how large and how long all would be."
+)
 @json_option
-def generate_command(root: Path, store: Path, config: Path | None, as_json: bool, **given: Any) -> None:
-    """Edit the images of ROOT into the folder STORE. Running it again makes only what is missing. The
-    procedural editor uses no model: it is not diffusion.
+def generate_command(
+    root: Path,
+    store: Path,
+    config: Path | None,
+    redo: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Edit the images of ROOT into the folder STORE. Running it again makes only what is missing, with the
+    store's own options where none are given. The procedural editor uses no model: it is not diffusion.
 
     \b
     Example:
@@ -114,6 +143,8 @@ def generate_command(root: Path, store: Path, config: Path | None, as_json: bool
     """
     from dali_diffusemix.catalog.layouts import read_layout
     from dali_diffusemix.generate.config import PromptFile
+    from dali_diffusemix.generate.engines.local import default_devices
+    from dali_diffusemix.generate.estimate import estimate
     from dali_diffusemix.generate.run import generate, list_originals
     from dali_diffusemix.store import WHOLE, Part
 
@@ -130,6 +161,13 @@ def generate_command(root: Path, store: Path, config: Path | None, as_json: bool
     else:
         with display.progress("Reading headers", "images") as progress:
             catalog = list_originals(root, progress=progress)
+    part = WHOLE if options.part is None else Part.parse(options.part)
+    again = cast("Sequence[Redoable]", redo)
+    if dry_run:
+        devices = getattr(engine, "devices", ()) or default_devices(edits.editor_config.accelerated)
+        found = estimate(root, store, edits, catalog=catalog, devices=devices, part=part, redo=again)
+        _show_estimate(display, found, len(devices))
+        return
     with display.progress("Making edits", "edits") as progress:
         summary = generate(
             root,
@@ -137,7 +175,8 @@ def generate_command(root: Path, store: Path, config: Path | None, as_json: bool
             edits,
             catalog=catalog,
             engine=engine,
-            part=WHOLE if options.part is None else Part.parse(options.part),
+            part=part,
+            redo=again,
             progress=progress,
             rejects=display.rejects,
         )
@@ -171,6 +210,24 @@ def generate_command(root: Path, store: Path, config: Path | None, as_json: bool
             "missing_shards": summary.missing,
             "seconds": summary.seconds,
             "images_per_second": summary.images_per_second,
+        }
+    )
+
+
+def _show_estimate(display: Display, found: "Estimate", workers: int) -> None:
+    display.line(f"{found.edits} edits would be made")
+    if found.tried:
+        display.line(
+            f"about {readable_bytes(found.bytes)} and {readable_seconds(found.seconds)} on {workers} "
+            f"worker{'s' * (workers > 1)}, from {found.tried} edits made for the estimate"
+        )
+    display.result(
+        {
+            "edits": found.edits,
+            "bytes": found.bytes if found.tried else None,
+            "seconds": found.seconds if found.tried else None,
+            "tried": found.tried,
+            "workers": workers,
         }
     )
 

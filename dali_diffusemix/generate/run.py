@@ -135,7 +135,7 @@ def generate(
         devices = default_devices(config.editor_config.accelerated)
         engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
-        writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root, writer.catalog))
+        writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root))
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
         # Edits per shard: made before this run, made so far, and safe in a closed shard.
@@ -183,21 +183,23 @@ def generate(
     )
 
 
-def _redo_of(names: Collection[Redoable], root: Path, catalog: Catalog) -> Redo | None:
+def _redo_of(names: Collection[Redoable], root: Path) -> Redo | None:
     if unknown := set(names) - set(REDOABLE):
         raise ConfigError(f"redo must be of {', '.join(REDOABLE)}, found {sorted(unknown)[0]!r}.")
-    originals = Originals(root, catalog)
+    if not names:
+        return None
+    originals: Originals | None = None
 
-    def is_readable(row: int) -> bool:
+    def is_readable(catalog: Catalog, row: int) -> bool:
+        nonlocal originals
+        originals = originals or Originals(root, catalog)
         try:
             originals.pixels(row)
         except DecodeError:
             return False
         return True
 
-    return (
-        Redo(rejected="rejected" in names, unreadable=is_readable if "unreadable" in names else None) if names else None
-    )
+    return Redo(rejected="rejected" in names, unreadable=is_readable if "unreadable" in names else None)
 
 
 def _in_format_of(store: Path, config: GenerateConfig) -> GenerateConfig:
@@ -206,6 +208,25 @@ def _in_format_of(store: Path, config: GenerateConfig) -> GenerateConfig:
         with suppress(StoreError):  # which the writer will report
             return replace(config, format=EditStore.format_at(store))
     return config
+
+
+def edits_to_make(
+    root: str | os.PathLike[str],
+    store: str | os.PathLike[str],
+    config: GenerateConfig,
+    *,
+    catalog: Catalog,
+    part: Part = WHOLE,
+    redo: Collection[Redoable] = (),
+) -> int:
+    """The number of edits that `generate` with these arguments would make. Nothing is written. Raises like it."""
+    root, store = local_folders(root, store)
+    config = _in_format_of(store, config)
+    config.editor_config.check(config.all_prompts)
+    stored = EditStore.class_names_at(store) if (store / "store.json").exists() else {}
+    wish = config.wish(catalog.classes, stored)
+    again = _redo_of(redo, root)
+    return StoreWriter.outstanding(store, catalog, config.settings(), wish, redo=again, part=part)
 
 
 class _Stopping:

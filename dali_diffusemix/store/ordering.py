@@ -78,7 +78,8 @@ class Redo:
     """Edits to make again."""
 
     rejected: bool = False  # by quality or by people; from new seeds
-    unreadable: Callable[[int], bool] | None = None  # those of an original that can be read now, by its row; same seeds
+    # Those of originals that can be read now, by catalog and row; from the seeds that they would have had.
+    unreadable: Callable[[Catalog, int], bool] | None = None
 
 
 def ordered(
@@ -162,7 +163,9 @@ class _Finder:
             tables.append(rejected)
         if redo.unreadable is not None:
             unreadable = self._current((UNREADABLE,))
-            originals = [row for row in np.unique(unreadable["original"]).tolist() if redo.unreadable(row)]
+            originals = [
+                row for row in np.unique(unreadable["original"]).tolist() if redo.unreadable(self._catalog, row)
+            ]
             tables.append(unreadable[np.isin(unreadable["original"], originals)])
         table = np.concatenate(tables)
         return np.asarray(table[self._wanted[self._catalog.labels[table["original"]], table["prompt"]]])

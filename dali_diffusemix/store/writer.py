@@ -28,6 +28,7 @@ from dali_diffusemix.store.layout import (
     WHOLE,
     Header,
     Kind,
+    Order,
     OriginalHeader,
     Part,
     Rule,
@@ -139,6 +140,40 @@ class StoreWriter:
                 if header != before or not (self.path / "store.json").exists():
                     header.write(self.path)
             self._header = header
+
+    @staticmethod
+    def outstanding(
+        path: Path, catalog: Catalog, settings: Settings, wish: Wish, *, redo: Redo | None = None, part: Part = WHOLE
+    ) -> int:
+        """The number of edits that a run with this wish would make; nothing is written. Raises like `open`, `order`."""
+        if (path / "store.json").exists():
+            header = Header.read(path)
+            _check_settings(path, header.settings, settings, may_differ=_MAY_DIFFER)
+            catalog = grown_catalog(path, open_catalog(path), catalog)
+        else:
+            _check_folder(EDITS, path)
+            header = Header(settings=settings, prompts=(), segments=(), rules={}, fingerprint=catalog.fingerprint)
+        header, table = ordered(header, wish, redo, path, catalog)
+        wanted = header.wanted(catalog.classes)
+        closed = finished_shards(EDITS, path, header.shard_count)
+        count = 0
+        for segment in header.segments:
+            new = len(table) > 0 and segment is header.segments[-1]
+            if isinstance(segment, Order):
+                rows = table if new else segment.table(path)
+                each = wanted[catalog.labels[rows["original"]], rows["prompt"]]
+                places = np.unique(rows["original"], return_inverse=True)[1]
+                edits = np.bincount(places, each, segment.originals).astype(np.int64)
+            else:
+                labels = catalog.labels[segment.rows.start : segment.rows.stop]
+                edits = wanted[:, list(segment.prompts)].sum(axis=1)[labels] * len(segment.variants)
+            for number in segment.numbers(part):
+                first = (number - segment.first_shard) * segment.originals_per_shard
+                of_shard = int(edits[first : first + segment.originals_per_shard].sum())
+                made = 0 if number not in closed else closed[number].verdicts.total() - closed[number].verdicts[NOT_YET]
+                whole = number in closed and not closed[number].verdicts[NOT_YET]
+                count += 0 if whole else max(0, of_shard - made)
+        return count
 
     def order_as(self, other: Path) -> None:
         """Order what another store has ordered, in the same shards. Raises StoreError unless earlier orders agree."""
