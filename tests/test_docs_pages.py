@@ -31,6 +31,7 @@ from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
 from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.store import INDEX_ROW, ORIGINAL_INDEX_ROW, ORIGINAL_SHARD_ROW, SHARD_ROW, VERDICTS, OriginalStore
+from dali_diffusemix.store.layout import ORDER_ROW
 
 ROOT = Path(__file__).parents[1]
 TROUBLE, FORMATS, SOURCES = (ROOT / "docs" / f"{name}.md" for name in ("troubleshooting", "formats", "originals"))
@@ -376,6 +377,8 @@ def test_fields_of_json(written: tuple[Path, dict[str, Any]]) -> None:
         "field of `settings`": store["settings"],
         "field of a shard's json": read(folder, f"{EDITS}.json"),
         "field of index.json": read(folder, "edits/index.json"),
+        "field of an order": read(folder, "chosen/store.json")["segments"][1],
+        "field of a decision": read(folder, "chosen.decisions.jsonl"),
         "field of a run": read(folder, "edits.runs.jsonl"),
         "field of a packed store.json": read(folder, "originals/store.json"),
         "field of a packed index.json": read(folder, "originals/index.json"),
@@ -396,6 +399,7 @@ def test_fields_of_json(written: tuple[Path, dict[str, Any]]) -> None:
 def test_fields_of_tables(written: tuple[Path, dict[str, Any]]) -> None:
     for title, dtype, file in (
         ("field of a shard's row", SHARD_ROW, f"{EDITS}.npy"),
+        ("field of an order's row", ORDER_ROW, "chosen/orders/000001.npy"),
         ("field of index.npy", INDEX_ROW, "edits/index.npy"),
         ("field of a packed shard's row", ORIGINAL_SHARD_ROW, f"{ORIGINALS}.npy"),
         ("field of a packed index.npy", ORIGINAL_INDEX_ROW, "originals/index.npy"),
@@ -507,7 +511,7 @@ def test_versions(
     store, before = written[0] / "cache" / file.split("/")[0], path.read_text()
     content = json.loads(before)
     try:
-        for change in ({"version": 0}, {"version": 2}, {"magic": "dali_diffusemix.other"}):
+        for change in ({"version": 0}, {"version": 3}, {"magic": "dali_diffusemix.other"}):
             path.write_text(json.dumps({**content, **change}, indent=1))
             with pytest.raises((StoreError, CatalogError), match=next(iter(change))):
                 reader(store)
