@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from dali_diffusemix.generate.config import GenerateConfig, PromptFile
     from dali_diffusemix.generate.engines import Engine
 
-# Options that are fields of PromptFile, of GenerateConfig and of DiffusersConfig, with the same names.
+# Options that are fields of PromptFile, of GenerateConfig, and those of editors, with the same names.
 _PROMPTS: Final = ("prompts", "template", "deny")
 _EDITS: Final = (
     *(
@@ -31,7 +31,10 @@ _EDITS: Final = (
         "originals_per_shard",
     ),
 )
-_DIFFUSION: Final = ("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
+_EDITOR: Final = (
+    *("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile"),
+    "editor_options",
+)
 
 
 class _GenerateCommand(click.Command):
@@ -184,22 +187,14 @@ def _rejected(verdicts: Mapping[str, int]) -> int:
 def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
     """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
     from dali_diffusemix.generate.config import GenerateConfig
-    from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+    from dali_diffusemix.generate.editors.choice import choose_editor
 
     prompts = written.prompts if options.prompts is None else tuple(options.prompts)
     making = _given(options, _EDITS) | {
         "prompts": prompts,
         "denied": {prompt: classes for prompt, classes in written.denied.items() if prompt in prompts},
     }
-    diffusion = _given(options, _DIFFUSION)
-    if options.editor not in (None, "procedural"):
-        return GenerateConfig(editor=DiffusersConfig(model=options.editor, **diffusion), **making)
-    diffusion.pop("template", None)  # the same prompts may serve both kinds of editors
-    for name, value in diffusion.items():
-        raise ConfigError(
-            f"{name} must be left out for the procedural editor, found {value!r}; name a model as editor, or remove it."
-        )
-    return GenerateConfig(**making)
+    return GenerateConfig(editor=choose_editor(options.editor or "procedural", _given(options, _EDITOR)), **making)
 
 
 def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":

@@ -36,7 +36,9 @@ def _option(text: str, example: Any, default: str | None = "") -> Any:
 class GenerateOptions:
     """The options that were given; None: not given."""
 
-    editor: str | None = _option("procedural (default), or a model: hub id or local folder.", "procedural", None)
+    editor: str | None = _option(
+        "procedural (default), a model (hub id or local folder), or your own: module:Class.", "procedural", None
+    )
     prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
@@ -74,6 +76,7 @@ class GenerateOptions:
     layout: str | None = _option("Published dataset that ROOT holds, such as cub or flowers.", "cub", None)
     split: str | None = _option("Split of the layout, or several as A+B.", "train")
 
+    editor_options: Mapping[str, Any] | None = _option("What the constructor of an editor of your own takes.", {}, None)
     deny: Mapping[str, Any] | None = _option(
         "Classes, or patterns of classes, and the prompts that would change their label.", {}, None
     )
@@ -84,9 +87,13 @@ _SECTIONS: Final = {  # by the first option in them
     "template": "The diffusion model",
     "engine": "Where to run",
     "layout": "Originals",
+    "editor_options": "Your own editor",
     "deny": "Prompts to skip for some classes",
 }
-_DENY: Final = '#[deny]\n#"yellow *" = ["autumn", "sunset"]'
+_TABLES: Final = {  # at the end, since what follows the name of a table belongs to it
+    "editor_options": "#[editor_options]\n#strength = 0.8",
+    "deny": '#[deny]\n#"yellow *" = ["autumn", "sunset"]',
+}
 _OPTIONS: Final[Mapping[str, Field[Any]]] = {one.name: one for one in fields(GenerateOptions)}
 _RULES: Final[Mapping[type, str]] = {
     str: "a string",
@@ -153,4 +160,4 @@ def _template_lines() -> Iterator[str]:
             yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
         default = option.metadata["default"]
         yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
-        yield _DENY if name == "deny" else f"#{name} = {json.dumps(option.metadata['example'])}"
+        yield _TABLES.get(name, f"#{name} = {json.dumps(option.metadata['example'])}")

@@ -11,8 +11,7 @@ from typing import ClassVar, Literal
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
-from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
-from dali_diffusemix.generate.editors.procedural import ProceduralConfig
+from dali_diffusemix.generate.editors.choice import choose_editor
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
@@ -30,7 +29,7 @@ class GenerateConfig:
     Raises ConfigError if a field breaks its rule.
     """
 
-    editor: str | EditorConfig = "procedural"  # or a model for `DiffusersConfig`: hub id or local folder
+    editor: str | EditorConfig = "procedural"  # or a model (hub id or local folder), or one's own: "module:Class"
     prompts: tuple[str, ...] = PROMPTS  # without the template
     denied: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # prompt to patterns of denied classes
     size: int = 256  # side of a stored edit in pixels; with resize="keep" the square root of its pixel count
@@ -77,8 +76,7 @@ class GenerateConfig:
         if unknown := sorted(set(denied) - set(self.prompts)):
             raise ConfigError(f"denied must name prompts of this run, found {unknown[0]!r}; these are {self.prompts}.")
         if isinstance(self.editor, str):
-            editor = ProceduralConfig() if self.editor == "procedural" else DiffusersConfig(model=self.editor)
-            object.__setattr__(self, "editor", editor)
+            object.__setattr__(self, "editor", choose_editor(self.editor))
         if self._side % self.editor_config.multiple:
             raise ConfigError(
                 f"edit_size must be divisible by {self.editor_config.multiple} for this editor, found {self._side}; "
