@@ -145,7 +145,7 @@ class _CheckedEditor:
 def _imported(name: str, folder: str) -> type:
     """The class of a name, imported with a folder on the path."""
     module, _, found = name.partition(":")
-    if not all(part.isidentifier() for part in (*module.split("."), found)):
+    if module.endswith(".py") or not all(part.isidentifier() for part in (*module.split("."), found)):
         raise ConfigError(
             f"editor must be 'module:Class' in Python's names, found {name!r}; for the class Negative in "
             "styles/negative.py write 'styles.negative:Negative'."
@@ -154,7 +154,7 @@ def _imported(name: str, folder: str) -> type:
         sys.path.insert(0, folder)  # for good, as `python -m`: the module may import others from there later
     importlib.invalidate_caches()  # the file may be a moment old
     try:
-        editor = getattr(importlib.import_module(module), found, None)
+        editor = getattr(importlib.import_module(module), found, "no such name")
     except DiffuseMixError:
         raise
     except Exception as error:
@@ -163,7 +163,10 @@ def _imported(name: str, folder: str) -> type:
             "and among the installed packages."
         ) from error
     if not isinstance(editor, type) or not callable(getattr(editor, "edit", None)):
-        raise ConfigError(f"editor: {name!r} must be a class with a method edit(images, tasks), found {editor!r}.")
+        raise ConfigError(
+            f"editor: {name!r} must be a class with a method edit(images, tasks), found {editor!r} in "
+            f"{getattr(sys.modules[module], '__file__', module)!r}."
+        )
     return editor
 
 
