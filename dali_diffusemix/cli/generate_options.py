@@ -36,9 +36,7 @@ def _option(text: str, example: Any, default: str | None = "") -> Any:
 class GenerateOptions:
     """The options that were given; None: not given."""
 
-    editor: str | None = _option(
-        "procedural (default), a model (hub id or local folder), or your own: module:Class.", "procedural", None
-    )
+    editor: str | None = _option("procedural (default), hub id, folder, or your module:Class.", "procedural", None)
     prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")

@@ -150,7 +150,7 @@ def _imported(name: str, folder: str) -> type:
             f"editor must be 'module:Class' in Python's names, found {name!r}; for the class Negative in "
             "styles/negative.py write 'styles.negative:Negative'."
         )
-    if folder not in sys.path:
+    if module not in sys.modules and folder not in sys.path:
         sys.path.insert(0, folder)  # for good, as `python -m`: the module may import others from there later
     importlib.invalidate_caches()  # the file may be a moment old
     try:
@@ -221,7 +221,7 @@ def _version(editor: type, name: str) -> str:
 
 
 def _arguments(name: str, editor: type, options: Mapping[str, Any]) -> tuple[bool, dict[str, Any]]:
-    """Whether a class's constructor takes a device, and the other arguments that it is given, with the defaults."""
+    """True if a class's constructor takes a device; and the other arguments that it is given, with the defaults."""
     if not isinstance(options, Mapping):
         raise ConfigError(f"editor_options must be a table, found {options!r}; write them under [editor_options].")
     if "device" in options:
