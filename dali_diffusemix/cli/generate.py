@@ -33,7 +33,10 @@ _EDITS: Final = (
         "originals_per_shard",
     ),
 )
-_DIFFUSION: Final = ("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
+_EDITOR: Final = (
+    *("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile"),
+    "editor_options",
+)
 
 
 class _GenerateCommand(click.Command):
@@ -241,7 +244,7 @@ def _rejected(verdicts: Mapping[str, int]) -> int:
 def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
     """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
     from dali_diffusemix.generate.config import GenerateConfig
-    from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+    from dali_diffusemix.generate.editors.choice import choose_editor
 
     prompts = written.prompts if options.prompts is None else tuple(options.prompts)
     making = _given(options, _EDITS) | {
@@ -250,15 +253,7 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
         "deny": written.deny,
         "class_names": written.class_names,
     }
-    diffusion = _given(options, _DIFFUSION)
-    if options.editor not in (None, "procedural"):
-        return GenerateConfig(editor=DiffusersConfig(model=options.editor, **diffusion), **making)
-    diffusion.pop("template", None)  # the same prompts may serve both kinds of editors
-    for name, value in diffusion.items():
-        raise ConfigError(
-            f"{name} must be left out for the procedural editor, found {value!r}; name a model as editor, or remove it."
-        )
-    return GenerateConfig(**making)
+    return GenerateConfig(editor=choose_editor(options.editor or "procedural", _given(options, _EDITOR)), **making)
 
 
 def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":

@@ -36,7 +36,7 @@ def _option(text: str, example: Any, default: str | None = "") -> Any:
 class GenerateOptions:
     """The options that were given; None: not given."""
 
-    editor: str | None = _option("procedural (default), or a model: hub id or local folder.", "procedural", None)
+    editor: str | None = _option("procedural (default), hub id, folder, or your module:Class.", "procedural", None)
     prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
@@ -74,6 +74,7 @@ class GenerateOptions:
     layout: str | None = _option("Published dataset that ROOT holds, such as cub or flowers.", "cub", None)
     split: str | None = _option("Split of the layout, or several as A+B.", "train")
 
+    editor_options: Mapping[str, Any] | None = _option("What the constructor of an editor of your own takes.", {}, None)
     class_prompts: Mapping[str, Any] | None = _option(
         "Classes, or patterns of classes, and prompts that only they have.", {}, None
     )
@@ -90,9 +91,11 @@ _SECTIONS: Final = {  # by the first option in them
     "template": "The diffusion model",
     "engine": "Where to run",
     "layout": "Originals",
+    "editor_options": "Your own editor",
     "class_prompts": "Classes",
 }
-_TABLES: Final[Mapping[str, str]] = {  # examples
+_TABLES: Final[Mapping[str, str]] = {  # at the end, since what follows the name of a table belongs to it
+    "editor_options": "strength = 0.8",
     "class_prompts": '"tulips" = ["a {class} in a vase"]',
     "deny": '"yellow *" = ["autumn", "sunset"]',
     "class_names": 'n11939491 = "daisy"',

@@ -4,7 +4,7 @@ config     which edits to make
 run        a run, which can be stopped at any time and resumed
 worker     one shard
 quality    a verdict on every edit
-editors/   how an image is edited (procedural, diffusers)
+editors/   how an image is edited (procedural, diffusers, the user's own)
 engines/   where shards are made (this machine, Ray)
 """
 

@@ -13,8 +13,7 @@ from typing import ClassVar, Literal
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
-from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
-from dali_diffusemix.generate.editors.procedural import ProceduralConfig
+from dali_diffusemix.generate.editors.choice import choose_editor
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 from dali_diffusemix.store import Wish
 
@@ -33,7 +32,7 @@ class GenerateConfig:
     Raises ConfigError if a field breaks its rule.
     """
 
-    editor: str | EditorConfig = "procedural"  # or a model for `DiffusersConfig`: hub id or local folder
+    editor: str | EditorConfig = "procedural"  # or a name for `choose_editor`
     prompts: tuple[str, ...] = PROMPTS  # of all classes, without the template
     class_prompts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # class, or pattern, to its own prompts
     deny: Mapping[str, tuple[str, ...]] | None = None  # class, or pattern, to prompts not for it; None: as in the store
@@ -88,8 +87,7 @@ class GenerateConfig:
         if self.resize not in ("squash", "keep"):
             raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
         if isinstance(self.editor, str):
-            editor = ProceduralConfig() if self.editor == "procedural" else DiffusersConfig(model=self.editor)
-            object.__setattr__(self, "editor", editor)
+            object.__setattr__(self, "editor", choose_editor(self.editor))
         if self._side % self.editor_config.multiple:
             raise ConfigError(
                 f"edit_size must be divisible by {self.editor_config.multiple} for this editor, found {self._side}; "

@@ -451,7 +451,9 @@ def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> 
     if dataset.store is not None:
         settings = dataset.store.settings
         procedural = settings.get("editor") == "procedural"
-        edits = "procedural restyling, not diffusion" if procedural else f"{settings.get('model')}"
+        edits = (
+            "procedural restyling, not diffusion" if procedural else f"{settings.get('model', settings.get('editor'))}"
+        )
         notes.append(f"edits: {edits}")
     return notes
 
