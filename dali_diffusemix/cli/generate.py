@@ -32,6 +32,19 @@ _EDITS: Final = (
     ),
 )
 _DIFFUSION: Final = ("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile")
+# Those of ServerConfig, and which of them no other editor has.
+_SERVER: Final = (
+    "template",
+    "revision",
+    "steps",
+    "guidance",
+    "model",
+    "negative_prompt",
+    "fields",
+    "requests",
+    "patience",
+)
+_SERVER_ONLY: Final = ("model", "negative_prompt", "fields", "requests", "patience")
 
 
 class _GenerateCommand(click.Command):
@@ -84,6 +97,7 @@ def _layouts() -> Iterable[str]:
 @click.argument("root", type=PATH)
 @click.argument("store", type=PATH)
 @command_line_option("editor", "NAME", shell_complete=completed(lambda: ["procedural"], kind="dir"))
+@command_line_option("model", "NAME")
 @command_line_option("prompts", "A,B", callback=_to_prompts, shell_complete=completed(_prompts, many=True))
 @command_line_option("size", "N")
 @command_line_option("variants", "N")
@@ -122,7 +136,8 @@ def generate_command(root: Path, store: Path, config: Path | None, as_json: bool
     options = GenerateOptions(**{**in_file, **{name: value for name, value in given.items() if value is not None}})
     written = PromptFile.parse({name: in_file[name] for name in _PROMPTS if name in in_file}, config or "")
     edits = _config_of(options, written)
-    engine = _engine_of(options, edits.editor_config.accelerated)
+    editor = edits.editor_config
+    engine = _engine_of(options, editor.accelerated, remote=getattr(editor, "remote", False))
     if options.layout is not None:
         root, catalog = read_layout(options.layout, root, options.split or "train")
     elif options.split is not None:
@@ -185,6 +200,7 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
     """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
     from dali_diffusemix.generate.config import GenerateConfig
     from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+    from dali_diffusemix.generate.editors.server import ServerConfig
 
     prompts = written.prompts if options.prompts is None else tuple(options.prompts)
     making = _given(options, _EDITS) | {
@@ -192,6 +208,21 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
         "denied": {prompt: classes for prompt, classes in written.denied.items() if prompt in prompts},
     }
     diffusion = _given(options, _DIFFUSION)
+    if options.editor is not None and options.editor.startswith(("http://", "https://")):
+        for name in diffusion.keys() - set(_SERVER):
+            raise ConfigError(
+                f"{name} must be left out for a server as editor, found {diffusion[name]!r}; remove it, or see whether "
+                "the server takes such a field and set it in fields."
+            )
+        server = _given(options, _SERVER)
+        return GenerateConfig(
+            editor=ServerConfig(url=options.editor, model=server.pop("model", ""), **server), **making
+        )
+    for name, value in _given(options, _SERVER_ONLY).items():
+        raise ConfigError(
+            f"{name} must be left out unless the editor is a server, found {value!r}; give the server's URL as editor, "
+            "or remove it."
+        )
     if options.editor not in (None, "procedural"):
         return GenerateConfig(editor=DiffusersConfig(model=options.editor, **diffusion), **making)
     diffusion.pop("template", None)  # the same prompts may serve both kinds of editors
@@ -202,8 +233,8 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
     return GenerateConfig(**making)
 
 
-def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
-    """Return the engine that runs the work."""
+def _engine_of(options: GenerateOptions, accelerated: bool, *, remote: bool = False) -> "Engine":
+    """Return the engine that runs the work; the default is one worker if the work is done elsewhere."""
     from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
     from dali_diffusemix.generate.engines.ray import RayEngine
 
@@ -222,6 +253,7 @@ def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
     for name, value in _given(options, ("address", "num_gpus")).items():
         raise ConfigError(f"{name} must be left out with engine 'local', found {value!r}; set engine = \"ray\".")
     devices = default_devices(accelerated) if options.device is None else (options.device,)
+    devices = devices[:1] if remote else devices
     return LocalEngine([devices[worker % len(devices)] for worker in range(options.workers or len(devices))])
 
 
