@@ -20,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Self
@@ -76,14 +77,14 @@ class EditServer:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
 
 # In the process -------------------------------------------------------------------------------------------------------
@@ -95,11 +96,21 @@ class _Handler(BaseHTTPRequestHandler):
     plan: list[str]
     seen: dict[str, Any]
     now = 0
+    inside = False
     key = ""
     delay = 0.0
 
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+    def leave(self) -> None:
+        with self.lock:
+            type(self).now -= self.inside
+            self.inside = False
+
+    def send_response(self, code: int, message: str | None = None) -> None:
+        self.leave()  # before the client can know, and send the next
+        super().send_response(code, message)
 
     def answer(self, status: int, content: bytes | object, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -136,6 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with self.lock:
             cls.now += 1
+            self.inside = True
             self.seen["at_once"] = max(self.seen["at_once"], self.now)
             doing, _, detail = (self.plan.pop(0) if self.plan else "edit").partition(":")
         try:
@@ -145,8 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
                 else:
                     getattr(self, f"do_{doing}")(body, detail)
         finally:
-            with self.lock:
-                cls.now -= 1
+            self.leave()
 
     def edit(self, body: bytes) -> NDArray[np.uint8]:
         from werkzeug.formparser import parse_form_data
@@ -243,6 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
         """A PNG of a few bytes with 60,000 x 60,000 pixels."""
         file = bytearray(base64.b64decode(self.png(np.zeros((8, 8, 3), np.uint8))))
         file[16:24] = (60_000).to_bytes(4, "big") * 2
+        file[29:33] = zlib.crc32(file[12:29]).to_bytes(4, "big")
         self.answer(200, {"data": [{"b64_json": base64.b64encode(file).decode()}]})
 
     def do_sized(self, body: bytes, detail: str) -> None:

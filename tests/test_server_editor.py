@@ -30,6 +30,7 @@ from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.editors import EditTask
 from dali_diffusemix.generate.editors.server import KEY, ServerConfig
 from dali_diffusemix.inspect.verify import verify
+from dali_diffusemix.store import UnfinishedStoreWarning
 
 IMAGES = [photograph(seed, 32, 48) for seed in range(3)]
 TASKS = [
@@ -159,40 +160,28 @@ def test_settings_name_the_model_and_not_the_server(server: EditServer) -> None:
 @pytest.mark.parametrize(
     "plan",
     [
-        *(
-            ["500"],
-            ["502", "503"],
-            ["504"],
-            ["408"],
-            ["409"],
-            ["425"],
-            ["429"],
-            ["close"],
-            ["cut"],
-            ["noise"],
-            ["chunked"],
-        ),
-        ["text:<html>hello</html>"],
-        ["text:", "text:[]", 'text:{"data": []}', 'text:{"data": [{"b64_json": "?"}]}'],
-        ['text:{"data": [{"b64_json": null}]}', 'text:{"data": [1, 2]}', "text:" + "[" * 100_000],
-        ['text:{"data": [{"b64_json": "aGVsbG8="}]}', "damaged", "bomb"],
+        ["500", "502", "503", "504", "408", "409", "425", "429", "close", "cut", "noise", "chunked"],
+        ["text:", "text:<html>hello</html>", "text:[]", "text:" + "[" * 100_000, 'text:{"data": []}', "damaged", "bomb"]
+        + [
+            f'text:{{"data": [{one}]}}'
+            for one in ("1", "{}", '{"b64_json": null}', '{"b64_json": "?"}', '{"b64_json": "aGk="}')
+        ],
     ],
-    ids=lambda plan: plan[0][:20],
+    ids=["no answer", "no image"],
 )
 def test_a_failure_is_repeated(server: EditServer, plan: list[str]) -> None:
+    assert len(plan) == len(TASKS)
     server.plan(*plan)
-    assert_made(edits(config(server, requests=4), TASKS[:4]), TASKS[:4])
+    assert_made(edits(config(server, requests=len(TASKS))))
+    assert server.seen()["forms"]
 
 
 @pytest.mark.parametrize(
     ("plan", "found"),
     [
         ("500", r"it answers HTTP 500 \(as planned\), 5 times; look at the server's log"),
-        ("text:<html>", "its answer is no JSON with one image in data, 5 times"),
-        ('text:{"data": [{"b64_json": "?"}]}', r"no base64 in data\[0\].b64_json, 5 times"),
         ("damaged", "its image cannot be decoded"),
         ("bomb", "no image that can be read .*limit"),
-        ("noise", "its answer is not HTTP"),
     ],
 )
 @pytest.mark.slow
@@ -572,7 +561,7 @@ def test_the_command_edits_with_a_server(server: EditServer, tmp_path: Path) -> 
     assert made["made"] == 2
     settings = EditStore.open(tmp_path / "edits").settings
     assert (settings["editor"], settings["model"], settings["revision"]) == ("server", MODEL, None)
-    assert str(server.port) not in json.dumps(settings)
+    assert str(server.port) not in str(settings)
     assert not verify(tmp_path / "edits").problems
 
 
@@ -608,7 +597,7 @@ def test_kills_of_client_and_server_change_no_byte(tmp_path: Path) -> None:
 
     with EditServer(delay=0.05) as server:
         with begin("whole", server) as script:
-            assert script.communicate(120)[0] == "" and script.returncode == 0
+            assert "200 made now" in script.communicate(120)[0] and script.returncode == 0
         seen = server.seen()
         assert len(seen["forms"]) == 200 and seen["at_once"] == 4
         whole = content(tmp_path / "whole")
@@ -640,6 +629,32 @@ def test_kills_of_client_and_server_change_no_byte(tmp_path: Path) -> None:
     assert content(store) == whole
     checked = verify(store)
     assert not checked.problems and not checked.missing
+
+
+@pytest.mark.slow
+def test_a_run_that_the_server_left_keeps_its_edits(tmp_path: Path) -> None:
+    """All but the two batches under way, and the next run makes the same store."""
+    for place in range(8):
+        write_photograph(tmp_path / "train" / "a" / f"{place:02}.jpg", place, 40, 40)
+    with EditServer(delay=0.05) as server:
+
+        def make(name: str, **changed: Any) -> int:
+            made = GenerateConfig(editor=config(server, **changed), prompts=("autumn",), size=32, batch_size=1)
+            summary = generate(tmp_path / "train", tmp_path / name, made, progress=leave if changed else None)
+            return summary.made
+
+        def leave(done: int, total: int) -> None:
+            if done == 3:
+                server.kill()
+
+        assert make("whole") == 8
+        with pytest.raises(WorkerError, match="must answer, but for 1 s"):
+            make("left", patience=1)
+        with pytest.warns(UnfinishedStoreWarning):
+            assert 2 <= len(EditStore.open(tmp_path / "left")) < 8
+        server.start()
+        assert 3 <= make("left") <= 5
+    assert content(tmp_path / "left") == content(tmp_path / "whole")
 
 
 def test_the_servers_answer_is_the_stored_edit(server: EditServer, tmp_path: Path) -> None:

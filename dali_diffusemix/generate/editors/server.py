@@ -364,7 +364,7 @@ class _Patience:
 
     def pause(self, attempts: int, wait: float | None) -> float:
         """Seconds until the next attempt, after so many others; at least `wait`, if that is not too long."""
-        pause: float = self._random.uniform(0.5, 1) * min(_LONGEST, 0.5 * 2 ** min(attempts, 10))
+        pause: float = self._random.uniform(0.5, 1) * min(_LONGEST, 2 ** min(attempts, 10))
         if wait is not None:
             pause = max(pause, wait + self._random.uniform(0, 0.5))
         with self._lock:
