@@ -7,7 +7,7 @@
     │   └── DecodeError         one image cannot be decoded
     ├── StoreError              an edit store or fractal bank on disk cannot be used
     ├── LoaderTimeoutError      a batch was not read within the loader's timeout (also a RuntimeError)
-    ├── WorkerError             processes that generate died, or none can be had
+    ├── WorkerError             processes or a server that generate died, or none can be had
     └── MissingDependencyError  an optional package, driver or compiler is not there (also an ImportError)
 
 A message names the field, the rule, the value found and the remedy.
@@ -43,7 +43,7 @@ class LoaderTimeoutError(DiffuseMixError, RuntimeError):
 
 
 class WorkerError(DiffuseMixError):
-    """Processes that do the work of `generate` died, or none can be had."""
+    """Processes or a server that do the work of `generate` died, or none can be had."""
 
 
 class MissingDependencyError(DiffuseMixError, ImportError):

@@ -42,6 +42,11 @@ def error(name: str, **environment: str) -> str:
     return found
 
 
+def test_keys_are_in_no_report() -> None:
+    found = ask("package", DALI_DIFFUSEMIX_API_KEY="very secret")["package"]
+    assert found.found["environment"]["DALI_DIFFUSEMIX_API_KEY"] == "(set)" and "very secret" not in str(found)
+
+
 def module(folder: Path, name: str, code: str) -> None:
     """A module or package that is found before the installed one."""
     *packages, _ = parts = name.split(".")

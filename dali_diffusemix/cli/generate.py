@@ -35,6 +35,7 @@ _EDITS: Final = (
 )
 _EDITOR: Final = (
     *("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile"),
+    *("model", "negative_prompt", "fields", "requests", "patience"),
     "editor_options",
 )
 
@@ -97,6 +98,7 @@ def _layouts() -> Iterable[str]:
 @click.argument("root", type=PATH)
 @click.argument("store", type=PATH)
 @command_line_option("editor", "NAME", shell_complete=completed(lambda: ["procedural"], kind="dir"))
+@command_line_option("model", "NAME")
 @command_line_option("prompts", "A,B", callback=_to_prompts, shell_complete=completed(_prompts, many=True))
 @command_line_option("size", "N")
 @command_line_option("variants", "N")
@@ -156,7 +158,8 @@ def generate_command(
     options = GenerateOptions(**{**in_file, **{name: value for name, value in given.items() if value is not None}})
     written = PromptFile.parse({name: in_file[name] for name in _PROMPTS if name in in_file}, config or "")
     edits = _config_of(options, written)
-    engine = _engine_of(options, edits.editor_config.accelerated)
+    editor = edits.editor_config
+    engine = _engine_of(options, editor.accelerated, remote=getattr(editor, "remote", False))
     if options.layout is not None:
         root, catalog = read_layout(options.layout, root, options.split or "train")
     elif options.split is not None:
@@ -256,8 +259,8 @@ def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConf
     return GenerateConfig(editor=choose_editor(options.editor or "procedural", _given(options, _EDITOR)), **making)
 
 
-def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
-    """Return the engine that runs the work."""
+def _engine_of(options: GenerateOptions, accelerated: bool, *, remote: bool = False) -> "Engine":
+    """Return the engine that runs the work; the default is one worker if the work is done elsewhere."""
     from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
     from dali_diffusemix.generate.engines.ray import RayEngine
 
@@ -276,6 +279,7 @@ def _engine_of(options: GenerateOptions, accelerated: bool) -> "Engine":
     for name, value in _given(options, ("address", "num_gpus")).items():
         raise ConfigError(f"{name} must be left out with engine 'local', found {value!r}; set engine = \"ray\".")
     devices = default_devices(accelerated) if options.device is None else (options.device,)
+    devices = devices[:1] if remote else devices
     return LocalEngine([devices[worker % len(devices)] for worker in range(options.workers or len(devices))])
 
 

@@ -36,7 +36,11 @@ def _option(text: str, example: Any, default: str | None = "") -> Any:
 class GenerateOptions:
     """The options that were given; None: not given."""
 
-    editor: str | None = _option("procedural (default), hub id, folder, or your module:Class.", "procedural", None)
+    editor: str | None = _option(
+        "procedural (default), a model (hub id or folder), a server's URL, or your own module:Class.",
+        "procedural",
+        None,
+    )
     prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
@@ -54,7 +58,9 @@ class GenerateOptions:
     template: str | None = _option(
         "Text that the model is given.", "A transformed version of image into {prompt}", "this"
     )
-    revision: str | None = _option("Branch, tag or commit of a model on the hub.", "main", "the hub's default")
+    revision: str | None = _option(
+        "Branch, tag or commit of a model on the hub; of a server's model, only noted.", "main", "the hub's default"
+    )
     scheduler: str | None = _option(
         "euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm or default (the model's).", "euler-ancestral"
     )
@@ -63,6 +69,12 @@ class GenerateOptions:
     image_guidance: float | None = _option("Guidance by the image.", 1.5)
     dtype: str | None = _option("float16, bfloat16 or float32; a CPU needs float32.", "float16")
     compile: bool | None = _option("Compile the model: it takes minutes to start, and is faster afterwards.", False)
+
+    model: str | None = _option("Name under which a server serves its model.", "Qwen/Qwen-Image-Edit-2511", None)
+    negative_prompt: str | None = _option("Text that the server is to avoid.", "", None)
+    fields: Mapping[str, Any] | None = _option("More fields of the server's form.", {"true_cfg_scale": 4.0}, None)
+    requests: int | None = _option("Requests to the server at once, per worker.", 8)
+    patience: float | None = _option("Seconds to wait for a server that is away or busy.", 600.0)
 
     engine: str | None = _option("local (this machine) or ray (a cluster).", "local")
     device: str | None = _option("cpu, cuda or cuda:N.", "cuda:0", "all GPUs, else all cores")
@@ -89,6 +101,7 @@ class GenerateOptions:
 _SECTIONS: Final = {  # by the first option in them
     "editor": "Edits",
     "template": "The diffusion model",
+    "model": "The server",
     "engine": "Where to run",
     "layout": "Originals",
     "editor_options": "Your own editor",
@@ -166,6 +179,14 @@ def _template_lines() -> Iterator[str]:
             yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
         default = option.metadata["default"]
         yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
-        yield (
-            f"#[{name}]\n#{_TABLES[name]}" if name in _TABLES else f"#{name} = {json.dumps(option.metadata['example'])}"
-        )
+        if name in _TABLES:
+            yield f"#[{name}]\n#{_TABLES[name]}"
+        else:
+            yield f"#{name} = {_toml(option.metadata['example'])}"
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it; tables in one line."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name} = {_toml(one)}" for name, one in value.items()) + "}"
+    return json.dumps(value)

@@ -40,7 +40,7 @@ def probe_package() -> dict[str, Any]:
         "python": f"{platform.python_implementation()} {platform.python_version()}",
         "executable": sys.executable,
         "environment": {
-            name: value
+            name: "(set)" if name.endswith("_KEY") else value  # reports are passed on
             for name, value in sorted(os.environ.items())
             if name.startswith("DALI_DIFFUSEMIX_") or name in _VARIABLES
         },

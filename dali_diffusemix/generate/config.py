@@ -126,7 +126,8 @@ class GenerateConfig:
         """Originals per shard."""
         if self.originals_per_shard is not None:
             return self.originals_per_shard
-        return _ORIGINALS_BY_MODEL if self.editor_config.accelerated else _ORIGINALS
+        editor = self.editor_config
+        return _ORIGINALS_BY_MODEL if editor.accelerated or getattr(editor, "remote", False) else _ORIGINALS
 
     @property
     def stored_format(self) -> str:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dali_diffusemix.base.workers import Result, Workers
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import DecodeError
+from dali_diffusemix.errors import DecodeError, WorkerError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.editors import Editor, EditTask
@@ -119,25 +119,37 @@ class ShardWorker:
         self._wanted = self._header.wanted(self._catalog.classes)
 
     def __call__(self, shard: Shard) -> Iterator[ShardProgress]:
-        """Make one shard, or a part of it if the run is stopped; yields its state after each batch."""
+        """Make one shard, or a part of it if the run is stopped; yields its state after each batch.
+
+        Raises:
+            WorkerError: The editor's server is gone; the shard is closed with the edits that were made before.
+        """
         if self._is_stopped():
             return
         verdicts: Counter[str] = Counter()
         rejected: Counter[str] = Counter()
         begun = BegunShard.find(self._store, shard)
         threads = Workers(self._threads, "dali-diffusemix-generate")
+        gone: WorkerError | None = None
         with ShardWriter(self._store, self._catalog, shard) as writer, threads:
             if begun is not None:
                 verdicts += begun.copy(writer)
-            for batch in self._batches(shard, 0 if begun is None else begun.originals, threads):
-                for edit in batch.edits:
-                    verdict = self._add(writer, edit)
-                    verdicts[verdict] += 1
-                    if verdict in REJECTIONS:
-                        rejected[self._header.prompts[edit.key.prompt]] += 1
-                yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
+            try:
+                for batch in self._batches(shard, 0 if begun is None else begun.originals, threads):
+                    for edit in batch.edits:
+                        verdict = self._add(writer, edit)
+                        verdicts[verdict] += 1
+                        if verdict in REJECTIONS:
+                            rejected[self._header.prompts[edit.key.prompt]] += 1
+                    yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy())
+            except WorkerError as error:
+                if not verdicts:
+                    raise
+                gone = error
             self._leave(writer, shard, verdicts.total())
         yield ShardProgress(shard=shard.number, verdicts=verdicts.copy(), rejected=rejected.copy(), closed=True)
+        if gone is not None:
+            raise gone
 
     def _is_stopped(self) -> bool:
         return self._stop.exists()

@@ -1,8 +1,8 @@
 """Editors: turn an original into its edit under a prompt.
 
 An editor has one method. `ProceduralEditor` needs no model; it is *not* diffusion. `DiffusersEditor` runs an
-instruction-editing pipeline of diffusers. A config describes an editor: processes pass it on, and load the editor from
-it where the work is done.
+instruction-editing pipeline of diffusers. `ServerEditor` asks a server. A config describes an editor: processes pass it
+on, and load the editor from it where the work is done.
 """
 
 from collections.abc import Mapping, Sequence
@@ -69,7 +69,11 @@ class Editor(Protocol):
 
 
 class EditorConfig(Protocol):
-    """An editor and its options: a frozen value that checks itself and can be pickled."""
+    """An editor and its options: a frozen value that checks itself and can be pickled.
+
+    It may have an attribute `remote`, True if a model elsewhere does the work and this process only waits for it: then
+    one worker is enough, and shards are as short as for a model here.
+    """
 
     @property
     def accelerated(self) -> bool:
