@@ -50,6 +50,7 @@ VENDORS: dict[str, set[str]] = {
     "diffusers": {"generate.editors.diffusers"},
     "transformers": {"generate.editors.diffusers"},
     "huggingface_hub": {"generate.editors.diffusers"},
+    "torchao": {"generate.editors.diffusers"},
     "ray": {"generate.engines.ray"},
     "fsspec": {"store.mirror"},
     "pyarrow": {"sources.parquet"},

@@ -132,7 +132,8 @@ def _vae(diffusers: Any, channels: tuple[int, ...], layers: int) -> Any:
     )
 
 
-def _unet(diffusers: Any, channels: tuple[int, ...], text: int, *, sdxl: bool) -> Any:
+def _unet(diffusers: Any, channels: tuple[int, ...], text: int, *, sdxl: bool, images: int = 1) -> Any:
+    """Takes the latents of the edit, and of so many images besides."""
     more: dict[str, Any] = {}
     if sdxl:
         more = {
@@ -143,7 +144,7 @@ def _unet(diffusers: Any, channels: tuple[int, ...], text: int, *, sdxl: bool) -
         text *= 2
     return diffusers.UNet2DConditionModel(
         sample_size=32,
-        in_channels=8,
+        in_channels=4 + 4 * images,
         out_channels=4,
         block_out_channels=channels,
         layers_per_block=1,

@@ -34,9 +34,8 @@ _EDITS: Final = (
     ),
 )
 _EDITOR: Final = (
-    *("template", "revision", "scheduler", "steps", "guidance", "image_guidance", "dtype", "compile"),
-    *("model", "negative_prompt", "fields", "requests", "patience"),
-    "editor_options",
+    *("template", "negative_prompt", "strength", "revision", "scheduler", "steps", "guidance", "image_guidance"),
+    *("dtype", "lora", "quantize", "cache", "compile", "model", "fields", "requests", "patience", "editor_options"),
 )
 
 
@@ -88,6 +87,12 @@ def _prompts() -> Iterable[str]:
     return PROMPTS
 
 
+def _quantizations() -> Iterable[str]:
+    from dali_diffusemix.generate.editors.diffusers.loading import QUANTIZATIONS
+
+    return QUANTIZATIONS
+
+
 def _layouts() -> Iterable[str]:
     from dali_diffusemix.catalog.layouts import LAYOUTS
 
@@ -106,6 +111,10 @@ def _layouts() -> Iterable[str]:
 @command_line_option("retry", "N")
 @command_line_option("format", "NAME", shell_complete=completed(lambda: ["jpeg", "png", "raw"]))
 @command_line_option("batch_size", "N")
+@command_line_option("negative_prompt", "TEXT")
+@command_line_option("strength", "X")
+@command_line_option("lora", "NAME")
+@command_line_option("quantize", "NAME", shell_complete=completed(_quantizations))
 @command_line_option("device", "NAME")
 @command_line_option("part", "I/N")
 @command_line_option("layout", "NAME", shell_complete=completed(_layouts))

@@ -56,22 +56,48 @@ class GenerateOptions:
     )
 
     template: str | None = _option(
-        "Text that the model is given.", "A transformed version of image into {prompt}", "this"
+        "Text that the model is given, with {prompt} and perhaps {class}.",
+        "A transformed version of image into {prompt}",
+        "that of the model's class, for InstructPix2Pix this",
+    )
+    negative_prompt: str | None = _option("What a model or a server guides edits away from.", "blurry", None)
+    strength: float | None = _option(
+        "Part of the steps that image to image makes, 0 to 1.", 0.6, "that of the model's class"
     )
     revision: str | None = _option(
         "Branch, tag or commit of a model on the hub; of a server's model, only noted.", "main", "the hub's default"
     )
     scheduler: str | None = _option(
-        "euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm or default (the model's).", "euler-ancestral"
+        "default (the model's); euler-ancestral, euler, dpm-solver++, unipc, ddim or lcm; lightning.",
+        "dpm-solver++",
+        "the model's, for InstructPix2Pix euler-ancestral",
     )
-    steps: int | None = _option("Diffusion steps; 20 are enough for dpm-solver++.", 100)
-    guidance: float | None = _option("Guidance by the prompt.", 4.0)
-    image_guidance: float | None = _option("Guidance by the image.", 1.5)
-    dtype: str | None = _option("float16, bfloat16 or float32; a CPU needs float32.", "float16")
+    steps: int | None = _option(
+        "Diffusion steps; for dpm-solver++ 20 are enough.", 20, "that of the model's class, for InstructPix2Pix 100"
+    )
+    guidance: float | None = _option(
+        "Guidance by the prompt.", 4.0, "that of the model's class, for InstructPix2Pix 4.0"
+    )
+    image_guidance: float | None = _option(
+        "Guidance by the image.", 1.5, "that of the model's class, for InstructPix2Pix 1.5"
+    )
+    dtype: str | None = _option(
+        "float16, bfloat16 or float32; a CPU needs one of the last two.",
+        "bfloat16",
+        "that of the model's class, for InstructPix2Pix float16",
+    )
+    lora: str | None = _option(
+        "LoRA as NAME[:FILE][@SCALE]; NAME is a file, folder or hub id.", "owner/name:file.safetensors@0.8", None
+    )
+    quantize: str | None = _option(
+        "Weights in less memory: torchao-int8, torchao-float8, bnb-8bit or bnb-4bit.", "torchao-int8", None
+    )
+    cache: float | None = _option(
+        "First Block Cache: skip the other blocks where the first one changes less than this.", 0.1, None
+    )
     compile: bool | None = _option("Compile the model: it takes minutes to start, and is faster afterwards.", False)
 
     model: str | None = _option("Name under which a server serves its model.", "Qwen/Qwen-Image-Edit-2511", None)
-    negative_prompt: str | None = _option("Text that the server is to avoid.", "", None)
     fields: Mapping[str, Any] | None = _option("More fields of the server's form.", {"true_cfg_scale": 4.0}, None)
     requests: int | None = _option("Requests to the server at once, per worker.", 8)
     patience: float | None = _option("Seconds to wait for a server that is away or busy.", 600.0)

@@ -103,7 +103,7 @@ class GenerateConfig:
         """What a store of originals of these classes is to have; `stored` are the class names that it has already."""
         prompts: dict[str, tuple[str, ...] | None] = dict.fromkeys(self.prompts)
         prompts.update(_by_prompt(self.class_prompts))
-        template = str(getattr(self.editor_config, "template", ""))
+        template = getattr(self.editor_config, "template", None) or ""
         names = {}
         if any("{class}" in text for text in (template, *self.all_prompts)):
             names = {name: self.class_names.get(name) or stored.get(name) or class_name(name) for name in classes}
