@@ -13,7 +13,7 @@ from test_cli import make_images, run, run_json
 from dali_diffusemix.cli.generate import _config_of, _engine_of
 from dali_diffusemix.cli.generate_options import GenerateOptions, read_options, template
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.generate import GenerateConfig, PromptFile
+from dali_diffusemix.generate import GenerateConfig
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig
 from dali_diffusemix.generate.editors.diffusers.adapters import InstructPix2PixAdapter
 from dali_diffusemix.generate.editors.diffusers.loading import QUANTIZATIONS
@@ -22,7 +22,6 @@ from dali_diffusemix.generate.engines.ray import RayEngine
 from dali_diffusemix.store import EditStore
 
 NAMES = [field.name for field in fields(GenerateOptions)]
-NO_PROMPTS = PromptFile.parse({}, "")
 
 
 def file(folder: Path, text: str) -> Path:
@@ -115,7 +114,7 @@ def test_options_of_the_model_and_of_the_engine(tmp_path: Path) -> None:
         'editor = "a/b"\ntemplate = "{prompt}"\nsteps = 20\nscheduler = "dpm-solver++"\nguidance = 3\n'
         'compile = true\nedit_size = 256\nsize = 32\nengine = "ray"\naddress = "here:1"\nworkers = 3\nnum_gpus = 0.5\n',
     )
-    config = _config_of(given, NO_PROMPTS)
+    config = _config_of(given, {}, tmp_path / "store")
     assert config.editor == DiffusersConfig(
         model="a/b", template="{prompt}", steps=20, scheduler="dpm-solver++", guidance=3, compile=True
     )
@@ -153,7 +152,7 @@ def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
         ("size = ", "config must be a TOML file, found '.*edits.toml'.*--print-config"),
         ("prompts = 'autumn,snowy'", "prompts must be a list of strings, found 'autumn,snowy'"),
         ("prompts = ['autumn']\n[deny]\nx = ['snowy']", "denies 'snowy' to 'x'"),
-        ("deny = 3", r"\[deny\] a table"),
+        ("deny = 3", r"\[deny\] must be a table"),
         ("steps = 20", "steps must be left out for the procedural editor, found 20; name a model as editor"),
         ("engine = 'slurm'", "engine must be 'local' or 'ray', found 'slurm'"),
         ("workers = 0", "workers must be 1 or more, found 0"),
@@ -191,4 +190,4 @@ def test_files_in_the_documents_are_read(tmp_path: Path) -> None:
         assert blocks
         for text in blocks:
             content = read_options(file(tmp_path, text))
-            _config_of(GenerateOptions(**content), PromptFile.parse({"prompts": content["prompts"]}, ""))
+            _config_of(GenerateOptions(**content), {"prompts": content["prompts"]}, tmp_path / "store")

@@ -21,7 +21,7 @@ from edit_server import MODEL, EditServer, edited
 from material import photograph, write_photograph
 from numpy.typing import NDArray
 from test_cli import run, run_json
-from test_options_file import NO_PROMPTS, options
+from test_options_file import options
 
 from dali_diffusemix import EditStore
 from dali_diffusemix.cli.generate import _config_of, _engine_of
@@ -528,7 +528,7 @@ def test_options_of_a_server(tmp_path: Path) -> None:
         "guidance = 2\n"
         'negative_prompt = "x"\nfields = {true_cfg_scale = 4.0}\nrequests = 3\npatience = 5\n',
     )
-    made = _config_of(given, NO_PROMPTS)
+    made = _config_of(given, {}, tmp_path / "store")
     assert made.editor == ServerConfig(
         url="http://here:8000/v1",
         model="a/b",
@@ -549,7 +549,7 @@ def test_options_of_a_server(tmp_path: Path) -> None:
         ("requests = 3", "requests must be left out unless the editor is a server"),
     ):
         with pytest.raises(ConfigError, match=found):
-            _config_of(options(tmp_path, text), NO_PROMPTS)
+            _config_of(options(tmp_path, text), {}, tmp_path / "store")
 
 
 def test_the_command_edits_with_a_server(server: EditServer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`generate`: edits of originals, into a store."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -12,7 +13,7 @@ from dali_diffusemix.cli.options import PATH, completed, json_option
 from dali_diffusemix.errors import ConfigError
 
 if TYPE_CHECKING:
-    from dali_diffusemix.generate.config import GenerateConfig, PromptFile
+    from dali_diffusemix.generate.config import GenerateConfig
     from dali_diffusemix.generate.engines import Engine
     from dali_diffusemix.generate.estimate import Estimate
     from dali_diffusemix.generate.run import Redoable
@@ -166,7 +167,10 @@ def generate_command(
     in_file = {} if config is None else read_options(config)
     options = GenerateOptions(**{**in_file, **{name: value for name, value in given.items() if value is not None}})
     written = PromptFile.parse({name: in_file[name] for name in _PROMPTS if name in in_file}, config or "")
-    edits = _config_of(options, written)
+    of_file: dict[str, Any] = {
+        name: getattr(written, name) for name in _PROMPTS if name in in_file and name != "template"
+    }
+    edits = _config_of(options, of_file, store)
     editor = edits.editor_config
     engine = _engine_of(options, editor.accelerated, remote=getattr(editor, "remote", False))
     if options.layout is not None:
@@ -202,7 +206,7 @@ def generate_command(
             display.line(f"{count} edits of {len(catalog)} images")
         elif count:
             display.line(f"{count} not used: {verdict}")
-    if options.editor in (None, "procedural"):
+    if editor.settings()["editor"] == "procedural":
         display.line("restyled by the procedural editor: not diffusion")
     rejected = {prompt: _rejected(verdicts) for prompt, verdicts in summary.by_prompt.items()}
     display.lines(f"{count:>8}  rejected under {prompt!r}" for prompt, count in rejected.items() if count)
@@ -253,19 +257,33 @@ def _rejected(verdicts: Mapping[str, int]) -> int:
     return sum(verdicts.get(name, 0) for name in REJECTIONS)
 
 
-def _config_of(options: GenerateOptions, written: "PromptFile") -> "GenerateConfig":
-    """Return the edits to make; `written` has the prompts of the file, which the command line may replace."""
-    from dali_diffusemix.generate.config import GenerateConfig
-    from dali_diffusemix.generate.editors.choice import choose_editor
+def _config_of(options: GenerateOptions, written: Mapping[str, Any], store: Path) -> "GenerateConfig":
+    """Return the edits to make, with a store's own options where none are given.
 
-    prompts = written.prompts if options.prompts is None else tuple(options.prompts)
-    making = _given(options, _EDITS) | {
-        "prompts": prompts,
-        "class_prompts": written.class_prompts,
-        "deny": written.deny,
-        "class_names": written.class_names,
-    }
-    return GenerateConfig(editor=choose_editor(options.editor or "procedural", _given(options, _EDITOR)), **making)
+    Args:
+        options: Those of the command line and of the file.
+        written: The prompts and classes of the file, fields of `PromptFile`; the command line may replace the prompts.
+        store: The edit store's folder, which need not exist.
+    """
+    from dali_diffusemix.generate.config import GenerateConfig
+    from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
+    from dali_diffusemix.store import EditStore
+
+    making = {**written, **_given(options, _EDITS)}
+    if options.prompts is not None:
+        making["prompts"] = tuple(options.prompts)
+    of_editor = _given(options, _EDITOR)
+    exists = (store / "store.json").exists()
+    if options.prompts is not None and written.get("deny") is not None:
+        # What the file denies waits until its prompt is asked for.
+        known = {*making["prompts"], *chain.from_iterable(making.get("class_prompts", {}).values())}
+        known |= set(EditStore.prompts_at(store)) if exists else set()
+        denied = {name: [prompt for prompt in of if prompt in known] for name, of in written["deny"].items()}
+        making["deny"] = {name: of for name, of in denied.items() if of}
+    if exists:
+        editor = editor_of_store(EditStore.settings_at(store), options.editor, of_editor)
+        return GenerateConfig.from_store(store, editor=editor, **making)
+    return GenerateConfig(editor=choose_editor(options.editor or "procedural", of_editor), **making)
 
 
 def _engine_of(options: GenerateOptions, accelerated: bool, *, remote: bool = False) -> "Engine":

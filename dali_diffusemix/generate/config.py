@@ -8,18 +8,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
-from dali_diffusemix.generate.editors.choice import choose_editor
+from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 from dali_diffusemix.store import Wish
+from dali_diffusemix.store.layout import Header
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
 _QUALITY = 90
+_FORMAT = {"format", "quality"}  # fields that decide the format together
 _SMALL = 64  # pixels: edits up to this side are stored without loss by default
 
 
@@ -94,15 +96,53 @@ class GenerateConfig:
                 "an edit can be stored at any other size."
             )
 
+    @classmethod
+    def from_store(cls, store: str | os.PathLike[str], **given: Any) -> "GenerateConfig":
+        """The config that a store was made with, except for the fields given.
+
+        Args:
+            store: The edit store's folder.
+            **given: Fields.
+
+        Raises:
+            StoreError: There is no edit store.
+            ConfigError: The store does not know its editor, which is a model in a folder or a server; or a field breaks
+                its rule.
+        """
+        header = Header.read(Path(store))
+        settings: Mapping[str, Any] = header.settings
+        if not isinstance(given.get("editor"), EditorConfig):
+            given["editor"] = editor_of_store(settings, given.get("editor"))
+        only = {prompt: rule.only for prompt, rule in header.rules.items() if rule.only is not None}
+        stored: dict[str, Any] = {
+            name: settings[name]
+            for name in ("size", "edit_size", "seed", "retry", "format", "quality")
+            if settings.get(name) is not None and not (name in _FORMAT and _FORMAT & given.keys())
+        }
+        if stored["edit_size"] == stored["size"]:  # which a size that is given changes too
+            del stored["edit_size"]
+        stored |= {
+            "resize": "keep" if str(settings.get("resize")).endswith("kept") else "squash",
+            "thresholds": quality.Thresholds(
+                **{name: settings[f"threshold {name}"] for name in quality.Thresholds().settings()}
+            ),
+            "prompts": tuple(prompt for prompt in header.prompts if prompt not in only),
+            "class_prompts": _turned(
+                {prompt: of for prompt, of in only.items() if prompt not in given.get("prompts", ())}
+            ),
+            "variants": header.variants(Path(store)),
+        }
+        return cls(**{**stored, **given})
+
     @property
     def all_prompts(self) -> tuple[str, ...]:
         """The prompts of all classes, then those of some."""
         return tuple(dict.fromkeys((*self.prompts, *chain.from_iterable(self.class_prompts.values()))))
 
     def wish(self, classes: Sequence[str], stored: Mapping[str, str]) -> Wish:
-        """What a store of originals of these classes is to have; `stored` are the class names that it has already."""
+        """The edits that a store of originals of these classes is to have; `stored` are its class names so far."""
         prompts: dict[str, tuple[str, ...] | None] = dict.fromkeys(self.prompts)
-        prompts.update(_by_prompt(self.class_prompts))
+        prompts.update(_turned(self.class_prompts))
         template = getattr(self.editor_config, "template", None) or ""
         names = {}
         if any("{class}" in text for text in (template, *self.all_prompts)):
@@ -111,7 +151,7 @@ class GenerateConfig:
             prompts=prompts,
             variants=self.variants,
             originals_per_shard=self.shard_length,
-            deny=None if self.deny is None else _by_prompt(self.deny),
+            deny=None if self.deny is None else _turned(self.deny),
             class_names=names,
         )
 
@@ -175,16 +215,16 @@ class GenerateConfig:
 
 
 def class_name(folder: str) -> str:
-    """What `{class}` stands for, unless it is given: a class's folder without its number, in words."""
+    """The words that `{class}` stands for, unless they are given: a class's folder without its number."""
     return re.sub(r"^\d+[\s._-]+", "", folder).replace("_", " ").strip() or folder
 
 
-def _by_prompt(of_classes: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
-    """Prompt to patterns of classes, from pattern to prompts."""
+def _turned(table: Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    """Prompt to patterns of classes, from pattern to prompts; or the other way round."""
     found: dict[str, tuple[str, ...]] = {}
-    for pattern, prompts in of_classes.items():
-        for prompt in prompts:
-            found[prompt] = (*found.get(prompt, ()), pattern)
+    for name, values in table.items():
+        for value in values:
+            found[value] = (*found.get(value, ()), name)
     return found
 
 
@@ -241,10 +281,18 @@ class PromptFile:
         names = content.get("class_names", {})
         if not isinstance(names, dict) or not all(isinstance(words, str) and words for words in names.values()):
             raise ConfigError(f"prompts: {str(file)!r}: [class_names] must be a table of strings, found {names!r}.")
+        prompts = _strings(file, "prompts", content.get("prompts", list(PROMPTS)))
+        class_prompts = _table(file, "class_prompts", content.get("class_prompts", {}))
         deny = _table(file, "deny", content["deny"]) if "deny" in content else None
+        known = {*prompts, *chain.from_iterable(class_prompts.values())}
+        for pattern, names_denied in (deny or {}).items():
+            if unknown := [prompt for prompt in names_denied if prompt not in known]:
+                raise ConfigError(
+                    f"prompts: {str(file)!r} denies {unknown[0]!r} to {pattern!r}, but its prompts are {sorted(known)}."
+                )
         return cls(
-            prompts=_strings(file, "prompts", content.get("prompts", list(PROMPTS))),
-            class_prompts=_table(file, "class_prompts", content.get("class_prompts", {})),
+            prompts=prompts,
+            class_prompts=class_prompts,
             deny=deny,
             class_names={str(name): words for name, words in names.items()},
             template=template,

@@ -127,8 +127,7 @@ def generate(
     """
     begin = time.perf_counter()
     root, store = local_folders(root, store)
-    config = _in_format_of(store, config or GenerateConfig())
-    config.editor_config.check(config.all_prompts)
+    config = _checked(store, config or GenerateConfig())
     settings = config.settings()
     originals = list_originals(root) if catalog is None else catalog
     if engine is None:
@@ -202,11 +201,24 @@ def _redo_of(names: Collection[Redoable], root: Path) -> Redo | None:
     return Redo(rejected="rejected" in names, unreadable=is_readable if "unreadable" in names else None)
 
 
-def _in_format_of(store: Path, config: GenerateConfig) -> GenerateConfig:
-    """The config with the format that the store has, if it leaves it open and there is a store."""
-    if config.format is None and config.quality is None and (store / "store.json").exists():
+def _checked(store: Path, config: GenerateConfig) -> GenerateConfig:
+    """The config, checked before any work, with the format of the store if there is one and the config leaves it open.
+
+    Raises ConfigError, MissingDependencyError.
+    """
+    known = config.all_prompts
+    if (store / "store.json").exists():
         with suppress(StoreError):  # which the writer will report
-            return replace(config, format=EditStore.format_at(store))
+            known += EditStore.prompts_at(store)
+            if config.format is None and config.quality is None:
+                config = replace(config, format=EditStore.format_at(store))
+    for pattern, prompts in (config.deny or {}).items():
+        if unknown := [prompt for prompt in prompts if prompt not in known]:
+            raise ConfigError(
+                f"deny must name prompts of this run or of the store, found {unknown[0]!r} for {pattern!r}; these are "
+                f"{list(dict.fromkeys(known))}."
+            )
+    config.editor_config.check(config.all_prompts)
     return config
 
 
@@ -221,8 +233,7 @@ def edits_to_make(
 ) -> int:
     """The number of edits that `generate` with these arguments would make. Nothing is written. Raises like it."""
     root, store = local_folders(root, store)
-    config = _in_format_of(store, config)
-    config.editor_config.check(config.all_prompts)
+    config = _checked(store, config)
     stored = EditStore.class_names_at(store) if (store / "store.json").exists() else {}
     wish = config.wish(catalog.classes, stored)
     again = _redo_of(redo, root)

@@ -67,7 +67,7 @@ INDEX_ROW = np.dtype(
 """An accepted edit in the index of the whole store."""
 
 ORDER_ROW = np.dtype([("original", "<i8"), ("prompt", "<i2"), ("variant", "<i2"), ("round", "<i2")])
-"""An edit of an order: see `Order`."""
+"""An edit of an order: see `EditOrder`."""
 
 ORIGINAL_SHARD_ROW = np.dtype(
     [
@@ -309,7 +309,7 @@ class Segment(_Work):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order(_Work):
+class EditOrder(_Work):
     """Edits that were ordered one by one: those of prompts that only some classes have, and those made again.
 
     They are listed in a file, (edits,) `ORDER_ROW` sorted by original, prompt and variant. Where an earlier shard has
@@ -330,7 +330,7 @@ class Order(_Work):
         return f"{ORDERS}/{self.first_shard:06d}.npy"
 
     @classmethod
-    def of(cls, table: NDArray[np.void], originals_per_shard: int, first_shard: int) -> "Order":
+    def of(cls, table: NDArray[np.void], originals_per_shard: int, first_shard: int) -> "EditOrder":
         """The order of a table of `ORDER_ROW`, which `write_file` writes."""
         return cls(
             sha256=hashlib.sha256(_npy(table)).hexdigest(),
@@ -381,7 +381,7 @@ class Order(_Work):
         }
 
     @classmethod
-    def from_json(cls, stored: Mapping[str, Any]) -> "Order":
+    def from_json(cls, stored: Mapping[str, Any]) -> "EditOrder":
         return cls(
             sha256=str(stored["sha256"]),
             edits=int(stored["edits"]),
@@ -420,7 +420,7 @@ class Header:
 
     settings: Settings
     prompts: tuple[str, ...]
-    segments: tuple[Segment | Order, ...]
+    segments: tuple[Segment | EditOrder, ...]
     rules: Mapping[str, Rule]  # prompt to its classes, where these are not all
     fingerprint: str  # of the catalog
     growing: str | None = None  # fingerprint of the catalog that is replacing it
@@ -440,9 +440,9 @@ class Header:
         return tuple(segment for segment in self.segments if isinstance(segment, Segment))
 
     @property
-    def orders(self) -> tuple[Order, ...]:
+    def orders(self) -> tuple[EditOrder, ...]:
         """The segments whose edits are listed."""
-        return tuple(segment for segment in self.segments if isinstance(segment, Order))
+        return tuple(segment for segment in self.segments if isinstance(segment, EditOrder))
 
     @cached_property
     def slugs(self) -> tuple[str, ...]:
@@ -460,13 +460,18 @@ class Header:
             table[:, self.prompts.index(prompt)] = rule.applies(classes)
         return table
 
+    def variants(self, store: Path) -> int:
+        """The most variants that were ordered of an edit. Raises StoreError if the file of an order cannot be used."""
+        most = [box.variants.stop for box in self.boxes]
+        return max([*most, *(int(order.table(store)["variant"].max()) + 1 for order in self.orders)], default=1)
+
     def with_prompts(self, prompts: Sequence[str]) -> "Header":
         """The header that knows these prompts, too."""
         return replace(self, prompts=tuple(dict.fromkeys((*self.prompts, *prompts))))
 
     def with_order(self, table: NDArray[np.void], originals_per_shard: int) -> "Header":
         """The header with the edits of a table of `ORDER_ROW` ordered; the order's file is still to be written."""
-        return replace(self, segments=(*self.segments, Order.of(table, originals_per_shard, self.shard_count)))
+        return replace(self, segments=(*self.segments, EditOrder.of(table, originals_per_shard, self.shard_count)))
 
     def with_boxes(self, prompts: Sequence[str], variants: int, rows: int, originals_per_shard: int) -> "Header":
         """The header with the boxes added that are missing until all rows have these variants of these prompts."""
@@ -522,7 +527,8 @@ class Header:
                 settings=MappingProxyType(dict(stored["settings"])),
                 prompts=prompts,
                 segments=tuple(
-                    Order.from_json(one) if "listed" in one else Segment.from_json(one) for one in stored["segments"]
+                    EditOrder.from_json(one) if "listed" in one else Segment.from_json(one)
+                    for one in stored["segments"]
                 ),
                 rules={
                     name: Rule(only.get(name), denied.get(name, ()))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.errors import StoreError
 from dali_diffusemix.store.decisions import Decisions
 from dali_diffusemix.store.index import Replaced, edit_keys
 from dali_diffusemix.store.layout import (
@@ -47,7 +47,6 @@ class Wish:
         """The header with the wish's prompts, rules and class names, before anything is ordered.
 
         Raises:
-            ConfigError: `deny` names a prompt that neither the wish nor the store has.
             StoreError: A class has other words in the store.
         """
         for name, words in self.class_names.items():
@@ -57,11 +56,6 @@ class Wish:
                     "store's own, or give another folder."
                 )
         header = header.with_prompts(tuple(self.prompts))
-        if unknown := sorted(set(self.deny or ()) - set(header.prompts)):
-            raise ConfigError(
-                f"deny must name prompts of this run or of the store, found {unknown[0]!r}; these are "
-                f"{list(header.prompts)}."
-            )
         rules = {}
         for prompt in header.prompts:
             rule = header.rules.get(prompt, Rule())
@@ -98,7 +92,6 @@ def ordered(
         catalog: The store's.
 
     Raises:
-        ConfigError: `deny` names a prompt that neither the wish nor the store has.
         StoreError: Class names differ from the store's, an order's file or a shard's table cannot be used.
     """
     boxed_before = {header.prompts[prompt] for box in header.boxes for prompt in box.prompts}

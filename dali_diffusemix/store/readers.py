@@ -205,8 +205,18 @@ class EditStore:
         return next((one for one in STORED if one == found), "jpeg")
 
     @staticmethod
+    def settings_at(path: Path) -> Settings:
+        """The settings of a store in a folder. Raises StoreError."""
+        return Header.read(path).settings
+
+    @staticmethod
+    def prompts_at(path: Path) -> tuple[str, ...]:
+        """The prompts of a store in a folder. Raises StoreError."""
+        return Header.read(path).prompts
+
+    @staticmethod
     def class_names_at(path: Path) -> Mapping[str, str]:
-        """Class to its words in an instruction, where given, of a store's folder. Raises StoreError."""
+        """Class to its words in an instruction, where given, of a store in a folder. Raises StoreError."""
         return Header.read(path).class_names
 
     def _row(self, edit: int) -> np.void:

@@ -26,9 +26,9 @@ from dali_diffusemix.store.layout import (
     ORIGINALS,
     REJECTED,
     WHOLE,
+    EditOrder,
     Header,
     Kind,
-    Order,
     OriginalHeader,
     Part,
     Rule,
@@ -123,7 +123,6 @@ class StoreWriter:
             redo: Edits to make again; see `ordering.ordered`.
 
         Raises:
-            ConfigError: `deny` names a prompt that neither the wish nor the store has.
             StoreError: Class names differ from the store's, there are too many prompts, or a file is damaged.
         """
         with self._lock.ordering():
@@ -159,7 +158,7 @@ class StoreWriter:
         count = 0
         for segment in header.segments:
             new = len(table) > 0 and segment is header.segments[-1]
-            if isinstance(segment, Order):
+            if isinstance(segment, EditOrder):
                 rows = table if new else segment.table(path)
                 each = wanted[catalog.labels[rows["original"]], rows["prompt"]]
                 places = np.unique(rows["original"], return_inverse=True)[1]

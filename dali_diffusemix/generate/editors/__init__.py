@@ -7,7 +7,7 @@ on, and load the editor from it where the work is done.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,6 +68,7 @@ class Editor(Protocol):
         ...
 
 
+@runtime_checkable
 class EditorConfig(Protocol):
     """An editor and its options: a frozen value that checks itself and can be pickled.
 
