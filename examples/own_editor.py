@@ -1,3 +1,5 @@
+"""The editor of docs/generation.md: `--editor own_editor:Tinted`."""
+
 import numpy as np
 
 
