@@ -5,7 +5,7 @@
 Method: `generate` with each editor, size of editing and number of processes, alternately (A B C A B C ...); the first
 round is not counted, and the figure is the median of `--rounds`. Each is timed from its first report of edits to its
 last, so that starting and loading do not count. The processor's time is that of all its processes in between; it says
-more than edits per second where others use the machine. Originals are the first of each class; edits are stored as JPEG.
+more than edits per second where others use the machine. Originals are the first of each class; edits become JPEGs.
 """
 
 import argparse
