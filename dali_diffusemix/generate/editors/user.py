@@ -14,7 +14,7 @@ import inspect
 import json
 import sys
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -182,9 +182,9 @@ def _told(error: Exception) -> str:
 def _folder_of(name: str) -> str:
     """The folder on the path from which the module of a name was imported."""
     module = sys.modules[name.partition(":")[0]]
-    if module.__file__ is None:
+    if getattr(module, "__file__", None) is None:  # a notebook's own
         return str(Path.cwd())
-    file = Path(module.__file__).absolute()
+    file = Path(str(module.__file__)).absolute()
     return str(file.parents[module.__name__.count(".") + hasattr(module, "__path__")])
 
 
@@ -192,11 +192,7 @@ def _prompts_of(editor: type, name: str) -> tuple[str, ...] | None:
     prompts = getattr(editor, "prompts", None)
     if prompts is None:
         return None
-    if (
-        not isinstance(prompts, Iterable)
-        or isinstance(prompts, str)
-        or not all(isinstance(one, str) for one in prompts)
-    ):
+    if not isinstance(prompts, tuple | list) or not all(isinstance(one, str) for one in prompts):
         raise ConfigError(f"editor: {name!r}: prompts must be a tuple of strings, found {prompts!r}.")
     return tuple(prompts)
 
