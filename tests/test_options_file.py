@@ -15,6 +15,7 @@ from dali_diffusemix.cli.generate_options import GenerateOptions, read_options, 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import GenerateConfig, PromptFile
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig
+from dali_diffusemix.generate.editors.server import ServerConfig
 from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.engines.ray import RayEngine
 from dali_diffusemix.store import EditStore
@@ -60,7 +61,7 @@ def test_its_defaults_are_those_of_the_code() -> None:
     """Wherever the template does not say another default, its value is the default."""
     content = tomllib.loads(uncommented())
     ours: dict[str, Any] = {}
-    for config in (GenerateConfig, DiffusersConfig):
+    for config in (ServerConfig, GenerateConfig, DiffusersConfig):
         ours |= {field.name: field.default for field in fields(config)}
     compared = {
         field.name
