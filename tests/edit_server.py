@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer(status, {"detail": "as planned"}, **({"Retry_After": after} if after else {}))
 
     def do_refuse(self, body: bytes, detail: str) -> None:
-        self.answer(int(detail), {"detail": [{"loc": ["body", "steps"], "msg": "not so many\n" + "x" * 5000}]})
+        self.answer(int(detail), {"detail": "not so many\n\x1b[31m" + "x" * 5000})
 
     def do_close(self, body: bytes, detail: str) -> None:
         self.close_connection = True

@@ -17,6 +17,7 @@ from dali_diffusemix.generate import GenerateConfig
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig
 from dali_diffusemix.generate.editors.diffusers.adapters import InstructPix2PixAdapter
 from dali_diffusemix.generate.editors.diffusers.loading import QUANTIZATIONS
+from dali_diffusemix.generate.editors.server import ServerConfig
 from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.engines.ray import RayEngine
 from dali_diffusemix.store import EditStore
@@ -65,7 +66,7 @@ def test_its_defaults_are_those_of_the_code() -> None:
     """Wherever the template does not say another default, its value is the default."""
     content = tomllib.loads(uncommented())
     ours: dict[str, Any] = {}
-    for config in (GenerateConfig, DiffusersConfig):
+    for config in (ServerConfig, GenerateConfig, DiffusersConfig):
         ours |= {field.name: field.default for field in fields(config)}
     compared = {
         field.name

@@ -320,7 +320,7 @@ class _Wrong(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class _Answer:
-    """What came back for a request."""
+    """The answer to a request."""
 
     status: int
     content: bytes
