@@ -14,7 +14,7 @@ from dali_diffusemix.errors import DiffuseMixError
 __all__ = ["main"]
 
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as in shells
-_RESUMED: Final = ("generate", "pack")  # commands that resume when they are run again
+_RESUMED: Final = ("generate", "pack", "score")  # commands that resume when they are run again
 
 _PACKAGES: Final = (  # that --version shows, if installed
     *("torch", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x", "diffusers", "ray"),

@@ -39,6 +39,7 @@ from dali_diffusemix.store.catalogs import rows_of, same_rows
 from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings, UnfinishedStoreWarning
 from dali_diffusemix.store.mirror import is_url
 from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
+from dali_diffusemix.store.scores import copy_scores
 from dali_diffusemix.store.shards import OriginalShardWriter, ShardWriter
 from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter, check_outside, local_folder
 
@@ -320,6 +321,7 @@ def _pack_edits(
                 count.end_shard()
         if missing or not _is_current(store):
             writer.finish()
+    copy_scores(edits.path, store)
     packed_store = EditStore.open(store)
     return PackSummary(
         images=len(packed_store),
