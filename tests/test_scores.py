@@ -1,9 +1,11 @@
 """score and store.scores: columns of scores that survive kills, growth and damage, and whose makers are known."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import warm
 from click.testing import CliRunner, Result
-from material import write_photograph
+from material import write_photograph, write_photographs
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -524,3 +526,37 @@ def test_clips_that_are_refused(clip: Path, tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys.modules["huggingface_hub.constants"], "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"neither a folder nor available from the hub.*hf download"):
         load_scorer("clip:nobody/nothing")
+
+
+# The example ----------------------------------------------------------------------------------------------------------
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.mark.slow
+def test_the_example_is_trained_and_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells the edits of photographs that it has not seen from those of others."""
+    train, test = (
+        write_photographs(tmp_path / name, ("ants", "bees"), 16, 64, 80, seed=seed)
+        for name, seed in (("train", 0), ("test", 500))
+    )
+    config = GenerateConfig(prompts=("autumn", "sunset", "rainbow"), size=64)
+    for root in (train, test):
+        generate(root, root.with_name(f"{root.name}-edits"), config)
+    weights = tmp_path / "weights.pt"
+    arguments = (train, tmp_path / "train-edits", "--out", weights, "--epochs", 8, "--batch-size", 16)
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "flower_scorer.py", *map(str, arguments)], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "trained on 32 originals" in done.stdout, done.stderr
+    monkeypatch.chdir(EXAMPLES)
+    monkeypatch.setenv("FLOWER_SCORER", str(weights))
+    found = score(tmp_path / "test-edits", "flower_scorer:Agreement", name="agreement")
+    assert found.by.revision == f"sha256:{hashlib.sha256(weights.read_bytes()).hexdigest()}"
+    edits = EditStore.open(tmp_path / "test-edits")
+    assert len(found.values) == len(edits) and np.abs(found.values).max() <= 1.001
+    agreement = load_scorer("flower_scorer:Agreement").function
+    pixels = [decode(edits.encoded(edit)) for edit in range(len(edits))]
+    others = [decode(test / edits.catalog.path(int(row))) for row in np.roll(edits.index["original"], len(edits) // 2)]
+    swapped = np.array(agreement(others, pixels, ["ants"] * len(edits)))
+    assert (swapped >= found.keeping(0.95)).mean() < 0.3

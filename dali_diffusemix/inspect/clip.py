@@ -54,8 +54,8 @@ class ClipSimilarity:
             ) from error
         if not hasattr(loaded, "get_image_features"):
             raise ConfigError(
-                f"scorer: clip:{model} must have image features as CLIP has, found {type(loaded).__name__}; give a CLIP "
-                "or SigLIP model."
+                f"scorer: clip:{model} must have image features as CLIP has, found {type(loaded).__name__}; give a "
+                "CLIP or SigLIP model."
             )
         self._network = loaded.eval().to(self._device)
 
@@ -112,8 +112,8 @@ def _folder(model: str) -> Path:
         except Exception as error:  # of the network, of the hub, of the disk
             failure = error
     raise ConfigError(
-        f"scorer: clip:{model} is neither a folder nor available from the hub ({type(failure).__name__}: {failure}). On "
-        f"a machine with a network, `hf download {model}` fetches it; or give the folder of a copy."
+        f"scorer: clip:{model} is neither a folder nor available from the hub ({type(failure).__name__}: {failure}). "
+        f"On a machine with a network, `hf download {model}` fetches it; or give the folder of a copy."
     ) from failure
 
 
@@ -131,8 +131,8 @@ def _check_files(folder: Path, model: str) -> None:
         )
     if not any(folder.glob("*.safetensors")):
         raise ConfigError(
-            f"scorer: clip:{model} must have its weights as safetensors, found none; pickled ones may run code when they "
-            "are read. Some models have them in another revision: `hf download` it and give the folder."
+            f"scorer: clip:{model} must have its weights as safetensors, found none; pickled ones may run code when "
+            "they are read. Some models have them in another revision: `hf download` it and give the folder."
         )
 
 

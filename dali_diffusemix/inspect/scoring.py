@@ -301,6 +301,6 @@ def _call(scorer: Scorer, batch: Sequence[_Pair]) -> NDArray[np.float32]:
 
 def _wrong(scorer: Scorer, count: int, found: str) -> ConfigError:
     return ConfigError(
-        f"scorer: {scorer.by.scorer!r} must return {count} numbers for {count} pairs, each finite or NaN, found {found}; "
-        "correct it. Shards that were scored are kept."
+        f"scorer: {scorer.by.scorer!r} must return {count} numbers for {count} pairs, each finite or NaN, found "
+        f"{found}; correct it. Shards that were scored are kept."
     )
