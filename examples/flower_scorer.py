@@ -128,18 +128,18 @@ def train(
     draw = torch.Generator().manual_seed(seed)
     network = PairNetwork(int(labels.max()) + 1).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.05)
-    steps = len(originals) // batch
-    if not steps:
-        raise ConfigError(f"originals must be at least {batch}, found {len(originals)}; make `batch` smaller.")
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps, pct_start=0.2)
     order = np.argsort(of, kind="stable")
     starts = np.searchsorted(of[order], np.arange(len(originals) + 1))
     with_edits = np.flatnonzero(starts[1:] > starts[:-1])
+    steps = len(with_edits) // batch
+    if not steps:
+        raise ConfigError(f"originals with edits must be at least {batch}, found {len(with_edits)}; make it smaller.")
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, epochs * steps, pct_start=0.2)
     rng = np.random.default_rng(seed)
     for epoch in range(epochs):
         total = right = 0.0
         drawn = rng.permutation(with_edits)
-        for step in range(len(drawn) // batch):
+        for step in range(steps):
             rows = drawn[step * batch : (step + 1) * batch]
             chosen = order[rng.integers(starts[rows], starts[rows + 1])]
             a, b = framed(tensor(originals[rows]), tensor(edits[chosen]), draw)

@@ -87,27 +87,23 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
     )
 
 
-@click.command("score", short_help="Score the edits in STORE, by CLIP or a function of yours.")
+@click.command("score", short_help="Score the edits in STORE by CLIP or by your function.")
 @click.argument("store", type=PATH)
 @click.option("--with", "scorer", required=True, metavar="SCORER", help="clip:MODEL, or module:function.")
 @click.option("--name", metavar="NAME", help="Name of the scores.  [default: clip, or the function's]")
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
 @click.option("--replace", is_flag=True, help="Score all edits again.")
-@click.option("--batch-size", type=int, default=64, show_default=True, metavar="N", help="Pairs scored at once.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads that decode.  [default: one per core]")
 @json_option
 def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> None:
-    """Score the accepted edits in STORE beside their originals, and keep the scores in it.
+    """Score the accepted edits in STORE, and keep the scores in it.
 
-    clip:MODEL is the similarity of both images to a CLIP model, a hub id or a folder. module:function is
-    a function of yours, from the current folder or an installed package: it gets lists of originals, edits
-    and class names, and returns a number for each. Run the same command again to resume, or to score edits
-    made since.
+    clip:MODEL, a hub id or a folder, is the similarity of edit and original. module:function is a function
+    of yours. Run the same command again to resume, or to score edits made since.
 
     \b
-    Examples:
-      dali-diffusemix score cache/edits --with clip:openai/clip-vit-large-patch14
-      dali-diffusemix score cache/edits --with flower_scorer:Agreement --name agreement
+    Example:
+      dali-diffusemix score cache/edits --with flower_scorer:Agreement
     """
     from dali_diffusemix.inspect.scoring import score
 

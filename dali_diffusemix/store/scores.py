@@ -48,7 +48,7 @@ _SCORE: Final = np.dtype("<f4")
 
 @dataclass(frozen=True)
 class ScoredBy:
-    """What made a column. Scores of different ones are not comparable."""
+    """The maker of a column. Scores by different ones are not comparable."""
 
     scorer: str  # as `score --with` takes it
     revision: str  # of its model or its code
@@ -275,7 +275,7 @@ def check_name(name: str) -> None:
 
 
 def score_problems(store: Path) -> Iterator[tuple[str, str]]:
-    """What is wrong with a store's columns: a file, relative to the store, and the problem. Missing scores are none."""
+    """The problems of a store's columns: a file, relative to the store, and what is wrong. Missing scores are none."""
     for name in sorted(one.parent.name for one in (store / _FOLDER).glob("*/column.json")):
         try:
             scores = Scores.find(store, name)
