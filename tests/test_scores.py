@@ -408,7 +408,9 @@ def test_errors_of_the_users_own_code_are_left_as_they_are(store: Path, scorers:
 def test_the_command(root: Path, store: Path) -> None:
     edits = EditStore.open(store)
     shown = run("score", store, "--with", "my_scorers:brightness", "--root", root).stdout
-    assert f"{len(edits)} edits have a score 'brightness' by my_scorers:brightness, {len(edits)} of it now" in shown
+    assert (
+        f"{len(edits)} edits have a score 'brightness' by my_scorers:brightness; {len(edits)} were scored now" in shown
+    )
     threshold = np.sort(expected(root, edits))[int(0.05 * len(edits))]
     assert f" 95%   {threshold:9.4f}" in shown
     found = json.loads(run("score", store, "--with", "my_scorers:brightness", "--json").stdout)

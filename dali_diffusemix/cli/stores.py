@@ -110,7 +110,9 @@ def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> No
     display = Display(as_json)
     with display.progress("Scoring", "edits") as progress:
         found = score(store, scorer, progress=progress, **options)
-    display.line(f"{len(found.values)} edits have a score {found.name!r} by {found.by.scorer}, {found.made} of it now")
+    display.line(
+        f"{len(found.values)} edits have a score {found.name!r} by {found.by.scorer}; {found.made} were scored now"
+    )
     if found.unreadable:
         display.line(f"{found.unreadable} have none: they or their originals could not be read")
     kept = {share: found.keeping(share) for share in _KEPT}
