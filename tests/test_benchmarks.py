@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from material import encoded, photograph
+from material import encoded, photograph, write_photographs
 
 ROOT = Path(__file__).parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -131,11 +131,13 @@ def test_what_scripts_write_agrees_with_the_schema(tmp_path: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encoded(photograph(number, 60, 80)))
     root = tmp_path / "train"
+    more = write_photographs(tmp_path / "more", ("c0", "c1"), 20)
     commands: dict[str, tuple[object, ...]] = {
         "bench_screening": (root / "c0" / "0.jpg", "--files", 2, "--rounds", 1),
         "bench_kernel": ("--device", "cpu", "--batch-size", 2, "--repeat", 1, "--sets", 1, "--threads", 1),
         "bench_augment": ("operations", "--batch-size", 2, "--rounds", 1, "--plans", 1),
         "calibrate_quality": (root, "--images", 2, "--size", 32),
+        "calibrate_score": (more, "--epochs", 1, "--batch-size", 4),
         "bench_sizes": (root, "--max-sides", 40, "--edit-sizes", 32),
         "bench_editors": (
             *(root, "--editor", "procedural", "--prompts", "autumn", "--size", 24, "--edit-sizes", 24),

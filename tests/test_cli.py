@@ -37,6 +37,7 @@ COMMANDS = (
     "generate",
     "verify",
     "report",
+    "score",
     "export",
     "pack",
     "preview",

@@ -14,7 +14,7 @@ from dali_diffusemix.errors import DiffuseMixError
 __all__ = ["main"]
 
 _INTERRUPTED: Final = 130  # 128 + SIGINT, as in shells
-_RESUMED: Final = ("generate", "pack")  # commands that resume when they are run again
+_RESUMED: Final = ("generate", "pack", "score")  # commands that resume when they are run again
 
 _PACKAGES: Final = (  # that --version shows, if installed
     *("torch", "nvidia-dali-cuda120", "nvidia-dali-cuda130", "cupy-cuda12x", "cupy-cuda13x", "diffusers", "ray"),
@@ -67,5 +67,4 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions.")
 def main() -> None:
-    """DiffuseMix (Islam et al., CVPR 2024) at load time: edit photographs once, and mix them differently in every
-    epoch. Start with `demo`."""
+    """DiffuseMix (Islam et al., CVPR 2024) at load time. Start with `demo`."""

@@ -1,12 +1,14 @@
-"""`verify`, `report` and `export`: what can be done with a finished store."""
+"""`verify`, `report`, `score` and `export`: what can be done with a finished store."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 
 from dali_diffusemix.cli.display import Display
 from dali_diffusemix.cli.options import PATH, json_option
+
+_KEPT: Final = (0.99, 0.95, 0.9, 0.5)  # shares of the edits for which `score` prints the threshold
 
 
 @click.command("verify", short_help="Check every file and image of STORE.")
@@ -82,6 +84,51 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
     display.line(f"{shown}{gallery.of} edits in {gallery.page}")
     display.result(
         {"page": str(gallery.page), "edits": gallery.edits, "of": gallery.of, "originals": gallery.originals}
+    )
+
+
+@click.command("score", short_help="Score the edits in STORE by CLIP or by your function.")
+@click.argument("store", type=PATH)
+@click.option("--with", "scorer", required=True, metavar="SCORER", help="clip:MODEL, or module:function.")
+@click.option("--name", metavar="NAME", help="Name of the scores.  [default: clip, or the function's]")
+@click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
+@click.option("--replace", is_flag=True, help="Score all edits again.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads that decode.  [default: one per core]")
+@json_option
+def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> None:
+    """Score the accepted edits in STORE, and keep the scores in it.
+
+    clip:MODEL, a hub id or a folder, is the similarity of edit and original. module:function is a function
+    of yours. Run the same command again to resume, or to score edits made since.
+
+    \b
+    Example:
+      dali-diffusemix score cache/edits --with flower_scorer:Agreement
+    """
+    from dali_diffusemix.inspect.scoring import score
+
+    display = Display(as_json)
+    with display.progress("Scoring", "edits") as progress:
+        found = score(store, scorer, progress=progress, **options)
+    display.line(
+        f"{len(found.values)} edits have a score {found.name!r} by {found.by.scorer}; {found.made} were scored now"
+    )
+    if found.unreadable:
+        display.line(f"{found.unreadable} have none: they or their originals could not be read")
+    kept = {share: found.keeping(share) for share in _KEPT}
+    if len(found.values):
+        display.line("kept   min_score")
+        display.lines(f"{share:4.0%}   {threshold:9.4f}" for share, threshold in kept.items())
+    display.result(
+        {
+            "store": str(store),
+            "name": found.name,
+            "scorer": vars(found.by),
+            "edits": len(found.values),
+            "made": found.made,
+            "unreadable": found.unreadable,
+            "keeping": {str(share): threshold for share, threshold in kept.items()} if len(found.values) else {},
+        }
     )
 
 

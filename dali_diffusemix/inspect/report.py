@@ -26,10 +26,10 @@ from PIL import Image
 from dali_diffusemix import __version__
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Workers
-from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
-from dali_diffusemix.generate.run import runs_log
+from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.store import REJECTIONS, VERDICTS, EditStore, OriginalStore
+from dali_diffusemix.inspect.originals import Originals, last_root, runs_of
+from dali_diffusemix.store import REJECTIONS, VERDICTS, EditStore
 
 __all__ = ["Gallery", "write_report"]
 
@@ -72,10 +72,10 @@ def write_report(
         ConfigError: `out` has other files or cannot be written, or `root` does not exist.
     """
     edits = EditStore.open(store)
-    runs = _runs(edits.path)
+    runs = runs_of(edits.path)
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is not a folder.")
-    originals = _Originals(edits, root if root is not None else _last_root(runs))
+    originals = Originals(edits, root if root is not None else last_root(runs))
     out = Path(out).absolute()
     tally = np.zeros((len(edits.catalog.classes), len(edits.prompts), len(VERDICTS)), np.int64)
     scores: dict[str, list[NDArray[np.float32]]] = {}
@@ -131,34 +131,10 @@ def _spread(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return values if len(values) <= most else values[np.linspace(0, len(values) - 1, most).astype(np.int64)]
 
 
-class _Originals:
-    """The originals of a store, if they can be found."""
-
-    def __init__(self, edits: EditStore, root: str | os.PathLike[str] | None) -> None:
-        self._edits = edits
-        self._root = None if root is None or not Path(root).is_dir() else Path(root)
-        packed = None if self._root is None else OriginalStore.find(self._root)
-        self._packed = None if packed is None else packed.reindexed(edits.catalog)
-
-    @property
-    def found(self) -> bool:
-        return self._root is not None
-
-    def pixels(self, original: int) -> NDArray[np.uint8] | None:
-        if self._root is None:
-            return None
-        try:
-            if self._packed is not None:
-                return decode(self._packed.encoded(original))
-            return decode(self._root / self._edits.catalog.path(original))
-        except (DecodeError, StoreError):
-            return None  # its verdict says that
-
-
 def _write_pages(
     out: Path,
     edits: EditStore,
-    originals: _Originals,
+    originals: Originals,
     chosen: NDArray[np.int64],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
@@ -185,7 +161,7 @@ def _write_page(
     out: Path,
     number: int,
     edits: EditStore,
-    originals: _Originals,
+    originals: Originals,
     page: list[NDArray[np.int64]],
     tables: Mapping[int, NDArray[np.void]],
     pool: Workers,
@@ -253,28 +229,6 @@ def _thumbnail(pixels_of: Callable[[], NDArray[np.uint8] | None]) -> Image.Image
     top, left = (height - side) // 2, (width - side) // 2
     box = (left, top, left + side, top + side)
     return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box)
-
-
-def _runs(store: Path) -> list[dict[str, Any]]:
-    """The runs that made a store; lines of their log that cannot be read are skipped."""
-    runs = []
-    try:
-        lines = runs_log(store).read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return []
-    for line in lines:
-        try:
-            run = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(run, dict):
-            runs.append(run)
-    return runs
-
-
-def _last_root(runs: list[dict[str, Any]]) -> str | None:
-    roots = [run["root"] for run in runs if isinstance(run.get("root"), str)]
-    return roots[-1] if roots else None
 
 
 def _summary(

@@ -26,6 +26,7 @@ from dali_diffusemix.store import (
     index_is_current,
     shard_records,
 )
+from dali_diffusemix.store.scores import score_problems
 
 __all__ = ["Problem", "Verification", "verify"]
 
@@ -90,6 +91,7 @@ def verify(
             if progress is not None:
                 progress(done, len(shards))
     problems += _check_whole(path)
+    problems += (Problem(shard=None, file=file, what=what) for file, what in score_problems(path))
     records = [shard for shard in shards if isinstance(shard, ShardRecord)]
     return Verification(
         shards=len(shards),

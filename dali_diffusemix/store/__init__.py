@@ -10,6 +10,7 @@ An edit store holds edits:
                        .json         settings, sizes, hashes, verdicts; written last: without it a shard does not exist
     index.npy, starts.npy            derived from the shards: the accepted edits, sorted by original, prompt, variant
     index.json                       the shards that they are derived from
+    scores/NAME/                     columns of scores, if `score` made any; see `scores`
     ../NAME.decisions.jsonl          beside the store: the edits that people rejected
 
 A segment is a box of work, originals x prompts x variants, cut into shards along the originals; or a list of edits in
@@ -40,6 +41,7 @@ writer     the run that adds to a store
 readers    EditStore, OriginalStore
 mirror     copies of stores at URLs
 pack       makes packed stores
+scores     columns of scores of edits
 """
 
 from dali_diffusemix.store.decisions import Decisions, EditName

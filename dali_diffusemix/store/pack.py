@@ -40,6 +40,7 @@ from dali_diffusemix.store.decisions import Decisions
 from dali_diffusemix.store.layout import ACCEPTED, NOT_YET, VERDICTS, Header, Settings, UnfinishedStoreWarning
 from dali_diffusemix.store.mirror import is_url
 from dali_diffusemix.store.readers import EditStore, OriginalStore, index_is_current
+from dali_diffusemix.store.scores import copy_scores
 from dali_diffusemix.store.shards import OriginalShardWriter, ShardWriter
 from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter, check_outside, local_folder
 
@@ -324,6 +325,7 @@ def _pack_edits(
     rejected = Decisions.of(edits.path).rejected() - Decisions.of(store).rejected()
     if rejected:
         Decisions.of(store).add("reject", sorted(rejected))  # a packed edit keeps its name
+    copy_scores(edits.path, store)
     packed_store = EditStore.open(store)
     return PackSummary(
         images=len(packed_store),
