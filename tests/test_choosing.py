@@ -21,11 +21,13 @@ from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.config import class_name
 from dali_diffusemix.generate.editors import EditTask
 from dali_diffusemix.generate.estimate import estimate
+from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
 from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, UnfinishedStoreWarning
 from dali_diffusemix.store.layout import Header
+from dali_diffusemix.store.scores import Scores
 
 CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3, batch_size=2)
 ANTS, BEES = 4, 3
@@ -332,7 +334,10 @@ def test_an_estimate_writes_nothing_and_counts_right(root: Path, tmp_path: Path)
 # At load time ---------------------------------------------------------------------------------------------------------
 
 
-def test_some_edits_at_load_time(root: Path, tmp_path: Path, bank: FractalBank) -> None:
+def test_some_edits_at_load_time(
+    root: Path, tmp_path: Path, bank: FractalBank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     store = tmp_path / "store"
     generate(root, store, with_fields(prompts=("autumn", "mosaic", "snowy"), variants=2))
     whole = EditStore.open(store)
@@ -362,12 +367,39 @@ def test_some_edits_at_load_time(root: Path, tmp_path: Path, bank: FractalBank) 
         used(prompts=["winter"])
     with pytest.raises(ConfigError, match="exclude must be prompts, found the text 'mosaic'"):
         used(exclude="mosaic")
-    with pytest.raises(ConfigError, match=r"min_score must name scores of .*, found 'clip'"):
+    with pytest.raises(StoreError, match="there are no scores 'clip', it has none; run `dali-diffusemix score STORE"):
         used(min_score={"clip": 0.5})
+    Path("brightness.py").write_text("def of(originals, edits, labels):\n    return [edit.mean() for edit in edits]\n")
+    score(store, "brightness:of", name="bright")
+    values = Scores.open(store, "bright").values(whole.index)
+    least = float(np.sort(values)[10])
+    bright = used(min_score={"bright": least, "quality": 0}, prompts=["snowy", "autumn"])
+    assert 0 < len(bright) == ((values >= least) & (whole.index["prompt"] != 1)).sum()
+    # What was added since has no score, and says so.
+    generate(root, store, with_fields(prompts=("rainbow",)))
+    with pytest.raises(StoreError, match=r"3 of 6 shards have no scores 'bright'.*it scores these alone"):
+        used(min_score={"bright": least})
     with pytest.raises(ConfigError, match=r"min_score must be numbers, found '0.5'"):
         used(min_score="0.5")
     with pytest.raises(ConfigError, match="prompts, exclude and min_score must be left out without edits"):
         DiffuseMixDataset(root, crop=TrainCrop(32), prompts=["autumn"])
+
+
+def test_scores_of_a_store_at_a_url(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("fsspec", reason="needs fsspec: pip install -e '.[s3]'")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR", str(tmp_path / "mirrors"))
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    Path("darkness.py").write_text("def of(originals, edits, labels):\n    return [-edit.mean() for edit in edits]\n")
+    score(store, "darkness:of", name="dark")
+    index = EditStore.open(store).index
+    values = Scores.open(store, "dark").values(index)
+    least = float(np.median(values))
+    edits = EditStore.open(f"file://{store}").select(Selection(min_score={"dark": least}))
+    assert 0 < len(edits) < len(index) and np.array_equal(edits.index, index[values >= least])
+    with pytest.raises(StoreError, match="there are no scores 'other', it has 'dark'"):
+        EditStore.open(f"file://{store}").select(Selection(min_score={"other": 0}))
 
 
 def test_a_selection_under_another_catalog(root: Path, tmp_path: Path) -> None:

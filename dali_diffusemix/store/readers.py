@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
+from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
@@ -46,6 +47,7 @@ from dali_diffusemix.store.layout import (
     understood,
 )
 from dali_diffusemix.store.mirror import Mirror, MirrorError, is_url
+from dali_diffusemix.store.scores import RESERVED, Scores, check_name
 from dali_diffusemix.store.selection import Selection, rejected_by_hand
 from dali_diffusemix.store.shards import (
     DamagedShard,
@@ -60,6 +62,7 @@ from dali_diffusemix.store.shards import (
 # Each open or mapped shard holds a file descriptor. A process usually may have 1024; ImageNet has 2,500 shards.
 _OPEN_SHARDS = 200
 _Found = TypeVar("_Found", "Places", Stretches)
+_SCORE_THREADS = 8  # that fetch scores, two small files a shard
 _LEFT_OUT = -1  # in place of the shard, for an original that was not packed
 
 
@@ -328,8 +331,9 @@ class EditStore:
         """The store with some of its edits only, numbered anew.
 
         Raises:
-            ConfigError: It names a prompt or a score that the store lacks.
-            StoreError: An edit has no such score.
+            ConfigError: It names a prompt that the store lacks, or no name that scores may have.
+            StoreError: The store has no such scores, or not of all its shards.
+            MirrorError: The URL of the store does not answer or refuses.
         """
         table = selection.table(self.path, self.prompts, self.catalog.classes)
         index = self.index
@@ -340,9 +344,11 @@ class EditStore:
 
     def _scores(self, name: str, index: NDArray[np.void]) -> NDArray[np.float32]:
         """(edits,) a score of all edits."""
-        if name == "quality":
+        if name in RESERVED:
             return np.asarray(index["score"], np.float32)
-        raise ConfigError(f"min_score must name scores of {str(self.path)!r}, found {name!r}.")
+        if self.mirror is not None:
+            _mirror_scores(self.mirror, name, np.unique(index["shard"]).tolist())
+        return Scores.open(self.path, name).values(index)
 
     def _offered(self, rejected: Collection[EditName]) -> "EditStore":
         """The store without edits that its rules do not want any more, and without those that people rejected."""
@@ -855,6 +861,26 @@ def _mirror_catalog(mirror: Mirror) -> None:
     for name in names:
         if hashed := re.fullmatch(r"\w+-([0-9a-f]{16})\.npy", name):  # anything else `Catalog.open` refuses
             mirror.copy(f"catalog/{name}", hashed[1])
+
+
+def _mirror_scores(mirror: Mirror, name: str, shards: Sequence[int]) -> None:
+    """Fetch a column of scores of these shards, as far as the source has it."""
+    check_name(name)
+    folder = f"scores/{name}"
+    (mirror.folder / folder).mkdir(parents=True, exist_ok=True)
+    mirror.copy_tables([EDITS.shard(shard) for shard in shards])
+
+    def fetch(shard: int) -> None:
+        json_file, npy = (f"{folder}/{EDITS.file(shard, ending)}" for ending in ("json", "npy"))
+        with suppress(FileNotFoundError):
+            data = mirror.refresh(json_file, vouches_for=[npy])
+            with understood(mirror.folder / json_file, "upload the scores again"):
+                sha256 = str(json.loads(data)["npy"]["sha256"])
+            mirror.copy(npy, sha256)
+
+    with suppress(FileNotFoundError), Workers(_SCORE_THREADS, "dali-diffusemix-scores") as threads:
+        mirror.refresh(f"{folder}/column.json")
+        list(threads.map(fetch, shards))
 
 
 def _list_mirrored(kind: Kind, mirror: Mirror) -> dict[str, int]:
