@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from material import write_photograph
 from test_cli import make_images, run, run_json
 
 from dali_diffusemix.cli.generate import _config_of, _engine_of
 from dali_diffusemix.cli.generate_options import GenerateOptions, read_options, template
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import GenerateConfig
+from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig
 from dali_diffusemix.generate.editors.diffusers.adapters import InstructPix2PixAdapter
 from dali_diffusemix.generate.editors.diffusers.loading import QUANTIZATIONS
+from dali_diffusemix.generate.editors.procedural import ProceduralConfig
 from dali_diffusemix.generate.editors.server import ServerConfig
 from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.engines.ray import RayEngine
@@ -192,3 +195,98 @@ def test_files_in_the_documents_are_read(tmp_path: Path) -> None:
         for text in blocks:
             content = read_options(file(tmp_path, text))
             _config_of(GenerateOptions(**content), {"prompts": content["prompts"]}, tmp_path / "store")
+
+
+# A store that exists --------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_given_is_the_stores(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = file(
+        tmp_path,
+        'prompts = ["autumn", "snowy"]\nsize = 48\nedit_size = 64\nvariants = 2\nseed = 7\nformat = "png"\n'
+        'resize = "keep"\n[class_prompts]\n"class 0" = ["mosaic"]\n[deny]\n"class 1" = ["autumn"]\n',
+    )
+    store = tmp_path / "edits"
+    run("generate", root, store, "--config", config)
+    before = {one.name: one.read_bytes() for one in store.rglob("*") if one.is_file()}
+    assert "all were there already" in run("generate", root, store).stdout
+    assert {one.name: one.read_bytes() for one in store.rglob("*") if one.is_file()} == before
+    assert GenerateConfig.from_store(store) == GenerateConfig(
+        prompts=("autumn", "snowy"),
+        class_prompts={"class 0": ("mosaic",)},
+        size=48,
+        edit_size=64,
+        variants=2,
+        seed=7,
+        format="png",
+        resize="keep",
+    )
+    # One more photograph and one more prompt, with all else as it was.
+    write_photograph(root / "class 0" / "new.jpg", 50, 40, 50)
+    run("index", root, "--refresh")
+    made = run_json("generate", root, store, "--retry", 1)
+    assert made["made"] == 2 * 3 and EditStore.open(store).settings["retry"] == 1
+    assert run_json("generate", root, store, "--prompts", "rainbow")["made"] == 2 * 5
+    assert run_json("generate", root, store, "--prompts", "mosaic", "--variants", 1)["made"] == 2
+    # Nothing that decides an edit changes silently.
+    assert "size: 48 in the store, 64 asked for" in run("generate", root, store, "--size", 64, code=1).stderr
+    refused = run("generate", root, store, "--format", "jpeg", code=1).stderr
+    assert "format: 'png' in the store" in refused
+    refused = run("generate", root, store, "--editor", "a/b", code=1).stderr
+    assert "'a/b'" in refused
+
+
+def test_the_editor_of_a_store() -> None:
+    """What a store knows of each kind."""
+    assert editor_of_store(ProceduralConfig().settings()) == ProceduralConfig()
+    server = ServerConfig(url="http://here/v1", model="m", steps=4, fields={"true_cfg_scale": 4.0}, multiple=8)
+    with pytest.raises(ConfigError, match="editor must be given, since the store was made with a server, 'm'"):
+        editor_of_store(server.settings())
+    again = editor_of_store(server.settings(), "http://there/v1", {"requests": 2})
+    assert again.settings() == server.settings() and isinstance(again, ServerConfig)
+    assert (again.url, again.requests) == ("http://there/v1", 2)
+    assert editor_of_store(server.settings(), "procedural") == ProceduralConfig()
+    hub = {"editor": "diffusers", "model": "a/b", "revision": "c0ffee", "steps": 7, "guidance": 4.0}
+    assert editor_of_store(hub) == DiffusersConfig(model="a/b", revision="c0ffee", steps=7, guidance=4.0)
+    assert editor_of_store(hub, options={"steps": 8}) == DiffusersConfig(
+        model="a/b", revision="c0ffee", steps=8, guidance=4.0
+    )
+    folder = {**hub, "model": "b", "revision": "sha256:1"}
+    with pytest.raises(ConfigError, match="a model in a folder, or with a LoRA, 'b', and does not know where"):
+        editor_of_store(folder)
+    assert editor_of_store(folder, "models/b") == DiffusersConfig(model="models/b", steps=7, guidance=4.0)
+
+
+class Framed:
+    """An editor of one's own, with options of all kinds."""
+
+    version = 1
+
+    def __init__(self, width: int = 2, colour: list[int] | None = None, name: str = "frame") -> None:
+        self.width, self.colour = width, colour
+
+    def edit(self, images: Any, tasks: Any) -> list[Any]:
+        return [images[task.image] for task in tasks]
+
+
+def test_the_editor_of_a_store_is_ones_own() -> None:
+    name = "test_options_file:Framed"
+    config = choose_editor(name, {"editor_options": {"width": 3, "colour": [1, 2, 3]}})
+    assert editor_of_store(config.settings()).settings() == config.settings()
+    changed = editor_of_store(config.settings(), options={"editor_options": {"width": 4}}).settings()
+    assert changed == {**config.settings(), "option width": 4}
+
+
+def test_a_dry_run_tells_and_writes_nothing(root: Path, tmp_path: Path) -> None:
+    options = ("generate", root, tmp_path / "edits", "--size", 48, "--prompts", "autumn,snowy")
+    found = run_json(*options, "--dry-run")
+    assert found["edits"] == 8 and found["tried"] == 8 and found["seconds"] > 0 and found["bytes"] > 0
+    assert not (tmp_path / "edits").exists()
+    shown = run(*options, "--dry-run").stdout
+    assert re.fullmatch(
+        r"8 edits would be made\nabout [\d.]+ kB and \d+ seconds on \d+ workers?, from 8 edits made for the estimate\n",
+        shown,
+    )
+    run(*options)
+    assert run(*options, "--dry-run").stdout == "0 edits would be made\n"
+    assert "must be rejected, unreadable" in run(*options, "--redo", "all", code=2).stderr
