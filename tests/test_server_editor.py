@@ -29,6 +29,7 @@ from dali_diffusemix.errors import ConfigError, DiffuseMixError, WorkerError
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.editors import EditTask
 from dali_diffusemix.generate.editors.server import KEY, ServerConfig
+from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.store import UnfinishedStoreWarning
 
@@ -688,7 +689,7 @@ def test_a_run_that_the_server_left_keeps_its_edits(tmp_path: Path) -> None:
 
 
 def test_the_servers_answer_is_the_stored_edit(server: EditServer, tmp_path: Path) -> None:
-    """Without loss, with a format without one; also from processes of their own."""
+    """Without loss, in a format without loss."""
     image = photograph(5, 32, 32)
     (tmp_path / "train" / "a").mkdir(parents=True)
     write_photograph(tmp_path / "train" / "a" / "0.png", 5, 32, 32)
@@ -709,3 +710,16 @@ def test_errors_can_be_passed_on(server: EditServer) -> None:
         edits(config(server), TASKS[:1])
     again = pickle.loads(pickle.dumps(caught.value))
     assert type(again) is ConfigError and str(again) == str(caught.value)
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_store(server: EditServer, tmp_path: Path) -> None:
+    for place in range(6):
+        write_photograph(tmp_path / "train" / "a" / f"{place}.jpg", place, 40, 40)
+    given = GenerateConfig(editor=config(server, requests=2), prompts=("autumn",), size=32, originals_per_shard=2)
+    for name, workers in (("one", 1), ("two", 2)):
+        generate(tmp_path / "train", tmp_path / name, given, engine=LocalEngine(("cpu",) * workers))
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    server.plan(*["refuse:400"] * 9)
+    with pytest.raises(ConfigError, match="HTTP 400"):
+        generate(tmp_path / "train", tmp_path / "none", given, engine=LocalEngine(("cpu",) * 2))
