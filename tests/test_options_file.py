@@ -83,9 +83,9 @@ def test_its_defaults_are_those_of_the_code() -> None:
     assert all(name in scheduler for name in SCHEDULERS)
     quantize = next(field for field in fields(GenerateOptions) if field.name == "quantize").metadata["text"]
     assert all(name in quantize for name in QUANTIZATIONS)
-    for name, value in {**vars(InstructPix2PixAdapter.defaults), "template": "this"}.items():
+    for name, value in {**vars(InstructPix2PixAdapter.defaults), "template": "this", "scheduler": "the first"}.items():
         default = next((field.metadata["default"] for field in fields(GenerateOptions) if field.name == name), None)
-        assert value is None or (default is not None and default.endswith(f"for InstructPix2Pix {value}")), name
+        assert value is None or (default is not None and default.endswith(f"InstructPix2Pix {value}")), name
 
 
 # What a file may hold -------------------------------------------------------------------------------------------------

@@ -58,33 +58,29 @@ class GenerateOptions:
     template: str | None = _option(
         "Text that the model is given, with {prompt} and perhaps {class}.",
         "A transformed version of image into {prompt}",
-        "that of the model's class, for InstructPix2Pix this",
+        "by the model's class; InstructPix2Pix this",
     )
     negative_prompt: str | None = _option("What a model or a server guides edits away from.", "blurry", None)
     strength: float | None = _option(
-        "Part of the steps that image to image makes, 0 to 1.", 0.6, "that of the model's class"
+        "Part of the steps that image to image makes, 0 to 1.", 0.6, "by the model's class"
     )
     revision: str | None = _option(
         "Branch, tag or commit of a model on the hub; of a server's model, only noted.", "main", "the hub's default"
     )
     scheduler: str | None = _option(
-        "default (the model's); euler-ancestral, euler, dpm-solver++, unipc, ddim or lcm; lightning.",
+        "euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm, lightning, default.",
         "dpm-solver++",
-        "the model's, for InstructPix2Pix euler-ancestral",
+        "last; InstructPix2Pix the first",
     )
     steps: int | None = _option(
-        "Diffusion steps; for dpm-solver++ 20 are enough.", 20, "that of the model's class, for InstructPix2Pix 100"
+        "Diffusion steps; for dpm-solver++ 20 are enough.", 20, "by the model's class; InstructPix2Pix 100"
     )
-    guidance: float | None = _option(
-        "Guidance by the prompt.", 4.0, "that of the model's class, for InstructPix2Pix 4.0"
-    )
-    image_guidance: float | None = _option(
-        "Guidance by the image.", 1.5, "that of the model's class, for InstructPix2Pix 1.5"
-    )
+    guidance: float | None = _option("Guidance by the prompt.", 4.0, "by the model's class; InstructPix2Pix 4.0")
+    image_guidance: float | None = _option("Guidance by the image.", 1.5, "by the model's class; InstructPix2Pix 1.5")
     dtype: str | None = _option(
-        "float16, bfloat16 or float32; a CPU needs one of the last two.",
+        "float16, bfloat16 or float32; not float16 on a CPU.",
         "bfloat16",
-        "that of the model's class, for InstructPix2Pix float16",
+        "by the model's class; InstructPix2Pix float16",
     )
     lora: str | None = _option(
         "LoRA as NAME[:FILE][@SCALE]; NAME is a file, folder or hub id.", "owner/name:file.safetensors@0.8", None

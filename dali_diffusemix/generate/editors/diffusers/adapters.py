@@ -100,7 +100,7 @@ class Adapter:
         return height, width
 
     def encode(self, images: Sequence[NDArray[np.uint8]]) -> Sequence[Any]:
-        """What `make` takes for each image, of (height, width, 3) uint8 and one size; computed once for all prompts."""
+        """The arguments of `make` for images, (height, width, 3) uint8 of one size; computed once for all prompts."""
         return [Image.fromarray(image) for image in images]
 
     def make(self, images: Sequence[Any], texts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Any:
@@ -335,6 +335,17 @@ class Flux2KleinAdapter(Flux2Adapter):
         return {**arguments, "guidance_scale": self.options.guidance or 1.0}
 
 
+class Flux2KleinKVAdapter(Flux2Adapter):
+    """FLUX.2 klein that looks at the image in the first step only; distilled."""
+
+    pipeline = "Flux2KleinKVPipeline"
+    defaults = PipelineOptions(steps=4, template=INSTRUCTION, dtype="bfloat16")
+    packages = ()
+
+    def _arguments(self, image: Any, text: str, height: int, width: int) -> dict[str, Any]:
+        return Adapter._arguments(self, image, text, height, width)
+
+
 class FluxKontextAdapter(Adapter):
     """FLUX.1 Kontext: left to itself it answers in the nearest of its own sizes, of a megapixel."""
 
@@ -478,6 +489,7 @@ _EVERY: Final[tuple[type[Adapter], ...]] = (
     InstructPix2PixAdapter,
     InstructPix2PixXLAdapter,
     Flux2KleinAdapter,
+    Flux2KleinKVAdapter,
     Flux2Adapter,
     FluxKontextAdapter,
     QwenImageEditAdapter,

@@ -150,7 +150,8 @@ class DiffusersConfig:
             batch_size: The most edits made at once; classes that edit one image at a time do so.
 
         Raises:
-            ConfigError: It is one that `check` refuses, it cannot be loaded, or float16 is asked for on a CPU.
+            ConfigError: It is one that `check` refuses, it cannot be loaded, or float16 or a quantization of
+                bitsandbytes is asked for on a CPU.
             MissingDependencyError: diffusers, transformers or another package that it needs is not installed.
         """
         folder = folder_of(self.model, self.revision)
@@ -159,6 +160,8 @@ class DiffusersConfig:
         adapter, options = self._chosen(folder)
         if device == "cpu" and options.dtype == "float16":
             raise ConfigError("dtype must be 'float32' or 'bfloat16' on a CPU, found 'float16'.")
+        if device == "cpu" and self.quantize is not None and QUANTIZATIONS[self.quantize] == "bitsandbytes":
+            raise ConfigError(f"quantize must be one of torchao's on a CPU, found {self.quantize!r}.")
         pipeline = load_pipeline(
             folder,
             self.model,

@@ -118,7 +118,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _fetched(fetch: Callable[[bool], Path], is_whole: Callable[[Path], bool], problem: str, remedy: str) -> Path:
-    """What `fetch` finds in the hub's cache, else on the hub; `problem` and `remedy` are for the message."""
+    """The path that `fetch` finds in the hub's cache, else on the hub; `problem` and `remedy` are for the message."""
     failure: Exception | None = None
     for local in (True, False):
         try:
@@ -211,10 +211,10 @@ class Lora:
             name = text
         if not math.isfinite(scale) or scale == 0:
             raise ConfigError(f"lora: its scale must be a number other than 0, found {number!r} in {text!r}.")
-        file: str | None = None
+        colon = file = ""
         if not Path(name).exists():
-            name, _, file = name.partition(":")
-        if not name or file == "":
+            name, colon, file = name.partition(":")
+        if not name or (colon and not file):
             raise ConfigError(f"lora must be a file, folder or hub id, as NAME[:FILE][@SCALE]; found {text!r}.")
         return cls(name=name, file=file or None, scale=scale)
 
@@ -223,7 +223,7 @@ class Lora:
         return _lora_file(self.name, self.file)
 
     def settings(self) -> dict[str, str | float]:
-        """What an edit store records: a local file may be moved. Raises ConfigError."""
+        """The settings that an edit store records: a local file may be moved. Raises ConfigError."""
         file = self.found()
         shown = file.name if Path(self.name).exists() else f"{self.name}:{self.file or _LORA}"
         return {
