@@ -250,6 +250,10 @@ def test_what_people_reject_is_not_used_and_can_be_made_again(root: Path, tmp_pa
         (name, files[name]) for name in ("store.json", "index.json", "index.npy")
     } | ({("starts.npy", files["starts.npy"])} & (files.items() - content(store).items()))
     assert not verify(store).problems
+    rows = {shard: again.shard_rows(shard) for shard in again.shards}
+    replaced = {shard: again.is_replaced(shard, rows[shard]) for shard in again.shards}
+    assert sum(map(np.count_nonzero, replaced.values())) == 2 == len(rows[max(rows)])
+    assert len(again) == sum(np.count_nonzero(~one) for one in replaced.values())
     # Nothing is left to do, and the new ones can be rejected in their turn.
     files = content(store)
     assert generate(root, store, CONFIG, redo=["rejected"]).made == 0 and content(store) == files

@@ -575,7 +575,7 @@ def test_options_of_a_server(tmp_path: Path) -> None:
     assert _engine_of(given, False, remote=True).devices == ("cpu",)
     for text, found in (
         ('editor = "http://here/v1"', "set model"),
-        ('editor = "http://here/v1"\nmodel = "a"\nscheduler = "ddim"', "scheduler must be left out for the server"),
+        ('editor = "http://here/v1"\nmodel = "a"\nscheduler = "ddim"', "scheduler must be left out for a server"),
         ('editor = "a/b"\nmodel = "a"', "model must be left out for the model 'a/b'"),
         ("requests = 3", "requests must be left out for the procedural editor"),
     ):

@@ -25,7 +25,7 @@ _TRIES: Final = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run would do."""
+    """The work of a run."""
 
     edits: int  # that it would make
     bytes: int  # that they would take

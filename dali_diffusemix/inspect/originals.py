@@ -10,34 +10,24 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
-from dali_diffusemix.images.codec import decode
-from dali_diffusemix.store import EditStore, OriginalStore
+from dali_diffusemix.generate.worker import Originals
+from dali_diffusemix.store import EditStore
 
-__all__ = ["Originals", "last_root", "runs_of"]
+__all__ = ["FoundOriginals", "last_root", "runs_of"]
 
 
-class Originals:
-    """The originals of a store, if they can be found."""
+class FoundOriginals:
+    """The originals of a store, if their folder can be found."""
 
     def __init__(self, edits: EditStore, root: str | os.PathLike[str] | None) -> None:
-        self._edits = edits
-        self._root = None if root is None or not Path(root).is_dir() else Path(root)
-        packed = None if self._root is None else OriginalStore.find(self._root)
-        self._packed = None if packed is None else packed.reindexed(edits.catalog)
-
-    @property
-    def found(self) -> bool:
+        self.found = root is not None and Path(root).is_dir()
         """True if there is such a folder."""
-        return self._root is not None
+        self._originals = Originals(Path(root), edits.catalog) if root is not None and self.found else None
 
     def pixels(self, original: int) -> NDArray[np.uint8] | None:
         """(height, width, 3) pixels of a row of the catalog; None if it cannot be read. For several threads."""
-        if self._root is None:
-            return None
         try:
-            if self._packed is not None:
-                return decode(self._packed.encoded(original))
-            return decode(self._root / self._edits.catalog.path(original))
+            return None if self._originals is None else self._originals.pixels(original)
         except (DecodeError, StoreError):
             return None  # its verdict says that
 

@@ -28,7 +28,7 @@ from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.inspect.originals import Originals, last_root, runs_of
+from dali_diffusemix.inspect.originals import FoundOriginals, last_root, runs_of
 from dali_diffusemix.store import REJECTIONS, VERDICTS, EditStore
 
 __all__ = ["Gallery", "write_report"]
@@ -75,7 +75,7 @@ def write_report(
     runs = runs_of(edits.path)
     if root is not None and not Path(root).is_dir():
         raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is not a folder.")
-    originals = Originals(edits, root if root is not None else last_root(runs))
+    originals = FoundOriginals(edits, root if root is not None else last_root(runs))
     out = Path(out).absolute()
     tally = np.zeros((len(edits.catalog.classes), len(edits.prompts), len(VERDICTS)), np.int64)
     scores: dict[str, list[NDArray[np.float32]]] = {}
@@ -134,7 +134,7 @@ def _spread(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 def _write_pages(
     out: Path,
     edits: EditStore,
-    originals: Originals,
+    originals: FoundOriginals,
     chosen: NDArray[np.int64],
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
@@ -161,7 +161,7 @@ def _write_page(
     out: Path,
     number: int,
     edits: EditStore,
-    originals: Originals,
+    originals: FoundOriginals,
     page: list[NDArray[np.int64]],
     tables: Mapping[int, NDArray[np.void]],
     pool: Workers,

@@ -25,7 +25,7 @@ from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Result, Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.inspect.originals import Originals, last_root, runs_of
+from dali_diffusemix.inspect.originals import FoundOriginals, last_root, runs_of
 from dali_diffusemix.store import VERDICTS, EditStore
 from dali_diffusemix.store.layout import ACCEPTED
 from dali_diffusemix.store.scores import ScoredBy, Scores
@@ -171,7 +171,7 @@ def score(
     if edits.mirror is not None:
         raise ConfigError(f"store must be a folder, found {str(store)!r}; score it where it is made, then upload it.")
     found = root if root is not None else last_root(runs_of(edits.path))
-    originals = Originals(edits, found)
+    originals = FoundOriginals(edits, found)
     _check_root(edits, originals, found)
     scorer = load_scorer(scorer) if isinstance(scorer, str) else scorer
     name = scorer.default_name if name is None else name
@@ -208,7 +208,7 @@ def score(
     return Scored(name=name, by=scorer.by, values=everything, made=made, unreadable=unreadable)
 
 
-def _check_root(edits: EditStore, originals: Originals, root: str | os.PathLike[str] | None) -> None:
+def _check_root(edits: EditStore, originals: FoundOriginals, root: str | os.PathLike[str] | None) -> None:
     if not originals.found:
         what = "no note of it beside the store" if root is None else f"{str(root)!r}, which is no folder"
         raise ConfigError(f"root must be the folder of the originals, found {what}; give it as --root.")
@@ -234,7 +234,7 @@ class _Pair(NamedTuple):
 class _ShardTask:
     """The pairs of one shard, read ahead."""
 
-    def __init__(self, edits: EditStore, originals: Originals, shard: int, rows: NDArray[np.void]) -> None:
+    def __init__(self, edits: EditStore, originals: FoundOriginals, shard: int, rows: NDArray[np.void]) -> None:
         self.rows = rows
         self.done = 0  # accepted edits that were read, or could not be
         self.unreadable = 0

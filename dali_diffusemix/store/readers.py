@@ -23,7 +23,7 @@ from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
 from dali_diffusemix.store.decisions import DECISIONS_ENDING, Decisions, EditName
-from dali_diffusemix.store.index import EditIndex, gather, sizes_of
+from dali_diffusemix.store.index import EditIndex, Replaced, gather, sizes_of
 from dali_diffusemix.store.layout import (
     ACCEPTED,
     EDITS,
@@ -33,6 +33,7 @@ from dali_diffusemix.store.layout import (
     ORIGINAL_INDEX_ROW,
     ORIGINALS,
     VERDICTS,
+    WHOLE,
     Header,
     Kind,
     OriginalHeader,
@@ -287,6 +288,17 @@ class EditStore:
             self.mirror.copy_tables([EDITS.shard(shard)])
         record = ShardRecord.read(EDITS, self.path, shard)
         return record.checked_rows(len((self._base or self).catalog), len(self.prompts))
+
+    def is_replaced(self, shard: int, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+        """(n,) True for rows of `shard_rows`, (n,), whose edit a later shard made again. Raises StoreError."""
+        return self._replaced.mask(shard, rows)
+
+    @cached_property
+    def _replaced(self) -> Replaced:
+        listed = {number for order in self._header.orders for number in order.numbers(WHOLE)} & set(self._shards)
+        if self.mirror is not None:
+            self.mirror.copy_tables([EDITS.shard(number) for number in sorted(listed)])
+        return Replaced({number: ShardRecord.read(EDITS, self.path, number) for number in listed}, self._header)
 
     def encoded_row(self, shard: int, row: np.void) -> bytes | None:
         """The file of a row of `shard_rows`, accepted or not; None if it has none.

@@ -36,7 +36,7 @@ def choose_editor(name: str, options: Mapping[str, Any] = _NONE) -> EditorConfig
         return ProceduralConfig()
     if _is_url(name):
         of_a_server = {field.name for field in fields(ServerConfig)} - {"url"}
-        _refuse(options, of_a_server, f"for the server {name!r}", "set what the server takes in fields")
+        _refuse(options, of_a_server, "for a server as editor", "set what the server takes in fields")
         return ServerConfig(url=name, **{"model": "", **options})
     if ":" in name and "://" not in name and not Path(name).is_dir():
         _refuse(options, {"editor_options"}, f"for the editor {name!r}", "write its own under [editor_options]")
