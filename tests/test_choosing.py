@@ -25,7 +25,7 @@ from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
-from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, UnfinishedStoreWarning
+from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, StoreWriter, UnfinishedStoreWarning
 from dali_diffusemix.store.layout import Header
 from dali_diffusemix.store.scores import Scores
 
@@ -303,6 +303,18 @@ def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> Non
     generate(root, store, CONFIG)
     pack(store, tmp_path / "raw")
     assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
+
+
+def test_a_store_without_edits_takes_other_settings(root: Path, tmp_path: Path) -> None:
+    """As after a run whose editor failed at once."""
+    store = tmp_path / "store"
+    with StoreWriter.open(store, index(root), CONFIG.settings()) as writer:
+        writer.order(CONFIG.wish(writer.catalog.classes, {}))
+    assert estimate(root, store, with_fields(size=48)).edits == 2 * (ANTS + BEES)
+    generate(root, store, with_fields(size=48))
+    assert EditStore.open(store).settings["size"] == 48
+    with pytest.raises(StoreError, match="size: 48 in the store, 32 asked for"):
+        generate(root, store, CONFIG)
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def test_the_editor_of_a_store() -> None:
     """What a store knows of each kind."""
     assert editor_of_store(ProceduralConfig().settings()) == ProceduralConfig()
     server = ServerConfig(url="http://here/v1", model="m", steps=4, fields={"true_cfg_scale": 4.0}, multiple=8)
-    with pytest.raises(ConfigError, match="editor must be given, since the store was made with a server, 'm'"):
+    with pytest.raises(ConfigError, match="editor must be given again: .* by a server, 'm'"):
         editor_of_store(server.settings())
     again = editor_of_store(server.settings(), "http://there/v1", {"requests": 2})
     assert again.settings() == server.settings() and isinstance(again, ServerConfig)
@@ -255,7 +255,7 @@ def test_the_editor_of_a_store() -> None:
         model="a/b", revision="c0ffee", steps=8, guidance=4.0
     )
     folder = {**hub, "model": "b", "revision": "sha256:1"}
-    with pytest.raises(ConfigError, match="a model in a folder, or with a LoRA, 'b', and does not know where"):
+    with pytest.raises(ConfigError, match="a model in a folder, or with a LoRA, 'b'"):
         editor_of_store(folder)
     assert editor_of_store(folder, "models/b") == DiffusersConfig(model="models/b", steps=7, guidance=4.0)
 
@@ -275,8 +275,10 @@ class Framed:
 def test_the_editor_of_a_store_is_ones_own() -> None:
     name = "test_options_file:Framed"
     config = choose_editor(name, {"editor_options": {"width": 3, "colour": [1, 2, 3]}})
-    assert editor_of_store(config.settings()).settings() == config.settings()
-    changed = editor_of_store(config.settings(), options={"editor_options": {"width": 4}}).settings()
+    with pytest.raises(ConfigError, match=f"by an editor of your own, '{name}'"):
+        editor_of_store(config.settings())  # a store does not choose what is imported
+    assert editor_of_store(config.settings(), name).settings() == config.settings()
+    changed = editor_of_store(config.settings(), name, options={"editor_options": {"width": 4}}).settings()
     assert changed == {**config.settings(), "option width": 4}
 
 

@@ -81,7 +81,8 @@ class StoreWriter:
                 _begin(EDITS, path, catalog, alone=part == WHOLE)
                 if (path / "store.json").exists():
                     writer._header = Header.read(path)
-                    _check_settings(path, writer._header.settings, settings, may_differ=_MAY_DIFFER)
+                    if part != WHOLE or not _is_without_edits(path):
+                        _check_settings(path, writer._header.settings, settings, may_differ=_MAY_DIFFER)
                     writer._grow(catalog, settings)
                 else:
                     writer._header = Header(
@@ -147,7 +148,8 @@ class StoreWriter:
         """The number of edits that a run with this wish would make; nothing is written. Raises like `open`, `order`."""
         if (path / "store.json").exists():
             header = Header.read(path)
-            _check_settings(path, header.settings, settings, may_differ=_MAY_DIFFER)
+            if part != WHOLE or not _is_without_edits(path):
+                _check_settings(path, header.settings, settings, may_differ=_MAY_DIFFER)
             catalog = grown_catalog(path, open_catalog(path), catalog)
         else:
             _check_folder(EDITS, path)
@@ -425,6 +427,11 @@ def _begin(kind: Kind, path: Path, catalog: Catalog, *, alone: bool) -> None:
             remove_temporary(folder)
         if not (path / "store.json").exists():
             catalog.save(path / kind.listing)
+
+
+def _is_without_edits(store: Path) -> bool:
+    """True if no shard is there: a run that failed before its first edit binds no later one to its settings."""
+    return not any((store / "shards").glob(f"{EDITS.images}-*.json"))
 
 
 def _check_settings(store: Path, stored: Settings, asked: Settings, *, may_differ: Collection[str] = ()) -> None:

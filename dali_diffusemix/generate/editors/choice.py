@@ -58,15 +58,15 @@ def editor_of_store(
 
     Raises:
         ConfigError: As `choose_editor`; or no name is given where the store does not know it: of a model in a folder or
-            with a LoRA, and of a server.
+            with a LoRA, and of a server; and of the user's own, since a store must not choose what is imported.
     """
     kind = str(settings.get("editor"))
     known, stored = _stored(kind, settings)
     if name is None and known is None:
-        what = "a server" if kind == "server" else "a model in a folder, or with a LoRA"
+        what = {"server": "by a server", "diffusers": "with a model in a folder, or with a LoRA"}
         raise ConfigError(
-            f"editor must be given, since the store was made with {what}, {settings.get('model')!r}, and does not know "
-            "where that lies."
+            f"editor must be given again: the edits of this store were made {what.get(kind, 'by an editor of your own')}, "
+            f"{settings.get('model', kind)!r}."
         )
     name = name or str(known)
     own = {"procedural"} if name == "procedural" else {"server"} if _is_url(name) else {"diffusers", name}
@@ -96,7 +96,7 @@ def _stored(kind: str, settings: Mapping[str, Any]) -> tuple[str | None, dict[st
         if isinstance(value, str) and value[:1] in ("[", "{"):  # as `UserConfig.settings` writes lists and tables
             with suppress(ValueError):
                 own[name] = json.loads(value)
-    return kind, {"editor_options": own} if own else {}
+    return None if ":" in kind else kind, {"editor_options": own} if own else {}
 
 
 def _of(config: type[DiffusersConfig | ServerConfig], settings: Mapping[str, Any]) -> dict[str, Any]:
