@@ -243,7 +243,7 @@ def test_the_editor_of_a_store() -> None:
     """What a store knows of each kind."""
     assert editor_of_store(ProceduralConfig().settings()) == ProceduralConfig()
     server = ServerConfig(url="http://here/v1", model="m", steps=4, fields={"true_cfg_scale": 4.0}, multiple=8)
-    with pytest.raises(ConfigError, match="editor must be given again: .* by a server, 'm'"):
+    with pytest.raises(ConfigError, match=r"editor must be given again: .* by a server, 'm'"):
         editor_of_store(server.settings())
     again = editor_of_store(server.settings(), "http://there/v1", {"requests": 2})
     assert again.settings() == server.settings() and isinstance(again, ServerConfig)

@@ -64,9 +64,9 @@ def editor_of_store(
     known, stored = _stored(kind, settings)
     if name is None and known is None:
         what = {"server": "by a server", "diffusers": "with a model in a folder, or with a LoRA"}
+        how = what.get(kind, "by an editor of your own")
         raise ConfigError(
-            f"editor must be given again: the edits of this store were made {what.get(kind, 'by an editor of your own')}, "
-            f"{settings.get('model', kind)!r}."
+            f"editor must be given again: the edits of this store were made {how}, {settings.get('model', kind)!r}."
         )
     name = name or str(known)
     own = {"procedural"} if name == "procedural" else {"server"} if _is_url(name) else {"diffusers", name}
