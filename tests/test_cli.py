@@ -37,6 +37,7 @@ COMMANDS = (
     "generate",
     "verify",
     "report",
+    "review",
     "export",
     "pack",
     "preview",
