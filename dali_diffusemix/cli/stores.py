@@ -111,22 +111,22 @@ def review_command(store: Path, root: Path | None, port: int | None, no_open: bo
     display = Display(as_json)
     server = ReviewServer(store, root=root, port=port)
     view = server.view
-    display.line(f"{len(view.rows)} edits at {server.address}")
-    if not view.originals.found:
-        display.line("Originals were not found; use --root to show them beside their edits.")
-    display.line("Press Ctrl-C to end.")
-    display.result(
-        {
-            "address": server.address,
-            "port": server.port,
-            "edits": len(view.rows),
-            "originals": view.originals.found,
-            "decisions": str(view.decisions.file),
-        }
-    )
-    if not no_open:
-        open_browser(server)
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
+        display.line(f"{len(view.rows)} edits at {server.address}")
+        if not view.originals.found:
+            display.line("Originals were not found; use --root to show them beside their edits.")
+        display.line("Press Ctrl-C to end.")
+        display.result(
+            {
+                "address": server.address,
+                "port": server.port,
+                "edits": len(view.rows),
+                "originals": view.originals.found,
+                "decisions": str(view.decisions.file),
+            }
+        )
+        if not no_open:
+            open_browser(server)
         server.run()
     rejected = int(view.rejected().sum())
     display.line(f"{rejected} {'edit is' if rejected == 1 else 'edits are'} rejected, in {view.decisions.file}")

@@ -210,7 +210,8 @@ class EditView:
         """The HTML of the page, with its content and Content-Security-Policy."""
         # In a script element only what could end it is escaped.
         data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-        fields = {"title": html.escape(readable(self.edits.path.name)), "policy": html.escape(policy), "data": data}
+        title = "/".join(self.edits.path.parts[-2:])
+        fields = {"title": html.escape(readable(title)), "policy": html.escape(policy), "data": data}
         parts = (ASSETS / "gallery.html").read_text(encoding="utf-8").split("{{")
         return parts[0] + "".join(fields[name] + rest for name, _, rest in (part.partition("}}") for part in parts[1:]))
 

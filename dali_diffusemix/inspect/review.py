@@ -167,10 +167,12 @@ class ReviewServer:
         _, first, inner = (*target.split("/", 2), "", "")[:3]
         if first == "open" and inner in self._tickets:
             self._tickets.discard(inner)
-            return _Reply(b"", status=HTTPStatus.SEE_OTHER, location=f"/{self._token}/")
+            return _moved(f"/{self._token}/")
         # Compared in constant time, as bytes: a target may hold anything.
         if not secrets.compare_digest(first.encode("utf-8", "replace"), self._token.encode()):
             raise _RefusedRequest(HTTPStatus.FORBIDDEN, "Open the address that `dali-diffusemix review` printed.")
+        if target == f"/{self._token}":  # the page's own addresses are relative
+            return _moved(f"/{self._token}/")
         return inner
 
     def _get(self, inner: str, headers: Message) -> _Reply:
@@ -277,6 +279,10 @@ _ROUTES: Final[tuple[tuple[str, Callable[..., _Reply | None]], ...]] = (
 
 def _json(content: Any, status: HTTPStatus = HTTPStatus.OK) -> _Reply:
     return _Reply(json.dumps(content, separators=(",", ":")).encode("ascii"), "application/json", status)
+
+
+def _moved(location: str) -> _Reply:
+    return _Reply(b"", status=HTTPStatus.SEE_OTHER, location=location)
 
 
 def _error(status: HTTPStatus, why: str) -> _Reply:

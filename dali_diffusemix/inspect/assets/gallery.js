@@ -290,7 +290,7 @@ const gallery = (() => {
     if (mark) {
       mark.tabIndex = pair.tabIndex;
       mark.setAttribute("aria-pressed", String(isRejected(place)));
-      mark.textContent = isRejected(place) ? "Take back" : "Reject";
+      mark.textContent = isRejected(place) ? "Restore" : "Reject";
     }
   }
 
@@ -300,6 +300,10 @@ const gallery = (() => {
     progress();
   }
 
+  // The filters that are set, in words.
+  const filters = (most) => FILTERS.slice(0, most).filter((id) => at(id).value).map((id) =>
+    `${at(id).parentElement.firstChild.textContent.trim().toLowerCase()} ${at(id).selectedOptions[0].text}`).join(", ");
+
   function progress() {
     const bar = at("seen");
     bar.max = Math.max(1, list.length);
@@ -308,6 +312,7 @@ const gallery = (() => {
     for (const place of list) marked += rejected[place];
     const cut = list.length < all ? ` (the first ${number(list.length)} are shown; filter them to see others)` : "";
     at("count").textContent = `${number(seenHere)} of ${number(all)} seen, ${number(marked)} rejected${cut}`;
+    at("filtered").textContent = filters() && `· ${filters()}`;
     at("undo").disabled = !steps.length;
   }
 
@@ -455,10 +460,9 @@ const gallery = (() => {
     if (!writable) return;
     const places = [...list].filter((place) => choosable(place) && !isRejected(place));
     if (!places.length) return news("No edit is shown that could be rejected.");
-    const by = FILTERS.slice(0, 4).filter((id) => at(id).value).map((id) =>
-      `${at(id).parentElement.firstChild.textContent.trim().toLowerCase()}: ${at(id).selectedOptions[0].text}`);
-    at("confirm-text").textContent = `Reject ${many(places.length, "edit")}? `
-      + (by.length ? `These are all that are shown (${by.join("; ")}).` : "These are all of the store: no filter is set.");
+    at("confirm-text").textContent = `Reject ${many(places.length, "edit")}?`;
+    at("confirm-why").textContent = (filters(4) ? `All that are shown: ${filters(4)}.` : "All edits of the store: no filter is set.")
+      + " Undo takes it back in one step.";
     at("confirm-yes").textContent = `Reject ${number(places.length)}`;
     const dialog = at("confirm");
     dialog.returnValue = "no";
@@ -525,7 +529,7 @@ const gallery = (() => {
       if (which === "both") image.style.objectFit = "fill";
       place_.append(image);
       const stored = shown === "edit" ? found.size : found.originalSize;
-      const scale = fit.pixels ? `, each pixel ${fit.scale} × ${fit.scale}` : fit.scale > 1.01 ? `, enlarged ${fit.scale.toFixed(1)} ×` : "";
+      const scale = fit.pixels ? `, each pixel ${fit.scale} × ${fit.scale}` : fit.scale > 1.01 ? `, enlarged ${fit.scale.toFixed(1)}×` : "";
       caption.textContent = `${shown}, ${stored[1]} × ${stored[0]}`
         + (!writable && size[0] < stored[1] && which !== "both" ? `, here ${size[0]} × ${size[1]}` : "") + scale;
     }
@@ -543,7 +547,7 @@ const gallery = (() => {
     at("box-mark").hidden = !text;
     at("box-reject").disabled = !choosable(place);
     at("box-reject").setAttribute("aria-pressed", String(isRejected(place)));
-    at("box-reject").textContent = isRejected(place) ? "Take back" : "Reject";
+    at("box-reject").textContent = isRejected(place) ? "Restore" : "Reject";
   }
 
   function flip() {
@@ -631,8 +635,9 @@ const gallery = (() => {
       + `${classes.length === 1 ? "class" : "classes"}.`];
     if (count < total) facts.push(`${number(count)} of them are shown below.`);
     if (!content.beside) facts.push(`Originals were not found; give ${writable ? "review" : "report"} --root to show them.`);
+    const byHand = sum([...rejected]);
     if (writable) facts.push(`Choices are saved at once, in ${content.decisions}.`);
-    else if (sum([...rejected])) facts.push(`${number(sum([...rejected]))} were rejected by hand.`);
+    else if (byHand) facts.push(`${number(byHand)} ${byHand === 1 ? "was" : "were"} rejected by hand.`);
     at("facts").textContent = facts.join(" ");
     const occur = verdicts.map((_, v) => v).filter((v) => content.tally.some((c) => c.some((p) => p[v])));
     const table = at("tally"), head = element("tr", null, table);
@@ -674,13 +679,14 @@ const gallery = (() => {
 
   function start() {
     document.body.classList.toggle("read-only", !writable);
-    at("overview").open = !writable;
+    at("overview").open = !writable && innerWidth >= 700;
     readSeen();
     overview();
     options("class", [["", "all"], ...classes.map((name) => [name, name])]);
     options("prompt", [["", "all"], ...prompts.map((name) => [name, name])]);
     const occurring = verdicts.filter((_, v) => verdict.includes(v)).map((name) => [name, name]);
-    options("verdict", [["", "all"], ["rejected", "rejected by quality"], ...occurring]);
+    const bad = occurring.some(([name]) => content.rejections.includes(name)) ? [["rejected", "rejected by quality"]] : [];
+    options("verdict", [["", "all"], ...bad, ...occurring]);
     options("decision", [["", "all"], ...DECISIONS]);
     const orders = [...scores.keys()].flatMap((name) => (name === "score"
       ? [["score", "worst first, by score"], ["-score", "best first, by score"]]
@@ -700,11 +706,8 @@ const gallery = (() => {
       if (!drawing) requestAnimationFrame(() => { drawing = false; draw(); });
       drawing = true;
     }, { passive: true });
-    let width = innerWidth;
     addEventListener("resize", () => {
-      if (innerWidth !== width) layout(); // of a phone the height changes while it scrolls
-      else draw();
-      width = innerWidth;
+      draw();
       if (box.open) showBox();
     });
     addEventListener("hashchange", fromAddress);
@@ -719,6 +722,11 @@ const gallery = (() => {
     addEventListener("beforeunload", (event) => { if (saving.size) event.preventDefault(); });
     history.scrollRestoration = "manual";
     fromAddress();
+    let width = grid.clientWidth;
+    new ResizeObserver(() => {
+      if (grid.clientWidth !== width) layout(); // on a phone the height changes, too, while it scrolls
+      width = grid.clientWidth;
+    }).observe(grid);
     let last = null;
     try {
       last = sessionStorage.getItem(PLACE);
