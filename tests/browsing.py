@@ -51,7 +51,8 @@ async function choose(id, text) {
     found.filtered[`${id} ${text}`] = await choose(id, text);
     await choose(id, document.getElementById(id).options[0].text);
   }
-  found.injected = document.querySelectorAll("main p img, header img, option img, b img, script:not([src]):not([type])").length;
+  const injected = "main p img, header img, option img, b img, script:not([src]):not([type])";
+  found.injected = document.querySelectorAll(injected).length;
   found.facts = document.getElementById("facts").textContent;
   found.text = document.body.textContent;
   found.all = found.positions.size;

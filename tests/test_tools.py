@@ -337,7 +337,7 @@ def test_pictures_are_of_the_right_images(root: Path, made: Path, tmp_path: Path
     for shard, place, edit in zip(shards.tolist(), places.tolist(), shown, strict=True):
         row = edits.shard_rows(shard)[place]
         assert row["original"] == edit["original"]
-        sheet = Image.open(tmp_path / "report" / "data" / f"sheet-{edit['sheet']:04}.jpg")
+        sheet = Image.fromarray(decode(tmp_path / "report" / "data" / f"sheet-{edit['sheet']:04}.jpg"))
         assert sheet.height == edit["sheetHeight"] and sheet.width == content["sheets"]["width"]
         original = root / edits.catalog.path(edit["original"])
         assert edit["path"].startswith(original.parent.name)
@@ -374,7 +374,7 @@ def test_small_images_lose_nothing_in_a_report(tmp_path: Path) -> None:
         write_photograph(tmp_path / "train" / "a" / f"{place}.png", place, 32, 32)
     generate(tmp_path / "train", tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=32))
     write_report(tmp_path / "edits", tmp_path / "report")
-    sheet = np.asarray(Image.open(tmp_path / "report" / "data" / "sheet-0000.png"))
+    sheet = decode(tmp_path / "report" / "data" / "sheet-0000.png")
     edits = EditStore.open(tmp_path / "edits")
     np.testing.assert_array_equal(sheet[:32, :32], decode(tmp_path / "train" / edits.catalog.path(0)))
     np.testing.assert_array_equal(sheet[:32, 48:80], decode(edits.encoded(0)))

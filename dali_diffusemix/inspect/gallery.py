@@ -32,6 +32,7 @@ SMALL: Final = 64  # pixels; the longest side of images that JPEG would spoil
 ROW: Final = np.dtype([*SHARD_ROW.descr, ("shard", "<i4"), ("row", "<i4")])
 """An edit: its row in its shard, and where that is."""
 _ACCEPTED: Final = 0  # in VERDICTS
+_UNREADABLE: Final = 1
 _BINS: Final = 20
 
 
@@ -141,10 +142,11 @@ class EditView:
     def _detail(self, row: np.void) -> dict[str, Any]:
         original = int(row["original"])
         catalog = self.edits.catalog
+        there = self.originals.found and row["verdict"] != _UNREADABLE
         return {
             "path": readable(catalog.path(original)),
             "original": original,
-            "originalSize": catalog.sizes[original].tolist() if self.originals.found else None,
+            "originalSize": catalog.sizes[original].tolist() if there else None,
             "size": [int(row["height"]), int(row["width"])] if row["length"] else None,
             "variant": int(row["variant"]),
             "seed": str(row["seed"]),

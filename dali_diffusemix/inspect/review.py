@@ -13,11 +13,13 @@ user's browser. So a request is answered only if it has the token, which no othe
 (against DNS rebinding); and decisions are taken only from this server's own page.
 """
 
+import contextlib
 import errno
 import json
 import os
 import re
 import secrets
+import socket
 import socketserver
 import sys
 import threading
@@ -343,7 +345,22 @@ class _Server(socketserver.ThreadingTCPServer):
 
     def __init__(self, port: int, review: ReviewServer) -> None:
         self.review = review
+        self._open: set[Any] = set()
         super().__init__((_HOST, port), _Connection)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
+
+    def server_close(self) -> None:
+        super().server_close()
+        for request in list(self._open):  # browsers keep them
+            with contextlib.suppress(OSError):
+                request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError | TimeoutError):  # a browser that turned to something else

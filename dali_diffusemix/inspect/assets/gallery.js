@@ -98,6 +98,8 @@ const gallery = (() => {
     return made;
   }
 
+  const absent = (place, which) => (which === "edit" ? "not made"
+    : verdicts[verdict[place]] === "unreadable original" ? "unreadable" : "no original");
   const none = (text) => element("span", text, null, "none");
 
   // How large a picture is drawn in a room: small ones by whole factors, so that their pixels stay pixels.
@@ -115,7 +117,7 @@ const gallery = (() => {
     made.style.height = down + "px";
     const size = natural(place, which);
     if (!size) {
-      made.append(none(which === "edit" ? "not made" : "no original"));
+      made.append(none(absent(place, which)));
       return made;
     }
     const fit = fitted(size, across, down, 1);
@@ -518,7 +520,7 @@ const gallery = (() => {
       const size = natural(place, which === "original" ? "original" : "edit");
       const shown = which === "both" ? (flipped ? "original" : "edit") : which;
       if (!natural(place, shown) || !size) {
-        place_.append(none(shown === "edit" ? "not made" : "no original"));
+        place_.append(none(absent(place, shown)));
         caption.textContent = shown;
         continue;
       }
