@@ -136,7 +136,7 @@ class EditView:
         return _base64(self.rejected().astype("u1"))
 
     def details(self, chunk: int) -> list[dict[str, Any]]:
-        """What a page shows of the edits of a chunk besides the columns."""
+        """The rest of what a page shows of the edits of a chunk."""
         return [self._detail(row) for row in self.rows[chunk * CHUNK : (chunk + 1) * CHUNK]]
 
     def _detail(self, row: np.void) -> dict[str, Any]:
