@@ -37,6 +37,7 @@ COMMANDS = (
     "generate",
     "verify",
     "report",
+    "review",
     "score",
     "export",
     "pack",

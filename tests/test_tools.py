@@ -1,8 +1,7 @@
 """verify, report and export; and that other people's readers read our shards."""
 
-import io
+import base64
 import json
-import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -28,6 +27,7 @@ from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import EvalCrop, MixSpec
 from dali_diffusemix.store import VERDICTS, EditStore
+from dali_diffusemix.store.decisions import Decisions, EditName
 from dali_diffusemix.store.pack import pack
 
 NASTY = "<img src=x onerror=alert(1)>'\" & 100%"
@@ -326,17 +326,55 @@ def test_without_its_originals_a_store_has_a_gallery_all_the_same(store: Path, r
         write_report(store, tmp_path / "three", root=tmp_path / "nothing")
 
 
-def test_thumbnails_are_of_the_right_images(root: Path, made: Path, tmp_path: Path) -> None:
-    write_report(made, tmp_path / "report")
+def test_pictures_are_of_the_right_images(root: Path, made: Path, tmp_path: Path) -> None:
+    page = write_report(made, tmp_path / "report").page.read_text()
+    content = json.loads(page.split('<script id="content" type="application/json">')[1].split("</script>")[0])
+    shards, places = (np.frombuffer(base64.b64decode(content["columns"][name]), "<i4") for name in ("shard", "row"))
     text = (tmp_path / "report" / "data" / "rows-0000.js").read_text()
-    groups = json.loads(text[len("gallery.loaded(0,") : -len(");\n")])
-    sheet = np.asarray(Image.open(io.BytesIO((tmp_path / "report" / "data" / "sheet-0000.jpg").read_bytes())), float)
-    edits = EditStore.open(made)
-    original = decode(root / edits.catalog.path(0))
-    at = groups[0]["at"]
-    side = min(original.shape[:2])
-    top, left = ((length - side) // 2 for length in original.shape[:2])
-    square = Image.fromarray(original).crop((left, top, left + side, top + side)).resize((96, 96))
-    found = sheet[at // 12 * 96 : at // 12 * 96 + 96, at % 12 * 96 : at % 12 * 96 + 96]
-    assert np.abs(found - np.asarray(square, float)).mean() < 8
-    assert os.fsencode(groups[0]["path"]) == edits.catalog.encoded_path(0)
+    shown = json.loads(text[len("gallery.loaded(0,") : -len(");\n")])
+    assert len(shown) == content["count"] == 30
+    edits, drawn = EditStore.open(made), 0
+    for shard, place, edit in zip(shards.tolist(), places.tolist(), shown, strict=True):
+        row = edits.shard_rows(shard)[place]
+        assert row["original"] == edit["original"]
+        sheet = Image.fromarray(decode(tmp_path / "report" / "data" / f"sheet-{edit['sheet']:04}.jpg"))
+        assert sheet.height == edit["sheetHeight"] and sheet.width == content["sheets"]["width"]
+        original = root / edits.catalog.path(edit["original"])
+        assert edit["path"].startswith(original.parent.name)
+        pictures = [(edit["edit"], edits.encoded_row(shard, row)), (edit["originalAt"], original.read_bytes())]
+        for where, data in pictures:
+            if where is None:
+                assert row["length"] == 0
+                continue
+            assert data is not None
+            left, top, width, height = where
+            wanted = Image.fromarray(decode(data))
+            assert wanted.size == (width, height)  # small enough to be as they are
+            found = sheet.crop((left, top, left + width, top + height))
+            assert np.abs(np.asarray(found, float) - np.asarray(wanted, float)).mean() < 12
+            drawn += 1
+    assert drawn == 27 + (rows_of(made)["length"] > 0).sum()
+
+
+def test_a_report_shows_what_was_rejected_by_hand(store: Path, root: Path, tmp_path: Path, browser: Any) -> None:
+    edits = EditStore.open(store)
+    first = edits.index[0]
+    name = EditName(edits.catalog.path(int(first["original"])), edits.prompt_of(0), 0, int(first["shard"]))
+    Decisions.of(store).add("reject", [name])
+    found = browse(browser, write_report(store, tmp_path / "report", root=root).page, [("decision", "rejected")])
+    assert found["filtered"] == {"decision rejected": 1} and found["console"] == []
+    assert "1 was rejected by hand." in found["facts"]
+    buttons = browser.execute_script("return [...document.querySelectorAll('.mark, #undo, #reject-all')]"
+                                     ".filter((one) => one.offsetHeight).length")  # fmt: skip
+    assert buttons == 0
+
+
+def test_small_images_lose_nothing_in_a_report(tmp_path: Path) -> None:
+    for place in range(3):
+        write_photograph(tmp_path / "train" / "a" / f"{place}.png", place, 32, 32)
+    generate(tmp_path / "train", tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=32))
+    write_report(tmp_path / "edits", tmp_path / "report")
+    sheet = decode(tmp_path / "report" / "data" / "sheet-0000.png")
+    edits = EditStore.open(tmp_path / "edits")
+    np.testing.assert_array_equal(sheet[:32, :32], decode(tmp_path / "train" / edits.catalog.path(0)))
+    np.testing.assert_array_equal(sheet[:32, 48:80], decode(edits.encoded(0)))

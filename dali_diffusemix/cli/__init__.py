@@ -5,7 +5,7 @@
     display      results, progress, warnings
     inputs       index, fractals, pack
     generate     generate; generate_options is its options file
-    stores       verify, report, score, export
+    stores       verify, report, review, score, export
     preview      preview
     machine      bench, doctor, demo
 
@@ -20,7 +20,13 @@ from dali_diffusemix.cli.group import main
 from dali_diffusemix.cli.inputs import fractals_command, index_command, pack_command
 from dali_diffusemix.cli.machine import bench_command, demo_command, doctor_command
 from dali_diffusemix.cli.preview import preview_command
-from dali_diffusemix.cli.stores import export_command, report_command, score_command, verify_command
+from dali_diffusemix.cli.stores import (
+    export_command,
+    report_command,
+    review_command,
+    score_command,
+    verify_command,
+)
 
 __all__ = ["main"]
 
@@ -31,6 +37,7 @@ for _command in (
     generate_command,
     verify_command,
     report_command,
+    review_command,
     score_command,
     export_command,
     pack_command,

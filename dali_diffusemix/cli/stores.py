@@ -1,5 +1,6 @@
-"""`verify`, `report`, `score` and `export`: what can be done with a finished store."""
+"""`verify`, `report`, `review`, `score` and `export`: what can be done with a finished store."""
 
+import contextlib
 from pathlib import Path
 from typing import Any, Final
 
@@ -68,8 +69,8 @@ def verify_command(store: Path, quick: bool, discard: bool, workers: int | None,
 def report_command(store: Path, out: Path, root: Path | None, most: int, as_json: bool) -> None:
     """Write a gallery of the edits in STORE: pages that any browser opens from disk.
 
-    It shows originals beside their edits, verdicts, scores, settings and cost. Filter it by class, prompt
-    and verdict.
+    It shows originals beside their edits, verdicts, scores, settings and cost, and what was rejected by
+    hand. Filter it by class, prompt and verdict. To choose edits yourself, use `review`.
 
     \b
     Example:
@@ -85,6 +86,52 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
     display.result(
         {"page": str(gallery.page), "edits": gallery.edits, "of": gallery.of, "originals": gallery.originals}
     )
+
+
+@click.command("review", short_help="Look at the edits in STORE and reject bad ones by hand.")
+@click.argument("store", type=PATH)
+@click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
+@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port on 127.0.0.1.  [default: a free one]")
+@click.option("--no-open", is_flag=True, help="Print the address, without opening a browser.")
+@json_option
+def review_command(store: Path, root: Path | None, port: int | None, no_open: bool, as_json: bool) -> None:
+    """Look at the edits in STORE and reject bad ones by hand, in a browser.
+
+    A server on this machine shows each original beside its edit. Arrow keys move, x rejects, u undoes. Each
+    choice is saved at once in the file STORE.decisions.jsonl, beside the store; the store does not change.
+    Rejected edits are not trained on.
+
+    Only the printed address opens the page. It has a secret, so do not pass it on. Press Ctrl-C to end the
+    server. On a remote machine, forward the port to the same number: ssh -L PORT:127.0.0.1:PORT HOST.
+
+    \b
+    Example:
+      dali-diffusemix review cache/edits
+    """
+    from dali_diffusemix.inspect.review import ReviewServer, open_browser
+
+    display = Display(as_json)
+    server = ReviewServer(store, root=root, port=port)
+    view = server.view
+    with contextlib.suppress(KeyboardInterrupt):  # which is how it ends
+        display.line(f"{len(view.rows)} edits at {server.address}")
+        if not view.originals.found:
+            display.line("Originals were not found; use --root to show them beside their edits.")
+        display.line("Press Ctrl-C to end.")
+        display.result(
+            {
+                "address": server.address,
+                "port": server.port,
+                "edits": len(view.rows),
+                "originals": view.originals.found,
+                "decisions": str(view.decisions.file),
+            }
+        )
+        if not no_open:
+            open_browser(server)
+        server.run()
+    rejected = int(view.rejected().sum())
+    display.line(f"{rejected} {'edit is' if rejected == 1 else 'edits are'} rejected, in {view.decisions.file}")
 
 
 @click.command("score", short_help="Score the edits in STORE by CLIP or by your function.")

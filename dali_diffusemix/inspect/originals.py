@@ -8,21 +8,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.generate.worker import Originals
 from dali_diffusemix.store import EditStore
 
-__all__ = ["FoundOriginals", "last_root", "runs_of"]
+__all__ = ["FoundOriginals", "runs_of"]
 
 
 class FoundOriginals:
-    """The originals of a store, if their folder can be found."""
+    """The originals of a store, if their folder can be found.
+
+    Args:
+        edits: The store.
+        root: Their folder, or a packed store; by default the root of the last run that made edits.
+
+    Raises:
+        ConfigError: `root` was given and is not a folder.
+    """
 
     def __init__(self, edits: EditStore, root: str | os.PathLike[str] | None) -> None:
-        self.found = root is not None and Path(root).is_dir()
+        if root is not None and not Path(root).is_dir():
+            raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is not a folder.")
+        if root is None:
+            roots = [run["root"] for run in runs_of(edits.path) if isinstance(run.get("root"), str)]
+            root = roots[-1] if roots else None
+        self.root = None if root is None else Path(root)
+        """The folder that was looked for; None: no run has noted one."""
+        self.found = self.root is not None and self.root.is_dir()
         """True if there is such a folder."""
-        self._originals = Originals(Path(root), edits.catalog) if root is not None and self.found else None
+        self._originals = Originals(self.root, edits.catalog) if self.root is not None and self.found else None
 
     def pixels(self, original: int) -> NDArray[np.uint8] | None:
         """(height, width, 3) pixels of a row of the catalog; None if it cannot be read. For several threads."""
@@ -42,14 +57,8 @@ def runs_of(store: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             run = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(run, dict):
             runs.append(run)
     return runs
-
-
-def last_root(runs: list[dict[str, Any]]) -> str | None:
-    """The root of the last run that made edits, as its log has it."""
-    roots = [run["root"] for run in runs if isinstance(run.get("root"), str)]
-    return roots[-1] if roots else None

@@ -2,20 +2,18 @@
 
     report/index.html            settings, counts and verdicts; filters; the gallery
            gallery.css, gallery.js
-           data/rows-0000.js     a page of edits; a script, because a page opened from disk may not fetch files
-           data/sheet-0000.jpg   the thumbnails of the page, in one picture
+           data/rows-0000.js     details of 240 edits; a script, because a page opened from disk may not fetch files
+           data/sheet-0000.jpg   pictures of 12 edits and their originals, up to 256 pixels each
 
-A page of the gallery loads when it scrolls into view, so that ten thousand edits open as fast as ten.
+Rows and sheets load when they are scrolled into view, so that ten thousand edits open as fast as ten.
 """
 
-import html
 import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,21 +21,22 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dali_diffusemix import __version__
 from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Workers
-from dali_diffusemix.errors import ConfigError, DecodeError
-from dali_diffusemix.images.codec import decode
-from dali_diffusemix.inspect.originals import FoundOriginals, last_root, runs_of
-from dali_diffusemix.store import REJECTIONS, VERDICTS, EditStore
+from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.inspect.gallery import ASSETS, CHUNK, SMALL, EditView, current_rows, shrunk
+from dali_diffusemix.inspect.originals import FoundOriginals
+from dali_diffusemix.store import EditStore
 
 __all__ = ["Gallery", "write_report"]
 
-_SIDE: Final = 96  # pixels of a thumbnail
-_PER_PAGE: Final = 120  # thumbnails, originals included; twelve in a row
-_ACROSS: Final = 12
-_BINS: Final = 20
-_ASSETS: Final = Path(__file__).parent / "assets"
+_SIDE: Final = 256  # pixels of a picture, at most
+_PER_SHEET: Final = 12  # edits of this size
+_ACROSS: Final = 4
+_UNIT: Final = 16  # pixels of a JPEG's unit
+_QUALITY: Final = 82
+# "file:" is what 'self' would be, if pages opened from disk had an origin.
+_POLICY: Final = "default-src 'none'; script-src 'self' file:; style-src 'self' file:; img-src 'self' data: file:"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,35 +67,25 @@ def write_report(
         progress: Called with the number of edits drawn, and of all that will be.
 
     Raises:
-        StoreError: There is no such store.
+        StoreError: There is no such store, or the decisions beside it are damaged.
         ConfigError: `out` has other files or cannot be written, or `root` does not exist.
     """
     edits = EditStore.open(store)
-    runs = runs_of(edits.path)
-    if root is not None and not Path(root).is_dir():
-        raise ConfigError(f"root must be the folder of the originals, found {str(root)!r}, which is not a folder.")
-    originals = FoundOriginals(edits, root if root is not None else last_root(runs))
+    every = current_rows(edits)
+    view = EditView(edits, FoundOriginals(edits, root), _chosen(every, most))
+    content = view.content(every, writable=False)
     out = Path(out).absolute()
-    tally = np.zeros((len(edits.catalog.classes), len(edits.prompts), len(VERDICTS)), np.int64)
-    scores: dict[str, list[NDArray[np.float32]]] = {}
-    tables = []
-    for shard in edits.shards:
-        rows = edits.shard_rows(shard)
-        np.add.at(tally, (edits.catalog.labels[rows["original"]], rows["prompt"], rows["verdict"]), 1)
-        for verdict in np.unique(rows["verdict"]).tolist():
-            scores.setdefault(VERDICTS[verdict], []).append(rows["score"][rows["verdict"] == verdict])
-        tables.append(np.stack([np.full(len(rows), shard), np.arange(len(rows)), rows["original"], rows["verdict"]], 1))
-    chosen = _chosen(np.concatenate(tables), most)
     try:
         _prepare(out)
-        pages = list(_write_pages(out, edits, originals, chosen, progress))
-        content = _summary(edits, tally, scores, runs, pages, len(chosen), originals.found)
-        (out / "index.html").write_text(_page(edits.path.name, content), encoding="utf-8")
+        sheets = _Sheets.of(view)
+        _write_data(out / "data", view, sheets, progress)
+        content["sheets"] = {"ending": sheets.ending, "width": _ACROSS * sheets.pitch}
+        (out / "index.html").write_text(view.page(content, _POLICY), encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"out must be a folder that can be written, found {str(out)!r}: {error}; name another."
         ) from error
-    return Gallery(page=out / "index.html", edits=len(chosen), of=int(tally.sum()), originals=originals.found)
+    return Gallery(page=out / "index.html", edits=len(view.rows), of=len(every), originals=view.originals.found)
 
 
 def _prepare(out: Path) -> None:
@@ -109,21 +98,20 @@ def _prepare(out: Path) -> None:
     for old in (out / "data").iterdir():
         old.unlink()
     for asset in ("gallery.css", "gallery.js"):
-        shutil.copyfile(_ASSETS / asset, out / asset)
+        shutil.copyfile(ASSETS / asset, out / asset)
 
 
-def _chosen(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """(n, 4) shard, row in it, original, verdict of the edits to show, by original: all, or a selection."""
-    rows = rows[np.lexsort((rows[:, 1], rows[:, 0], rows[:, 2]))]
+def _chosen(rows: NDArray[np.void], most: int) -> NDArray[np.void]:
+    """(n,) ROW of the edits to show, by original: all, or a selection."""
     if len(rows) <= most:
         return rows
     # Up to half of them are originals with an edit that was not accepted: people look for these.
-    bad = np.unique(rows[rows[:, 3] != 0, 2])
-    good = np.setdiff1d(rows[:, 2], bad)
+    bad = np.unique(rows["original"][rows["verdict"] != 0])
+    good = np.setdiff1d(rows["original"], bad)
     room = max(1, most * (len(bad) + len(good)) // len(rows))
     bad = _spread(bad, max(room // 2, room - len(good)))
     shown = np.concatenate([bad, _spread(good, room - len(bad))])
-    return rows[np.isin(rows[:, 2], shown)][:most]
+    return rows[np.isin(rows["original"], shown)][:most]
 
 
 def _spread(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
@@ -131,155 +119,77 @@ def _spread(values: NDArray[np.int64], most: int) -> NDArray[np.int64]:
     return values if len(values) <= most else values[np.linspace(0, len(values) - 1, most).astype(np.int64)]
 
 
-def _write_pages(
-    out: Path,
-    edits: EditStore,
-    originals: FoundOriginals,
-    chosen: NDArray[np.int64],
-    progress: Callable[[int, int], None] | None,
-) -> Iterator[dict[str, Any]]:
-    """Write the pages; yields the entry of each in the index: the verdicts, prompts and classes that occur."""
-    tables: dict[int, NDArray[np.void]] = {}
-    groups = np.split(chosen, np.flatnonzero(np.diff(chosen[:, 2])) + 1) if len(chosen) else []
-    page: list[NDArray[np.int64]] = []
-    done = number = 0
+@dataclass(frozen=True)
+class _Sheets:
+    """Pictures of edits and originals, many in a file."""
+
+    view: EditView
+    side: int  # of a cell, pixels
+    ending: str
+
+    @classmethod
+    def of(cls, view: EditView) -> "_Sheets":
+        rows = view.rows[view.rows["length"] > 0]
+        sides = [rows["height"], rows["width"]]
+        if view.originals.found:
+            sides += [view.edits.catalog.sizes[view.rows["original"]].ravel()]
+        side = min(_SIDE, int(np.concatenate(sides).max(initial=1)))
+        return cls(view, side, "png" if side <= SMALL else "jpg")
+
+    @property
+    def pitch(self) -> int:
+        """From one cell to the next, pixels: a JPEG's unit more, so that none is seen in another's edge."""
+        return -(-self.side // _UNIT) * _UNIT + _UNIT
+
+    @property
+    def length(self) -> int:
+        """Edits of a sheet."""
+        return _PER_SHEET * max(1, _SIDE // self.side) ** 2
+
+    def draw(self, number: int) -> tuple[bytes, list[dict[str, Any]]]:
+        """A sheet's file; for each of its edits, where it and its original are: left, top, width, height."""
+        first = number * self.length
+        cells: list[Image.Image] = []
+        where: list[dict[str, Any]] = []
+        original, of_original = None, None
+        for place in range(first, min(first + self.length, len(self.view.rows))):
+            if original != (original := int(self.view.rows["original"][place])):
+                of_original = self._place(cells, self.view.originals.pixels(original))
+            of_edit = self._place(cells, self.view.pixels(place))
+            where.append({"sheet": number, "edit": of_edit, "originalAt": of_original})
+        sheet = Image.new("RGB", (_ACROSS * self.pitch, max(1, -(-len(cells) // _ACROSS)) * self.pitch), "#888")
+        for index, cell in enumerate(cells):
+            sheet.paste(cell, (index % _ACROSS * self.pitch, index // _ACROSS * self.pitch))
+        stream = io.BytesIO()
+        sheet.save(stream, **({"format": "PNG"} if self.ending == "png" else {"format": "JPEG", "quality": _QUALITY}))
+        return stream.getvalue(), [{**one, "sheetHeight": sheet.height} for one in where]
+
+    def _place(self, cells: list[Image.Image], pixels: NDArray[np.uint8] | None) -> list[int] | None:
+        if pixels is None:
+            return None
+        index, image = len(cells), shrunk(pixels, self.side)
+        cells.append(image)
+        return [index % _ACROSS * self.pitch, index // _ACROSS * self.pitch, *image.size]
+
+
+def _write_data(data: Path, view: EditView, sheets: _Sheets, progress: Callable[[int, int], None] | None) -> None:
+    count = -(-len(view.rows) // sheets.length)
+    where: list[dict[str, Any]] = []
+
+    def draw(number: int) -> list[dict[str, Any]]:
+        file, of_edits = sheets.draw(number)
+        (data / f"sheet-{number:04}.{sheets.ending}").write_bytes(file)
+        return of_edits
+
     with Workers(cpus(), "dali-diffusemix-report") as pool:
-        for index, group in enumerate(groups):
-            page.append(group)
-            if sum(len(one) + 1 for one in page) < _PER_PAGE and index + 1 < len(groups):
-                continue
-            shards = {int(row[0]) for one in page for row in one}
-            tables = {shard: tables[shard] if shard in tables else edits.shard_rows(shard) for shard in shards}
-            yield _write_page(out, number, edits, originals, page, tables, pool)
-            done += sum(map(len, page))
-            number, page = number + 1, []
+        for of_edits in pool.map(draw, range(count)):
+            where += of_edits
             if progress is not None:
-                progress(done, len(chosen))
-
-
-def _write_page(
-    out: Path,
-    number: int,
-    edits: EditStore,
-    originals: FoundOriginals,
-    page: list[NDArray[np.int64]],
-    tables: Mapping[int, NDArray[np.void]],
-    pool: Workers,
-) -> dict[str, Any]:
-    catalog = edits.catalog
-    thumbnails: list[Callable[[], NDArray[np.uint8] | None]] = []
-    groups: list[dict[str, Any]] = []
-    for group in page:
-        original = int(group[0, 2])
-        shown: dict[str, Any] = {"path": _readable(catalog.path(original)), "class": int(catalog.labels[original])}
-        if originals.found:
-            shown["at"] = len(thumbnails)
-            thumbnails.append(partial(originals.pixels, original))
-        shown["edits"] = []
-        for shard, index, _, verdict in group.tolist():
-            row = tables[shard][index]
-            score = float(row["score"])
-            edit = {
-                "prompt": int(row["prompt"]),
-                "variant": int(row["variant"]),
-                "verdict": verdict,
-                "score": None if np.isnan(score) else round(score, 4),
-                "seed": str(row["seed"]),
-            }
-            if row["length"]:
-                edit["at"] = len(thumbnails)
-                thumbnails.append(partial(_edit_pixels, edits, shard, row))
-            shown["edits"].append(edit)
-        groups.append(shown)
-    drawn = list(pool.map(_thumbnail, thumbnails))
-    rows = max(1, -(-len(drawn) // _ACROSS))
-    sheet = Image.new("RGB", (_ACROSS * _SIDE, rows * _SIDE), "#888")
-    for index, image in enumerate(drawn):
-        if image is not None:
-            sheet.paste(image, (index % _ACROSS * _SIDE, index // _ACROSS * _SIDE))
-    stream = io.BytesIO()
-    sheet.save(stream, "JPEG", quality=82)
-    (out / "data" / f"sheet-{number:04}.jpg").write_bytes(stream.getvalue())
-    data = json.dumps(groups, separators=(",", ":"))
-    (out / "data" / f"rows-{number:04}.js").write_text(f"gallery.loaded({number},{data});\n", encoding="ascii")
-    return {
-        "rows": rows,
-        "groups": len(groups),
-        "classes": sorted({group["class"] for group in groups}),
-        "prompts": sorted({edit["prompt"] for group in groups for edit in group["edits"]}),
-        "verdicts": sorted({edit["verdict"] for group in groups for edit in group["edits"]}),
-    }
-
-
-def _edit_pixels(edits: EditStore, shard: int, row: np.void) -> NDArray[np.uint8] | None:
-    data = edits.encoded_row(shard, row)
-    try:
-        return None if data is None else decode(data)
-    except DecodeError:
-        return None  # `verify` reports it
-
-
-def _thumbnail(pixels_of: Callable[[], NDArray[np.uint8] | None]) -> Image.Image | None:
-    """The middle square of an image."""
-    pixels = pixels_of()
-    if pixels is None:
-        return None
-    height, width = pixels.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    box = (left, top, left + side, top + side)
-    return Image.fromarray(pixels).resize((_SIDE, _SIDE), Image.Resampling.BICUBIC, box=box)
-
-
-def _summary(
-    edits: EditStore,
-    tally: NDArray[np.int64],
-    scores: Mapping[str, list[NDArray[np.float32]]],
-    runs: list[dict[str, Any]],
-    pages: list[dict[str, Any]],
-    shown: int,
-    originals: bool,
-) -> dict[str, Any]:
-    """The content of the index page."""
-    histograms = {}
-    for verdict, parts in scores.items():
-        values = np.concatenate(parts)
-        values = values[np.isfinite(values)]
-        if len(values):
-            counts, _ = np.histogram(np.clip(values, 0, 1), bins=_BINS, range=(0, 1))
-            histograms[verdict] = counts.tolist()
-    return {
-        "store": _readable(str(edits.path)),
-        "version": __version__,
-        "originals": len(edits.catalog),
-        "beside": originals,
-        "classes": [_readable(name) for name in edits.catalog.classes],
-        "prompts": list(edits.prompts),
-        "verdicts": list(VERDICTS),
-        "rejections": list(REJECTIONS),
-        "settings": {str(name): value for name, value in edits.settings.items()},
-        "tally": tally.tolist(),
-        "histograms": histograms,
-        "runs": {
-            "count": len(runs),
-            "seconds": sum(float(run.get("seconds", 0)) for run in runs),
-            "edits": sum(int(run.get("edits", 0)) for run in runs),
-            "hosts": sorted({str(run.get("host")) for run in runs}),
-        },
-        "pages": pages,
-        "shown": shown,
-        "side": _SIDE,
-        "across": _ACROSS,
-    }
-
-
-def _readable(text: str) -> str:
-    """Text in which bytes of file names that are not UTF-8 are escaped."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _page(title: str, content: Mapping[str, Any]) -> str:
-    # In a script element only what could end it is escaped.
-    data = json.dumps(content).replace("<", "\\u003c")
-    template = (_ASSETS / "gallery.html").read_text(encoding="utf-8")
-    return template.replace("{{title}}", html.escape(_readable(title))).replace("{{data}}", data)
+                progress(len(where), len(view.rows))
+    for chunk in range(-(-len(view.rows) // CHUNK)):
+        details = [
+            {**detail, **of_edit}
+            for detail, of_edit in zip(view.details(chunk), where[chunk * CHUNK : (chunk + 1) * CHUNK], strict=True)
+        ]
+        text = json.dumps(details, separators=(",", ":"))
+        (data / f"rows-{chunk:04}.js").write_text(f"gallery.loaded({chunk},{text});\n", encoding="ascii")

@@ -25,7 +25,7 @@ from dali_diffusemix.base.cpus import cpus
 from dali_diffusemix.base.workers import Result, Workers
 from dali_diffusemix.errors import ConfigError, DecodeError
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.inspect.originals import FoundOriginals, last_root, runs_of
+from dali_diffusemix.inspect.originals import FoundOriginals
 from dali_diffusemix.store import VERDICTS, EditStore
 from dali_diffusemix.store.layout import ACCEPTED
 from dali_diffusemix.store.scores import ScoredBy, Scores
@@ -170,14 +170,13 @@ def score(
     edits = EditStore.open(store)
     if edits.mirror is not None:
         raise ConfigError(f"store must be a folder, found {str(store)!r}; score it where it is made, then upload it.")
-    found = root if root is not None else last_root(runs_of(edits.path))
-    originals = FoundOriginals(edits, found)
-    _check_root(edits, originals, found)
+    originals = FoundOriginals(edits, root)
+    _check_root(edits, originals)
     scorer = load_scorer(scorer) if isinstance(scorer, str) else scorer
     name = scorer.default_name if name is None else name
     values: list[NDArray[np.float32]] = []
     left: list[int] = []
-    made = unreadable = 0
+    made = unreadable = total = to_make = 0
     with (
         Scores.adding(edits.path, name, scorer.by, replace=replace) as column,
         Workers(workers or cpus(), "dali-diffusemix-score") as pool,
@@ -185,30 +184,34 @@ def score(
         for shard in edits.shards:
             rows = edits.shard_rows(shard)
             done = None if replace else column.complete(shard, rows)
+            accepted = int(_accepted(rows).sum())
+            total += accepted
             if done is None:
                 left.append(shard)
+                to_make += accepted
             else:
                 values.append(done[np.isfinite(done)])
-        before = len(edits) - sum(int(_accepted(edits.shard_rows(shard)).sum()) for shard in left)
+        before = total - to_make
         if progress is not None:
-            progress(before, len(edits))
+            progress(before, total)
         for shard in left:
             task = _ShardTask(edits, originals, shard, edits.shard_rows(shard))
             scores = np.full(len(task.rows), math.nan, np.float32)
             for batch in task.batches(pool, batch_size):
                 scores[[pair.row for pair in batch]] = _call(scorer, batch)
                 if progress is not None:
-                    progress(before + made + task.done, len(edits))
+                    progress(before + made + task.done, total)
             column.write(shard, task.rows, scores, task.unreadable)
             values.append(scores[np.isfinite(scores)])
             made, unreadable = made + task.done, unreadable + task.unreadable
             if progress is not None:
-                progress(before + made, len(edits))
+                progress(before + made, total)
     everything = np.sort(np.concatenate(values)) if values else np.zeros(0, np.float32)
     return Scored(name=name, by=scorer.by, values=everything, made=made, unreadable=unreadable)
 
 
-def _check_root(edits: EditStore, originals: FoundOriginals, root: str | os.PathLike[str] | None) -> None:
+def _check_root(edits: EditStore, originals: FoundOriginals) -> None:
+    root = originals.root
     if not originals.found:
         what = "no note of it beside the store" if root is None else f"{str(root)!r}, which is no folder"
         raise ConfigError(f"root must be the folder of the originals, found {what}; give it as --root.")
