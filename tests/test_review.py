@@ -43,7 +43,7 @@ CONFIG = GenerateConfig(
     size=48,
     format="jpeg",
     originals_per_shard=8,
-    denied={"mosaic": ("b*",)},
+    deny={"b*": ("mosaic",)},
     thresholds=Thresholds(unlike=0.75),  # strict enough that some are rejected
 )
 PROGRAM = [sys.executable, "-c", "from dali_diffusemix.cli import main; main(prog_name='dali-diffusemix')"]

@@ -306,7 +306,7 @@ def test_what_cannot_be_read_has_no_score_until_it_can(root: Path, store: Path, 
 def test_the_originals_must_be_found(store: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none of \d tried can be read .*--root"):
         score(store, "my_scorers:brightness", root=tmp_path)
-    with pytest.raises(ConfigError, match="which is no folder; give it as --root"):
+    with pytest.raises(ConfigError, match="which is not a folder"):
         score(store, "my_scorers:brightness", root=tmp_path / "nowhere")
     runs_log(store).unlink()
     with pytest.raises(ConfigError, match="no note of it beside the store; give it as --root"):

@@ -67,4 +67,4 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show versions.")
 def main() -> None:
-    """DiffuseMix at load time: edit once, mix differently in every epoch. Try `demo`."""
+    """DiffuseMix: edit once, mix differently in every epoch. Try `demo`."""

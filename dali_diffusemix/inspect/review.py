@@ -302,7 +302,7 @@ class _Connection(BaseHTTPRequestHandler):
     timeout = _SECONDS
     error_content_type = "text/plain"
     error_message_format = "%(code)d %(message)s\n"
-    server: "_Server"
+    server: "_HttpServer"
 
     def do_GET(self) -> None:
         self._reply("GET")
@@ -337,7 +337,7 @@ class _Connection(BaseHTTPRequestHandler):
         """Say nothing: the address has the token."""
 
 
-class _Server(socketserver.ThreadingTCPServer):
+class _HttpServer(socketserver.ThreadingTCPServer):
     """Threads that end with the process. It listens from the beginning."""
 
     allow_reuse_address = True
@@ -368,10 +368,10 @@ class _Server(socketserver.ThreadingTCPServer):
             super().handle_error(request, client_address)
 
 
-def _bound(port: int | None, review: ReviewServer) -> _Server:
+def _bound(port: int | None, review: ReviewServer) -> _HttpServer:
     for candidate in (*range(PORT, PORT + _PORTS), 0) if port is None else (port,):
         try:
-            return _Server(candidate, review)
+            return _HttpServer(candidate, review)
         except OSError as error:
             taken = error
             if error.errno != errno.EADDRINUSE:
