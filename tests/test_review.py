@@ -31,6 +31,7 @@ from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.inspect import review
 from dali_diffusemix.inspect.gallery import current_rows
+from dali_diffusemix.inspect.report import write_report
 from dali_diffusemix.inspect.review import ReviewServer, open_browser
 from dali_diffusemix.store import SHARD_ROW, VERDICTS
 from dali_diffusemix.store.decisions import Decisions
@@ -574,10 +575,7 @@ def test_filters_stay_in_the_address(reviewer: Reviewer) -> None:
     reviewer.choose("sort", "worst first, by score")
     address = reviewer.browser.current_url
     assert address.endswith("#class=ants&prompt=snowy&sort=score")
-    assert (
-        "of 5 seen" in reviewer.count
-        and reviewer.text("filtered") == "· class ants, prompt snowy, order worst first, by score"
-    )
+    assert "of 5 seen" in reviewer.count and reviewer.text("filtered") == "· class ants, prompt snowy"
     reviewer.reload()
     assert reviewer.browser.current_url == address and "of 5 seen" in reviewer.count
     labels = reviewer.js("return [...document.querySelectorAll('.pair')].map((one) => one.getAttribute('aria-label'))")
@@ -723,6 +721,68 @@ def test_evil_names_are_shown_and_do_nothing(reviewer: Reviewer) -> None:
     injected = "main p img, header img, option img, #filtered img, script:not([src]):not([type])"
     assert reviewer.js("return document.querySelectorAll(arguments[0]).length", injected) == 0
     assert reviewer.browser.get_log("browser") == []  # no script ran, and none was refused
+
+
+@pytest.mark.slow
+def test_evil_prompts_and_settings_do_nothing_either(made: Path, root: Path, tmp_path: Path, browser: Any) -> None:
+    """Of a store that somebody else made; the report has the same content."""
+    evil = "</script><script>alert(3)</script>\n<b onclick=alert(4)>\u2028\u202e{{data}} winter"
+    store = Path(shutil.copytree(made, tmp_path / "edits<i>{{policy}}"))
+    content = json.loads((store / "store.json").read_text())
+    content["prompts"][1], content["settings"]["model"] = evil, evil
+    content["settings"][evil] = evil
+    (store / "store.json").write_text(json.dumps(content))
+    page = write_report(store, tmp_path / "report", root=root).page
+    browser.get_log("browser")
+    with serving(store, root=root) as server:
+        for address in (server.address, page.as_uri()):
+            browser.get(address)
+            until(lambda: browser.execute_script("return document.querySelectorAll('.card').length"))
+            text, scripts, title = browser.execute_script("""
+                const shown = ["prompt", "gallery", "tally", "settings"].map((id) => document.getElementById(id));
+                return [shown.map((one) => one.textContent), document.querySelectorAll("script:not([src])").length,
+                  document.querySelector("h1").textContent];
+            """)
+            shown = evil.replace("\n", "\\n").replace("\u2028", "\\u2028").replace("\u202e", "\\u202e")
+            assert all(shown in part for part in text) and "edits<i>{{policy}}" in title
+            assert scripts == 1  # the content, which is no script
+            assert browser.get_log("browser") == []
+        reviewer = Reviewer(browser, server)
+        reviewer.open()
+        reviewer.press("ARROW_RIGHT", "x")
+        until(lambda: "1 rejected" in reviewer.count)
+        assert {name.prompt for name in server.view.decisions.rejected()} == {evil}
+        browser.get("about:blank")
+
+
+@pytest.mark.slow
+def test_whoever_does_not_see_it_hears_what_it_is(reviewer: Reviewer) -> None:
+    """Names and states of what can be used; and whoever has only keys sees where they are."""
+    reviewer.open("#class=ants")
+    for element in reviewer.browser.find_elements("css selector", "button, select, summary"):
+        assert not element.is_displayed() or element.accessible_name, element.get_attribute("outerHTML")
+    cards = reviewer.browser.find_elements("css selector", ".card")
+    assert {card.aria_role for card in cards} == {"listitem"}
+    assert [card.get_attribute("aria-posinset") for card in cards] == [str(n + 1) for n in range(len(cards))]
+    names = [card.find_element("css selector", ".pair").accessible_name for card in cards]
+    assert all(
+        re.match(r"(autumn|snowy|mosaic|sunset), class ants, ants/.*, [a-z_]+, score 0\.\d+$", name) for name in names
+    )
+    assert len(reviewer.js("return [...document.querySelectorAll('.pair')].filter((one) => one.tabIndex === 0)")) == 1
+    seen = []
+    reviewer.js("document.getElementById('class').focus()")
+    for _ in range(9):
+        seen.append(reviewer.js("return document.activeElement.id || document.activeElement.className"))
+        assert reviewer.js("""
+            const at = document.activeElement;
+            return [at, at.closest(".card")].some((one) => one && getComputedStyle(one).outlineStyle !== "none");
+        """)
+        reviewer.press("TAB")
+    assert seen == ["class", "prompt", "verdict", "decision", "sort", "reject-all", "help", "pair", "mark reject"]
+    reviewer.press("?")
+    assert reviewer.js("return document.getElementById('keys').open")
+    reviewer.press("ESCAPE")
+    assert not reviewer.js("return document.getElementById('keys').open")
 
 
 @pytest.mark.slow

@@ -302,8 +302,8 @@ const gallery = (() => {
     progress();
   }
 
-  // The filters that are set, in words.
-  const filters = (most) => FILTERS.slice(0, most).filter((id) => at(id).value).map((id) =>
+  // The filters that are set, in words; not the order.
+  const filters = () => FILTERS.slice(0, -1).filter((id) => at(id).value).map((id) =>
     `${at(id).parentElement.firstChild.textContent.trim().toLowerCase()} ${at(id).selectedOptions[0].text}`).join(", ");
 
   function progress() {
@@ -463,7 +463,7 @@ const gallery = (() => {
     const places = [...list].filter((place) => choosable(place) && !isRejected(place));
     if (!places.length) return news("No edit is shown that could be rejected.");
     at("confirm-text").textContent = `Reject ${many(places.length, "edit")}?`;
-    at("confirm-why").textContent = (filters(4) ? `All that are shown: ${filters(4)}.` : "All edits of the store: no filter is set.")
+    at("confirm-why").textContent = (filters() ? `All that are shown: ${filters()}.` : "All edits of the store: no filter is set.")
       + " Undo takes it back in one step.";
     at("confirm-yes").textContent = `Reject ${number(places.length)}`;
     const dialog = at("confirm");
