@@ -378,6 +378,8 @@ def test_fields_of_json(written: tuple[Path, dict[str, Any]]) -> None:
         "field of a shard's json": read(folder, f"{EDITS}.json"),
         "field of index.json": read(folder, "edits/index.json"),
         "field of an order": read(folder, "chosen/store.json")["segments"][1],
+        "field of column.json": read(folder, "edits/scores/brightness/column.json"),
+        "field of a shard's scores' json": read(folder, "edits/scores/brightness/edits-000000.json"),
         "field of a decision": read(folder, "chosen.decisions.jsonl"),
         "field of a run": read(folder, "edits.runs.jsonl"),
         "field of a packed store.json": read(folder, "originals/store.json"),
@@ -431,7 +433,7 @@ def test_what_else_is_said_of_json(written: tuple[Path, dict[str, Any]], tmp_pat
     assert set(read(written[0], "originals/store.json")["settings"]) == {"max_side", "quality", "restarts"}
     text = FORMATS.read_text(encoding="utf-8")
     (sentence,) = re.findall(r"The diffusers editor adds (.*?)\.\n", text, re.DOTALL)
-    (tmp_path / "model_index.json").write_text('{"_class_name": "Any"}')
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
     ours = {name for name, *_ in table("field of `settings`")}
     assert set(re.findall(r"`(\w+)`", sentence)) == set(DiffusersConfig(model=str(tmp_path)).settings()) - ours
 
@@ -446,7 +448,10 @@ def test_the_files_of_a_store(written: tuple[Path, dict[str, Any]]) -> None:
     common = {"store.json", "index.json", "index.npy", ".lock"}
     lists = re.compile(r"(catalog|listed)/(catalog\.json|\w+-[0-9a-f]{16}\.npy)")
     assert {name for name in edits if not lists.fullmatch(name)} == (
-        common | {"starts.npy"} | {name.format("edits") for name in shard}
+        common
+        | {"starts.npy"}
+        | {name.format("edits") for name in shard}
+        | {f"scores/brightness/{name}" for name in (".lock", "column.json", "edits-000000.json", "edits-000000.npy")}
     )
     assert {name for name in originals if not lists.fullmatch(name)} == (
         common | {name.format("originals") for name in shard}
