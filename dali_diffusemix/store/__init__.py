@@ -32,6 +32,7 @@ index      one table of all shards
 catalogs   the store's originals and those given
 writer     the run that adds to a store
 readers    EditStore, OriginalStore
+decisions  the edits that people rejected, in a file beside a store
 mirror     copies of stores at URLs
 pack       makes packed stores
 """
