@@ -39,6 +39,7 @@ ordering   the edits that are missing
 catalogs   the store's originals and those given
 writer     the run that adds to a store
 readers    EditStore, OriginalStore
+decisions  the edits that people rejected, in a file beside a store
 mirror     copies of stores at URLs
 pack       makes packed stores
 scores     columns of scores of edits

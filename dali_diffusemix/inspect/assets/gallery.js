@@ -145,6 +145,7 @@ const gallery = (() => {
   }
 
   function fromAddress() {
+    if (box.open) box.close();
     const chosen = new URLSearchParams(location.hash.slice(1));
     for (const name of FILTERS) {
       const select = at(name), value = chosen.get(name) || "";
@@ -611,10 +612,10 @@ const gallery = (() => {
       else if (event.key === " ") flip();
       else box.close();
     } else if (event.repeat) return;
-    else if (event.key === "x") toggle();
-    else if (event.key === "u") undo();
+    else if (event.key === "x" || event.key === "X") toggle();
+    else if (event.key === "u" || event.key === "U") undo();
     else if (event.key === "A" && !inBox) rejectAll();
-    else if (event.key === "f" && inBox) flip();
+    else if ((event.key === "f" || event.key === "F") && inBox) flip();
     else if (event.key === "?" && !inBox) at("keys").showModal();
     else return;
     event.preventDefault();
