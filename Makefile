@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow soak clients torchvision check docs dist clean
+.PHONY: demo test slow soak clients torchvision editors check docs dist clean
 
 demo: $(INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
@@ -50,6 +50,11 @@ torchvision: $(TORCHVISION)/.installed
 $(TORCHVISION)/.installed: setup.py pyproject.toml tests/against_torchvision/environment.sh
 	tests/against_torchvision/environment.sh $(TORCHVISION) $(PYTHON)
 	touch $@
+
+# The diffusion models whose parts need torchvision, which has no CPU build, in the same environment.
+editors: $(TORCHVISION)/.installed
+	$(TORCHVISION)/bin/python -m pip install -q -e '.[generate,quantize]' pytest
+	$(TORCHVISION)/bin/python -m pytest -q -p no:cacheprovider tests/test_adapters.py $(TESTS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

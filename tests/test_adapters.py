@@ -146,21 +146,39 @@ def test_an_edit_is_what_its_pipeline_makes_of_one_image(name: str, models: Mode
 @pytest.mark.parametrize("name", every())
 def test_an_edit_depends_on_its_own_image_only(name: str, models: Models) -> None:
     """To the bit where each is a call of its own; sums of other lengths are rounded otherwise."""
-    fields = {"guidance": 1.0, "steps": 1} if name in HEAVY else {}
+    fields = {"guidance": 1.0, "steps": 2} if name in HEAVY else {}
     most = 1 if ADAPTERS[name].in_batches else 0
-    editor, images, all_of_them = load(models(name), **fields), photographs(), tasks()
+    editor, images = load(models(name), **fields), photographs()
+    all_of_them = tasks()[::2] if name in HEAVY else tasks()
     together = editor.edit(images, all_of_them)
     assert len({edit.tobytes() for edit in together}) == len(all_of_them)
     backwards = editor.edit(images, all_of_them[::-1])[::-1]
     assert max(map(difference, together, backwards)) <= most
     others = [images[0], photograph(7, 64, 96), photograph(8, 64, 64)]
     changed = editor.edit(others, all_of_them)
-    assert max(map(difference, together[:2], changed[:2])) <= most
-    assert min(map(difference, together[2:], changed[2:])) > 1
-    for index in (1, 4):
+    for task, before, after in zip(all_of_them, together, changed, strict=True):
+        assert difference(before, after) <= most if task.image == 0 else difference(before, after) > 1
+    for index in (0, len(all_of_them) - 1):
         task = all_of_them[index]
         (alone,) = load(models(name), 1, **fields).edit([images[task.image]], [dataclasses.replace(task, image=0)])
         assert difference(alone, together[index]) <= most
+
+
+def test_flux2_itself_shows_every_edit_all_images(models: Models) -> None:
+    """The leak that its adapter prevents."""
+    pipeline = diffusers.Flux2KleinPipeline.from_pretrained(models("Flux2KleinPipeline"))
+    pipeline.set_progress_bar_config(disable=True)
+    firsts = []
+    for other in (photograph(2, 64, 64), photograph(3, 64, 64)):
+        made = pipeline(
+            prompt=list(TWO),
+            image=[Image.fromarray(photograph(0, 64, 64)), Image.fromarray(other)],
+            generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+            num_inference_steps=4,
+            **CALLS["Flux2KleinPipeline"](64, 64),
+        )
+        firsts.append(np.asarray(made.images[0]))
+    assert difference(*firsts) > 1
 
 
 @pytest.mark.parametrize("name", every(("FluxKontextPipeline", *HEAVY)))
@@ -436,7 +454,7 @@ def test_qwen_with_a_lightning_lora(name: str, models: Models, tmp_path: Path) -
 @pytest.mark.parametrize("name", every((SD, KONTEXT, "Flux2KleinPipeline", QWEN)))
 def test_quantized_weights(name: str, kind: str, models: Models) -> None:
     pytest.importorskip("torchao")
-    fields = {"guidance": 1.0, "steps": 1} if name in HEAVY else {}
+    fields = {"guidance": 1.0, "steps": 2} if name in HEAVY else {}
     images, chosen = photographs()[:1], tasks(1)
     plain = load(models(name), **fields).edit(images, chosen)
     editor = load(models(name), **fields, quantize=kind)
@@ -444,7 +462,7 @@ def test_quantized_weights(name: str, kind: str, models: Models) -> None:
         weights = [type(one).__name__ for one in getattr(editor._pipeline, part).parameters()]
         assert any("Int8" in one or "Float8" in one for one in weights), part
     made = editor.edit(images, chosen)
-    assert 0 < difference(made[0], plain[0]) < 64
+    assert 0 < np.abs(made[0].astype(float) - plain[0]).mean() < 8
     alone = editor.edit(images, chosen[1:])[0]
     assert difference(alone, made[1]) <= (1 if ADAPTERS[name].in_batches else 0)
     assert config(models(name), quantize=kind).settings()["quantize"] == kind
@@ -642,11 +660,9 @@ def test_what_a_class_does_not_take_is_refused(
             attempt()
 
 
-@pytest.mark.parametrize("name", tuple(CALLS))
+@pytest.mark.parametrize("name", every())
 def test_a_scheduler_of_another_kind_would_be_rejected_by_the_class_itself(name: str, models: Models) -> None:
     """The reason for the refusal; the tiny models' own schedulers are those of the published ones."""
-    if ADAPTERS[name].packages:
-        pytest.skip("of its kind are others")
     pipeline = getattr(diffusers, name).from_pretrained(models(name))
     pipeline.set_progress_bar_config(disable=True)
     betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

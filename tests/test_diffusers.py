@@ -21,6 +21,7 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.editors import PROMPTS, TEMPLATE, EditTask
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig, DiffusersEditor
+from dali_diffusemix.generate.editors.diffusers.adapters import InstructPix2PixAdapter
 from dali_diffusemix.store import EditStore
 
 diffusers = pytest.importorskip("diffusers")
@@ -126,25 +127,14 @@ def test_prompts_are_embedded_once_a_run_and_images_once_a_call(tiny_model: Path
     assert seen == {"text": 0, "image": 3, "denoised": 3 * 2 * len(tasks())}  # three guidances, two steps
 
 
-@pytest.mark.parametrize("scheduler", [*SCHEDULERS, "default"])
+@pytest.mark.parametrize("scheduler", [*InstructPix2PixAdapter.schedulers, "default"])
 def test_every_scheduler(tiny_model: Path, images: list[Picture], scheduler: str) -> None:
     editor = config(tiny_model, scheduler=scheduler, steps=4).load(TWO, device="cpu", batch_size=4)
     together = editor.edit(images[:2], tasks(2))
     alone = editor.edit(images[1:2], [dataclasses.replace(tasks(2)[3], image=0)])[0]
     assert difference(together[3], alone) <= 1
     assert together[3].std() > 5
-
-
-def test_a_pipeline_that_nothing_was_made_for(tiny_model: Path, tmp_path: Path, images: list[Picture]) -> None:
-    """Image to image: its call takes a prompt and an image, and has no guidance by the image."""
-    parts = diffusers.DiffusionPipeline.from_pretrained(tiny_model).components
-    settings = {**parts["unet"].config, "in_channels": 4}
-    parts["unet"] = diffusers.UNet2DConditionModel.from_config(settings)
-    diffusers.StableDiffusionImg2ImgPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "model")
-    editor = config(tmp_path / "model", steps=4).load(TWO, device="cpu", batch_size=4)
-    made = editor.edit(images, tasks())
-    assert [edit.shape for edit in made] == [(64, 64, 3)] * 6
-    np.testing.assert_array_equal(made, editor.edit(images, tasks()))
+    assert SCHEDULERS.keys() - InstructPix2PixAdapter.schedulers == {"lightning"}
 
 
 def test_threads_are_as_they_were(editor: DiffusersEditor, images: list[Picture]) -> None:
@@ -287,13 +277,6 @@ def test_code_of_a_model_is_not_run(copied: Path, tmp_path: Path, place: str) ->
         with pytest.raises(ConfigError, match="brings code of its own"):
             attempt()
     assert not marker.exists()
-
-
-def test_a_pipeline_that_edits_nothing_is_refused(tiny_model: Path, tmp_path: Path) -> None:
-    parts = diffusers.DiffusionPipeline.from_pretrained(tiny_model).components
-    diffusers.StableDiffusionPipeline(**parts, requires_safety_checker=False).save_pretrained(tmp_path / "model")
-    with pytest.raises(ConfigError, match="edits an image by a prompt, found StableDiffusionPipeline"):
-        config(tmp_path / "model").load(TWO, device="cpu", batch_size=1)
 
 
 def test_a_model_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,16 @@ def test_options_of_the_model_and_of_the_engine(tmp_path: Path) -> None:
     assert isinstance(local, LocalEngine) and local.devices == ("cuda:1", "cuda:1")
 
 
+def test_options_of_models_on_the_command_line(root: Path, tmp_path: Path) -> None:
+    fields = {"negative_prompt": "blurry", "strength": "0.5", "lora": "a/b:c.safetensors@0.5", "quantize": "bnb-4bit"}
+    for name, value in fields.items():
+        done = run("generate", root, tmp_path / "edits", f"--{name.replace('_', '-')}", value, code=1)
+        assert f"{name} must be left out for the procedural editor, found" in done.stderr
+    given = options(tmp_path, 'editor = "a/b"\ncache = 0.1\nlora = "c/d"\nstrength = 0.5\nquantize = "torchao-int8"\n')
+    expected = DiffusersConfig(model="a/b", cache=0.1, lora="c/d", strength=0.5, quantize="torchao-int8")
+    assert _config_of(given, NO_PROMPTS).editor == expected
+
+
 def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
     config = file(tmp_path, 'layout = "cub"\nsplit = "test"')
     assert "cub" in run("generate", root, tmp_path / "edits", "--config", config, code=1).stderr

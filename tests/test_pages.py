@@ -24,14 +24,14 @@ from PIL import Image
 from dali_diffusemix import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration", "how-to")))
+PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration", "how-to", "choosing")))
 # Their Python, if any, is not run here.
-OTHERS = tuple(f"docs/{name}.md" for name in ["commands", "generation", "imagenet", "preview", "results", "training"])
+OTHERS = tuple(f"docs/{name}.md" for name in ["commands", "editors", "generation", "imagenet", "preview", "results", "training"])
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # What a block may need and this package does not; without it the rest of the page is run.
 NOT_OURS = ("tqdm",)
 # Run elsewhere: demo and bench have tests of their own; the others want weights, or another folder than there is here.
-ONLY_TAKEN = re.compile(r"\b(demo|bench|timbrooks\S*)\b")
+ONLY_TAKEN = re.compile(r"\b(demo|bench|review|score|timbrooks\S*|examples\.\S*|own_editor\S*)\b")
 
 Block = tuple[str, str]
 

@@ -39,7 +39,10 @@ def build(name: str, folder: Path, **fields: Any) -> Path:
             if isinstance(part, torch.nn.Module):
                 _enliven(part)
         if hasattr(pipeline, "transformer"):
-            _enlarge(pipeline.transformer)
+            _enlarge(pipeline.transformer, 8, "attn")
+        elif name.startswith("DreamLite"):
+            _enlarge(pipeline.unet, 1.5)
+            _enlarge(pipeline.vae, 1.7)
         pipeline.save_pretrained(folder / "model", safe_serialization=True)
     return folder / "model"
 
@@ -70,12 +73,12 @@ def _enliven(model: torch.nn.Module) -> None:
                 parameter.normal_(0, 0.05)
 
 
-def _enlarge(model: torch.nn.Module) -> None:
+def _enlarge(model: torch.nn.Module, factor: float, names: str = "") -> None:
     """Enlarge weights, so that what few small layers hand on from one image to another can be seen."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "attn" in name and parameter.ndim == 2:
-                parameter.mul_(8)
+            if names in name and parameter.ndim > 1:
+                parameter.mul_(factor)
 
 
 # Flow matching with transformers -------------------------------------------------------------------------------------
