@@ -137,7 +137,7 @@ def test_options_of_models_on_the_command_line(root: Path, tmp_path: Path) -> No
         assert f"{name} must be left out for the procedural editor, found" in done.stderr
     given = options(tmp_path, 'editor = "a/b"\ncache = 0.1\nlora = "c/d"\nstrength = 0.5\nquantize = "torchao-int8"\n')
     expected = DiffusersConfig(model="a/b", cache=0.1, lora="c/d", strength=0.5, quantize="torchao-int8")
-    assert _config_of(given, NO_PROMPTS).editor == expected
+    assert _config_of(given, {}, tmp_path / "store").editor == expected
 
 
 def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:

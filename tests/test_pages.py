@@ -24,9 +24,14 @@ from PIL import Image
 from dali_diffusemix import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration", "how-to", "choosing")))
+PAGES = (
+    "README.md",
+    *(f"docs/{name}.md" for name in ("getting-started", "concepts", "migration", "how-to", "choosing")),
+)
 # Their Python, if any, is not run here.
-OTHERS = tuple(f"docs/{name}.md" for name in ["commands", "editors", "generation", "imagenet", "preview", "results", "training"])
+OTHERS = tuple(
+    f"docs/{name}.md" for name in ["commands", "editors", "generation", "imagenet", "preview", "results", "training"]
+)
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 # What a block may need and this package does not; without it the rest of the page is run.
 NOT_OURS = ("tqdm",)

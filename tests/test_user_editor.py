@@ -410,3 +410,11 @@ def test_the_type_of_a_users_editor_is_that_of_any(folder: Path) -> None:
     editor: Editor = UserConfig(name="negative:Negative").load(("a",), device="cpu", batch_size=1)
     assert editor.edit([], []) == []
     assert os.fspath(folder) in sys.path
+
+
+def test_the_documents_show_the_short_example() -> None:
+    page = EXAMPLES.parent / "docs" / "editors.md"
+    if not page.is_file():
+        pytest.skip("docs/ is not beside the package")
+    code = (EXAMPLES / "own_editor.py").read_text(encoding="utf-8").split("\n\n", 1)[1]
+    assert code in page.read_text(encoding="utf-8")
