@@ -29,7 +29,7 @@ from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.images.codec import decode
-from dali_diffusemix.inspect import review
+from dali_diffusemix.inspect import gallery, review
 from dali_diffusemix.inspect.gallery import current_rows
 from dali_diffusemix.inspect.report import write_report
 from dali_diffusemix.inspect.review import ReviewServer, open_browser
@@ -593,6 +593,26 @@ def test_filters_stay_in_the_address(reviewer: Reviewer) -> None:
     assert reviewer.shown("#nothing") == 1
     reviewer.js("document.querySelector('#nothing button').click()")
     until(lambda: everything in reviewer.count)
+
+
+@pytest.mark.slow
+def test_edits_are_sorted_by_any_score(
+    made: Path, root: Path, tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = np.random.default_rng(0).random(80).astype(np.float32)
+    kept[::7] = np.nan
+    monkeypatch.setattr(gallery, "scores_of", lambda rows: {"score": rows["score"], "kept": kept})
+    with serving(Path(shutil.copytree(made, tmp_path / "edits")), root=root) as server:
+        reviewer = Reviewer(browser, server)
+        for chosen, wanted in (("lowest kept first", np.sort(kept)), ("highest kept first", -np.sort(-kept))):
+            reviewer.open()
+            reviewer.choose("sort", chosen)
+            labels = reviewer.js("return [...document.querySelectorAll('.pair')].map((one) => one.ariaLabel)")
+            found = [float(match[1]) for label in labels if (match := re.search(r"kept ([\d.e-]+)", label))]
+            assert found == pytest.approx(wanted[: len(found)].tolist(), rel=0.01) and len(found) > 3
+            reviewer.press("END")
+            assert "kept" not in reviewer.here  # edits without the score are last
+        browser.get("about:blank")
 
 
 @pytest.mark.slow
