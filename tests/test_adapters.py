@@ -208,6 +208,17 @@ def test_a_cache_is_emptied_between_edits(name: str, models: Models) -> None:
     np.testing.assert_array_equal(first, editor.edit(images[:1], tasks(1)[:1])[0])
 
 
+@pytest.mark.parametrize("name", every())
+def test_the_default_precision_of_the_class(name: str, models: Models) -> None:
+    """Half the bits: a CPU can do bfloat16, not float16."""
+    fields = {"guidance": 1.0, "steps": 2} if name in HEAVY else {}
+    images, chosen = photographs()[:1], tasks(1)[:1]
+    (whole,) = load(models(name), **fields).edit(images, chosen)
+    (half,) = load(models(name), **fields, dtype="bfloat16").edit(images, chosen)
+    assert half.dtype == np.uint8 and half.shape == whole.shape
+    assert difference(half, whole) > 0 and np.corrcoef(half.ravel(), whole.ravel())[0, 1] > 0.8
+
+
 # Sizes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +362,18 @@ def test_one_edit_that_does_not_fit_is_an_error(name: str, models: Models) -> No
         editor.edit(photographs(), tasks())
     hook.remove()
     assert len(editor.edit(photographs(), tasks())) == 6
+
+
+def test_memory_that_runs_out_in_the_vae_of_sana_is_the_same_error(models: Models) -> None:
+    """The pipeline makes a warning of it, and fails later."""
+    editor = load(models("SanaSprintImg2ImgPipeline"))
+
+    def full(module: Any, args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    editor._pipeline.vae.decoder.register_forward_pre_hook(full)
+    with pytest.raises(ConfigError, match="one edit fits in the GPU's memory"):
+        editor.edit(photographs(), tasks())
 
 
 # LoRA ----------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ are given. An adapter knows that of its class.
 
 import inspect
 import math
+import warnings
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -76,7 +77,8 @@ class Adapter:
     def __init__(self, pipeline: Any, options: PipelineOptions) -> None:
         self.loaded = pipeline
         self.options = options
-        self._embedded: OrderedDict[str, tuple[dict[str, Any], int]] = OrderedDict()
+        self._embedded: OrderedDict[str, dict[str, Any]] = OrderedDict()
+        self._embedded_bytes = 0
 
     @classmethod
     def defaults_of(cls, index: Mapping[str, Any]) -> PipelineOptions:
@@ -120,11 +122,11 @@ class Adapter:
         """A text's embeddings as arguments of the pipeline's call; the latest are kept."""
         if text in self._embedded:
             self._embedded.move_to_end(text)
-            return self._embedded[text][0]
-        found = self._embed(text)
-        self._embedded[text] = found, _bytes(found)
-        while len(self._embedded) > 1 and sum(size for _, size in self._embedded.values()) > _EMBEDDINGS:
-            self._embedded.popitem(last=False)
+            return self._embedded[text]
+        found = self._embedded[text] = self._embed(text)
+        self._embedded_bytes += _bytes(found)
+        while len(self._embedded) > 1 and self._embedded_bytes > _EMBEDDINGS:
+            self._embedded_bytes -= _bytes(self._embedded.popitem(last=False)[1])
         return found
 
     def _embed(self, text: str) -> dict[str, Any]:
@@ -482,6 +484,19 @@ class SanaSprintAdapter(Adapter):
         # A time between two steps, which it refuses for other numbers of them.
         return arguments if self.options.steps == 2 else {**arguments, "intermediate_timesteps": None}
 
+    def _call(self, seeds: Sequence[int], arguments: Mapping[str, Any]) -> Any:
+        import torch
+
+        with warnings.catch_warnings():
+            # If its VAE runs out of memory, the pipeline warns, and goes on without an image.
+            warnings.filterwarnings("error", "(?s).*VAE tiling")
+            try:
+                return super()._call(seeds, arguments)
+            except UserWarning as warning:
+                if isinstance(warning.__context__, torch.OutOfMemoryError):
+                    raise warning.__context__ from None
+                raise
+
 
 _SOME_TAKE: Final = ("guidance", "image_guidance", "strength", "negative_prompt", "lora", "cache")
 
@@ -568,4 +583,4 @@ def _bytes(value: Any) -> int:
         return sum(map(_bytes, value.values()))
     if isinstance(value, list | tuple):
         return sum(map(_bytes, value))
-    return int(getattr(value, "nbytes", 0))
+    return len(value) if isinstance(value, str) else int(value.nbytes)

@@ -202,7 +202,7 @@ class Lora:
         """Take it from its text. Raises ConfigError."""
         name, at, number = text.rpartition("@")
         scale = 1.0
-        if at:
+        if at and not Path(text).exists():
             try:
                 scale = float(number)
             except ValueError:

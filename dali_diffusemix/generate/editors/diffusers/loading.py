@@ -1,6 +1,7 @@
 """From a model's files to a pipeline on a device, ready to be called."""
 
 import importlib.util
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -78,7 +79,7 @@ def load_pipeline(
 
     check_packages(adapter, lora=lora is not None, quantize=quantize)
     more: dict[str, Any] = {}
-    if adapter.denoiser == "unet" and "safety_checker" in _parameters(diffusers, adapter):
+    if "safety_checker" in inspect.signature(getattr(diffusers, adapter.pipeline).__init__).parameters:
         more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     # Quantized weights are put onto the current GPU as they are read.
     current: AbstractContextManager[Any] = nullcontext() if device == "cpu" else torch.cuda.device(device)
@@ -156,13 +157,6 @@ def _add_lora(pipeline: Any, adapter: type[Adapter], lora: Lora) -> None:
             f"lora: {str(file)!r} cannot be added to a {adapter.pipeline} ({type(error).__name__}: {error}); give one "
             "that was made for this model."
         ) from error
-
-
-def _parameters(diffusers: Any, adapter: type[Adapter]) -> Mapping[str, Any]:
-    """Of the constructor of its class."""
-    import inspect
-
-    return inspect.signature(getattr(diffusers, adapter.pipeline).__init__).parameters
 
 
 @contextmanager
