@@ -219,7 +219,7 @@ def _checked(store: Path, config: GenerateConfig) -> GenerateConfig:
                 f"{list(dict.fromkeys(known))}."
             )
     config.editor_config.check(config.all_prompts)
-    return config
+    return replace(config)  # checked again: a model's divisor of sides is known once the model is there
 
 
 def edits_to_make(
