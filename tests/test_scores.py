@@ -209,6 +209,7 @@ def test_nothing_is_scored_twice_and_new_shards_alone(root: Path, store: Path) -
 # Kills, damage, other edits -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_shard_by_shard(store: Path, scorers: Path) -> None:
     command = "from dali_diffusemix.cli import main; main()"
     arguments = ("score", store, "--with", "my_scorers:killed", "--json")
@@ -450,6 +451,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_clip_is_the_cosine_of_both_images_features(root: Path, store: Path, clip: Path) -> None:
     import torch
     from transformers import AutoImageProcessor, CLIPModel
@@ -475,6 +477,7 @@ def test_clip_is_the_cosine_of_both_images_features(root: Path, store: Path, cli
     assert np.asarray(similarity([pixels], [pixels.copy()], ["ants"])) == pytest.approx(1, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_clip_in_another_folder_is_the_same_and_other_weights_are_not(clip: Path, tmp_path: Path) -> None:
     import torch
     from transformers import CLIPModel
@@ -488,6 +491,7 @@ def test_a_clip_in_another_folder_is_the_same_and_other_weights_are_not(clip: Pa
     assert load_scorer(f"clip:{moved}").by != load_scorer(f"clip:{clip}").by
 
 
+@pytest.mark.slow
 def test_clips_that_are_refused(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import transformers
 
