@@ -29,10 +29,14 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "fractals": ("bank_from_folder", "render_bank"),
     "generate": ("GenerateConfig", "PromptFile", "Summary", "generate"),
     "generate.editors": None,
+    "generate.editors.server": ("ServerConfig",),
+    "generate.editors.user": ("UserConfig",),
+    "generate.estimate": ("Estimate", "estimate"),
     "generate.engines": None,
     "generate.quality": ("Thresholds",),
     "images.codec": ("decode",),
     "inspect.export": ("Exported", "export"),
+    "inspect.scoring": ("ScoreFunction", "Scored", "Scorer", "load_scorer", "score"),
     "inspect.verify": ("Problem", "Verification", "discard", "verify"),
     "integrations.accelerate": None,
     "integrations.timm": None,
@@ -41,7 +45,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "plan": ("PLAN_VERSION", "EpochOrder"),
     "plan.augment": ("OPERATION", "OPERATIONS", "Augmentation", "described"),
     "sources": ("Source", "source_of"),
-    "store": ("OriginalStore",),
+    "store": ("Decisions", "EditName", "OriginalStore", "Selection"),
     "store.pack": ("PackConfig", "PackSummary", "pack"),
 }
 # Of methods with two underscores those that a user's code calls.

@@ -385,8 +385,8 @@ def test_some_edits_at_load_time(
         used(exclude="mosaic")
     with pytest.raises(StoreError, match="there are no scores 'clip', it has none; run `dali-diffusemix score STORE"):
         used(min_score={"clip": 0.5})
-    Path("brightness.py").write_text("def of(originals, edits, labels):\n    return [edit.mean() for edit in edits]\n")
-    score(store, "brightness:of", name="bright")
+    Path("how_bright.py").write_text("def of(originals, edits, labels):\n    return [edit.mean() for edit in edits]\n")
+    score(store, "how_bright:of", name="bright")
     values = Scores.open(store, "bright").values(whole.index)
     least = float(np.sort(values)[10])
     bright = used(min_score={"bright": least, "quality": 0}, prompts=["snowy", "autumn"])
@@ -407,8 +407,8 @@ def test_scores_of_a_store_at_a_url(root: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("DALI_DIFFUSEMIX_MIRROR", str(tmp_path / "mirrors"))
     store = tmp_path / "store"
     generate(root, store, CONFIG)
-    Path("darkness.py").write_text("def of(originals, edits, labels):\n    return [-edit.mean() for edit in edits]\n")
-    score(store, "darkness:of", name="dark")
+    Path("how_dark.py").write_text("def of(originals, edits, labels):\n    return [-edit.mean() for edit in edits]\n")
+    score(store, "how_dark:of", name="dark")
     index = EditStore.open(store).index
     values = Scores.open(store, "dark").values(index)
     least = float(np.median(values))

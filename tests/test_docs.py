@@ -620,3 +620,24 @@ def test_augmentation_page() -> None:
         f"| {100 * boxes['differ']:.0f} % of values differ, {more:.1f} % by more than 1, {boxes['largest']} at most"
         in text
     )
+
+
+def test_the_scores() -> None:
+    """Swapped edits that pass, in docs/choosing.md."""
+    text = (ROOT / "docs" / "choosing.md").read_text(encoding="utf-8")
+    alone = results("score", "2026-11-27-2cores")
+    both = results("score-styles", "2026-11-27-2cores")["both editors"]
+    shares = [f"{both[name]['another']:.1%}".replace("%", " %") for name in both]
+    assert f"| the same, trained on the edits of both editors | {shares[0]} | {shares[1]}; {shares[2]} of six" in text
+    rows = {
+        "`quality`": alone["structure"],
+        "`Agreement`": alone["agreement"],
+        "the same, trained without": alone["unseen prompts"],
+        "probability": alone["classifier"],
+        "cosine": alone["features"],
+    }
+    for title, row in rows.items():
+        line = next(line for line in text.splitlines() if line.startswith(f"| {title}"))
+        shown = [cell.strip() for cell in line.strip("|").split("|")][1:]
+        wanted = [row[name]["another"] if name in row else None for name in ("procedural", "neural styles")]
+        assert shown == ["" if share is None else f"{share:.1%}".replace("%", " %") for share in wanted]

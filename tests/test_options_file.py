@@ -57,11 +57,7 @@ def test_the_template_names_every_option_and_sets_none(tmp_path: Path) -> None:
     assert list(content) == NAMES
     assert max(map(len, template().splitlines())) <= 120
     for name in NAMES:
-        before = (
-            template()
-            .split(f"\n#{name} = " if name not in ("deny", "editor_options") else f"\n#[{name}]")[0]
-            .splitlines()[-1]
-        )
+        before = re.split(rf"\n#(?:{name} = |\[{name}\])", template())[0].splitlines()[-1]
         assert re.fullmatch(r"# .*\.", before), name
 
 

@@ -252,14 +252,14 @@ def test_a_constructor_that_takes_a_device_is_told_it(folder: Path) -> None:
         ("negative:Negative", {"pixel": 3}, "takes none; found: .*'pixel'"),
         ("shifted:Shifted", {"pixels": {1, 2}}, "pixels must be a string, number or boolean, or .*found {1, 2}"),
         ("shifted:Shifted", {"pixels": float("nan")}, "pixels must be .*found nan"),
-        ("odd:Prompts", {}, "prompts must be a tuple of strings, found 'autumn'"),
-        ("odd:Multiple", {}, "multiple must be a whole number from 1, found 0"),
+        ("odd_editors:Prompts", {}, "prompts must be a tuple of strings, found 'autumn'"),
+        ("odd_editors:Multiple", {}, "multiple must be a whole number from 1, found 0"),
     ],
 )
 def test_what_is_wrong_is_named(folder: Path, name: str, options: dict[str, Any], message: str) -> None:
     (folder / "broken.py").write_text("import os\n1 / 0\n")
     (folder / "wrong.py").write_text("def\n")
-    (folder / "odd.py").write_text(
+    (folder / "odd_editors.py").write_text(
         "class Prompts:\n    edit, prompts = print, 'autumn'\nclass Multiple:\n    edit, multiple = print, 0\n"
     )
     with pytest.raises(ConfigError, match=message) as caught:

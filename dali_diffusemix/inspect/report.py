@@ -146,7 +146,7 @@ class _Sheets:
         """Edits of a sheet."""
         return _PER_SHEET * max(1, _SIDE // self.side) ** 2
 
-    def draw(self, number: int) -> tuple[bytes, list[dict[str, Any]]]:
+    def picture(self, number: int) -> tuple[bytes, list[dict[str, Any]]]:
         """A sheet's file; for each of its edits, where it and its original are: left, top, width, height."""
         first = number * self.length
         cells: list[Image.Image] = []
@@ -176,13 +176,13 @@ def _write_data(data: Path, view: EditView, sheets: _Sheets, progress: Callable[
     count = -(-len(view.rows) // sheets.length)
     where: list[dict[str, Any]] = []
 
-    def draw(number: int) -> list[dict[str, Any]]:
-        file, of_edits = sheets.draw(number)
+    def written(number: int) -> list[dict[str, Any]]:
+        file, of_edits = sheets.picture(number)
         (data / f"sheet-{number:04}.{sheets.ending}").write_bytes(file)
         return of_edits
 
     with Workers(cpus(), "dali-diffusemix-report") as pool:
-        for of_edits in pool.map(draw, range(count)):
+        for of_edits in pool.map(written, range(count)):
             where += of_edits
             if progress is not None:
                 progress(len(where), len(view.rows))

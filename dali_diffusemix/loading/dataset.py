@@ -68,7 +68,8 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
     `dataset[i]` is a pure function of (seed, epoch, i): a (3, height, width) float32 tensor and its label. In an
     `expanded` epoch the dataset is longer than `samples`: index N + j is edit j.
 
-    What decides a sample cannot be changed afterwards: make another dataset.
+    What decides a sample cannot be changed afterwards: make another dataset. More than ten arguments, because each of
+    them decides samples.
 
     Args:
         root: Folder of originals, root/class/**/image, or a packed store of originals, which may be a URL.
