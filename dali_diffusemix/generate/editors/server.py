@@ -84,6 +84,8 @@ FieldValue = str | int | float | bool
 class ServerConfig:
     """A model that a server edits with. What is None is left to the server, and is not known here.
 
+    More than ten fields: half decide the edits, half how the server is asked.
+
     Raises ConfigError if a field breaks its rule.
     """
 
