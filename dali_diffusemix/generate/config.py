@@ -119,12 +119,14 @@ class GenerateConfig:
             for name in ("size", "edit_size", "seed", "retry", "format", "quality")
             if settings.get(name) is not None and not (name in _FORMAT and _FORMAT & given.keys())
         }
-        if stored["edit_size"] == stored["size"]:  # which a size that is given changes too
-            del stored["edit_size"]
+        if stored.get("edit_size") == stored.get("size"):  # which a size that is given changes too
+            stored.pop("edit_size", None)
+        limits = quality.Thresholds().settings()
         stored |= {
             "resize": "keep" if str(settings.get("resize")).endswith("kept") else "squash",
+            # Stores of other versions may lack settings: the writer then says which.
             "thresholds": quality.Thresholds(
-                **{name: settings[f"threshold {name}"] for name in quality.Thresholds().settings()}
+                **{name: settings.get(f"threshold {name}", value) for name, value in limits.items()}
             ),
             "prompts": tuple(prompt for prompt in header.prompts if prompt not in only),
             "class_prompts": _turned(

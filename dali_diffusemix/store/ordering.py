@@ -131,8 +131,9 @@ class _Finder:
             table["original"] = np.repeat(rows, variants)
             table["prompt"] = prompt
             table["variant"] = np.tile(np.arange(variants), len(rows))
-            found.append(table[~np.isin(edit_keys(table), edit_keys(self._ordered))])
-        return np.concatenate(found)
+            found.append(table)
+        table = np.concatenate(found)
+        return np.asarray(table[~np.isin(edit_keys(table), edit_keys(self._ordered))])
 
     def denied_before(self) -> NDArray[np.void]:
         """(n,) ORDER_ROW: edits that were denied and are wanted now."""
