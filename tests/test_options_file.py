@@ -241,8 +241,8 @@ def test_what_is_not_given_is_the_stores(root: Path, tmp_path: Path, monkeypatch
     )
     refused = run("generate", root, store, "--device", "cpu", "--format", "jpeg", code=1).stderr
     assert "format: 'png' in the store" in refused
-    refused = run("generate", root, store, "--device", "cpu", "--editor", "a/b", code=1).stderr
-    assert "'a/b'" in refused
+    refused = run("generate", root, store, "--device", "cpu", "--editor", "test_options_file:Framed", code=1).stderr
+    assert "editor: 'procedural' in the store, 'test_options_file:Framed' asked for" in refused
 
 
 def test_the_editor_of_a_store() -> None:
