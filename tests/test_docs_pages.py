@@ -29,6 +29,7 @@ from dali_diffusemix import Catalog, EditStore, QuarantineWarning, cli
 from dali_diffusemix.errors import CatalogError, DiffuseMixError, StoreError
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.editors.diffusers import DiffusersConfig
+from dali_diffusemix.generate.editors.diffusers.adapters import ADAPTERS
 from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.store import INDEX_ROW, ORIGINAL_INDEX_ROW, ORIGINAL_SHARD_ROW, SHARD_ROW, VERDICTS, OriginalStore
 from dali_diffusemix.store.layout import ORDER_ROW
@@ -548,3 +549,42 @@ def test_the_files_of_a_mirror(
     finally:
         if store.mirror is not None:
             store.mirror.close()
+
+
+# Editors --------------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_of_models() -> None:
+    """Every class that is known, with its defaults."""
+    text = (ROOT / "docs" / "editors.md").read_text(encoding="utf-8")
+    section = text[text.index("## Diffusion models") :].split("\n## ")[0]
+    assert set(re.findall(r"`(\w+Pipeline)`", section)) == set(ADAPTERS)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:2] == "| "]
+    found = {row[0].split(" ¹")[0].split(" ²")[0].split(" ³")[0]: row[1:] for row in rows if len(row) == 5}
+    families = {
+        "InstructPix2Pix, SD and SDXL": ("StableDiffusionInstructPix2Pix", "StableDiffusionXLInstructPix2Pix"),
+        "FLUX.2 klein, distilled; klein KV": ("Flux2KleinKV",),
+        "FLUX.2 klein, base; FLUX.2 dev": ("Flux2Klein", "Flux2"),
+        "FLUX.1 Kontext": ("FluxKontext",),
+        "Qwen-Image-Edit": ("QwenImageEdit",),
+        "Qwen-Image-Edit Plus": ("QwenImageEditPlus",),
+        "DreamLite": ("DreamLite",),
+        "DreamLite Mobile": ("DreamLiteMobile",),
+        "Z-Image, image to image": ("ZImageImg2Img",),
+        "Sana-Sprint, image to image": ("SanaSprintImg2Img",),
+        "SD, image to image": ("StableDiffusionImg2Img",),
+        "SDXL, image to image": ("StableDiffusionXLImg2Img",),
+    }
+    assert found.keys() - {"family", "---"} == families.keys()
+    for family, names in families.items():
+        steps, guidance, sides, takes = found[family]
+        for name in names:
+            adapter = ADAPTERS[f"{name}Pipeline"]
+            defaults = adapter.defaults_of({})
+            by_image = f", by the image {defaults.image_guidance}" if defaults.image_guidance else ""
+            shown = "none" if defaults.guidance is None else f"{defaults.guidance}{by_image}"
+            assert (steps, guidance, sides) == (str(defaults.steps), shown, str(adapter.multiple)), family
+            words = {"negative_prompt": "negative prompt", "lora": "LoRA"}
+            optional = {words.get(one, one) for one in adapter.takes({}) - {"guidance", "image_guidance"}}
+            optional |= {"scheduler"} if adapter.schedulers else set()
+            assert {one.strip().split(" 0")[0] for one in takes.split(",") if one.strip()} == optional, family
