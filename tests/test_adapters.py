@@ -22,9 +22,9 @@ from tiny_models import build, build_lora
 
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.generate.editors import INSTRUCTION, EditTask
 from dali_diffusemix.generate.editors.diffusers import DiffusersConfig, DiffusersEditor
-from dali_diffusemix.generate.editors.diffusers.adapters import ADAPTERS, DESCRIPTION, INSTRUCTION, PipelineOptions
+from dali_diffusemix.generate.editors.diffusers.adapters import ADAPTERS, DESCRIPTION, PipelineOptions
 from dali_diffusemix.generate.editors.diffusers.loading import QUANTIZATIONS, quantization
 from dali_diffusemix.store import EditStore
 

@@ -21,11 +21,20 @@ from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.config import class_name
 from dali_diffusemix.generate.editors import EditTask
 from dali_diffusemix.generate.estimate import estimate
+from dali_diffusemix.inspect.gallery import current_rows
 from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
-from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, StoreWriter, UnfinishedStoreWarning
+from dali_diffusemix.store import (
+    VERDICTS,
+    Decisions,
+    EditName,
+    EditStore,
+    Selection,
+    StoreWriter,
+    UnfinishedStoreWarning,
+)
 from dali_diffusemix.store.layout import Header
 from dali_diffusemix.store.scores import Scores
 
@@ -142,6 +151,8 @@ def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: Fractal
     assert counts(EditStore.open(store)) == {("bees", "mosaic"): BEES}
     # A later run that says nothing about it leaves it as it is.
     assert uses() == 0 and counts(EditStore.open(store)) == {("bees", "mosaic"): BEES}
+    shown = current_rows(EditStore.open(store))
+    assert sum(VERDICTS[code] == "denied" for code in shown["shown"]) == len(shown) - BEES
     # What was denied is wanted: it is made, from the seeds that it would have had.
     assert uses(deny={}) == ANTS
     generate(root, tmp_path / "anew", CONFIG)
@@ -150,6 +161,8 @@ def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: Fractal
     # All classes, then some.
     assert uses(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}) == 0
     assert ("ants", "mosaic") not in counts(EditStore.open(store))
+    with pytest.warns(UserWarning, match="deny: 'roses' matches none of the classes, so it has no effect"):
+        generate(root, store, with_fields(deny={"roses": ("mosaic",)}))
     with pytest.raises(ConfigError, match="deny must name prompts of this run or of the store, found 'snow'"):
         generate(root, store, with_fields(deny={"ants": ("snow",)}))
 
@@ -209,6 +222,7 @@ def test_the_class_in_words(root: Path, tmp_path: Path) -> None:
         ({"prompts": "autumn"}, "prompts must be lists of prompts, found 'autumn'"),
         ({"deny": {"ants": "autumn"}}, "deny must be lists of prompts"),
         ({"prompts": ("a", "a")}, "prompts must be all different"),
+        ({"prompts": ("a {clas}",)}, r"prompts may have \{class\}, found \{clas\} in 'a \{clas\}'"),
     ],
 )
 def test_prompts_that_contradict(fields: dict[str, Any], message: str) -> None:
@@ -240,7 +254,9 @@ def test_what_people_reject_is_not_used_and_can_be_made_again(root: Path, tmp_pa
     assert names(pickle.loads(pickled)) == names(left)
     assert len(EditStore.open(store)) == len(left) + 1
     # Made again, from other seeds; what was undone is not.
+    assert generate(root, store, CONFIG).used == len(whole) - 2
     summary = generate(root, store, CONFIG, redo=["rejected"])
+    assert summary.used == len(whole)
     assert summary.made == 2 and sum(summary.verdicts.values()) == len(whole)
     again = EditStore.open(store)
     assert {name[:3] for name in names(again)} == {name[:3] for name in names(whole)}
@@ -250,6 +266,8 @@ def test_what_people_reject_is_not_used_and_can_be_made_again(root: Path, tmp_pa
         (name, files[name]) for name in ("store.json", "index.json", "index.npy")
     } | ({("starts.npy", files["starts.npy"])} & (files.items() - content(store).items()))
     assert not verify(store).problems
+    shown = current_rows(again)  # as `review` has them
+    assert [(row["shard"], row["shown"]) for row in shown] == [(name.shard, 0) for name in names(again)]
     rows = {shard: again.shard_rows(shard) for shard in again.shards}
     replaced = {shard: again.is_replaced(shard, rows[shard]) for shard in again.shards}
     assert sum(map(np.count_nonzero, replaced.values())) == 2 == len(rows[max(rows)])
@@ -329,11 +347,9 @@ def test_an_estimate_writes_nothing_and_counts_right(root: Path, tmp_path: Path)
         assert (content(store) if store.exists() else {}) == before
         beside = {"train"} | ({"store", "store.runs.jsonl"} if before else set())
         assert {file.name for file in tmp_path.iterdir()} == beside
-        denied = generate(root, tmp_path / "other" / "store", config).verdicts["denied"] if not before else 0
         made = generate(root, store, config).made
-        assert found.edits == made - denied
+        assert found.edits == made
         assert (found.bytes > 0) == (found.seconds > 0) == (found.tried > 0) == (made > 0)
-        shutil.rmtree(tmp_path / "other", ignore_errors=True)
     # The bytes of all of them are near.
     found = estimate(root, tmp_path / "new", CONFIG)
     generate(root, tmp_path / "new", CONFIG)
@@ -381,6 +397,10 @@ def test_some_edits_at_load_time(
     assert len(used(min_score={"quality": least}, prompts=["autumn"])) < len(good)
     with pytest.raises(ConfigError, match=r"prompts must be prompts of .*store', found 'winter'; these are"):
         used(prompts=["winter"])
+    with pytest.raises(ConfigError, match=r"must leave some of the 42 edits of .*, found none left by Selection"):
+        used(min_score=2)
+    with pytest.warns(UserWarning, match=r"exclude: 'wasps' matches none of the classes.* 'ants', 'bees'"):
+        used(exclude={"wasps": ["mosaic"]})
     with pytest.raises(ConfigError, match="exclude must be prompts, found the text 'mosaic'"):
         used(exclude="mosaic")
     with pytest.raises(StoreError, match="there are no scores 'clip', it has none; run `dali-diffusemix score STORE"):
@@ -439,7 +459,7 @@ STEPS = """
 import os, signal, sys
 from pathlib import Path
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.store import Decisions, EditName, EditStore
+from dali_diffusemix.store import VERDICTS, Decisions, EditName, EditStore
 sys.path.insert(0, sys.argv[4])
 from test_choosing import names, steps
 left = [-1]

@@ -397,7 +397,7 @@ def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
         ({"editor": "some/model", "size": 100}, "edit_size must be divisible by 8 for this editor, found 100"),
         ({"retry": -1}, "retry .* found -1"),
         ({"resize": "crop"}, "resize must be 'squash' or 'keep', found 'crop'"),
-        ({"denied": {"sleet": ("a*",)}}, "denied must name prompts of this run, found 'sleet'"),
+        ({"deny": {"a": "sleet"}}, "deny must be lists of prompts, found 'sleet'"),
         ({"size": 0}, "size must be a whole number from 1 to 4096, found 0"),
         ({"size": 25.5}, "found 25.5"),
         ({"quality": 101}, "quality .* found 101"),

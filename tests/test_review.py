@@ -146,7 +146,9 @@ def test_a_later_shard_takes_the_place_of_an_earlier_one_unless_it_was_not_made(
         2: table((1, 0, 0, "flat"), (0, 0, 1, "accepted"), (0, 0, 0, "accepted")),
         7: table((1, 0, 0, "not made yet"), (1, 1, 0, "denied"), (0, 0, 0, "accepted")),
     }
-    store: Any = SimpleNamespace(shards=tuple(shards), shard_rows=shards.__getitem__)
+    store: Any = SimpleNamespace(
+        shards=tuple(shards), shard_rows=shards.__getitem__, are_wanted=lambda rows: np.ones(len(rows), bool)
+    )
     found = [
         (*map(int, row[["original", "prompt", "variant", "shard", "row"]]), VERDICTS[row["verdict"]])
         for row in current_rows(store)
@@ -158,7 +160,10 @@ def test_a_later_shard_takes_the_place_of_an_earlier_one_unless_it_was_not_made(
         (1, 0, 0, 2, 0, "flat"),
         (1, 1, 0, 7, 1, "denied"),
     ]
-    assert len(current_rows(SimpleNamespace(shards=(), shard_rows=None))) == 0  # type: ignore[arg-type]
+    assert (
+        len(current_rows(SimpleNamespace(shards=(), shard_rows=None, are_wanted=lambda rows: np.ones(len(rows), bool))))
+        == 0
+    )  # type: ignore[arg-type]
 
 
 # What is served -------------------------------------------------------------------------------------------------------
@@ -596,12 +601,39 @@ def test_filters_stay_in_the_address(reviewer: Reviewer) -> None:
 
 
 @pytest.mark.slow
+def test_keys_are_for_the_edits_again_after_a_menu(reviewer: Reviewer) -> None:
+    """And whoever asks for another order begins at its first edit."""
+    reviewer.open("#verdict=accepted")
+    reviewer.press("END")
+    position = "return document.activeElement.closest('.card')?.dataset.position"
+    assert reviewer.js(position) != "0"
+    reviewer.js("document.getElementById('sort').dispatchEvent(new PointerEvent('pointerdown'))")  # by the mouse
+    reviewer.choose("sort", "worst first, by score")
+    assert reviewer.js(position) == "0"
+    reviewer.press("ARROW_RIGHT", "x")
+    until(lambda: "1 rejected" in reviewer.count and not reviewer.shown(".badge.saving"))
+    view = reviewer.server.view
+    scores = np.where(view.accepted(), view.rows["score"], np.inf)
+    assert view.rejected()[np.argsort(scores, kind="stable")[1]]
+    # By keys: Esc leaves the menu.
+    reviewer.js("document.getElementById('prompt').focus()")
+    before = reviewer.js("return location.hash")
+    reviewer.press("ARROW_DOWN")
+    until(lambda: reviewer.js("return location.hash") != before)
+    reviewer.settled()
+    assert reviewer.here == "prompt"
+    reviewer.press("ESCAPE", "x")
+    until(lambda: "rejected" in reviewer.count and not reviewer.shown(".badge.saving"))
+    assert reviewer.js(position) == "0" and view.rejected().sum() in (0, 2)
+
+
+@pytest.mark.slow
 def test_edits_are_sorted_by_any_score(
     made: Path, root: Path, tmp_path: Path, browser: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = np.random.default_rng(0).random(80).astype(np.float32)
     kept[::7] = np.nan
-    monkeypatch.setattr(gallery, "scores_of", lambda rows: {"score": rows["score"], "kept": kept})
+    monkeypatch.setattr(gallery, "scores_of", lambda edits, rows: {"score": rows["score"], "kept": kept})
     with serving(Path(shutil.copytree(made, tmp_path / "edits")), root=root) as server:
         reviewer = Reviewer(browser, server)
         for chosen, wanted in (("lowest kept first", np.sort(kept)), ("highest kept first", -np.sort(-kept))):

@@ -205,6 +205,8 @@ def generate_command(
     for verdict, count in summary.verdicts.items():
         if verdict == "accepted":
             display.line(f"{count} edits of {len(catalog)} images")
+            if summary.used < count:
+                display.line(f"{summary.used} of them are used; the others were rejected by hand, or denied since")
         elif count:
             display.line(f"{count} not used: {verdict}")
     if editor.settings()["editor"] == "procedural":
@@ -227,6 +229,7 @@ def generate_command(
             "by_prompt": {prompt: dict(verdicts) for prompt, verdicts in summary.by_prompt.items()},
             "by_class": {name: dict(verdicts) for name, verdicts in summary.by_class.items()},
             "made": summary.made,
+            "used": summary.used,
             "missing_shards": summary.missing,
             "seconds": summary.seconds,
             "images_per_second": summary.images_per_second,
@@ -284,7 +287,10 @@ def _config_of(options: GenerateOptions, written: Mapping[str, Any], store: Path
     if exists:
         editor = editor_of_store(EditStore.settings_at(store), options.editor, of_editor)
         return GenerateConfig.from_store(store, editor=editor, **making)
-    return GenerateConfig(editor=choose_editor(options.editor or "procedural", of_editor), **making)
+    editor = choose_editor(options.editor or "procedural", of_editor)
+    if (own := getattr(editor, "prompts", None)) is not None:  # an editor of one's own that states them
+        making.setdefault("prompts", own)
+    return GenerateConfig(editor=editor, **making)
 
 
 def _engine_of(options: GenerateOptions, accelerated: bool, *, remote: bool = False) -> "Engine":

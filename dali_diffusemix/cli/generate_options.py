@@ -41,7 +41,7 @@ class GenerateOptions:
         "procedural",
         None,
     )
-    prompts: tuple[str, ...] | None = _option("One or more prompts.", ["autumn", "snowy"], "the paper's nine")
+    prompts: tuple[str, ...] | None = _option("Prompts, separated by commas.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
     resize: str | None = _option("squash (to a square) or keep (the aspect ratio).", "squash")
@@ -50,7 +50,7 @@ class GenerateOptions:
     retry: int | None = _option("New attempts for a rejected edit.", 0)
     format: str | None = _option("jpeg, png or raw.", "jpeg", "raw up to size 64, else jpeg")
     quality: int | None = _option("JPEG quality, 1 to 100.", 90, "90; if it is given, format is jpeg")
-    batch_size: int | None = _option("Edits per batch.", 16)
+    batch_size: int | None = _option("Edits per call of a model; originals read at once.", 16)
     originals_per_shard: int | None = _option(
         "Originals per shard; a killed run loses at most one shard per worker.", 64, "512, with a model 64"
     )
@@ -62,7 +62,7 @@ class GenerateOptions:
     )
     negative_prompt: str | None = _option("What a model or a server guides edits away from.", "blurry", None)
     strength: float | None = _option(
-        "Part of the steps that image to image makes, 0 to 1.", 0.6, "by the model's class"
+        "Share of the steps that an image-to-image model runs, 0 to 1.", 0.6, "by the model's class"
     )
     revision: str | None = _option(
         "Branch, tag or commit of a model on the hub; of a server's model, only noted.", "main", "the hub's default"

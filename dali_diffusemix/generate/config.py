@@ -12,11 +12,12 @@ from typing import Any, ClassVar, Literal
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import quality
-from dali_diffusemix.generate.editors import PROMPTS, EditorConfig
+from dali_diffusemix.generate.editors import PROMPTS, EditorConfig, check_words
 from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 from dali_diffusemix.store import Wish
 from dali_diffusemix.store.layout import Header
+from dali_diffusemix.store.selection import warn_of_unmatched
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
@@ -74,6 +75,8 @@ class GenerateConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from {least} to {most}, found {value!r}.")
+        for prompt in self.all_prompts:
+            check_words("prompts", prompt, known=("class",))
         if not self.all_prompts:
             raise ConfigError("prompts must be one or more, found none, and no class_prompts either.")
         for pattern, of_class in self.class_prompts.items():
@@ -143,6 +146,12 @@ class GenerateConfig:
 
     def wish(self, classes: Sequence[str], stored: Mapping[str, str]) -> Wish:
         """The edits that a store of originals of these classes is to have; `stored` are its class names so far."""
+        for name, patterns in (
+            ("class_prompts", self.class_prompts),
+            ("deny", self.deny or {}),
+            ("class_names", self.class_names),
+        ):
+            warn_of_unmatched(name, patterns, classes)
         prompts: dict[str, tuple[str, ...] | None] = dict.fromkeys(self.prompts)
         prompts.update(_turned(self.class_prompts))
         template = getattr(self.editor_config, "template", None) or ""

@@ -14,6 +14,7 @@ import secrets
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import suppress
@@ -36,6 +37,7 @@ from dali_diffusemix.generate.engines import Engine
 from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
 from dali_diffusemix.generate.worker import Originals, ShardWorker
 from dali_diffusemix.store import (
+    DENIED,
     VERDICTS,
     WHOLE,
     EditStore,
@@ -43,6 +45,7 @@ from dali_diffusemix.store import (
     Part,
     Redo,
     StoreWriter,
+    UnfinishedStoreWarning,
 )
 from dali_diffusemix.store.writer import local_folders
 
@@ -60,7 +63,8 @@ class Summary:
     verdicts: Mapping[str, int]  # of all edits in the store
     by_prompt: Mapping[str, Mapping[str, int]]  # of each prompt, the verdicts that occur
     by_class: Mapping[str, Mapping[str, int]]
-    made: int  # edits by this run, rejected ones included
+    made: int  # edits by this run, rejected ones included, denied ones not
+    used: int  # edits that are trained on: accepted, wanted for their class, and not rejected by people
     seconds: float
     missing: int = 0  # shards that are left to other parts
 
@@ -138,8 +142,11 @@ def generate(
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
         # Edits per shard: made before this run, made so far, and safe in a closed shard.
-        there = {shard.number: (finished | begun).get(shard.number, Counter()).total() for shard in shards}
+        verdicts = {shard.number: (finished | begun).get(shard.number, Counter()) for shard in shards}
+        there = {number: of_shard.total() for number, of_shard in verdicts.items()}
         reached, closed = dict(there), dict(there)
+        denied = {number: of_shard[DENIED] for number, of_shard in verdicts.items()}
+        denied_before = sum(denied.values())
         total, before, made = sum(map(len, shards)), sum(there.values()), 0
         if progress is not None:
             progress(before, total)
@@ -150,6 +157,7 @@ def generate(
             try:
                 for report in reports:
                     reached[report.shard] = max(reached[report.shard], report.verdicts.total())
+                    denied[report.shard] = max(denied[report.shard], report.verdicts[DENIED])
                     if report.closed:
                         closed[report.shard] = report.verdicts.total()
                         continue
@@ -176,10 +184,21 @@ def generate(
         verdicts=_verdicts_of(tally.sum((0, 1)), every=True),
         by_prompt={prompt: _verdicts_of(tally[:, i].sum(0)) for i, prompt in enumerate(writer.prompts)},
         by_class={name: _verdicts_of(tally[label].sum(0)) for label, name in enumerate(writer.catalog.classes)},
-        made=made,
+        made=made - sum(denied.values()) + denied_before,
+        used=_used(store),
         seconds=time.perf_counter() - begin,
         missing=writer.shard_count - len(done),
     )
+
+
+def _used(store: Path) -> int:
+    """The number of edits that would be trained on now."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfinishedStoreWarning)
+        try:
+            return len(EditStore.open(store))
+        except StoreError:  # no shard is there: another part's are still to be made
+            return 0
 
 
 def _redo_of(names: Collection[Redoable], root: Path) -> Redo | None:

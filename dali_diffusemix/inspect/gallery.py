@@ -23,15 +23,15 @@ from dali_diffusemix import __version__
 from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.inspect.originals import FoundOriginals, runs_of
-from dali_diffusemix.store import NOT_YET, REJECTIONS, SHARD_ROW, VERDICTS, EditStore
+from dali_diffusemix.store import DENIED, NOT_YET, REJECTIONS, SHARD_ROW, VERDICTS, EditStore
 from dali_diffusemix.store.decisions import Decisions, EditName
 from dali_diffusemix.store.scores import Scores
 
 ASSETS: Final = Path(__file__).parent / "assets"
 CHUNK: Final = 240  # edits whose details are loaded at once
 SMALL: Final = 64  # pixels; the longest side of images that JPEG would spoil
-ROW: Final = np.dtype([*SHARD_ROW.descr, ("shard", "<i4"), ("row", "<i4")])
-"""An edit: its row in its shard, and where that is."""
+ROW: Final = np.dtype([*SHARD_ROW.descr, ("shard", "<i4"), ("row", "<i4"), ("shown", "u1")])
+"""An edit: its row in its shard, where that is, and its verdict now: denied, if its class no longer has its prompt."""
 _ACCEPTED: Final = 0  # in VERDICTS
 _UNREADABLE: Final = 1
 _BINS: Final = 20
@@ -59,7 +59,9 @@ def current_rows(edits: EditStore) -> NDArray[np.void]:
     key = rows[["original", "prompt", "variant"]]
     last = np.ones(len(rows), bool)
     last[:-1] = key[1:] != key[:-1]
-    return rows[last]
+    rows = rows[last]
+    rows["shown"] = np.where(edits.are_wanted(rows), rows["verdict"], VERDICTS.index(DENIED))
+    return rows
 
 
 def scores_of(edits: EditStore, rows: NDArray[np.void]) -> dict[str, NDArray[np.float32]]:
@@ -108,7 +110,7 @@ class EditView:
 
     def accepted(self) -> NDArray[np.bool_]:
         """(n,) True for edits that are trained on unless a person rejects them."""
-        return np.asarray(self.rows["verdict"] == _ACCEPTED)
+        return np.asarray(self.rows["shown"] == _ACCEPTED)
 
     def rejected(self) -> NDArray[np.bool_]:
         """(n,) True for edits that a person rejected. Raises StoreError."""
@@ -141,7 +143,7 @@ class EditView:
         whole = {"shard": self.rows["shard"], "row": self.rows["row"], "class": labels, "prompt": self.rows["prompt"]}
         return {
             **{name: _base64(column.astype("<i4")) for name, column in whole.items()},
-            "verdict": _base64(self.rows["verdict"].astype("u1")),
+            "verdict": _base64(self.rows["shown"].astype("u1")),
             "rejected": self.rejected_column(),
             "scores": {
                 name: _base64(column.astype("<f4")) for name, column in scores_of(self.edits, self.rows).items()
@@ -198,7 +200,7 @@ class EditView:
         """
         edits = self.edits
         tally = np.zeros((len(edits.catalog.classes), len(edits.prompts), len(VERDICTS)), np.int64)
-        np.add.at(tally, (edits.catalog.labels[every["original"]], every["prompt"], every["verdict"]), 1)
+        np.add.at(tally, (edits.catalog.labels[every["original"]], every["prompt"], every["shown"]), 1)
         runs = runs_of(edits.path)
         return {
             "store": readable(str(edits.path)),

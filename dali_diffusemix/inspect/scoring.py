@@ -65,7 +65,7 @@ class Scored:
 
     name: str
     by: ScoredBy
-    values: NDArray[np.float32]  # (edits,) of all that have a score, ascending
+    values: NDArray[np.float32]  # (edits,) of those in use that have a score, ascending
     made: int  # edits that this run scored, or tried to
     unreadable: int  # accepted edits without a score, because they or their original cannot be read
 
@@ -174,7 +174,6 @@ def score(
     _check_root(edits, originals)
     scorer = load_scorer(scorer) if isinstance(scorer, str) else scorer
     name = scorer.default_name if name is None else name
-    values: list[NDArray[np.float32]] = []
     left: list[int] = []
     made = unreadable = total = to_make = 0
     with (
@@ -184,13 +183,11 @@ def score(
         for shard in edits.shards:
             rows = edits.shard_rows(shard)
             done = None if replace else column.complete(shard, rows)
-            accepted = int(_accepted(rows).sum())
+            accepted = int(_accepted(edits, shard, rows).sum())
             total += accepted
             if done is None:
                 left.append(shard)
                 to_make += accepted
-            else:
-                values.append(done[np.isfinite(done)])
         before = total - to_make
         if progress is not None:
             progress(before, total)
@@ -202,12 +199,12 @@ def score(
                 if progress is not None:
                     progress(before + made + task.done, total)
             column.write(shard, task.rows, scores, task.unreadable)
-            values.append(scores[np.isfinite(scores)])
             made, unreadable = made + task.done, unreadable + task.unreadable
             if progress is not None:
                 progress(before + made, total)
-    everything = np.sort(np.concatenate(values)) if values else np.zeros(0, np.float32)
-    return Scored(name=name, by=scorer.by, values=everything, made=made, unreadable=unreadable)
+        values = column.values(edits.index)
+    values = np.sort(values[np.isfinite(values)])
+    return Scored(name=name, by=scorer.by, values=values, made=made, unreadable=unreadable)
 
 
 def _check_root(edits: EditStore, originals: FoundOriginals) -> None:
@@ -223,8 +220,9 @@ def _check_root(edits: EditStore, originals: FoundOriginals) -> None:
         )
 
 
-def _accepted(rows: NDArray[np.void]) -> NDArray[np.bool_]:
-    return np.asarray(rows["verdict"] == VERDICTS.index(ACCEPTED))
+def _accepted(edits: EditStore, shard: int, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+    """(n,) True for the rows to score: accepted edits that no later shard made again."""
+    return np.asarray(rows["verdict"] == VERDICTS.index(ACCEPTED)) & ~edits.is_replaced(shard, rows)
 
 
 class _Pair(NamedTuple):
@@ -250,7 +248,7 @@ class _ShardTask:
             yield batch
 
     def _pairs(self, pool: Workers, ahead: int) -> Iterator[_Pair]:
-        accepted = np.flatnonzero(_accepted(self.rows))
+        accepted = np.flatnonzero(_accepted(self._edits, self._shard, self.rows))
         waiting: deque[tuple[int, Result[list[_Pair]]]] = deque()
         # By original, so that each is decoded once.
         groups = np.split(accepted, np.flatnonzero(np.diff(self.rows["original"][accepted])) + 1)

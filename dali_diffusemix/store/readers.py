@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
@@ -293,6 +293,11 @@ class EditStore:
         """(n,) True for rows of `shard_rows`, (n,), whose edit a later shard made again. Raises StoreError."""
         return self._replaced.mask(shard, rows)
 
+    def are_wanted(self, rows: NDArray[np.void]) -> NDArray[np.bool_]:
+        """(n,) True for rows of `shard_rows`, (n,), whose class still has their prompt."""
+        catalog = (self._base or self).catalog
+        return np.asarray(self._header.wanted(catalog.classes)[catalog.labels[rows["original"]], rows["prompt"]])
+
     @cached_property
     def _replaced(self) -> Replaced:
         listed = {number for order in self._header.orders for number in order.numbers(WHOLE)} & set(self._shards)
@@ -343,7 +348,7 @@ class EditStore:
         """The store with some of its edits only, numbered anew.
 
         Raises:
-            ConfigError: It names a prompt that the store lacks, or no name that scores may have.
+            ConfigError: It names a prompt that the store lacks, or no name that scores may have; or no edit is left.
             StoreError: The store has no such scores, or not of all its shards.
             MirrorError: The URL of the store does not answer or refuses.
         """
@@ -352,6 +357,11 @@ class EditStore:
         mask = table[self.catalog.labels[index["original"]], index["prompt"]]
         for name, least in selection.least.items():
             mask &= self._scores(name, index) >= least
+        if len(mask) and not mask.any():
+            raise ConfigError(
+                f"prompts, exclude and min_score must leave some of the {len(mask)} edits of {self._tars.where!r}, "
+                f"found none left by {selection}; to train without edits, leave edits out or set mix=None."
+            )
         return self._only(mask)
 
     def _scores(self, name: str, index: NDArray[np.void]) -> NDArray[np.float32]:

@@ -144,7 +144,14 @@ class Scores:
                 with writing(store):
                     # Scores by anything else are void from now on, see `column`.
                     write_json(column.folder / "column.json", _COLUMN, {"scorer": vars(by)})
-            yield column
+            try:
+                yield column
+            except BaseException:
+                if found is None and not any(column.folder.glob(f"{EDITS.images}-*")):
+                    (column.folder / "column.json").unlink(
+                        missing_ok=True
+                    )  # a scorer that failed at once leaves nothing
+                raise
 
     @property
     def folder(self) -> Path:

@@ -1,5 +1,6 @@
 """Selection: the edits of a store that are used, of those that are there."""
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +81,24 @@ class Selection:
             table[:] = False
             table[:, _places("prompts", store, self.prompts, prompts)] = True
         excluded = self.exclude if isinstance(self.exclude, Mapping) else {"*": self.exclude}
+        warn_of_unmatched("exclude", excluded, classes)
         for pattern, names in excluded.items():
             places = np.array(_places("exclude", store, names, prompts), np.int64)
             table[np.ix_(Rule(only=(pattern,)).applies(classes), places)] = False
         return table
+
+
+def warn_of_unmatched(name: str, patterns: Collection[str], classes: Sequence[str]) -> None:
+    """Warn of patterns that match no class: they have no effect, which is rarely meant."""
+    for pattern in patterns:
+        if not Rule(only=(pattern,)).applies(classes).any():
+            some = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
+            warnings.warn(
+                f"{name}: {pattern!r} matches none of the classes, so it has no effect; classes are named as their "
+                f"folders: {some}.",
+                UserWarning,
+                stacklevel=3,
+            )
 
 
 def _places(name: str, store: Path, given: Collection[str], prompts: Sequence[str]) -> list[int]:

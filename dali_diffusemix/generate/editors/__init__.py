@@ -5,12 +5,15 @@ instruction-editing pipeline of diffusers. `ServerEditor` asks a server. A confi
 on, and load the editor from it where the work is done.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from dali_diffusemix.errors import ConfigError
 
 PROMPTS = (
     "autumn",
@@ -27,6 +30,25 @@ PROMPTS = (
 
 TEMPLATE = "A transformed version of image into {prompt}"
 """The instruction to the paper's editor; `{prompt}` is one of `PROMPTS`."""
+
+
+INSTRUCTION = "Change the style of this image to {prompt}. Keep its composition and its subject unchanged."
+"""The instruction to editors that understand sentences."""
+
+
+def check_words(name: str, text: str, *, known: Sequence[str] = ("prompt", "class")) -> None:
+    """Raise ConfigError if a template or a prompt has a word in braces that nothing is filled in for."""
+    for word in re.findall(r"\{(\w*)\}", text):
+        if word not in known:
+            allowed = " and ".join(f"{{{one}}}" for one in known)
+            raise ConfigError(f"{name} may have {allowed}, found {{{word}}} in {text!r}; correct it.")
+
+
+def check_template(text: str) -> None:
+    """Raise ConfigError unless a template has {prompt}, and no other word in braces but {class}."""
+    if "{prompt}" not in text:
+        raise ConfigError(f"template must hold {{prompt}}, where the prompt goes; found {text!r}.")
+    check_words("template", text)
 
 
 def instruction(template: str, prompt: str, class_name: str) -> str:

@@ -1,6 +1,7 @@
 """The choice of an editor: from its name, and the options that were given, to its config."""
 
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import fields
@@ -38,6 +39,8 @@ def choose_editor(name: str, options: Mapping[str, Any] = _NONE) -> EditorConfig
         of_a_server = {field.name for field in fields(ServerConfig)} - {"url"}
         _refuse(options, of_a_server, "for a server as editor", "set what the server takes in fields")
         return ServerConfig(url=name, **{"model": "", **options})
+    if re.match(r"[\w.-]+:\d+(/|$)", name):
+        raise ConfigError(f"editor must begin with http:// or https:// if it is a server, found {name!r}.")
     if ":" in name and "://" not in name and not Path(name).is_dir():
         _refuse(options, {"editor_options"}, f"for the editor {name!r}", "write its own under [editor_options]")
         return UserConfig(name=name, options=options.get("editor_options", {}))

@@ -43,7 +43,7 @@ from PIL import Image
 
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, WorkerError
-from dali_diffusemix.generate.editors import TEMPLATE, EditTask, instruction
+from dali_diffusemix.generate.editors import INSTRUCTION, EditTask, check_template, instruction
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.images.formats import measure
 
@@ -92,7 +92,7 @@ class ServerConfig:
     url: str  # of the interface, such as http://host:8000/v1; not recorded, since a store does not depend on it
     model: str  # the name under which the server serves it
     revision: str | None = None  # of the model, in your words, for the record
-    template: str = TEMPLATE  # {prompt} is replaced by the prompt, {class} by the class
+    template: str = INSTRUCTION  # {prompt} is replaced by the prompt, {class} by the class
     steps: int | None = None
     guidance: float | None = None
     negative_prompt: str | None = None
@@ -112,8 +112,7 @@ class ServerConfig:
         object.__setattr__(self, "fields", dict(self.fields))
         if not self.model:
             raise ConfigError("model must be the name under which the server serves its model, found ''; set model.")
-        if "{prompt}" not in self.template:
-            raise ConfigError(f"template must hold {{prompt}}, where the prompt goes; found {self.template!r}.")
+        check_template(self.template)
         for name, least, most in (("steps", 1, 1000), ("multiple", 1, 1024), ("requests", 1, 1024)):
             value = getattr(self, name)
             if value is None and name == "steps":

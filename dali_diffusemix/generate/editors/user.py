@@ -136,6 +136,11 @@ class _CheckedEditor:
                     f"(height, width, 3) uint8 RGB of the image's size, here {images[task.image].shape}",
                     f"{edit.shape} {edit.dtype} under {task.prompt!r}",
                 )
+            if edit.dtype == np.float32 and np.isfinite(edit).all():
+                raise self._wrong(
+                    "uint8 (float32 is only for numbers that are not finite, so that they are noticed)",
+                    f"float32 from {edit.min():g} to {edit.max():g} under {task.prompt!r}",
+                )
         return made
 
     def _wrong(self, rule: str, found: str) -> ConfigError:

@@ -133,13 +133,17 @@ const gallery = (() => {
   const FILTERS = ["class", "prompt", "verdict", "decision", "sort"];
   const DECISIONS = [["undecided", "not rejected"], ["rejected", "rejected"]];
   let list = new Int32Array(0), all = 0, seenHere = 0;
+  let chosenHere = false, byPointer = false; // a menu was changed on this page; by the mouse
 
   function options(id, choices) {
     const select = at(id);
     for (const [value, text] of choices) element("option", text, select).value = value;
+    select.addEventListener("pointerdown", () => { byPointer = true; });
+    select.addEventListener("keydown", () => { byPointer = false; });
     select.addEventListener("change", () => {
       const chosen = new URLSearchParams();
       for (const name of FILTERS) if (at(name).value) chosen.set(name, at(name).value);
+      chosenHere = true;
       location.hash = chosen.toString(); // a step for the back button
     });
   }
@@ -177,9 +181,13 @@ const gallery = (() => {
     }
     all = length;
     seenHere = list.reduce((sum, place) => sum + seen[place], 0);
-    current = Math.max(0, before === undefined ? 0 : list.indexOf(before));
+    // Whoever asks for the worst first wants to see the first.
+    current = Math.max(0, before === undefined || chosenHere ? 0 : list.indexOf(before));
     at("nothing").hidden = length > 0;
     layout();
+    if (chosenHere && byPointer) focusOn(0); // keys are for the edits again
+    else if (chosenHere && scrollY > 0) scrollTo(0, 0);
+    chosenHere = false;
   }
 
   // The grid: of a hundred thousand cards only those in view exist ---------------------------------------------------
@@ -582,7 +590,7 @@ const gallery = (() => {
     at("news").textContent = text;
     at("news").classList.add("shown");
     clearTimeout(fading);
-    fading = setTimeout(() => at("news").classList.remove("shown"), 4000);
+    fading = setTimeout(() => at("news").classList.remove("shown"), 2500);
   }
 
   function problem(text) {
@@ -595,6 +603,10 @@ const gallery = (() => {
   function pressed(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || at("confirm").open || at("keys").open) return;
     const target = event.target, onButton = target instanceof HTMLButtonElement;
+    if (target instanceof HTMLSelectElement && (event.key === "Escape" || event.key === "Enter")) {
+      focusOn(current);
+      return event.preventDefault();
+    }
     if (target instanceof HTMLSelectElement || target.closest?.("summary")) return;
     const inBox = box.open, onPair = target.classList?.contains("pair");
     const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: inBox ? -1 : -columns, ArrowDown: inBox ? 1 : columns };

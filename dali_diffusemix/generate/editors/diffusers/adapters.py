@@ -19,10 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.generate.editors import TEMPLATE
-
-INSTRUCTION: Final = "Change the style of this image to {prompt}. Keep its composition and its subject unchanged."
-"""The instruction to editors that understand sentences."""
+from dali_diffusemix.generate.editors import INSTRUCTION, TEMPLATE
 
 DESCRIPTION: Final = "A picture in the style of {prompt}"
 """The result in words, for image to image."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Final
 
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.generate.editors import check_template
 from dali_diffusemix.generate.editors.diffusers.adapters import (
     ADAPTERS,
     Adapter,
@@ -81,8 +82,8 @@ class DiffusersConfig:
                 raise ConfigError(f"{name} must be a number from {least} to {most}, found {value!r}.")
         if not self.model:
             raise ConfigError("model must be a hub id or a folder, found an empty string.")
-        if self.template is not None and "{prompt}" not in self.template:
-            raise ConfigError(f"template must hold {{prompt}}, where the prompt goes; found {self.template!r}.")
+        if self.template is not None:
+            check_template(self.template)
         if self.lora is not None:
             Lora.parse(self.lora)
 
