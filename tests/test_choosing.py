@@ -1,8 +1,10 @@
 """Edits that are chosen: prompts of some classes, rules that change, edits that people reject, edits made again."""
 
 import dataclasses
+import os
 import pickle
 import shutil
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,16 +19,18 @@ from numpy.typing import NDArray
 from dali_diffusemix.catalog import index
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import FractalBank
-from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
 from dali_diffusemix.generate.config import class_name
 from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.estimate import estimate
+from dali_diffusemix.generate.run import edits_to_make
 from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan import MixSpec, TrainCrop
 from dali_diffusemix.store import Decisions, EditName, EditStore, Selection, StoreWriter, UnfinishedStoreWarning
-from dali_diffusemix.store.layout import Header
+from dali_diffusemix.store.layout import NOT_YET, VERDICTS, Header
 from dali_diffusemix.store.scores import Scores
 
 CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3, batch_size=2)
@@ -317,6 +321,39 @@ def test_a_store_without_edits_takes_other_settings(root: Path, tmp_path: Path) 
         generate(root, store, CONFIG)
 
 
+# A run that was stopped -----------------------------------------------------------------------------------------------
+
+
+def stopped(root: Path, store: Path, config: GenerateConfig) -> None:
+    """Begin a store and press Ctrl-C after the first batch: its open shard has edits that are not made yet."""
+    pressed: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if done and not pressed:
+            pressed.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        generate(root, store, config, engine=LocalEngine(("cpu",)), progress=progress)
+
+
+def test_an_estimate_of_a_shard_that_was_begun(root: Path, tmp_path: Path) -> None:
+    """What the rules deny is neither made nor counted."""
+    store, config = tmp_path / "store", with_fields(originals_per_shard=100, deny={"ants": ("mosaic",)})
+    stopped(root, store, config)
+    with pytest.warns(UnfinishedStoreWarning):
+        left = int((EditStore.open(store).shard_rows(0)["verdict"] == VERDICTS.index(NOT_YET)).sum())
+    assert 0 < left < 2 * (ANTS + BEES)
+    counted = edits_to_make(root, store, config, catalog=index(root))
+    before = generate(root, tmp_path / "other", config).verdicts["accepted"]
+    with pytest.warns(UnfinishedStoreWarning):
+        there = len(EditStore.open(store))
+    assert counted == before - there
+    anew = dataclasses.replace(config, deny={})
+    counted = edits_to_make(root, store, anew, catalog=index(root))
+    assert counted == generate(root, store, anew).made == 2 * (ANTS + BEES) - there
+
+
 # Before a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +475,7 @@ def test_a_selection_under_another_catalog(root: Path, tmp_path: Path) -> None:
 STEPS = """
 import os, signal, sys
 from pathlib import Path
-from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
 from dali_diffusemix.store import Decisions, EditName, EditStore
 sys.path.insert(0, sys.argv[4])
 from test_choosing import names, steps
