@@ -354,6 +354,22 @@ def test_an_estimate_of_a_shard_that_was_begun(root: Path, tmp_path: Path) -> No
     assert counted == generate(root, store, anew).made == 2 * (ANTS + BEES) - there
 
 
+def test_a_pickled_store_whose_shard_was_gone_on_with(root: Path, tmp_path: Path) -> None:
+    """Its rows would be those of other originals: it is refused."""
+    store, config = tmp_path / "store", with_fields(originals_per_shard=100)
+    stopped(root, store, config)
+    with pytest.warns(UnfinishedStoreWarning):
+        begun = EditStore.open(store)
+    some = begun.select(Selection(prompts=["mosaic"]))
+    assert 0 < len(some) < len(begun)
+    assert names(pickle.loads(pickle.dumps(some))) == names(some)
+    pickled = [pickle.dumps(one) for one in (begun, some)]
+    generate(root, store, config)
+    for one in pickled:
+        with pytest.raises(StoreError, match=r"shard 0 has other edits than when .* build the dataset again"):
+            pickle.loads(one)
+
+
 # Before a run ---------------------------------------------------------------------------------------------------------
 
 

@@ -161,8 +161,8 @@ class EditStore:
         if self._base is not None:
             return _restored, (self._base, self.catalog, self._rows, self.starts)
         if self.mirror is not None:
-            return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._shards)
-        return _reopen, (self.path, self.catalog, self._shards)
+            return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._tars.sizes)
+        return _reopen, (self.path, self.catalog, self._tars.sizes)
 
     def __len__(self) -> int:
         """The number of edits."""
@@ -635,15 +635,16 @@ def _restored(base: EditStore, catalog: Catalog, rows: NDArray[np.int64], starts
     return base._derived(catalog, rows, starts)
 
 
-def _reopen(path: Path, catalog: Catalog, shards: tuple[int, ...]) -> EditStore:
-    """Open a store with these shards, whatever was added since."""
+def _reopen(path: Path, catalog: Catalog, sizes: Sizes) -> EditStore:
+    """Open a store with the shards of these sizes, whatever was added since."""
     header = Header.read(path)
-    index, _ = _open_index(path, header, len(catalog), shards, None)
+    index, _ = _open_index(path, header, len(catalog), tuple(sizes), None)
+    _check_unchanged(str(path), index.sizes, sizes)
     return EditStore(path, header, catalog, index, None)
 
 
-def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> EditStore:
-    """Open a store at a URL with these shards, perhaps on another machine."""
+def _reopen_mirrored(url: str, fingerprint: str, sizes: Sizes) -> EditStore:
+    """Open a store at a URL with the shards of these sizes, perhaps on another machine."""
     with _reached(EDITS, url) as (path, mirror):
         header, catalog = Header.read(path), open_catalog(path)
         if catalog.fingerprint != fingerprint:
@@ -651,8 +652,18 @@ def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> Edi
                 f"{url}: the store was replaced by one of other originals while another process was using it; build "
                 "the dataset again."
             )
-        index, _ = _open_index(path, header, len(catalog), shards, mirror)
+        index, _ = _open_index(path, header, len(catalog), tuple(sizes), mirror)
+        _check_unchanged(url, index.sizes, sizes)
         return EditStore(path, header, catalog, index, mirror)
+
+
+def _check_unchanged(where: str, found: Sizes, sizes: Sizes) -> None:
+    """Raise StoreError if a shard has other edits now: rows of the index would be those of other originals."""
+    if changed := [number for number in sizes if found[number] != sizes[number]]:
+        raise StoreError(
+            f"{where}: shard {changed[0]} has other edits than when this process's dataset was built, since "
+            "`dali-diffusemix generate` has gone on with it; build the dataset again."
+        )
 
 
 class Places(NamedTuple):
@@ -670,7 +681,7 @@ class RawShards:
         """Use `EditStore.raw_shards` and `OriginalStore.raw_shards`."""
         self._tars, self._kind, self._hashes = tars, kind, hashes
         self.where = repr(tars.where)
-        self.sizes = {number: size for number, (size, *_) in sorted(tars._sizes.items())}  # bytes of each
+        self.sizes = {number: size for number, (size, *_) in sorted(tars.sizes.items())}  # bytes of each
         ends = itertools.accumulate(self.sizes.values(), initial=0)
         self.starts = dict(zip(self.sizes, ends, strict=False))  # where each begins
         self.bytes = sum(self.sizes.values())
@@ -702,7 +713,7 @@ class _Tars:
         self.mirror = mirror
         self._kind = kind
         self._store = store
-        self._sizes = sizes
+        self.sizes = sizes
         self._open = lru_cache(_OPEN_SHARDS)(lambda number: open_tar(kind, store, number, sizes[number][0]))
         self._map = lru_cache(_OPEN_SHARDS)(lambda number: map_tar(kind, store, number, sizes[number][0]))
         if mirror is not None:
@@ -713,7 +724,7 @@ class _Tars:
         tar: Callable[[int], OpenFile] = self._open
         if self.mirror is not None:
             tar = self._fetched
-            known = [number for number in np.unique(rows["shard"]).tolist() if number in self._sizes]
+            known = [number for number in np.unique(rows["shard"]).tolist() if number in self.sizes]
             self.mirror.prefetch([self._kind.shard(number) for number in known])
         extents: list[Extent | DecodeError] = []
         for number, offset, length in zip(
@@ -749,8 +760,8 @@ class _Tars:
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         """(shards,) bytes of the tar of each; 0 for those that are not there."""
-        ends = np.zeros(max(self._sizes, default=0) + 1, dtype=np.int64)
-        ends[list(self._sizes)] = [size for size, *_ in self._sizes.values()]
+        ends = np.zeros(max(self.sizes, default=0) + 1, dtype=np.int64)
+        ends[list(self.sizes)] = [size for size, *_ in self.sizes.values()]
         return ends
 
     def stretches(self, index: NDArray[np.void], images: NDArray[np.int64]) -> Stretches:
@@ -783,8 +794,8 @@ class _Tars:
     def raw(self) -> "RawShards":
         """The shards of a raw store."""
         if self.mirror is not None:
-            self.mirror.copy_tables([self._kind.shard(number) for number in self._sizes])
-        records = {number: ShardRecord.read(self._kind, self._store, number) for number in self._sizes}
+            self.mirror.copy_tables([self._kind.shard(number) for number in self.sizes])
+        records = {number: ShardRecord.read(self._kind, self._store, number) for number in self.sizes}
         return RawShards(self, self._kind, {number: record.hashes["tar"] for number, record in records.items()})
 
     def encoded(self, row: np.void) -> NDArray[np.uint8]:
@@ -798,7 +809,7 @@ class _Tars:
 
     def _check(self, number: int, offset: int, length: int) -> None:
         """Raise StoreError if a row of a damaged index lies in no shard."""
-        if number not in self._sizes or not (offset >= 0 and 0 < length <= self._sizes[number][0] - offset):
+        if number not in self.sizes or not (offset >= 0 and 0 < length <= self.sizes[number][0] - offset):
             raise self._damaged(number, offset, length)
 
     def _damaged(self, number: int, offset: int, length: int) -> StoreError:
