@@ -446,10 +446,21 @@ def test_some_edits_at_load_time(
     assert 0 < len(bright) == ((values >= least) & (whole.index["prompt"] != 1)).sum()
     # What was added since has no score, and says so.
     generate(root, store, with_fields(prompts=("rainbow",)))
+    edits = EditStore.open(store)
     with pytest.raises(StoreError, match=r"3 of 6 shards have no scores 'bright'.*it scores these alone"):
         used(min_score={"bright": least})
     with pytest.raises(ConfigError, match=r"min_score must be numbers, found '0.5'"):
         used(min_score="0.5")
+    assert len(used(min_score=np.float32(0))) == len(used(min_score=0)) == len(edits)
+    for nothing in ({"prompts": []}, {"min_score": 2}, {"exclude": edits.prompts}, {"min_score": {"quality": 2}}):
+        with pytest.raises(ConfigError, match=r"must leave some of the \d+ edits of .* which leaves none"):
+            used(**nothing)
+    for field, value in (("exclude", None), ("prompts", 5), ("exclude", {"ants": None})):
+        with pytest.raises(ConfigError, match=f"{field} must be prompts, found .*; write a list"):
+            used(**{field: value})
+    # A typo would train on what was to be left out.
+    with pytest.raises(ConfigError, match=r"exclude must name classes of .*, found 'antz'; these are 'ants', 'bees'\."):
+        used(exclude={"antz": ["mosaic"]})
     with pytest.raises(ConfigError, match="prompts, exclude and min_score must be left out without edits"):
         DiffuseMixDataset(root, crop=TrainCrop(32), prompts=["autumn"])
 

@@ -351,7 +351,7 @@ class EditStore:
         index = self.index
         mask = table[self.catalog.labels[index["original"]], index["prompt"]]
         for name, least in selection.least.items():
-            mask &= self._scores(name, index) >= least
+            mask &= self._scores(name, index) >= float(least)
         return self._only(mask)
 
     def _scores(self, name: str, index: NDArray[np.void]) -> NDArray[np.float32]:
