@@ -293,6 +293,27 @@ def test_what_quality_rejected_and_what_could_not_be_read(root: Path, tmp_path: 
         generate(root, store, strict, redo=["all"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("harm", ["lost", "changed"])
+def test_the_file_of_an_order_that_is_lost(root: Path, tmp_path: Path, harm: str) -> None:
+    """What is there can be trained on; no run can go on, and `verify` says so."""
+    store = tmp_path / "store"
+    generate(root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}))
+    (file,) = (store / "orders").iterdir()
+    whole = file.read_bytes()
+    if harm == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] + b"\x07")
+    (problem,) = verify(store).problems
+    what = "cannot be read" if harm == "lost" else "has changed since it was written"
+    assert problem.shard is None and problem.file == f"orders/{file.name}" and what in problem.what
+    assert len(EditStore.open(store)) == ANTS + 2 * BEES
+    with pytest.raises(StoreError, match=f"{file.name}.*{what}.*bring back a copy of it, or make a new store"):
+        generate(root, store, CONFIG)
+    file.write_bytes(whole)
+    assert not verify(store).problems and generate(root, store, CONFIG).made == ANTS
+
+
 def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> None:
     from dali_diffusemix import pack
 

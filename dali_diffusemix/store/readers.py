@@ -593,6 +593,16 @@ def index_is_current(path: Path) -> bool:
     return same and bool(np.array_equal(found.starts, index.starts))
 
 
+def order_problems(path: Path) -> Iterator[tuple[str, str]]:
+    """The orders of a store whose file cannot be used: the file, relative to the store, and what is wrong."""
+    if _kind_of(path) is EDITS:
+        for order in Header.read(path).orders:
+            try:
+                order.table(path)
+            except StoreError as error:
+                yield order.file, str(error)
+
+
 def shard_records(path: Path) -> tuple[list[ShardRecord | DamagedShard], int]:
     """The finished shards of a store of either kind, by number, and the number of all. Raises StoreError."""
     kind = _kind_of(path)
