@@ -114,6 +114,7 @@ class GenerateConfig:
         if not isinstance(given.get("editor"), EditorConfig):
             given["editor"] = editor_of_store(settings, given.get("editor"))
         only = {prompt: rule.only for prompt, rule in header.rules.items() if rule.only is not None}
+        of_some = set(chain.from_iterable(given.get("class_prompts", {}).values()))  # from now on
         stored: dict[str, Any] = {
             name: settings[name]
             for name in ("size", "edit_size", "seed", "retry", "format", "quality")
@@ -126,7 +127,7 @@ class GenerateConfig:
             "thresholds": quality.Thresholds(
                 **{name: settings[f"threshold {name}"] for name in quality.Thresholds().settings()}
             ),
-            "prompts": tuple(prompt for prompt in header.prompts if prompt not in only),
+            "prompts": tuple(prompt for prompt in header.prompts if prompt not in only and prompt not in of_some),
             "class_prompts": _turned(
                 {prompt: of for prompt, of in only.items() if prompt not in given.get("prompts", ())}
             ),
@@ -284,12 +285,6 @@ class PromptFile:
         prompts = _strings(file, "prompts", content.get("prompts", list(PROMPTS)))
         class_prompts = _table(file, "class_prompts", content.get("class_prompts", {}))
         deny = _table(file, "deny", content["deny"]) if "deny" in content else None
-        known = {*prompts, *chain.from_iterable(class_prompts.values())}
-        for pattern, names_denied in (deny or {}).items():
-            if unknown := [prompt for prompt in names_denied if prompt not in known]:
-                raise ConfigError(
-                    f"prompts: {str(file)!r} denies {unknown[0]!r} to {pattern!r}, but its prompts are {sorted(known)}."
-                )
         return cls(
             prompts=prompts,
             class_prompts=class_prompts,
