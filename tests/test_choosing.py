@@ -25,6 +25,8 @@ from dali_diffusemix.generate.editors import EditTask
 from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.estimate import estimate
 from dali_diffusemix.generate.run import edits_to_make
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.inspect.export import export
 from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
@@ -340,6 +342,28 @@ def test_a_store_without_edits_takes_other_settings(root: Path, tmp_path: Path) 
     assert EditStore.open(store).settings["size"] == 48
     with pytest.raises(StoreError, match="size: 48 in the store, 32 asked for"):
         generate(root, store, CONFIG)
+
+
+def test_an_export_has_what_is_used(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    generate(root, store, with_fields(deny={"ants": ("mosaic",)}, variants=2))
+    Decisions.of(store).add("reject", names(EditStore.open(store))[1:3])
+    generate(root, store, with_fields(deny={"b*": ("mosaic",)}), redo=["rejected"])
+    edits = EditStore.open(store)
+    whole, copies = EditStore.index.fget, []
+
+    def counted(edits: EditStore) -> Any:
+        copies.append(edits)
+        return whole(edits)
+
+    monkeypatch.setattr(EditStore, "index", property(counted))
+    made = export(root, store, tmp_path / "out")
+    assert (made.originals, made.edits, made.left_out) == (ANTS + BEES, len(edits), 0)
+    assert len(copies) < 5  # of a million edits each takes tenths of a second
+    for edit in range(len(edits)):
+        original = edits.catalog.path(int(edits.originals_of(np.array([edit]))[0]))
+        file = tmp_path / "out" / f"{original}.{edits.slug_of(edit)}.{edits.variant_of(edit)}.png"
+        assert np.array_equal(decode(file), decode(edits.encoded(edit)))
 
 
 # A run that was stopped -----------------------------------------------------------------------------------------------
