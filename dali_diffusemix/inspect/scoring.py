@@ -65,7 +65,7 @@ class Scored:
 
     name: str
     by: ScoredBy
-    values: NDArray[np.float32]  # (edits,) of all that have a score, ascending
+    values: NDArray[np.float32]  # (edits,) of all in use that have a score, ascending
     made: int  # edits that this run scored, or tried to
     unreadable: int  # accepted edits without a score, because they or their original cannot be read
 
@@ -175,6 +175,7 @@ def score(
     scorer = load_scorer(scorer) if isinstance(scorer, str) else scorer
     name = scorer.default_name if name is None else name
     values: list[NDArray[np.float32]] = []
+    used = _used(edits)
     left: list[int] = []
     made = unreadable = total = to_make = 0
     with (
@@ -190,7 +191,7 @@ def score(
                 left.append(shard)
                 to_make += accepted
             else:
-                values.append(done[np.isfinite(done)])
+                values.append(done[np.isfinite(done) & used(shard, rows)])
         before = total - to_make
         if progress is not None:
             progress(before, total)
@@ -202,7 +203,7 @@ def score(
                 if progress is not None:
                     progress(before + made + task.done, total)
             column.write(shard, task.rows, scores, task.unreadable)
-            values.append(scores[np.isfinite(scores)])
+            values.append(scores[np.isfinite(scores) & used(shard, task.rows)])
             made, unreadable = made + task.done, unreadable + task.unreadable
             if progress is not None:
                 progress(before + made, total)
@@ -221,6 +222,15 @@ def _check_root(edits: EditStore, originals: FoundOriginals) -> None:
             f"root must be the folder of the originals, found {str(root)!r}, in which none of {len(tried)} tried can "
             f"be read (the first is {edits.catalog.path(int(tried[0]))!r}); give the right one as --root."
         )
+
+
+def _used(edits: EditStore) -> Callable[[int, NDArray[np.void]], NDArray[np.bool_]]:
+    """Tells (n,) rows of a shard that are used: not replaced, not rejected by hand, wanted by the rules."""
+    index = edits.index
+    order = np.argsort(index["shard"], kind="stable")
+    shards, starts = np.unique(index["shard"][order], return_index=True)
+    offsets = dict(zip(shards.tolist(), np.split(index["offset"][order], starts[1:]), strict=False))
+    return lambda shard, rows: _accepted(rows) & np.isin(rows["offset"], offsets.get(shard, ()))
 
 
 def _accepted(rows: NDArray[np.void]) -> NDArray[np.bool_]:
