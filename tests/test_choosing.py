@@ -160,6 +160,21 @@ def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: Fractal
         generate(root, store, with_fields(deny={"ants": ("snow",)}))
 
 
+def test_names_of_no_class_are_said(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may come to be classes; but a typo in `deny` would train on edits that show another class."""
+    config = with_fields(deny={"antz": ("mosaic",)}, class_prompts={"w*": ("snowy",)}, class_names={"bee": "a bee"})
+    generate(root, tmp_path / "store", config)
+    texts = [record.getMessage() for record in caplog.records]
+    for name in ("deny: 'antz'", "class_prompts: 'w*'", "class_names: 'bee'"):
+        assert f"{name} is no class of these originals; their classes are 'ants', 'bees'." in texts
+    caplog.clear()
+    write_photograph(root / "wasps" / "0.jpg", 60, 40, 50)
+    index(root, refresh=True)
+    right = with_fields(deny={"ant?": ("mosaic",)}, class_prompts={"w*": ("snowy",)}, class_names={"bees": "a bee"})
+    generate(root, tmp_path / "store", right)
+    assert not caplog.records
+
+
 class Words:
     """An editor that writes down what it is told, and shifts colours by it."""
 
