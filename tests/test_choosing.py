@@ -160,6 +160,42 @@ def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: Fractal
         generate(root, store, with_fields(deny={"ants": ("snow",)}))
 
 
+def test_what_a_run_does_not_name_stays(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(
+        root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}, deny={"ants": ("autumn",)})
+    )
+    before = dict(Header.read(store).rules)
+    assert generate(root, store, with_fields(prompts=("snowy",), deny={"bees": ("snowy",)})).verdicts["accepted"] > 0
+    assert before.items() <= Header.read(store).rules.items() and set(before) == {"autumn", "mosaic"}
+    assert counts(EditStore.open(store)) == {
+        ("bees", "autumn"): BEES,
+        ("bees", "mosaic"): BEES,
+        ("ants", "snowy"): ANTS,
+    }
+
+
+def test_only_what_the_rules_want_is_made_again(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    whole = EditStore.open(store)
+    Decisions.of(store).add("reject", [name for name in names(whole) if name.prompt == "mosaic"])
+    assert generate(root, store, with_fields(deny={"ants": ("mosaic",)}), redo=["rejected"]).made == BEES
+    assert Header.read(store).orders[0].edits == BEES
+
+
+def test_what_was_denied_is_ordered_once(root: Path, tmp_path: Path) -> None:
+    """Also if the run that ordered it was stopped before it was made."""
+    store = tmp_path / "store"
+    generate(root, store, with_fields(deny={"ants": ("mosaic",)}))
+    assert generate(root, store, with_fields(deny={})).made == ANTS
+    files, (order,) = content(store), Header.read(store).orders
+    for number in range(order.first_shard, order.first_shard + order.shard_count):
+        (store / "shards" / f"edits-{number:06d}.json").unlink()
+    assert generate(root, store, CONFIG).made == ANTS
+    assert Header.read(store).orders == (order,) and content(store) == files
+
+
 def test_names_of_no_class_are_said(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """They may come to be classes; but a typo in `deny` would train on edits that show another class."""
     config = with_fields(deny={"antz": ("mosaic",)}, class_prompts={"w*": ("snowy",)}, class_names={"bee": "a bee"})
