@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +15,7 @@ from dali_diffusemix.store.index import edit_keys
 from dali_diffusemix.store.layout import Rule
 
 _SHOWN: Final = 10  # classes that an error names
+_NUMBER: Final = (int, float, np.integer, np.floating)
 
 
 def rejected_by_hand(
@@ -65,7 +65,7 @@ class Selection:
             if not isinstance(given, Collection) and (name, given) != ("prompts", None):
                 raise ConfigError(f"{name} must be prompts, found {given!r}; write a list, or leave it out.")
         for least in self.least.values():
-            if isinstance(least, bool) or not isinstance(least, Real) or not np.isfinite(float(least)):
+            if isinstance(least, bool) or not isinstance(least, _NUMBER) or not np.isfinite(least):
                 raise ConfigError(f"min_score must be numbers, found {least!r}.")
 
     @property
