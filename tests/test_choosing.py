@@ -1,8 +1,10 @@
 """Edits that are chosen: prompts of some classes, rules that change, edits that people reject, edits made again."""
 
 import dataclasses
+import os
 import pickle
 import shutil
+import signal
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +19,14 @@ from numpy.typing import NDArray
 from dali_diffusemix.catalog import index
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import FractalBank
-from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
 from dali_diffusemix.generate.config import class_name
 from dali_diffusemix.generate.editors import EditTask
+from dali_diffusemix.generate.engines.local import LocalEngine
 from dali_diffusemix.generate.estimate import estimate
+from dali_diffusemix.generate.run import edits_to_make
+from dali_diffusemix.images.codec import decode
+from dali_diffusemix.inspect.export import export
 from dali_diffusemix.inspect.gallery import current_rows
 from dali_diffusemix.inspect.scoring import score
 from dali_diffusemix.inspect.verify import verify
@@ -35,7 +41,7 @@ from dali_diffusemix.store import (
     StoreWriter,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.layout import Header
+from dali_diffusemix.store.layout import NOT_YET, Header
 from dali_diffusemix.store.scores import Scores
 
 CONFIG = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3, batch_size=2)
@@ -161,10 +167,59 @@ def test_rules_change_and_no_file_does(root: Path, tmp_path: Path, bank: Fractal
     # All classes, then some.
     assert uses(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}) == 0
     assert ("ants", "mosaic") not in counts(EditStore.open(store))
-    with pytest.warns(UserWarning, match="deny: 'roses' matches none of the classes, so it has no effect"):
-        generate(root, store, with_fields(deny={"roses": ("mosaic",)}))
     with pytest.raises(ConfigError, match="deny must name prompts of this run or of the store, found 'snow'"):
         generate(root, store, with_fields(deny={"ants": ("snow",)}))
+
+
+def test_what_a_run_does_not_name_stays(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(
+        root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}, deny={"ants": ("autumn",)})
+    )
+    before = dict(Header.read(store).rules)
+    assert generate(root, store, with_fields(prompts=("snowy",), deny={"bees": ("snowy",)})).verdicts["accepted"] > 0
+    assert before.items() <= Header.read(store).rules.items() and set(before) == {"autumn", "mosaic"}
+    assert counts(EditStore.open(store)) == {
+        ("bees", "autumn"): BEES,
+        ("bees", "mosaic"): BEES,
+        ("ants", "snowy"): ANTS,
+    }
+
+
+def test_only_what_the_rules_want_is_made_again(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    whole = EditStore.open(store)
+    Decisions.of(store).add("reject", [name for name in names(whole) if name.prompt == "mosaic"])
+    assert generate(root, store, with_fields(deny={"ants": ("mosaic",)}), redo=["rejected"]).made == BEES
+    assert Header.read(store).orders[0].edits == BEES
+
+
+def test_what_was_denied_is_ordered_once(root: Path, tmp_path: Path) -> None:
+    """Also if the run that ordered it was stopped before it was made."""
+    store = tmp_path / "store"
+    generate(root, store, with_fields(deny={"ants": ("mosaic",)}))
+    assert generate(root, store, with_fields(deny={})).made == ANTS
+    files, (order,) = content(store), Header.read(store).orders
+    for number in range(order.first_shard, order.first_shard + order.shard_count):
+        (store / "shards" / f"edits-{number:06d}.json").unlink()
+    assert generate(root, store, CONFIG).made == ANTS
+    assert Header.read(store).orders == (order,) and content(store) == files
+
+
+def test_names_of_no_class_are_said(root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """They may come to be classes; but a typo in `deny` would train on edits that show another class."""
+    config = with_fields(deny={"antz": ("mosaic",)}, class_prompts={"w*": ("snowy",)}, class_names={"bee": "a bee"})
+    generate(root, tmp_path / "store", config)
+    texts = [record.getMessage() for record in caplog.records]
+    for name in ("deny: 'antz'", "class_prompts: 'w*'", "class_names: 'bee'"):
+        assert f"{name} is no class of these originals; their classes are 'ants', 'bees'." in texts
+    caplog.clear()
+    write_photograph(root / "wasps" / "0.jpg", 60, 40, 50)
+    index(root, refresh=True)
+    right = with_fields(deny={"ant?": ("mosaic",)}, class_prompts={"w*": ("snowy",)}, class_names={"bees": "a bee"})
+    generate(root, tmp_path / "store", right)
+    assert not caplog.records
 
 
 class Words:
@@ -307,6 +362,27 @@ def test_what_quality_rejected_and_what_could_not_be_read(root: Path, tmp_path: 
         generate(root, store, strict, redo=["all"])  # type: ignore[list-item]
 
 
+@pytest.mark.parametrize("harm", ["lost", "changed"])
+def test_the_file_of_an_order_that_is_lost(root: Path, tmp_path: Path, harm: str) -> None:
+    """What is there can be trained on; no run can go on, and `verify` says so."""
+    store = tmp_path / "store"
+    generate(root, store, with_fields(prompts=("autumn",), class_prompts={"bees": ("mosaic",)}))
+    (file,) = (store / "orders").iterdir()
+    whole = file.read_bytes()
+    if harm == "lost":
+        file.unlink()
+    else:
+        file.write_bytes(whole[:-1] + b"\x07")
+    (problem,) = verify(store).problems
+    what = "cannot be read" if harm == "lost" else "has changed since it was written"
+    assert problem.shard is None and problem.file == f"orders/{file.name}" and what in problem.what
+    assert len(EditStore.open(store)) == ANTS + 2 * BEES
+    with pytest.raises(StoreError, match=f"{file.name}.*{what}.*bring back a copy of it, or make a new store"):
+        generate(root, store, CONFIG)
+    file.write_bytes(whole)
+    assert not verify(store).problems and generate(root, store, CONFIG).made == ANTS
+
+
 def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> None:
     from dali_diffusemix import pack
 
@@ -333,6 +409,77 @@ def test_a_store_without_edits_takes_other_settings(root: Path, tmp_path: Path) 
     assert EditStore.open(store).settings["size"] == 48
     with pytest.raises(StoreError, match="size: 48 in the store, 32 asked for"):
         generate(root, store, CONFIG)
+
+
+def test_an_export_has_what_is_used(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = tmp_path / "store"
+    generate(root, store, with_fields(deny={"ants": ("mosaic",)}, variants=2))
+    Decisions.of(store).add("reject", names(EditStore.open(store))[1:3])
+    generate(root, store, with_fields(deny={"b*": ("mosaic",)}), redo=["rejected"])
+    edits = EditStore.open(store)
+    whole, copies = EditStore.index.fget, []
+
+    def counted(edits: EditStore) -> Any:
+        copies.append(edits)
+        return whole(edits)
+
+    monkeypatch.setattr(EditStore, "index", property(counted))
+    made = export(root, store, tmp_path / "out")
+    assert (made.originals, made.edits, made.left_out) == (ANTS + BEES, len(edits), 0)
+    assert len(copies) < 5  # of a million edits each takes tenths of a second
+    for edit in range(len(edits)):
+        original = edits.catalog.path(int(edits.originals_of(np.array([edit]))[0]))
+        file = tmp_path / "out" / f"{original}.{edits.slug_of(edit)}.{edits.variant_of(edit)}.png"
+        assert np.array_equal(decode(file), decode(edits.encoded(edit)))
+
+
+# A run that was stopped -----------------------------------------------------------------------------------------------
+
+
+def stopped(root: Path, store: Path, config: GenerateConfig) -> None:
+    """Begin a store and press Ctrl-C after the first batch: its open shard has edits that are not made yet."""
+    pressed: list[int] = []
+
+    def progress(done: int, total: int) -> None:
+        if done and not pressed:
+            pressed.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        generate(root, store, config, engine=LocalEngine(("cpu",)), progress=progress)
+
+
+def test_an_estimate_of_a_shard_that_was_begun(root: Path, tmp_path: Path) -> None:
+    """What the rules deny is neither made nor counted."""
+    store, config = tmp_path / "store", with_fields(originals_per_shard=100, deny={"ants": ("mosaic",)})
+    stopped(root, store, config)
+    with pytest.warns(UnfinishedStoreWarning):
+        left = int((EditStore.open(store).shard_rows(0)["verdict"] == VERDICTS.index(NOT_YET)).sum())
+    assert 0 < left < 2 * (ANTS + BEES)
+    counted = edits_to_make(root, store, config, catalog=index(root))
+    before = generate(root, tmp_path / "other", config).verdicts["accepted"]
+    with pytest.warns(UnfinishedStoreWarning):
+        there = len(EditStore.open(store))
+    assert counted == before - there
+    anew = dataclasses.replace(config, deny={})
+    counted = edits_to_make(root, store, anew, catalog=index(root))
+    assert counted == generate(root, store, anew).made == 2 * (ANTS + BEES) - there
+
+
+def test_a_pickled_store_whose_shard_was_gone_on_with(root: Path, tmp_path: Path) -> None:
+    """Its rows would be those of other originals: it is refused."""
+    store, config = tmp_path / "store", with_fields(originals_per_shard=100)
+    stopped(root, store, config)
+    with pytest.warns(UnfinishedStoreWarning):
+        begun = EditStore.open(store)
+    some = begun.select(Selection(prompts=["mosaic"]))
+    assert 0 < len(some) < len(begun)
+    assert names(pickle.loads(pickle.dumps(some))) == names(some)
+    pickled = [pickle.dumps(one) for one in (begun, some)]
+    generate(root, store, config)
+    for one in pickled:
+        with pytest.raises(StoreError, match=r"shard 0 has other edits than when .* build the dataset again"):
+            pickle.loads(one)
 
 
 # Before a run ---------------------------------------------------------------------------------------------------------
@@ -397,10 +544,8 @@ def test_some_edits_at_load_time(
     assert len(used(min_score={"quality": least}, prompts=["autumn"])) < len(good)
     with pytest.raises(ConfigError, match=r"prompts must be prompts of .*store', found 'winter'; these are"):
         used(prompts=["winter"])
-    with pytest.raises(ConfigError, match=r"must leave some of the 42 edits of .*, found none left by Selection"):
+    with pytest.raises(ConfigError, match="must leave some of the 42 edits of"):
         used(min_score=2)
-    with pytest.warns(UserWarning, match=r"exclude: 'wasps' matches none of the classes.* 'ants', 'bees'"):
-        used(exclude={"wasps": ["mosaic"]})
     with pytest.raises(ConfigError, match="exclude must be prompts, found the text 'mosaic'"):
         used(exclude="mosaic")
     with pytest.raises(StoreError, match="there are no scores 'clip', it has none; run `dali-diffusemix score STORE"):
@@ -413,10 +558,21 @@ def test_some_edits_at_load_time(
     assert 0 < len(bright) == ((values >= least) & (whole.index["prompt"] != 1)).sum()
     # What was added since has no score, and says so.
     generate(root, store, with_fields(prompts=("rainbow",)))
+    edits = EditStore.open(store)
     with pytest.raises(StoreError, match=r"3 of 6 shards have no scores 'bright'.*it scores these alone"):
         used(min_score={"bright": least})
     with pytest.raises(ConfigError, match=r"min_score must be numbers, found '0.5'"):
         used(min_score="0.5")
+    assert len(used(min_score=np.float32(0))) == len(used(min_score=0)) == len(edits)
+    for nothing in ({"prompts": []}, {"min_score": 2}, {"exclude": edits.prompts}, {"min_score": {"quality": 2}}):
+        with pytest.raises(ConfigError, match=r"must leave some of the \d+ edits of .* which leaves none"):
+            used(**nothing)
+    for field, value in (("exclude", None), ("prompts", 5), ("exclude", {"ants": None})):
+        with pytest.raises(ConfigError, match=f"{field} must be prompts, found .*; write a list"):
+            used(**{field: value})
+    # A typo would train on what was to be left out.
+    with pytest.raises(ConfigError, match=r"exclude must name classes of .*, found 'antz'; these are 'ants', 'bees'\."):
+        used(exclude={"antz": ["mosaic"]})
     with pytest.raises(ConfigError, match="prompts, exclude and min_score must be left out without edits"):
         DiffuseMixDataset(root, crop=TrainCrop(32), prompts=["autumn"])
 
@@ -458,8 +614,8 @@ def test_a_selection_under_another_catalog(root: Path, tmp_path: Path) -> None:
 STEPS = """
 import os, signal, sys
 from pathlib import Path
-from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.store import VERDICTS, Decisions, EditName, EditStore
+from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
+from dali_diffusemix.store import Decisions, EditName, EditStore
 sys.path.insert(0, sys.argv[4])
 from test_choosing import names, steps
 left = [-1]

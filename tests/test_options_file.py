@@ -161,7 +161,7 @@ def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
         ("part = 3", "part must be a string, found 3"),
         ("size = ", "config must be a TOML file, found '.*edits.toml'.*--print-config"),
         ("prompts = 'autumn,snowy'", "prompts must be a list of strings, found 'autumn,snowy'"),
-        ("prompts = ['autumn']\n[deny]\nx = ['snowy']", "denies 'snowy' to 'x'"),
+        ("prompts = ['autumn']\n[deny]\nx = ['snowy']", "deny must name prompts of .*, found 'snowy' for 'x'"),
         ("deny = 3", r"\[deny\] must be a table"),
         ("steps = 20", "steps must be left out for the procedural editor, found 20; name a model as editor"),
         ("engine = 'slurm'", "engine must be 'local' or 'ray', found 'slurm'"),
@@ -243,6 +243,33 @@ def test_what_is_not_given_is_the_stores(root: Path, tmp_path: Path, monkeypatch
     assert "format: 'png' in the store" in refused
     refused = run("generate", root, store, "--device", "cpu", "--editor", "test_options_file:Framed", code=1).stderr
     assert "editor: 'procedural' in the store, 'test_options_file:Framed' asked for" in refused
+
+
+def test_classes_in_a_file_without_the_stores_prompts(root: Path, tmp_path: Path) -> None:
+    """Rules may name prompts of the store that the file does not."""
+    store = tmp_path / "edits"
+    made = run_json("generate", root, store, "--device", "cpu", "--size", 32, "--prompts", "autumn,snowy,mosaic")[
+        "made"
+    ]
+    assert made == 3 * 4
+
+    def used(text: str) -> set[tuple[str, str]]:
+        assert run_json("generate", root, store, "--device", "cpu", "--config", file(tmp_path, text))["made"] == 0
+        edits = EditStore.open(store)
+        classes = edits.catalog.labels[edits.index["original"]]
+        return {
+            (edits.prompts[prompt], f"class {label}")
+            for prompt, label in zip(edits.index["prompt"], classes, strict=True)
+        }
+
+    every = {(prompt, name) for prompt in ("autumn", "snowy", "mosaic") for name in ("class 0", "class 1")}
+    without = every - {("snowy", "class 0"), ("snowy", "class 1")}
+    assert used('prompts = ["autumn"]\n[deny]\n"*" = ["snowy"]\n') == without
+    # A prompt of all classes becomes one of some.
+    assert used('[class_prompts]\n"class 1" = ["mosaic"]\n') == without - {("mosaic", "class 0")}
+    text = 'prompts = ["mosaic"]\n[class_prompts]\n"class 1" = ["mosaic"]\n'
+    refused = run("generate", root, store, "--config", file(tmp_path, text), code=1).stderr
+    assert "class_prompts: 'class 1' must have prompts of its own, found 'mosaic'" in refused
 
 
 def test_the_editor_of_a_store() -> None:

@@ -28,7 +28,7 @@ from dali_diffusemix.generate.run import runs_log
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.inspect.scoring import load_scorer, score
 from dali_diffusemix.inspect.verify import verify
-from dali_diffusemix.store import VERDICTS, EditStore
+from dali_diffusemix.store import VERDICTS, Decisions, EditName, EditStore
 from dali_diffusemix.store.pack import pack
 from dali_diffusemix.store.scores import ScoredBy, Scores
 
@@ -172,6 +172,25 @@ def test_thresholds_keep_what_they_say(store: Path) -> None:
         kept = (found.values >= found.keeping(share)).mean()
         assert kept >= share and (found.values > found.keeping(share)).mean() < share
     assert np.isnan(score(store, "my_scorers:none").keeping(0.95))
+
+
+def test_thresholds_are_of_the_edits_that_are_used(root: Path, store: Path) -> None:
+    """Not of those that people rejected, nor of those that others replaced."""
+    index = EditStore.open(store).index
+    catalog, prompts = EditStore.open(store).catalog, CONFIG.prompts
+    Decisions.of(store).add(
+        "reject",
+        [
+            EditName(catalog.path(int(row["original"])), prompts[row["prompt"]], int(row["variant"]), int(row["shard"]))
+            for row in index[::2]
+        ],
+    )
+    for redo in ((), ("rejected",)):
+        generate(root, store, CONFIG, redo=redo)
+        for _ in range(2):  # scored now, scored before
+            scored = score(store, "my_scorers:brightness")
+            used = Scores.open(store, "brightness").values(EditStore.open(store).index)
+            assert np.array_equal(scored.values, np.sort(used)) and len(used) == len(EditStore.open(store))
 
 
 def test_scores_do_not_depend_on_batches_threads_or_packed_originals(root: Path, store: Path, tmp_path: Path) -> None:

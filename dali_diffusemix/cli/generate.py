@@ -270,6 +270,7 @@ def _config_of(options: GenerateOptions, written: Mapping[str, Any], store: Path
         store: The edit store's folder, which need not exist.
     """
     from dali_diffusemix.generate.config import GenerateConfig
+    from dali_diffusemix.generate.editors import PROMPTS
     from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
     from dali_diffusemix.store import EditStore
 
@@ -279,10 +280,11 @@ def _config_of(options: GenerateOptions, written: Mapping[str, Any], store: Path
     of_editor = _given(options, _EDITOR)
     exists = (store / "store.json").exists()
     if options.prompts is not None and written.get("deny") is not None:
-        # What the file denies waits until its prompt is asked for.
+        # What the file denies waits until its prompt is asked for; a prompt that nothing knows is refused.
         known = {*making["prompts"], *chain.from_iterable(making.get("class_prompts", {}).values())}
         known |= set(EditStore.prompts_at(store)) if exists else set()
-        denied = {name: [prompt for prompt in of if prompt in known] for name, of in written["deny"].items()}
+        later = set(written.get("prompts", PROMPTS)) - known
+        denied = {name: [prompt for prompt in of if prompt not in later] for name, of in written["deny"].items()}
         making["deny"] = {name: of for name, of in denied.items() if of}
     if exists:
         editor = editor_of_store(EditStore.settings_at(store), options.editor, of_editor)

@@ -17,7 +17,6 @@ from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_sto
 from dali_diffusemix.images.codec import RESTARTS, STORED, Stored
 from dali_diffusemix.store import Wish
 from dali_diffusemix.store.layout import Header
-from dali_diffusemix.store.selection import warn_of_unmatched
 
 # Default originals per shard: a model makes their edits in some minutes, the procedural editor in about one.
 _ORIGINALS_BY_MODEL, _ORIGINALS = 64, 512
@@ -117,6 +116,7 @@ class GenerateConfig:
         if not isinstance(given.get("editor"), EditorConfig):
             given["editor"] = editor_of_store(settings, given.get("editor"))
         only = {prompt: rule.only for prompt, rule in header.rules.items() if rule.only is not None}
+        of_some = set(chain.from_iterable(given.get("class_prompts", {}).values()))  # from now on
         stored: dict[str, Any] = {
             name: settings[name]
             for name in ("size", "edit_size", "seed", "retry", "format", "quality")
@@ -131,7 +131,7 @@ class GenerateConfig:
             "thresholds": quality.Thresholds(
                 **{name: settings.get(f"threshold {name}", value) for name, value in limits.items()}
             ),
-            "prompts": tuple(prompt for prompt in header.prompts if prompt not in only),
+            "prompts": tuple(prompt for prompt in header.prompts if prompt not in only and prompt not in of_some),
             "class_prompts": _turned(
                 {prompt: of for prompt, of in only.items() if prompt not in given.get("prompts", ())}
             ),
@@ -146,12 +146,6 @@ class GenerateConfig:
 
     def wish(self, classes: Sequence[str], stored: Mapping[str, str]) -> Wish:
         """The edits that a store of originals of these classes is to have; `stored` are its class names so far."""
-        for name, patterns in (
-            ("class_prompts", self.class_prompts),
-            ("deny", self.deny or {}),
-            ("class_names", self.class_names),
-        ):
-            warn_of_unmatched(name, patterns, classes)
         prompts: dict[str, tuple[str, ...] | None] = dict.fromkeys(self.prompts)
         prompts.update(_turned(self.class_prompts))
         template = getattr(self.editor_config, "template", None) or ""
@@ -295,12 +289,6 @@ class PromptFile:
         prompts = _strings(file, "prompts", content.get("prompts", list(PROMPTS)))
         class_prompts = _table(file, "class_prompts", content.get("class_prompts", {}))
         deny = _table(file, "deny", content["deny"]) if "deny" in content else None
-        known = {*prompts, *chain.from_iterable(class_prompts.values())}
-        for pattern, names_denied in (deny or {}).items():
-            if unknown := [prompt for prompt in names_denied if prompt not in known]:
-                raise ConfigError(
-                    f"prompts: {str(file)!r} denies {unknown[0]!r} to {pattern!r}, but its prompts are {sorted(known)}."
-                )
         return cls(
             prompts=prompts,
             class_prompts=class_prompts,

@@ -16,7 +16,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -47,6 +47,7 @@ from dali_diffusemix.store import (
     StoreWriter,
     UnfinishedStoreWarning,
 )
+from dali_diffusemix.store.layout import Rule
 from dali_diffusemix.store.writer import local_folders
 
 _log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ _log = logging.getLogger(__name__)
 Redoable = Literal["rejected", "unreadable"]
 REDOABLE: Final[tuple[Redoable, ...]] = ("rejected", "unreadable")
 """Names of edits that can be made again."""
+_SHOWN: Final = 10  # classes that a warning names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +140,7 @@ def generate(
         devices = default_devices(config.editor_config.accelerated)
         engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
+        _warn_of_classes(config, writer.catalog.classes)
         writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root))
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
@@ -199,6 +202,24 @@ def _used(store: Path) -> int:
             return len(EditStore.open(store))
         except StoreError:  # no shard is there: another part's are still to be made
             return 0
+
+
+def _warn_of_classes(config: GenerateConfig, classes: Sequence[str]) -> None:
+    """Warn of names of classes that are no classes: with a typo in `deny`, edits of other labels are trained on."""
+    unknown = [
+        f"{field}: {name!r}"
+        for field, names in (("class_prompts", config.class_prompts), ("deny", config.deny or {}))
+        for name in names
+        if not Rule(only=(name,)).applies(classes).any()
+    ]
+    unknown += [f"class_names: {name!r}" for name in config.class_names if name not in classes]
+    for one in unknown:
+        _log.warning(
+            "%s is no class of these originals; their classes are %s%s.",
+            one,
+            ", ".join(map(repr, classes[:_SHOWN])),
+            ", ..." if len(classes) > _SHOWN else "",
+        )
 
 
 def _redo_of(names: Collection[Redoable], root: Path) -> Redo | None:

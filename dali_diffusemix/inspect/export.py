@@ -102,13 +102,13 @@ def export(
                 _write_original(dataset, index, names)
             else:
                 edit = index - count
-                row = edits.index[edit]
+                original = int(edits.originals_of(np.array([edit]))[0])
                 if mixed:
                     data, ending = encode(_bytes_of(dataset, index), quality), ".mixed.jpg"
                 else:
                     data, ending = _file_of(edits, edit, decode_edit(edits, edit))
-                suffix = f".{edits.slug_of(edit)}.{row['variant']}{ending}"
-                _write(names.of(int(row["original"]), suffix), data)
+                suffix = f".{edits.slug_of(edit)}.{edits.variant_of(edit)}{ending}"
+                _write(names.of(original, suffix), data)
         except DecodeError:
             return False
         return True

@@ -24,6 +24,7 @@ from dali_diffusemix.store import (
     ShardRecord,
     UnfinishedStoreWarning,
     index_is_current,
+    order_problems,
     shard_records,
 )
 from dali_diffusemix.store.scores import score_problems
@@ -91,7 +92,8 @@ def verify(
             if progress is not None:
                 progress(done, len(shards))
     problems += _check_whole(path)
-    problems += (Problem(shard=None, file=file, what=what) for file, what in score_problems(path))
+    others = (*order_problems(path), *score_problems(path))
+    problems += (Problem(shard=None, file=file, what=what) for file, what in others)
     records = [shard for shard in shards if isinstance(shard, ShardRecord)]
     return Verification(
         shards=len(shards),

@@ -155,7 +155,13 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
                 raise ConfigError(
                     f"prompts, exclude and min_score must be left out without edits, found {selection}; give edits too."
                 )
-            self.store = self.store.select(selection)
+            offered = self.store
+            self.store = offered.select(selection)
+            if len(offered) and not len(self.store):
+                raise ConfigError(
+                    f"prompts, exclude and min_score must leave some of the {len(offered)} edits of "
+                    f"{str(offered.path)!r}, found {selection}, which leaves none; ask for less, or give no edits."
+                )
         chosen = catalog is not None
         if self.store is not None:
             if catalog is not None:

@@ -63,7 +63,14 @@ from dali_diffusemix.store.layout import (
     UnfinishedStoreWarning,
 )
 from dali_diffusemix.store.ordering import Redo, Wish
-from dali_diffusemix.store.readers import EditStore, OriginalStore, RawShards, index_is_current, shard_records
+from dali_diffusemix.store.readers import (
+    EditStore,
+    OriginalStore,
+    RawShards,
+    index_is_current,
+    order_problems,
+    shard_records,
+)
 from dali_diffusemix.store.selection import Selection
 from dali_diffusemix.store.shards import BegunShard, DamagedShard, OriginalShardWriter, ShardRecord, ShardWriter
 from dali_diffusemix.store.writer import OriginalStoreWriter, StoreWriter
@@ -99,5 +106,6 @@ __all__ = [
     "UnfinishedStoreWarning",
     "Wish",
     "index_is_current",
+    "order_problems",
     "shard_records",
 ]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
+from dali_diffusemix.errors import DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
@@ -161,8 +161,8 @@ class EditStore:
         if self._base is not None:
             return _restored, (self._base, self.catalog, self._rows, self.starts)
         if self.mirror is not None:
-            return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._shards)
-        return _reopen, (self.path, self.catalog, self._shards)
+            return _reopen_mirrored, (self.mirror.url, self.catalog.fingerprint, self._tars.sizes)
+        return _reopen, (self.path, self.catalog, self._tars.sizes)
 
     def __len__(self) -> int:
         """The number of edits."""
@@ -356,12 +356,7 @@ class EditStore:
         index = self.index
         mask = table[self.catalog.labels[index["original"]], index["prompt"]]
         for name, least in selection.least.items():
-            mask &= self._scores(name, index) >= least
-        if len(mask) and not mask.any():
-            raise ConfigError(
-                f"prompts, exclude and min_score must leave some of the {len(mask)} edits of {self._tars.where!r}, "
-                f"found none left by {selection}; to train without edits, leave edits out or set mix=None."
-            )
+            mask &= self._scores(name, index) >= float(least)
         return self._only(mask)
 
     def _scores(self, name: str, index: NDArray[np.void]) -> NDArray[np.float32]:
@@ -603,6 +598,16 @@ def index_is_current(path: Path) -> bool:
     return same and bool(np.array_equal(found.starts, index.starts))
 
 
+def order_problems(path: Path) -> Iterator[tuple[str, str]]:
+    """The orders of a store whose file cannot be used: the file, relative to the store, and what is wrong."""
+    if _kind_of(path) is EDITS:
+        for order in Header.read(path).orders:
+            try:
+                order.table(path)
+            except StoreError as error:
+                yield order.file, str(error)
+
+
 def shard_records(path: Path) -> tuple[list[ShardRecord | DamagedShard], int]:
     """The finished shards of a store of either kind, by number, and the number of all. Raises StoreError."""
     kind = _kind_of(path)
@@ -645,15 +650,16 @@ def _restored(base: EditStore, catalog: Catalog, rows: NDArray[np.int64], starts
     return base._derived(catalog, rows, starts)
 
 
-def _reopen(path: Path, catalog: Catalog, shards: tuple[int, ...]) -> EditStore:
-    """Open a store with these shards, whatever was added since."""
+def _reopen(path: Path, catalog: Catalog, sizes: Sizes) -> EditStore:
+    """Open a store with the shards of these sizes, whatever was added since."""
     header = Header.read(path)
-    index, _ = _open_index(path, header, len(catalog), shards, None)
+    index, _ = _open_index(path, header, len(catalog), tuple(sizes), None)
+    _check_unchanged(str(path), index.sizes, sizes)
     return EditStore(path, header, catalog, index, None)
 
 
-def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> EditStore:
-    """Open a store at a URL with these shards, perhaps on another machine."""
+def _reopen_mirrored(url: str, fingerprint: str, sizes: Sizes) -> EditStore:
+    """Open a store at a URL with the shards of these sizes, perhaps on another machine."""
     with _reached(EDITS, url) as (path, mirror):
         header, catalog = Header.read(path), open_catalog(path)
         if catalog.fingerprint != fingerprint:
@@ -661,8 +667,18 @@ def _reopen_mirrored(url: str, fingerprint: str, shards: tuple[int, ...]) -> Edi
                 f"{url}: the store was replaced by one of other originals while another process was using it; build "
                 "the dataset again."
             )
-        index, _ = _open_index(path, header, len(catalog), shards, mirror)
+        index, _ = _open_index(path, header, len(catalog), tuple(sizes), mirror)
+        _check_unchanged(url, index.sizes, sizes)
         return EditStore(path, header, catalog, index, mirror)
+
+
+def _check_unchanged(where: str, found: Sizes, sizes: Sizes) -> None:
+    """Raise StoreError if a shard has other edits now: rows of the index would be those of other originals."""
+    if changed := [number for number in sizes if found[number] != sizes[number]]:
+        raise StoreError(
+            f"{where}: shard {changed[0]} has other edits than when this process's dataset was built, since "
+            "`dali-diffusemix generate` has gone on with it; build the dataset again."
+        )
 
 
 class Places(NamedTuple):
@@ -680,7 +696,7 @@ class RawShards:
         """Use `EditStore.raw_shards` and `OriginalStore.raw_shards`."""
         self._tars, self._kind, self._hashes = tars, kind, hashes
         self.where = repr(tars.where)
-        self.sizes = {number: size for number, (size, *_) in sorted(tars._sizes.items())}  # bytes of each
+        self.sizes = {number: size for number, (size, *_) in sorted(tars.sizes.items())}  # bytes of each
         ends = itertools.accumulate(self.sizes.values(), initial=0)
         self.starts = dict(zip(self.sizes, ends, strict=False))  # where each begins
         self.bytes = sum(self.sizes.values())
@@ -712,7 +728,7 @@ class _Tars:
         self.mirror = mirror
         self._kind = kind
         self._store = store
-        self._sizes = sizes
+        self.sizes = sizes
         self._open = lru_cache(_OPEN_SHARDS)(lambda number: open_tar(kind, store, number, sizes[number][0]))
         self._map = lru_cache(_OPEN_SHARDS)(lambda number: map_tar(kind, store, number, sizes[number][0]))
         if mirror is not None:
@@ -723,7 +739,7 @@ class _Tars:
         tar: Callable[[int], OpenFile] = self._open
         if self.mirror is not None:
             tar = self._fetched
-            known = [number for number in np.unique(rows["shard"]).tolist() if number in self._sizes]
+            known = [number for number in np.unique(rows["shard"]).tolist() if number in self.sizes]
             self.mirror.prefetch([self._kind.shard(number) for number in known])
         extents: list[Extent | DecodeError] = []
         for number, offset, length in zip(
@@ -759,8 +775,8 @@ class _Tars:
     @cached_property
     def _ends(self) -> NDArray[np.int64]:
         """(shards,) bytes of the tar of each; 0 for those that are not there."""
-        ends = np.zeros(max(self._sizes, default=0) + 1, dtype=np.int64)
-        ends[list(self._sizes)] = [size for size, *_ in self._sizes.values()]
+        ends = np.zeros(max(self.sizes, default=0) + 1, dtype=np.int64)
+        ends[list(self.sizes)] = [size for size, *_ in self.sizes.values()]
         return ends
 
     def stretches(self, index: NDArray[np.void], images: NDArray[np.int64]) -> Stretches:
@@ -793,8 +809,8 @@ class _Tars:
     def raw(self) -> "RawShards":
         """The shards of a raw store."""
         if self.mirror is not None:
-            self.mirror.copy_tables([self._kind.shard(number) for number in self._sizes])
-        records = {number: ShardRecord.read(self._kind, self._store, number) for number in self._sizes}
+            self.mirror.copy_tables([self._kind.shard(number) for number in self.sizes])
+        records = {number: ShardRecord.read(self._kind, self._store, number) for number in self.sizes}
         return RawShards(self, self._kind, {number: record.hashes["tar"] for number, record in records.items()})
 
     def encoded(self, row: np.void) -> NDArray[np.uint8]:
@@ -808,7 +824,7 @@ class _Tars:
 
     def _check(self, number: int, offset: int, length: int) -> None:
         """Raise StoreError if a row of a damaged index lies in no shard."""
-        if number not in self._sizes or not (offset >= 0 and 0 < length <= self._sizes[number][0] - offset):
+        if number not in self.sizes or not (offset >= 0 and 0 < length <= self.sizes[number][0] - offset):
             raise self._damaged(number, offset, length)
 
     def _damaged(self, number: int, offset: int, length: int) -> StoreError:

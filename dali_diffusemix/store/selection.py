@@ -1,9 +1,9 @@
 """Selection: the edits of a store that are used, of those that are there."""
 
-import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +13,9 @@ from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.store.decisions import EditName
 from dali_diffusemix.store.index import edit_keys
 from dali_diffusemix.store.layout import Rule
+
+_SHOWN: Final = 10  # classes that an error names
+_NUMBER: Final = (int, float, np.integer, np.floating)
 
 
 def rejected_by_hand(
@@ -59,8 +62,10 @@ class Selection:
         for name, given in (("prompts", self.prompts), *(("exclude", one) for one in excluded.values())):
             if isinstance(given, str):
                 raise ConfigError(f"{name} must be prompts, found the text {given!r}; write [{given!r}].")
+            if not isinstance(given, Collection) and (name, given) != ("prompts", None):
+                raise ConfigError(f"{name} must be prompts, found {given!r}; write a list, or leave it out.")
         for least in self.least.values():
-            if isinstance(least, bool) or not isinstance(least, int | float) or not np.isfinite(least):
+            if isinstance(least, bool) or not isinstance(least, _NUMBER) or not np.isfinite(least):
                 raise ConfigError(f"min_score must be numbers, found {least!r}.")
 
     @property
@@ -74,31 +79,23 @@ class Selection:
         """(classes, prompts) True where edits may be used.
 
         Raises:
-            ConfigError: The store has no such prompt.
+            ConfigError: The store has no such prompt, or no such class.
         """
         table = np.ones((len(classes), len(prompts)), np.bool_)
         if self.prompts is not None:
             table[:] = False
             table[:, _places("prompts", store, self.prompts, prompts)] = True
         excluded = self.exclude if isinstance(self.exclude, Mapping) else {"*": self.exclude}
-        warn_of_unmatched("exclude", excluded, classes)
         for pattern, names in excluded.items():
             places = np.array(_places("exclude", store, names, prompts), np.int64)
-            table[np.ix_(Rule(only=(pattern,)).applies(classes), places)] = False
+            applies = Rule(only=(pattern,)).applies(classes)
+            if len(places) and not applies.any():
+                raise ConfigError(
+                    f"exclude must name classes of {str(store)!r}, or patterns of them, found {pattern!r}; these are "
+                    f"{', '.join(map(repr, classes[:_SHOWN]))}{', ...' if len(classes) > _SHOWN else ''}."
+                )
+            table[np.ix_(applies, places)] = False
         return table
-
-
-def warn_of_unmatched(name: str, patterns: Collection[str], classes: Sequence[str]) -> None:
-    """Warn of patterns that match no class: they have no effect, which is rarely meant."""
-    for pattern in patterns:
-        if not Rule(only=(pattern,)).applies(classes).any():
-            some = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
-            warnings.warn(
-                f"{name}: {pattern!r} matches none of the classes, so it has no effect; classes are named as their "
-                f"folders: {some}.",
-                UserWarning,
-                stacklevel=3,
-            )
 
 
 def _places(name: str, store: Path, given: Collection[str], prompts: Sequence[str]) -> list[int]:

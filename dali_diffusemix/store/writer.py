@@ -25,6 +25,7 @@ from dali_diffusemix.store.layout import (
     ORDERS,
     ORIGINALS,
     REJECTED,
+    VERDICTS,
     WHOLE,
     EditOrder,
     Header,
@@ -170,10 +171,12 @@ class StoreWriter:
                 edits = wanted[:, list(segment.prompts)].sum(axis=1)[labels] * len(segment.variants)
             for number in segment.numbers(part):
                 first = (number - segment.first_shard) * segment.originals_per_shard
-                of_shard = int(edits[first : first + segment.originals_per_shard].sum())
-                made = 0 if number not in closed else closed[number].verdicts.total() - closed[number].verdicts[NOT_YET]
-                whole = number in closed and not closed[number].verdicts[NOT_YET]
-                count += 0 if whole else max(0, of_shard - made)
+                if number not in closed:
+                    count += int(edits[first : first + segment.originals_per_shard].sum())
+                elif closed[number].verdicts[NOT_YET]:
+                    rows = closed[number].checked_rows(len(catalog), len(header.prompts))
+                    rows = rows[rows["verdict"] == VERDICTS.index(NOT_YET)]
+                    count += int(wanted[catalog.labels[rows["original"]], rows["prompt"]].sum())
         return count
 
     def order_as(self, other: Path) -> None:
