@@ -37,6 +37,7 @@ from dali_diffusemix.store import (
     Decisions,
     EditName,
     EditStore,
+    Part,
     Selection,
     StoreWriter,
     UnfinishedStoreWarning,
@@ -397,6 +398,21 @@ def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> Non
     generate(root, store, CONFIG)
     pack(store, tmp_path / "raw")
     assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
+
+
+def test_one_part_orders_for_all(root: Path, tmp_path: Path) -> None:
+    """Otherwise a part that starts late would order a second round of what was rejected again."""
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    Decisions.of(store).add("reject", names(EditStore.open(store)))
+    with pytest.raises(ConfigError, match=r"redo must be given to part 1 alone.*, found rejected for part 2/3"):
+        generate(root, store, CONFIG, redo=["rejected"], part=Part(2, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnfinishedStoreWarning)
+        made = [generate(root, store, CONFIG, redo=["rejected"], part=Part(1, 3)).made]
+        made += [generate(root, store, CONFIG, part=Part(number, 3)).made for number in (3, 2)]
+    assert sum(made) == len(EditStore.open(store)) == 14 and all(made)
+    assert len(Header.read(store).orders) == 1 and not verify(store).problems
 
 
 def test_a_store_without_edits_takes_other_settings(root: Path, tmp_path: Path) -> None:

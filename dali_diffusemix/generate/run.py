@@ -120,7 +120,8 @@ def generate(
             process.
         part: The shards to make, if several runs share the work.
         redo: Edits to make again: "rejected", those that quality or people rejected, from new seeds; "unreadable",
-            those of originals that could not be read and now can. The new edits replace the old ones.
+            those of originals that could not be read and now can. The new edits replace the old ones. For part 1 alone,
+            which orders for all parts.
         progress: Called with the number of edits done, also by earlier runs, and of all edits.
         rejects: Called with the number of rejected edits of this run for each prompt.
 
@@ -141,7 +142,7 @@ def generate(
         engine = LocalEngine(devices if devices[0] != "cpu" else devices[:1])
     with StoreWriter.open(store, originals, settings, part) as writer:
         _warn_of_classes(config, writer.catalog.classes)
-        writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root))
+        writer.order(config.wish(writer.catalog.classes, writer.class_names), redo=_redo_of(redo, root, part))
         shards, finished, begun = writer.shards(), writer.done(), writer.begun()
         missing = [shard for shard in shards if shard.number not in finished]
         # Edits per shard: made before this run, made so far, and safe in a closed shard.
@@ -222,7 +223,12 @@ def _warn_of_classes(config: GenerateConfig, classes: Sequence[str]) -> None:
         )
 
 
-def _redo_of(names: Collection[Redoable], root: Path) -> Redo | None:
+def _redo_of(names: Collection[Redoable], root: Path, part: Part) -> Redo | None:
+    if names and part.number != 1:
+        raise ConfigError(
+            f"redo must be given to part 1 alone, which orders for all, found {', '.join(names)} for part {part}; leave "
+            "it out, and start this part after part 1 has begun."
+        )
     if unknown := set(names) - set(REDOABLE):
         raise ConfigError(f"redo must be of {', '.join(REDOABLE)}, found {sorted(unknown)[0]!r}.")
     if not names:
@@ -276,7 +282,7 @@ def edits_to_make(
     config = _checked(store, config)
     stored = EditStore.class_names_at(store) if (store / "store.json").exists() else {}
     wish = config.wish(catalog.classes, stored)
-    again = _redo_of(redo, root)
+    again = _redo_of(redo, root, part)
     return StoreWriter.outstanding(store, catalog, config.settings(), wish, redo=again, part=part)
 
 
