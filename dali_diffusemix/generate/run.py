@@ -226,8 +226,8 @@ def _warn_of_classes(config: GenerateConfig, classes: Sequence[str]) -> None:
 def _redo_of(names: Collection[Redoable], root: Path, part: Part) -> Redo | None:
     if names and part.number != 1:
         raise ConfigError(
-            f"redo must be given to part 1 alone, which orders for all, found {', '.join(names)} for part {part}; leave "
-            "it out, and start this part after part 1 has begun."
+            f"redo must be given to part 1 alone, which orders for all, found {', '.join(names)} for part {part}; "
+            "leave it out, and start this part after part 1 has begun."
         )
     if unknown := set(names) - set(REDOABLE):
         raise ConfigError(f"redo must be of {', '.join(REDOABLE)}, found {sorted(unknown)[0]!r}.")
