@@ -160,6 +160,8 @@ class Mirror:
         Raises:
             MirrorError: The source does not answer, or the file cannot be written.
         """
+        if "/" not in self.url.partition("://")[2]:
+            return  # the root of a server or of a bucket: there is nothing beside it
         files, root = self._files()
         file = self.folder.with_name(self.folder.name + ending)
         try:
