@@ -38,7 +38,9 @@ from dali_diffusemix.store import (
     EditName,
     EditStore,
     Part,
+    Redo,
     Selection,
+    ShardWriter,
     StoreWriter,
     UnfinishedStoreWarning,
 )
@@ -398,6 +400,31 @@ def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> Non
     generate(root, store, CONFIG)
     pack(store, tmp_path / "raw")
     assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
+
+
+def test_an_order_that_is_not_made_yet_replaces_nothing(root: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    generate(root, store, CONFIG)
+    whole = names(EditStore.open(store))
+    Decisions.of(store).add("reject", whole)
+    with StoreWriter.open(store, index(root), CONFIG.settings()) as writer:
+        writer.order(CONFIG.wish(writer.catalog.classes, {}), redo=Redo(rejected=True))
+        shards = [shard for shard in writer.shards() if shard.number not in writer.done()]
+        assert len(shards) == 3 and sum(map(len, shards)) == len(whole)
+        for shard in shards:  # as a run that was stopped before its first edit of each
+            with ShardWriter(store, writer.catalog, shard) as files:
+                for edit in shard.edits():
+                    files.add(*edit[:3], seed=0, image=None, verdict=NOT_YET)
+        writer.finish()
+    Decisions.of(store).add("undo", whole[:5])
+    with pytest.warns(UnfinishedStoreWarning, match=f"{len(whole)} edits of the others"):
+        assert names(EditStore.open(store)) == whole[:5]
+    # It is made before more is ordered.
+    summary = generate(root, store, CONFIG, redo=["rejected"])
+    assert len(Header.read(store).orders) == 1 and summary.made == summary.used == len(whole)
+    edits = EditStore.open(store)
+    replaced = {shard: int(edits.is_replaced(shard, edits.shard_rows(shard)).sum()) for shard in edits.shards}
+    assert sum(replaced.values()) == len(whole) and not any(replaced[shard.number] for shard in shards)
 
 
 def test_one_part_orders_for_all(root: Path, tmp_path: Path) -> None:
