@@ -1,7 +1,7 @@
 """Corrupted images: noise, blur, contrast and JPEG, in five strengths.
 
 These are the simple ones of ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common
-Corruptions and Perturbations", ICLR 2019), made here, with the strengths that the same authors chose for Tiny-ImageNet-C,
+Corruptions and Perturbations", ICLR 2019), made here, with the strengths that its authors chose for Tiny-ImageNet-C,
 whose images have 64 pixels. x is an image with values from 0 to 1, c the strength's number in `LEVELS`:
 
     noise     x + c n, n standard normal for each value

@@ -1,6 +1,6 @@
 """A recipe's images for training, validation and testing, and the edits and fractals, which are made if missing.
 
-Raw copies of images and edits, which loaders keep in memory, lie in a folder of their own: train, test, edits, exported.
+Raw copies of images and edits, which loaders keep in memory, are made too if they are wanted.
 """
 
 import hashlib
@@ -203,9 +203,7 @@ def _exported(folder: Path, originals: Catalog) -> Catalog:
     return everything.take(rows)
 
 
-def plain_set(
-    recipe: Recipe, split: Split, *, normalize: bool = True, raw: Path | None = None
-) -> DiffuseMixDataset:
+def plain_set(recipe: Recipe, split: Split, *, normalize: bool = True, raw: Path | None = None) -> DiffuseMixDataset:
     """Return the images for validation or testing; `raw` is the folder of their raw copies."""
     return DiffuseMixDataset(
         split.root if raw is None else raw,

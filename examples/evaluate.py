@@ -229,7 +229,7 @@ def show(result: dict) -> None:
     def line(name: str, scores: dict) -> str:
         (a, b), (c, d) = scores["top1_interval"], scores["top5_interval"]
         one, five = scores["top1"], scores["top5"]
-        return f"{name:14s} top-1 {one:6.2%} [{a:.2%}, {b:.2%}]   top-5 {five:6.2%} [{c:.2%}, {d:.2%}]"
+        return f"{name:18s} top-1 {one:6.2%} [{a:.2%}, {b:.2%}]   top-5 {five:6.2%} [{c:.2%}, {d:.2%}]"
 
     print(f"{result['images']:,} images of {result['split']}, weights of step {result['step']:,}")
     print(line("clean", result))

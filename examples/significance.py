@@ -1,7 +1,7 @@
 """Is a difference between two ways of training larger than noise? Tests for few seeds and many test images.
 
-Scores differ by luck, too: by the luck of the seed, and by that of the test images. Each has its own test here, and both
-tests compare pairs: the same seeds, the same test images.
+Scores differ by luck, too: that of the seed, and that of the test images. Each has its own test here, and both tests
+compare pairs: the same seeds, the same test images.
 
     seeds     A paired t-test over seeds. Its variance is pooled over all methods of a training set: the residual of the
               additive model accuracy = method + seed, with (methods - 1)(seeds - 1) degrees of freedom if no run is

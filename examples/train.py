@@ -10,8 +10,8 @@ also in the middle of an epoch. On a CPU the weights then equal those of an unin
 --out gets train.csv (every update), valid.csv, run.json, last.pt, best.pt (best on validation), curve.png if matplotlib
 is installed, and tensorboard/ if TensorBoard is. --set changes a recipe: --set train.epochs=2 --set mix.preset=none.
 
---resident host keeps raw copies of images and edits in memory, once for all processes of the machine: nothing is decoded
-while training. The samples are the same.
+--resident host keeps raw copies of images and edits in memory, once for all processes of the machine, so that nothing
+is decoded while training. The samples are the same.
 """
 
 import argparse
@@ -334,14 +334,8 @@ class Started:
     def __init__(
         self, options: argparse.Namespace, recipe: Recipe, divided: Any, world: World, updates: int, step: int
     ) -> None:
-        self.options, self.updates, self.world, self.begun, self.first = (
-            options,
-            updates,
-            world,
-            time.perf_counter(),
-            step,
-        )
-        self.batch_size, self.before = recipe.train.batch_size, (self.begun, step)
+        self.options, self.updates, self.world = options, updates, world
+        self.batch_size, self.before = recipe.train.batch_size, (time.perf_counter(), step)
         self.file = options.out / "run.json"
         self.run: dict[str, Any] = {"starts": 0}
         if step and self.file.exists():
@@ -457,7 +451,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change the recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=4, help="loader threads per process")
-    parser.add_argument("--resident", choices=("host", "device", "auto"), help="keep raw images there; auto: if they fit")
+    parser.add_argument(
+        "--resident", choices=("host", "device", "auto"), help="keep raw images there; auto: if they fit"
+    )
     parser.add_argument("--raw", type=Path, help="folder for the raw copies of images; default CACHE/raw")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="mixed precision")
     parser.add_argument("--channels-last", action="store_true")
