@@ -7,8 +7,8 @@
 All runs of a training set have the same recipe, updates and schedule, except for the changes of their method. The
 checkpoint is chosen on held-out images (the recipe's `held_out`, or a tenth) and scored once on the test images.
 Finished runs, and runs of OUT/record.json and of records given with --merge, are skipped, and a killed run resumes: the
-comparison can be made in pieces (--minutes) and on several machines. At the end, and at any time with --table, it writes
-to OUT:
+comparison can be made in pieces (--minutes) and on several machines. At the end, and at any time with --table, it
+writes to OUT:
 
     page.html    what the differences show, in sentences; accuracy, curves, cost
     compare.png  the same as a picture
@@ -50,7 +50,7 @@ TRIVIAL = 'train.augment=["trivialaugment"]'
 NEURAL = (
     "edits.editor=neural_editor:StyleTransfer",
     'edits.prompts=["watercolor art", "mosaic", "ukiyo-e", "a sketch with crayon", '
-    '"style 3", "style 7", "style 11", "style 19", "style 22"]',
+    '"style 2", "style 5", "style 11", "style 19", "style 22"]',
     "edits.edit_size=256",
 )
 

@@ -256,41 +256,38 @@ def _p(value: float) -> str:
 
 
 def sentence(one: Comparison) -> str:
-    """Say what a comparison shows, in plain words, with its tests and their n."""
-    size = f"{points(one.mean)} points against {one.baseline}"
+    """Say what a comparison shows, in plain words, with its tests and their n. p-values are corrected."""
     seeds = len(one.differences)
-    corrected = f" after Holm's correction for {one.comparisons} comparisons" if one.comparisons > 1 else ""
     by_images = (
-        f"exact sign-flip test over {one.images:,} test images, {_p(one.p_images)}" if one.p_images is not None else ""
+        f"{one.images:,} test images (exact sign-flip test, {_p(one.p_images)})" if one.p_images is not None else ""
     )
     if one.noise is None or one.p_seeds is None:
-        more = f" On these test images: {by_images}{corrected}." if by_images else ""
-        return f"{size}. With {seeds} seed nothing can be said about the noise of training.{more}"
+        more = f" On these {by_images}." if by_images else ""
+        return f"{points(one.mean)} points. One seed says nothing about the noise of training.{more}"
     assert one.interval is not None and one.smallest is not None
-    low, high = one.interval
-    each = ", ".join(map(points, one.differences))
-    pooled = f", variance pooled over {one.methods} methods" if one.methods > 2 else ""
-    by_seeds = f"paired t-test over {seeds} seeds{pooled}, {one.noise.freedom} degrees of freedom, {_p(one.p_seeds)}"
-    start = f"{size} (95 % interval {points(low)} to {points(high)}; seeds {each})."
-    found = f"this comparison finds a true difference of {100 * one.smallest:.1f} points four times out of five"
+    by_seeds = f"{seeds} seeds (paired t-test, {_p(one.p_seeds)})"
+    low, high = map(points, one.interval)
+    start = f"{points(one.mean)} points, 95 % interval {low} to {high}:"
     match one.verdict:
         case "better" | "worse":
             return (
-                f"{start} {one.verdict.capitalize()} than {one.baseline}: the difference is larger than the noise of "
-                f"the seeds ({by_seeds}{corrected}) and of the test images ({by_images})."
+                f"{start} {one.verdict} than {one.baseline}. The difference is larger than the noise of {by_seeds} and "
+                f"of {by_images}."
             )
         case "unclear" if one.uneven:
             return (
-                f"{start} Unclear: its seeds differ from each other more than those of the other methods, so that the "
-                f"test ({by_seeds}{corrected}) is too kind to it. More seeds would tell."
+                f"{start} unclear. It is larger than the pooled noise of {by_seeds}, but this method's own seeds "
+                "differ more than that; more seeds would tell."
             )
         case "unclear":
-            why = f"other test images could reverse it ({by_images})" if by_images else "the test images were not kept"
-            return f"{start} Unclear: larger than the noise of the seeds ({by_seeds}{corrected}), but {why}."
-    also = ""
-    if one.p_images is not None and one.p_images < LEVEL:
-        also = f" These very networks do differ on these images ({by_images}); networks of other seeds may not."
+            why = f"not than that of {by_images}" if by_images else "which test images were right is not recorded"
+            return f"{start} unclear. It is larger than the noise of {by_seeds}, but {why}."
+    also = (
+        f" These networks do differ on these {by_images}; others from other seeds may not."
+        if one.p_images is not None and one.p_images < LEVEL
+        else ""
+    )
     return (
-        f"{start} No difference shown: it is not larger than the noise of the seeds ({by_seeds}{corrected}).{also} "
-        f"With this noise {found}, so a smaller one is neither shown nor excluded."
+        f"{start} no difference shown. It is not larger than the noise of {by_seeds}.{also} A true difference of "
+        f"{100 * one.smallest:.1f} points would be found four times out of five; smaller ones stay open."
     )
