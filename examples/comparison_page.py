@@ -112,15 +112,18 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
     colours = _colours(methods, baseline)
     body = [
         f"<header><h1>Does it help? <span>{html.escape(name)}</span></h1><p>{_facts(results, baseline)}</p></header>",
-        f"<p class=lead>{_summary(clean, sets, baseline)}</p>",
+        _summary(clean, sets),
         *(_warnings(results, sets, baseline)),
-        _verdicts("Accuracy on the test images", clean, results, sets),
+        f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets)}</section>" if clean else "",
         _accuracies(results, sets, methods, baseline),
         _curves(results, sets, methods, colours),
     ]
     for title, measure in (("On corrupted test images", CORRUPTED), ("Under attack: FGSM", ATTACKED)):
         if found := compared(results, measure, baseline):
-            body.append(_verdicts(title, found, results, sets, f"Accuracy on {measure.name}."))
+            body.append(
+                f"<section><h2>{title}</h2><p>Accuracy on {measure.name}.</p>{_summary(found, sets)}"
+                f"<details><summary>Every comparison</summary>{_verdicts(found, results, sets)}</details></section>"
+            )
     body += [_details(results, sets, methods), _cost(results, sets, methods), _reading(results, clean, baseline)]
     style = Path(__file__).with_suffix(".css").read_text()
     return (
@@ -140,32 +143,26 @@ def _facts(results: Sequence[Result], baseline: str) -> str:
     )
 
 
-def _count(number: int, word: str) -> str:
-    return f"<b class={word}>{number} {word}</b>"
-
-
-def _summary(found: Mapping[tuple[str, str], Comparison], sets: Sequence[str], baseline: str) -> str:
-    """Say in a sentence for each training set how many methods are better, worse, and neither."""
-    said = []
+def _summary(found: Mapping[tuple[str, str], Comparison], sets: Sequence[str]) -> str:
+    """Say in a line for each training set how many methods are better, worse, and neither."""
+    lines = []
     for images in sets:
-        verdicts = [one.verdict for (at, _), one in found.items() if at == images]
-        if not verdicts:
+        of_set = [one for (at, _), one in found.items() if at == images]
+        if not of_set:
             continue
-        better, worse = verdicts.count("better"), verdicts.count("worse")
-        total = f"Of {len(verdicts)} methods" if len(verdicts) > 1 else "The one method"
+        verdicts, baseline = [one.verdict for one in of_set], html.escape(of_set[0].baseline)
+        counts = {name: verdicts.count(name) for name in ("better", "worse", "unclear")}
+        rest = len(verdicts) - sum(counts.values())
+        said = [f"<b class={name}>{number} {name}</b>" for name, number in counts.items() if number]
         if set(verdicts) == {"unknown"}:
-            text = f"{total}: nothing can be said with one seed"
-        elif len(verdicts) == 1:
-            text = (
-                f"{total} is {VERDICTS[verdicts[0]][1]}" if better + worse else f"{total}: {VERDICTS[verdicts[0]][1]}"
-            )
+            text = "one seed, which cannot tell"
+        elif said:
+            text = f"of {len(verdicts)} methods, {', '.join(said)} than {baseline}"
+            text += f"; no difference is shown for {rest}" if rest else ""
         else:
-            open_ = len(verdicts) - better - worse
-            text = f"{total}, {_count(better, 'better')}, {_count(worse, 'worse')}; for {open_} no difference is shown"
-        said.append(f"<b>With {_of_set(images)}</b>: {text}.")
-    return (
-        " ".join(said) or f"There is nothing to compare yet: no seed has runs of {html.escape(baseline)} and of others."
-    )
+            text = f"no difference from {baseline} is shown for any of {len(verdicts)} methods"
+        lines.append(f"<li><b>{_of_set(images).capitalize()}</b>: {text}.</li>")
+    return f"<ul class=lead>{''.join(lines)}</ul>" if lines else "<p class=lead>There is nothing to compare yet.</p>"
 
 
 def _warnings(results: Sequence[Result], sets: Sequence[str], baseline: str) -> list[str]:
@@ -182,13 +179,8 @@ def _warnings(results: Sequence[Result], sets: Sequence[str], baseline: str) -> 
     return said
 
 
-def _verdicts(
-    title: str,
-    found: Mapping[tuple[str, str], Comparison],
-    results: Sequence[Result],
-    sets: Sequence[str],
-    about: str = "",
-) -> str:
+def _verdicts(found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], sets: Sequence[str]) -> str:
+    """Return every comparison with its sentence, by training set."""
     blocks = []
     for images in sets:
         rows = [(method, one) for (at, method), one in found.items() if at == images]
@@ -205,12 +197,24 @@ def _verdicts(
                 f"<p>{html.escape(sentence(one))}</p></li>"
             )
         of = next(one for one in results if one["images_per_class"] == images)
-        heading = (
-            f"{_of_set(images).capitalize()} <small>{of['training_images']:,} images, {of['updates']:,} updates</small>"
+        size = f"{of['training_images']:,} images, {of['updates']:,} updates"
+        blocks.append(
+            f"<h3>{_of_set(images).capitalize()} <small>{size}</small></h3><ul class=verdicts>{''.join(items)}</ul>"
         )
-        blocks.append(f"<h3>{heading}</h3><ul class=verdicts>{''.join(items)}</ul>")
-    note = f"<p>{about}</p>" if about else ""
-    return f"<section><h2>{title}</h2>{note}{''.join(blocks)}</section>" if blocks else ""
+    return f"<p>{_about(found)}</p>{''.join(blocks)}"
+
+
+def _about(found: Mapping[tuple[str, str], Comparison]) -> str:
+    """Say what all p-values of a section have in common."""
+    freedoms = sorted({one.noise.freedom for one in found.values() if one.noise is not None})
+    if not freedoms:
+        return ""
+    corrected = f", after Holm's correction for {len(found)} comparisons" if len(found) > 1 else ""
+    freedom = f"{' or '.join(map(str, freedoms))} degrees of freedom"
+    pooled = max(one.methods for one in found.values()) > 2
+    return f"p-values are two-sided{corrected}. The t-tests have {freedom}" + (
+        ": their variance is pooled over the methods of a training set." if pooled else "."
+    )
 
 
 def _strip(one: Comparison, reach: float, kind: str) -> str:
@@ -260,7 +264,7 @@ def _dots(values: Mapping[str, Sequence[float]], baseline: str) -> str:
     ends = [end for of in values.values() for end in of] + [end for bar in bars.values() if bar for end in bar]
     low, high = max(min(ends), 0.0), min(max(ends), 100.0)
     low, high = (low - 1, high + 1) if high - low < 1 else (low, high)
-    left, width, top, step = 142, 206, 6, 25
+    left, width, top, step = 158, 192, 6, 25
     height = top + step * len(values)
 
     def x(value: float) -> float:
@@ -277,7 +281,7 @@ def _dots(values: Mapping[str, Sequence[float]], baseline: str) -> str:
     for row, (method, of) in enumerate(values.items()):
         y = top + step * row + step / 2
         kind = "baseline" if method == baseline else "method"
-        short = method if len(method) < 22 else method.replace("TrivialAugment", "TrivialAug.")
+        short = method if len(method) < 24 else method.replace("TrivialAugment", "TrivialAug.")
         drawn.append(f"<text x={left - 10} y={y + 4:.1f} class=name>{html.escape(short)}</text>")
         if bar := bars[method]:
             drawn.append(f"<path class='interval {kind}' d='M{x(bar[0]):.1f} {y:.1f}H{x(bar[1]):.1f}'/>")
@@ -319,7 +323,8 @@ def _curves(results: Sequence[Result], sets: Sequence[str], methods: Sequence[st
     return (
         "<section><h2>Curves</h2><p>Means over seeds, by update. The training loss of a method is that of its own, "
         "harder images; its axis is logarithmic. With a cosine schedule every curve flattens at its end: only more "
-        f"updates show whether it is done.</p><ul class=legend>{legend}</ul><div class=charts>{''.join(charts)}</div></section>"
+        f"updates show whether it is done.</p><ul class=legend>{legend}</ul>"
+        f"<div class='charts pairs'>{''.join(charts)}</div></section>"
     )
 
 
@@ -442,8 +447,8 @@ def _reading(results: Sequence[Result], found: Mapping[tuple[str, str], Comparis
 pooled over all methods of the training set. Of the test images: an exact sign-flip test over the images, which with one
 seed is McNemar's. Both at the 5 % level, after Holm's correction for all {len(found)} comparisons of a section.
 <dt>Unclear
-<dd>Larger than the noise of the seeds, but the test images may be luck, or the seeds of this method vary more than those
-of the others.
+<dd>Larger than the noise of the seeds, but the test images may be luck, or the seeds of this method vary more than
+those of the others.
 <dt>No difference shown
 <dd>That is not equality. The sentence says which true difference this comparison would have found four times out of
 five; anything smaller stays open. More seeds find smaller ones.
@@ -454,8 +459,8 @@ five; anything smaller stays open. More seeds find smaller ones.
 <dt>What is not claimed
 <dd>Anything about other data, networks or lengths of training, or about learning rates chosen for each method: all have
 those of {base}. The sections on corrupted and attacked images are corrected each by itself.
-</dl><p class=small>Commits: {html.escape(", ".join(commits))}. Checkpoints were chosen on held-out images and scored once
-on the test images.</p></section>"""
+</dl><p class=small>Commits: {html.escape(", ".join(commits))}. Checkpoints were chosen on held-out images and scored
+once on the test images.</p></section>"""
 
 
 # --- the picture
@@ -519,6 +524,7 @@ def picture(results: Sequence[Result], file: Path, baseline: str) -> None:
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)
     if curves:
-        panels[1][0].legend(frameon=False, fontsize=7)
+        handles, labels = panels[1][0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(methods), 4), frameon=False)
     figure.savefig(file, dpi=130)
     pyplot.close(figure)
