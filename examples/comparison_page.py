@@ -113,7 +113,7 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
     body = [
         f"<header><h1>Does it help? <span>{html.escape(name)}</span></h1><p>{_facts(results, baseline)}</p></header>",
         _summary(clean, sets),
-        *(_warnings(results, sets, baseline)),
+        _warning(results, sets, baseline),
         f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets)}</section>" if clean else "",
         _accuracies(results, sets, methods, baseline),
         _curves(results, sets, methods, colours),
@@ -153,30 +153,35 @@ def _summary(found: Mapping[tuple[str, str], Comparison], sets: Sequence[str]) -
         verdicts, baseline = [one.verdict for one in of_set], html.escape(of_set[0].baseline)
         counts = {name: verdicts.count(name) for name in ("better", "worse", "unclear")}
         rest = len(verdicts) - sum(counts.values())
-        said = [f"<b class={name}>{number} {name}</b>" for name, number in counts.items() if number]
+        shown = {name: f"<b class={name}>{number} {name}</b>" for name, number in counts.items() if number}
+        said = [shown[name] for name in ("better", "worse") if name in shown]
         if set(verdicts) == {"unknown"}:
             text = "one seed, which cannot tell"
-        elif said:
-            text = f"of {len(verdicts)} methods, {', '.join(said)} than {baseline}"
-            text += f"; no difference is shown for {rest}" if rest else ""
+        elif shown:
+            parts = [f"{' and '.join(said)} than {baseline}"] if said else []
+            parts += [shown["unclear"]] if "unclear" in shown else []
+            parts += [f"no difference shown for {rest}"] if rest else []
+            text = f"of {len(verdicts)} methods, {'; '.join(parts)}"
         else:
             text = f"no difference from {baseline} is shown for any of {len(verdicts)} methods"
         lines.append(f"<li><b>{_of_set(images).capitalize()}</b>: {text}.</li>")
     return f"<ul class=lead>{''.join(lines)}</ul>" if lines else "<p class=lead>There is nothing to compare yet.</p>"
 
 
-def _warnings(results: Sequence[Result], sets: Sequence[str], baseline: str) -> list[str]:
+def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> str:
     """Say where the baseline does not fit its training images, so that the comparison comes too early."""
-    said = []
+    short = []
     for images in sets:
         of = [one for one in results if one["images_per_class"] == images and one["method"] == baseline]
         if of and (loss := statistics.fmean(one["last_loss"] for one in of)) > FITTED:
-            said.append(
-                f"<p class=warning><b>Trained too briefly with {_of_set(images)}?</b> After {of[0]['updates']:,} "
-                f"updates {html.escape(baseline)} still has a training loss of {loss:.2f}. A network that does not fit "
-                "its training images yet seldom gains from harder ones: give it more updates before you decide.</p>"
-            )
-    return said
+            short.append(f"{loss:.2f} with {_of_set(images)} after {of[0]['updates']:,} updates")
+    if not short:
+        return ""
+    return (
+        f"<p class=warning><b>Trained too briefly?</b> The training loss of {html.escape(baseline)} is still "
+        f"{', '.join(short)}. A network that does not fit its training images yet seldom gains from harder ones: give it "
+        "more updates before you decide.</p>"
+    )
 
 
 def _verdicts(found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], sets: Sequence[str]) -> str:

@@ -248,7 +248,8 @@ def _corrected(plain: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, s
 
 def points(value: float) -> str:
     """Return a difference of accuracies in percentage points, with its sign."""
-    return f"{100 * value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    text = f"{100 * value:+.1f}"
+    return "0.0" if text == "-0.0" else text.replace("-", "\N{MINUS SIGN}")
 
 
 def _p(value: float) -> str:
