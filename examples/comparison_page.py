@@ -179,8 +179,8 @@ def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> s
         return ""
     return (
         f"<p class=warning><b>Trained too briefly?</b> The training loss of {html.escape(baseline)} is still "
-        f"{', '.join(short)}. A network that does not fit its training images yet seldom gains from harder ones: give it "
-        "more updates before you decide.</p>"
+        f"{', '.join(short)}. A network that does not fit its training images yet seldom gains from harder ones: give "
+        "it more updates before you decide.</p>"
     )
 
 
