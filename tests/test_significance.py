@@ -96,6 +96,15 @@ def test_the_smallest_difference_is_found_four_times_out_of_five(
     assert found == pytest.approx(0.8, abs=0.015)
 
 
+@pytest.mark.parametrize(("seeds", "deviations"), [(3, 3.4), (5, 2.3)])
+def test_what_training_md_says_of_few_seeds(seeds: int, deviations: float, significance: ModuleType) -> None:
+    noise = significance.Noise(0.01, 4 * (seeds - 1))  # of plain training and four methods
+    found = significance.smallest(noise.of_difference(seeds), noise.freedom, 0.05 / 4)
+    assert found / 0.01 == pytest.approx(deviations, abs=0.05)
+    text = " ".join((EXAMPLES.parent / "docs/training.md").read_text(encoding="utf-8").split())
+    assert "it is 3.4 standard deviations of a single run with three seeds, 2.3 with five." in text
+
+
 def runs(
     draw: np.random.Generator, effects: dict[str, float], *, seeds: int = 3, images: int = 400, noise: float = 0.01
 ) -> tuple[dict[str, dict[str, dict[int, float]]], dict[str, dict[str, dict[int, np.ndarray]]]]:
