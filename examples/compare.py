@@ -89,7 +89,6 @@ ABLATIONS: dict[str, tuple[str, ...]] = {
     "mask spans the crop": (*PAPER, "mix.order=crop_then_mix"),
     "neural: edit only": ("mix.preset=edits", *NEURAL),
     "neural: concatenation only": (*PAPER, *NEURAL, "mix.fractal_weight=0.0"),
-    "neural: all (paper)": (*PAPER, *NEURAL),
 }
 
 KNOWN = METHODS | ABLATIONS
@@ -105,12 +104,13 @@ GROUPS: dict[str, tuple[str, ...]] = {
         *("DiffuseMix + CutMix", "DiffuseMix + RandAugment"),
     ),
     # The steps of the curves that the paper's authors publish: edits, concatenation, fractals.
-    "curve": ("vanilla", "edit only", "concatenation only", "all (paper)"),
-    "neural curve": ("vanilla", "neural: edit only", "neural: concatenation only", "neural: all (paper)"),
+    "curve": ("vanilla", "edit only", "concatenation only", "DiffuseMix paper"),
+    "neural curve": ("vanilla", "neural: edit only", "neural: concatenation only", "neural edits"),
     "ablations": tuple(name for name in ABLATIONS if not name.startswith("neural")),
 }
 """Names for --methods."""
 BASELINE = "vanilla"
+Key = tuple[object, ...]
 POINTS = 60  # of a recorded curve of losses
 
 
@@ -128,7 +128,7 @@ class Run:
     chosen: Mapping[str, str] = field(default_factory=dict)  # a grid's values
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> Key:
         return self.method, self.images, self.seed, tuple(self.sets())
 
     @property
@@ -164,7 +164,7 @@ class Run:
             *changes,
         ]
         if self.tests:
-            yield [sys.executable, str(HERE / "evaluate.py"), str(self.folder / "best.pt"), *common]
+            yield [sys.executable, str(HERE / "evaluate.py"), str(self.folder / "best.pt"), *common, *layout]
 
     def result(self) -> dict[str, Any]:
         """Return the run's entry in the record."""
@@ -230,12 +230,12 @@ def plan(options: argparse.Namespace) -> list[Run]:
         raise ConfigError(
             f"--methods must be one of {', '.join(GROUPS)}, or some of {', '.join(KNOWN)}, found {unknown[0]!r}."
         )
-    recipe = Recipe.read(options.recipe, options.set)
+    grid = [_values(one) for one in options.grid]
+    recipe = Recipe.read(options.recipe, [*options.set, *(f"{name}={values[0]}" for name, values in grid)])
     common = [*options.set]
     if not recipe.data.held_out:
         common.append("data.held_out=0.1")
         print("held out: a tenth of the training images, to choose checkpoints on; the recipe holds out none")
-    grid = [_values(one) for one in options.grid]
     runs = []
     for seed in map(int, options.seeds.split(",")):
         for one in options.sets.split(","):
@@ -285,24 +285,32 @@ def _values(text: str) -> tuple[str, list[str]]:
     return name, values.split(",")
 
 
-def key(result: dict[str, Any]) -> tuple[object, ...]:
+def key(result: dict[str, Any]) -> Key:
     """Return the key of the run that a result of a record belongs to."""
     return result["method"], result["images_per_class"], result["seed"], tuple(result["changes"])
 
 
-def recorded(files: Sequence[Path], recipe: str) -> dict[tuple[object, ...], dict[str, Any]]:
-    """Return the runs of existing records, from earlier parts of the comparison or from other machines."""
-    found: dict[tuple[object, ...], dict[str, Any]] = {}
-    for file in files:
+def recorded(own: Path, others: Sequence[Path], runs: Sequence[Run], recipe: str) -> dict[Key, dict[str, Any]]:
+    """Return the runs of existing records.
+
+    Args:
+        own: The record of earlier parts of the comparison, if there is one.
+        others: Records from elsewhere; of these only the runs that belong to the comparison.
+        runs: The comparison.
+        recipe: The name of its recipe.
+    """
+    found: dict[Key, dict[str, Any]] = {}
+    wanted = {run.key for run in runs}
+    for file in [*([own] if own.exists() else []), *others]:
         if not file.exists():
             raise ConfigError(f"--merge: there is no record {str(file)!r}.")
         record = json.loads(file.read_text())
         if record["recipe"] != recipe:
             raise ConfigError(f"{str(file)!r} is of the recipe {record['recipe']}, not of {recipe}.")
-        found = {key(one): one for one in record["runs"]} | found
+        found = {key(one): one for one in record["runs"] if file == own or key(one) in wanted} | found
     tested = {(one["test_images"], one["test_fingerprint"]) for one in found.values() if "test_fingerprint" in one}
     if len(tested) > 1:
-        raise ConfigError(f"the records {', '.join(map(str, files))} are of different test images; compare them apart.")
+        raise ConfigError(f"the records of {str(own)!r} and --merge are of different test images; compare them apart.")
     return found
 
 
@@ -492,7 +500,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     runs = plan(options)
     file = options.out / ("grid.json" if options.grid else "record.json")
-    before = recorded([*([file] if file.exists() else []), *options.merge], options.recipe.name)
+    before = recorded(file, options.merge, runs, options.recipe.name)
     missing = [run for run in runs if run.key not in before]
     if options.resident == "auto" and missing and not options.table:
         mixed = max(missing, key=lambda run: "mix.preset=none" not in run.changes)

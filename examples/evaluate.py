@@ -150,6 +150,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--corruptions", help="strengths from 1 to 5, such as 1,3,5; default: the recipe's")
     parser.add_argument("--batch-size", type=int, default=128, help="per device")
     parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--channels-last", action="store_true", help="memory format; faster on most processors")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args(arguments)
 
@@ -166,12 +167,14 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{options.checkpoint}: was trained on {len(found['classes'])} classes, {str(options.data)!r} has "
                 f"{len(dataset.classes)}, or others; give the dataset that it was trained on."
             )
-        model = model.to(world.device)
+        memory_format = torch.channels_last if options.channels_last else torch.contiguous_format
+        model = model.to(world.device, memory_format=memory_format)
         loader = DiffuseMixLoader(
             dataset,
             options.batch_size,
             num_workers=options.workers,
             device=world.device,
+            memory_format=memory_format,
             return_index=True,
         )
         clean = evaluate(model, loader, world)

@@ -599,6 +599,9 @@ def test_a_comparison_is_made_in_pieces(
     assert (tmp_path / "out/compare.png").stat().st_size > 5000
     # Runs of another machine are taken over.
     cache = ("--cache", str(tmp_path / "out/cache"))
+    more = json.loads((tmp_path / "out/record.json").read_text())
+    more["runs"] += [{**more["runs"][0], "seed": 7}, {**more["runs"][0], "method": "CutMix"}]  # of another comparison
+    (tmp_path / "out/record.json").write_text(json.dumps(more))
     merged = comparison(*some, "--seeds", "0,1", "--merge", str(tmp_path / "out/record.json"), *cache, out="elsewhere")
     assert merged["runs"][:3] == second["runs"]
     assert [(one["method"], one["seed"]) for one in merged["runs"][3:]] == [("DiffuseMix paper", 1)]
@@ -632,13 +635,17 @@ def test_a_grid_is_judged_by_validation_alone(
     assert not any("top1" in one or "right" in one for one in found["runs"])
     assert not list((tmp_path / "out").rglob("*.evaluation.json"))
     assert not (tmp_path / "out/record.json").exists()
+    out = capfd.readouterr().out
+    # A grid's value may need another change beside it.
+    crop = ("--set", "crop.padding=4", "--set", "crop.resize=32", "--grid", "crop.train=RandomCrop")
+    one = comparison(*crop, "--sets", "all:2", "--seeds", "0", out="crop", record="grid.json")["runs"][0]
+    assert one["grid"] == {"crop.train": "RandomCrop"}
     table = (tmp_path / "out/grid.md").read_text().splitlines()
     assert len(table) == 2 + 4 and "train.lr" in table[0]
     best = {}
     for one in found["runs"]:
         top1 = max(value for _, value in one["valid_top1"])
         best.setdefault((one["updates"], one["grid"]["train.lr"]), []).append(top1)
-    out = capfd.readouterr().out
     for updates in (3, 6):
         winner = max(("0.02", "0.000001"), key=lambda lr: sum(best[updates, lr]))
         assert f"best on validation, all a class, {updates} updates: --set train.lr={winner}" in out
@@ -658,25 +665,24 @@ def test_comparisons_that_cannot_be_made(
     ):
         with pytest.raises(ConfigError, match=message):
             comparison(*arguments)
-    run = {
-        "method": "a",
-        "images_per_class": "all",
-        "seed": 0,
-        "changes": [],
-        "test_images": 5,
-        "test_fingerprint": "x",
-    }
-    for name, recipe, changed in (
-        ("a", "tiny.toml", {}),
-        ("b", "tiny.toml", {"seed": 1, "test_fingerprint": "y"}),
-        ("c", "cub.toml", {}),
+    wanted = ("--methods", "vanilla", "--sets", "all:2", "--seeds", "0,1")
+    common = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    planned = scripts.compare.plan(scripts.compare.parse([str(tmp_path / "tiny.toml"), *common, *wanted]))
+    merge = {}
+    for name, recipe, run, tested in (
+        ("a", "tiny.toml", planned[0], "x"),
+        ("b", "tiny.toml", planned[1], "y"),
+        ("c", "cub.toml", planned[1], "x"),
     ):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"recipe": recipe, "runs": [{**run, **changed}]}))
-    merge = [["--merge", str(tmp_path / f"{name}.json")] for name in "abc"]
+        one = {"method": "vanilla", "images_per_class": "all", "seed": run.seed, "changes": run.sets()}
+        one |= {"test_images": 5, "test_fingerprint": tested}
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"recipe": recipe, "runs": [one]}))
+        merge[name] = ("--merge", str(file))
     with pytest.raises(ConfigError, match="are of different test images"):
-        comparison(*merge[0], *merge[1])
+        comparison(*wanted, *merge["a"], *merge["b"])
     with pytest.raises(ConfigError, match=r"is of the recipe cub\.toml, not of tiny\.toml"):
-        comparison(*merge[2])
+        comparison(*wanted, *merge["a"], *merge["c"])
 
 
 def test_a_recipe_that_counts_epochs_is_compared_at_equal_updates(scripts: SimpleNamespace, tmp_path: Path) -> None:
