@@ -315,7 +315,7 @@ def test_fgsm_raises_the_loss_and_stays_in_range(scripts: SimpleNamespace) -> No
     model = scripts.models.build("resnet18", 4, small=True, width=8).eval()
     mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
     pixels, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
-    attacked = scripts.evaluate.fgsm(model, (pixels - mean) / std, labels, 4) * std + mean
+    attacked = scripts.evaluate.fgsm(model, (pixels - mean) / std, labels, strength=4) * std + mean
     assert (attacked - pixels).abs().max() <= 4 / 255 + 1e-6
     assert attacked.min() >= -1e-6
     assert attacked.max() <= 1 + 1e-6
@@ -629,9 +629,9 @@ def test_a_failed_run_is_made_again_and_the_rest_kept(comparison: Any, capfd: py
 def test_a_grid_is_judged_by_validation_alone(
     comparison: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ("--grid", "train.lr=0.02,0.000001", "--sets", "all:3,all:6", "--seeds", "0,1")
+    arguments = ("--grid", "train.lr=0.02,0.000001", "--sets", "all:3,all:6", "--seeds", "0")
     found = comparison(*arguments, "--set", "train.validate_every=3", record="grid.json")
-    assert len(found["runs"]) == 8
+    assert len(found["runs"]) == 4
     assert not any("top1" in one or "right" in one for one in found["runs"])
     assert not list((tmp_path / "out").rglob("*.evaluation.json"))
     assert not (tmp_path / "out/record.json").exists()
