@@ -1,6 +1,10 @@
-"""A recipe's images for training, validation and testing, and the edits and fractals, which are made if missing."""
+"""A recipe's images for training, validation and testing, and the edits and fractals, which are made if missing.
+
+Raw copies of images and edits, which loaders keep in memory, are made too if they are wanted.
+"""
 
 import hashlib
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +13,8 @@ import numpy as np
 from copies import CopyConfig
 from recipe import Recipe
 
-from dali_diffusemix import Catalog, DiffuseMixDataset
+from dali_diffusemix import Catalog, DiffuseMixDataset, PackConfig, pack
+from dali_diffusemix.base.memory import free_memory
 from dali_diffusemix.catalog import Split, index, read_layout
 from dali_diffusemix.errors import ConfigError, StoreError
 from dali_diffusemix.fractals import render_bank
@@ -89,8 +94,41 @@ def parts(recipe: Recipe, data: Path) -> Parts:
     return Parts(root, all_train, train, valid, test)
 
 
-def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
-    """Make the edits and fractals of the recipe that the cache lacks. Resumes an interrupted run."""
+RAW = PackConfig(format="raw")
+
+
+def raw_fits(recipe: Recipe, found: Parts) -> bool:
+    """Whether raw copies of images and edits take at most a quarter of the free memory."""
+    needed = sum(RAW.bytes_of(one.sizes) or 0 for one in (found.all_train, found.test.catalog))
+    if recipe.mix.preset != "none":
+        edits = len(found.all_train) * len(recipe.edits.prompts) * recipe.edits.variants
+        needed += 3 * recipe.edits.size**2 * edits
+    return 4 * needed <= free_memory()
+
+
+def pack_images(found: Parts, raw: Path) -> None:
+    """Make raw copies of all images."""
+    for name, root, catalog in (("train", found.root, found.all_train), ("test", found.test.root, found.test.catalog)):
+        pack(root, raw / name, RAW, catalog=catalog)
+
+
+def seconds_for_edits(cache: Path) -> float:
+    """Return the time that making the edits of a cache has taken so far, in all runs."""
+    file = cache / "seconds.json"
+    return float(json.loads(file.read_text())["edits"]) if file.exists() else 0.0
+
+
+def prepare(recipe: Recipe, found: Parts, cache: Path, raw: Path | None = None) -> None:
+    """Make the edits and fractals of the recipe that the cache lacks. Resumes an interrupted run.
+
+    Args:
+        recipe: The recipe.
+        found: Its images.
+        cache: Where the edits and fractals go, and the raw copies of edits.
+        raw: Where the raw copies of images go; None makes no raw copies.
+    """
+    if raw is not None:
+        pack_images(found, raw)
     if recipe.mix.preset == "none":
         return
     wanted = recipe.edits
@@ -110,6 +148,9 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
             print(f"edits {done:,} of {total:,}", flush=True)
 
     summary = generate(found.root, cache / "edits", config, catalog=found.all_train, progress=show)
+    if summary.made:
+        seconds = round(seconds_for_edits(cache) + summary.seconds, 1)
+        (cache / "seconds.json").write_text(json.dumps({"edits": seconds}) + "\n")
     if summary.missing:
         raise StoreError(f"{cache / 'edits'}: {summary.missing} shards are missing; run this again.")
     if not (cache / "fractals.npy").exists():
@@ -118,10 +159,22 @@ def prepare(recipe: Recipe, found: Parts, cache: Path) -> None:
     if recipe.mix.preset == "edits" and not (cache / "exported").is_dir():
         export(found.root, cache / "edits", cache / "exported.tmp")
         (cache / "exported.tmp").rename(cache / "exported")
+    if raw is not None:
+        if recipe.mix.preset == "edits":
+            pack(cache / "exported", cache / "exported-raw", RAW, catalog=index(cache / "exported"))
+        else:
+            pack(cache / "edits", raw_edits(cache / "edits"), RAW)
 
 
-def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cache: Path) -> DiffuseMixDataset:
-    """Return the training set."""
+def raw_edits(edits: Path) -> Path:
+    """Return where the raw copies of an edit store are."""
+    return edits.with_name(f"{edits.name}-raw")
+
+
+def train_set(
+    recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cache: Path, raw: Path | None = None
+) -> DiffuseMixDataset:
+    """Return the training set; with `raw`, of the raw copies that `prepare` made."""
     common = {
         "crop": recipe.crop.training(),
         "seed": recipe.train.seed,
@@ -130,13 +183,17 @@ def train_set(recipe: Recipe, found: Parts, *, edits: Path, fractals: Path, cach
     }
     mix = recipe.mix.spec()
     if recipe.mix.preset == "edits":
-        return DiffuseMixDataset(cache / "exported", catalog=_exported(cache / "exported", found.train), **common)
+        catalog = _exported(cache / "exported", found.train)
+        return DiffuseMixDataset(cache / ("exported-raw" if raw else "exported"), catalog=catalog, **common)
+    root = found.root if raw is None else raw / "train"
     if mix is None:
-        return DiffuseMixDataset(found.root, catalog=found.train, **common)
+        return DiffuseMixDataset(root, catalog=found.train, **common)
+    if raw is not None:
+        edits = raw_edits(edits)
     for name, path in (("edits", edits), ("fractals", fractals)):
         if not path.exists():
             raise ConfigError(f"there are no {name} at {str(path)!r}; make them first, with --prepare and one process.")
-    return DiffuseMixDataset(found.root, catalog=found.train, edits=edits, fractals=fractals, mix=mix, **common)
+    return DiffuseMixDataset(root, catalog=found.train, edits=edits, fractals=fractals, mix=mix, **common)
 
 
 def _exported(folder: Path, originals: Catalog) -> Catalog:
@@ -146,10 +203,10 @@ def _exported(folder: Path, originals: Catalog) -> Catalog:
     return everything.take(rows)
 
 
-def plain_set(recipe: Recipe, split: Split, *, normalize: bool = True) -> DiffuseMixDataset:
-    """Return the images for validation or testing."""
+def plain_set(recipe: Recipe, split: Split, *, normalize: bool = True, raw: Path | None = None) -> DiffuseMixDataset:
+    """Return the images for validation or testing; `raw` is the folder of their raw copies."""
     return DiffuseMixDataset(
-        split.root,
+        split.root if raw is None else raw,
         catalog=split.catalog,
         crop=recipe.crop.evaluation(),
         normalize=IMAGENET if normalize else None,

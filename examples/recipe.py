@@ -224,8 +224,11 @@ class Train:
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
     fgsm: tuple[float, ...] = ()  # strengths, in steps of 1/255
+    corruptions: tuple[int, ...] = ()  # strengths of noise, blur, contrast and JPEG, from 1 to 5
 
     def __post_init__(self) -> None:
+        known = all(one in range(1, 6) for one in self.corruptions)
+        rule(known, "evaluate.corruptions", "strengths from 1 to 5", self.corruptions)
         rule(all(0 < one <= 255 for one in self.fgsm), "evaluate.fgsm", "steps of 1/255, above 0", self.fgsm)
 
 

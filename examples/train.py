@@ -9,6 +9,9 @@ also in the middle of an epoch. On a CPU the weights then equal those of an unin
 
 --out gets train.csv (every update), valid.csv, run.json, last.pt, best.pt (best on validation), curve.png if matplotlib
 is installed, and tensorboard/ if TensorBoard is. --set changes a recipe: --set train.epochs=2 --set mix.preset=none.
+
+--resident host keeps raw copies of images and edits in memory, once for all processes of the machine, so that nothing
+is decoded while training. The samples are the same.
 """
 
 import argparse
@@ -19,14 +22,14 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import models
 import torch
 from batch_transforms import batch_transform
-from data import parts, plain_set, prepare, train_set
+from data import Parts, parts, plain_set, prepare, raw_fits, train_set
 from evaluate import evaluate
 from recipe import Recipe, Train
 from torch import nn
@@ -136,14 +139,45 @@ class Checkpoint:
         temporary.replace(file)
 
 
-def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
+class Clock:
+    """Where the time of a run went, over all its starts; what a killed start did after its last checkpoint is lost."""
+
+    def __init__(self, before: dict[str, float]) -> None:
+        self.seconds = {"total": 0.0, "training": 0.0, "waiting": 0.0} | before
+        self._start, self._paused = time.perf_counter(), 0.0
+
+    def batches(self, loader: DiffuseMixLoader) -> Iterator[Any]:
+        """Yield the loader's batches. Their time is training, the wait for them is waiting."""
+        asked = time.perf_counter()
+        for batch in loader:
+            got, self._paused = time.perf_counter(), 0.0
+            self.seconds["waiting"] += got - asked
+            yield batch
+            asked = time.perf_counter()
+            self.seconds["training"] += asked - got - self._paused
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Validation and checkpoints are no training."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """Return the seconds so far, for a checkpoint."""
+        now = time.perf_counter()
+        self.seconds["total"], self._start = self.seconds["total"] + now - self._start, now
+        return dict(self.seconds)
+
+
+def train(options: argparse.Namespace, recipe: Recipe, divided: Parts, world: World) -> None:
     settings = recipe.train
-    divided = parts(recipe, options.data)
+    raw = options.raw if options.resident else None
     if settings.batch_size % world.size:
         raise ConfigError(
             f"train.batch_size is {settings.batch_size}, which {world.size} processes cannot share evenly."
         )
-    training = train_set(recipe, divided, edits=options.edits, fractals=options.fractals, cache=options.cache)
+    training = train_set(recipe, divided, edits=options.edits, fractals=options.fractals, cache=options.cache, raw=raw)
     classes = training.classes
     if len(training) < settings.batch_size:
         raise ConfigError(f"train.batch_size is {settings.batch_size}, but there are {len(training)} training samples.")
@@ -152,6 +186,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         "num_workers": options.workers,
         "device": world.device,
         "memory_format": memory_format,
+        "resident": options.resident,
     }
     loader = DiffuseMixLoader(
         training,
@@ -161,8 +196,9 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         batch_transform=batch_transform(settings.mixer, len(classes)),
         **delivery,
     )
+    valid_raw = raw and raw / ("train" if recipe.data.held_out else "test")
     valid_loader = DiffuseMixLoader(
-        plain_set(recipe, divided.valid), options.valid_batch_size, return_index=True, **delivery
+        plain_set(recipe, divided.valid, raw=valid_raw), options.valid_batch_size, return_index=True, **delivery
     )
     updates = settings.updates or settings.epochs * len(loader)
     warmup = settings.warmup_epochs * len(loader) + settings.warmup_updates
@@ -200,6 +236,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         step, best = state["step"], state["best"]
     parallel = world.parallel(torch.compile(model) if options.compile else model)
     log = Log(options.out, step) if world.is_first else None
+    clock = Clock({} if state is None else state.get("clock", {}))
     started = Started(options, recipe, divided, world, updates, step)
 
     def save(file: Path) -> None:
@@ -219,6 +256,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
             scaler=scaler.state_dict(),
             loader=loader.state_dict(),
             random=random,
+            clock=clock.read(),
         )
 
     def validate() -> None:
@@ -254,7 +292,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
 
     try:
         while step < updates:
-            for images, labels in loader:
+            for images, labels in clock.batches(loader):
                 parallel.train()
                 rate = learning_rate(settings, step, updates, warmup)
                 for group in optimizer.param_groups:
@@ -273,10 +311,11 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
                 if due or step % options.log_every == 0 or step % validate_every == 0:
                     flush()
                     started.show(step, loader)
-                if last or step % validate_every == 0:
-                    validate()
-                if due:
-                    save(checkpoint.last)
+                with clock.pause():
+                    if last or step % validate_every == 0:
+                        validate()
+                    if due:
+                        save(checkpoint.last)
                 if last:
                     break
     finally:
@@ -285,7 +324,7 @@ def train(options: argparse.Namespace, recipe: Recipe, world: World) -> None:
         if log is not None:
             log.close()
     if log is not None:
-        started.finish(best)
+        started.finish(best, clock)
         plot(options.out)
 
 
@@ -295,16 +334,10 @@ class Started:
     def __init__(
         self, options: argparse.Namespace, recipe: Recipe, divided: Any, world: World, updates: int, step: int
     ) -> None:
-        self.options, self.updates, self.world, self.begun, self.first = (
-            options,
-            updates,
-            world,
-            time.perf_counter(),
-            step,
-        )
-        self.batch_size, self.before = recipe.train.batch_size, (self.begun, step)
+        self.options, self.updates, self.world = options, updates, world
+        self.batch_size, self.before = recipe.train.batch_size, (time.perf_counter(), step)
         self.file = options.out / "run.json"
-        self.run: dict[str, Any] = {"seconds": 0.0, "starts": 0}
+        self.run: dict[str, Any] = {"starts": 0}
         if step and self.file.exists():
             self.run = json.loads(self.file.read_text())
         self.run |= {
@@ -320,6 +353,7 @@ class Started:
             "processes": world.size,
             "device": str(world.device),
             "amp": options.amp,
+            "resident": options.resident,
             "updates": updates,
             "starts": self.run["starts"] + 1,
             "version": dali_diffusemix.__version__,
@@ -349,9 +383,16 @@ class Started:
             flush=True,
         )
 
-    def finish(self, best: dict[str, Any]) -> None:
-        self.run["seconds"] += time.perf_counter() - self.begun
-        self.run |= {"finished": True, "best": best}
+    def finish(self, best: dict[str, Any], clock: Clock) -> None:
+        seconds = clock.read()
+        steps = seconds["training"] + seconds["waiting"]
+        self.run |= {
+            "finished": True,
+            "best": best,
+            "seconds": seconds["total"],
+            "images_per_second": round(self.updates * self.batch_size / steps, 1),
+            "loader_share": round(seconds["waiting"] / steps, 4),
+        }
         self._write()
 
     def _write(self) -> None:
@@ -410,6 +451,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change the recipe")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=4, help="loader threads per process")
+    parser.add_argument(
+        "--resident", choices=("host", "device", "auto"), help="keep raw images there; auto: if they fit"
+    )
+    parser.add_argument("--raw", type=Path, help="folder for the raw copies of images; default CACHE/raw")
     parser.add_argument("--amp", choices=("bfloat16", "float16"), help="mixed precision")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
@@ -431,12 +476,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ours = options.edits is None
         options.edits = options.edits or options.cache / "edits"
         options.fractals = options.fractals or options.cache / "fractals.npy"
+        options.raw = options.raw or options.cache / "raw"
         options.cache.mkdir(parents=True, exist_ok=True)
+        divided = parts(recipe, options.data)
+        if options.resident == "auto":
+            options.resident = "host" if raw_fits(recipe, divided) else None
         if (ours and world.size == 1) or options.prepare:
-            prepare(recipe, parts(recipe, options.data), options.cache)
+            prepare(recipe, divided, options.cache, options.raw if options.resident else None)
         if not options.prepare:
             options.out.mkdir(parents=True, exist_ok=True)
-            train(options, recipe, world)
+            train(options, recipe, divided, world)
 
 
 if __name__ == "__main__":

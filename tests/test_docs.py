@@ -492,6 +492,7 @@ def test_the_tables_of_results(name: str) -> None:
     compare = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "compare", compare)
+        patch.syspath_prepend(str(ROOT / "examples"))
         spec.loader.exec_module(compare)
         record = json.loads((ROOT / "benchmarks" / "results" / f"2026-11-25-2cores-{name}.json").read_text())
         table = compare.table(record["runs"])
@@ -502,7 +503,7 @@ def test_the_tables_of_results(name: str) -> None:
         figures = re.findall(r"\d+\.\d\b", text.split(table)[1].split("\n### ")[0])
         assert len(figures) > 9
         assert set(figures) - {"0.1", "0.2", "0.4"} <= set(re.findall(r"\d+\.\d\b", table))
-    known = compare.METHODS if name == "compare" else compare.ABLATIONS
+    known = compare.GROUPS["methods" if name == "compare" else "ablations"]
     sets = {run["images_per_class"] for run in runs}
     assert {(run["method"], run["images_per_class"], run["seed"]) for run in runs} == {
         (method, images, seed) for method in known for images in sets for seed in range(3)
@@ -512,7 +513,8 @@ def test_the_tables_of_results(name: str) -> None:
         assert len({run["updates"] for run in column}) == len({run["test_images"] for run in column}) == 1
     for run in runs:
         assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])  # without the mark of a changed checkout
-        assert run["changes"][: len(known[run["method"]])] == list(known[run["method"]])
+        of_method = compare.KNOWN[run["method"]]
+        assert run["changes"][: len(of_method)] == list(of_method)
 
 
 def test_the_findings_of_results() -> None:

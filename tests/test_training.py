@@ -39,7 +39,8 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The modules of examples/, imported as the scripts import each other."""
     before = set(sys.modules)
     sys.path.insert(0, str(EXAMPLES))
-    names = ("batch_transforms", "compare", "data", "evaluate", "models", "recipe", "train", "world")
+    names = ("batch_transforms", "compare", "comparison_page", "data", "evaluate", "models", "recipe", "significance")
+    names += ("train", "world")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(EXAMPLES))
     for name in set(sys.modules) - before:
@@ -119,6 +120,13 @@ def test_a_recipe_trains_and_is_evaluated(
     assert list(result["fgsm"]) == [f"{one:g}" for one in recipe.evaluate.fgsm]
     low, high = result["top1_interval"]
     assert low <= result["top1"] <= high
+    spoilt = result["corruptions"]
+    strengths = [str(one) for one in recipe.evaluate.corruptions]
+    assert list(spoilt) == (["noise", "blur", "contrast", "jpeg"] if strengths else [])
+    assert all(list(of) == strengths for of in spoilt.values())
+    for scores in (result, *result["fgsm"].values(), *(one for of in spoilt.values() for one in of.values())):
+        right = scripts.significance.from_text(scores["right"], result["images"])
+        assert right.mean() == pytest.approx(scores["top1"], abs=1e-6)
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
@@ -154,6 +162,7 @@ def test_a_recipe_names_what_is_wrong(scripts: SimpleNamespace, tmp_path: Path) 
         ("mix.fractal_weight=2.0", "fractal_weight"),
         ("train.batch_size=true", "train.batch_size must be of kind int"),
         ("evaluate.fgsm=[0]", "evaluate.fgsm must be"),
+        ("evaluate.corruptions=[6]", "evaluate.corruptions must be strengths from 1 to 5"),
         ("crop.from_size=256", "crop.from_size and ramp must be given together"),
     ):
         with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
@@ -306,13 +315,22 @@ def test_fgsm_raises_the_loss_and_stays_in_range(scripts: SimpleNamespace) -> No
     model = scripts.models.build("resnet18", 4, small=True, width=8).eval()
     mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
     pixels, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
-    attacked = scripts.evaluate.fgsm(model, (pixels - mean) / std, labels, 4) * std + mean
+    attacked = scripts.evaluate.fgsm(model, (pixels - mean) / std, labels, strength=4) * std + mean
     assert (attacked - pixels).abs().max() <= 4 / 255 + 1e-6
     assert attacked.min() >= -1e-6
     assert attacked.max() <= 1 + 1e-6
     loss = torch.nn.functional.cross_entropy
     with torch.no_grad():
         assert loss(model((attacked - mean) / std), labels) > loss(model((pixels - mean) / std), labels)
+
+
+def test_corrupted_images_are_normalised_as_they_were(scripts: SimpleNamespace) -> None:
+    mean, std = (torch.tensor(one).view(1, 3, 1, 1) for one in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0)).float() / 255
+    images = (pixels - mean) / std
+    found = scripts.evaluate.corrupted(None, images, torch.zeros(4), name="contrast", strength=1) * std + mean
+    middle = pixels.mean((2, 3), keepdim=True)
+    assert torch.allclose(found, middle + 0.4 * (pixels - middle), atol=0.51 / 255)
 
 
 # --- resuming, and what goes wrong
@@ -371,6 +389,38 @@ def test_it_goes_on_with_the_same_losses_and_weights(
     whole, killed = (torch.load(tmp_path / one / "last.pt", weights_only=True) for one in ("whole", "killed"))
     assert all(torch.equal(whole["model"][name], killed["model"][name]) for name in whole["model"])
     assert json.loads((tmp_path / "killed/run.json").read_text())["starts"] == 2
+
+
+def test_raw_images_in_memory_train_the_same_weights(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """And a run says how fast it was, and how long it waited for images."""
+    for name in ("paper", "edits"):
+        changes = (f"mix.preset={name}",)
+        for out, options in ((f"files-{name}", ()), (f"raw-{name}", ("--resident", "host"))):
+            scripts.train.main(command(out, "train.updates=5", "train.validate_every=5", *changes, options=options))
+        for file in ("train.csv", "valid.csv"):
+            assert (tmp_path / f"raw-{name}" / file).read_text() == (tmp_path / f"files-{name}" / file).read_text()
+        run = json.loads((tmp_path / f"raw-{name}" / "run.json").read_text())
+        assert run["resident"] == "host" and 0 <= run["loader_share"] <= 1
+        assert 5 * 4 / run["images_per_second"] < run["seconds"]
+    assert scripts.data.seconds_for_edits(tmp_path / "cache") > 0
+
+
+def test_a_resumed_run_counts_its_time_once(
+    scripts: SimpleNamespace, command: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    arguments = command("run", "mix.preset=none", "train.updates=3")
+    scripts.train.main(arguments)
+    file = tmp_path / "run/last.pt"
+    state = torch.load(file, weights_only=True)
+    assert state["clock"]["training"] + state["clock"]["waiting"] < state["clock"]["total"]
+    torch.save({**state, "step": 2, "clock": {"total": 1000.0, "training": 30.0, "waiting": 10.0}}, file)
+    scripts.train.main(arguments)
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    assert 1000 < run["seconds"] < 1100
+    assert run["images_per_second"] == pytest.approx(3 * 4 / 40, rel=0.2)
+    assert run["loader_share"] == pytest.approx(0.25, abs=0.05)
 
 
 def test_a_checkpoint_of_another_recipe(
@@ -475,23 +525,30 @@ def test_whole_edits_are_trained_on(
     assert len(training) == 3 * len(originals)  # two prompts
 
 
-def test_a_comparison_is_made_in_pieces(
-    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def comparison(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., dict[str, Any]]:
+    """Compares on a miniature folder; returns the record."""
     data = miniature.single_folder(tmp_path / "data")
     recipe = tmp_path / "tiny.toml"
     text = (EXAMPLES / "recipes/flowers5.toml").read_text()
-    for old, new in (("size = 64 ", "size = 32 "), ("width = 16", "width = 4"), ("batch_size = 32", "batch_size = 8")):
+    for old, new in (
+        *(("size = 64 ", "size = 32 "), ("width = 16", "width = 4"), ("batch_size = 32", "batch_size = 8")),
+        *(("fgsm = [1, 2, 4, 8]", "fgsm = [4]"), ("corruptions = [1, 3, 5]", "corruptions = [3]")),
+        ('editor = "procedural"', 'editor = "procedural"\nprompts = ["autumn"]'),
+    ):
         assert old in text
         text = text.replace(old, new)
     recipe.write_text(text.replace("eval_resize = 73", "eval_resize = 36").replace("size = 128", "size = 48"))
-    base = ["compare.py", str(recipe), "--data", str(data), "--out", str(tmp_path / "out"), "--sets", "6:4", "--seeds"]
 
     # What compare.py does in threads and processes is done here, where all that it needs has been imported.
     def process(command: list[str], **options: Any) -> Any:
         script = {"train.py": scripts.train, "evaluate.py": scripts.evaluate}.get(Path(command[1]).name)
         if script is None:
             return subprocess.run(command, **options)
+        if run.fail and run.fail in command and script is scripts.train and "--prepare" not in command:
+            return SimpleNamespace(returncode=1)
         script.main(command[2:])
         return SimpleNamespace(returncode=0)
 
@@ -501,23 +558,149 @@ def test_a_comparison_is_made_in_pieces(
     monkeypatch.setattr(scripts.compare, "subprocess", SimpleNamespace(run=process))
     monkeypatch.setattr(scripts.compare, "threading", SimpleNamespace(Thread=thread, Lock=threading.Lock))
 
-    def run(*more: str) -> dict[str, Any]:
-        monkeypatch.setattr(sys, "argv", [*base, *more])
-        scripts.compare.main()
-        return json.loads((tmp_path / "out/record.json").read_text())
+    def run(*more: str, out: str = "out", record: str = "record.json") -> dict[str, Any]:
+        scripts.compare.main([str(recipe), "--data", str(data), "--out", str(tmp_path / out), *more])
+        return json.loads((tmp_path / out / record).read_text())
 
-    first = run("0", "--methods", "vanilla,DiffuseMix paper")
+    run.fail = ""  # a change; runs with it fail
+    return run
+
+
+def test_a_comparison_is_made_in_pieces(
+    comparison: Callable[..., dict[str, Any]],
+    scripts: SimpleNamespace,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    some = ("--methods", "vanilla,DiffuseMix paper", "--sets", "6:4")
+    first = comparison(*some, "--seeds", "0")
     assert [one["method"] for one in first["runs"]] == ["vanilla", "DiffuseMix paper"]
     assert all(one["updates"] == 4 and one["training_images"] >= 18 for one in first["runs"])
+    for one in first["runs"]:
+        assert one["resident"] == "host" and one["images_per_second"] > 0 and 0 <= one["loader_share"] <= 1
+        assert one["machine"]["torch"] == torch.__version__ and one["version"]
+        assert list(one["right"]) == ["clean", "fgsm 4", "noise 3", "blur 3", "contrast 3", "jpeg 3"]
+        right = scripts.significance.from_text(one["right"]["noise 3"], one["test_images"])
+        assert right.mean() == pytest.approx(one["corrupted_top1"]["noise"]["3"], abs=1e-6)
+        assert one["losses"][-1][0] == 4
+    assert first["runs"][0]["edits_seconds"] == 0 < first["runs"][1]["edits_seconds"]
+    assert "One seed says nothing" in (tmp_path / "out/page.html").read_text()
     # The record alone says what is done.
     for folder in (tmp_path / "out").iterdir():
         if folder.is_dir() and folder.name != "cache":
             folder.rename(tmp_path / f"gone-{folder.name}")
-    second = run("0,1", "--methods", "vanilla", "--jobs", "2")
+    second = comparison("--methods", "vanilla", "--sets", "6:4", "--seeds", "0,1", "--jobs", "2")
     assert second["runs"][:2] == first["runs"]
     assert [(one["method"], one["seed"]) for one in second["runs"][2:]] == [("vanilla", 1)]
     table = (tmp_path / "out/table.md").read_text()
     assert "± " in table
     assert "(2)" in table
+    assert "6 a class, noise" in table
     assert (tmp_path / "out/compare.png").stat().st_size > 5000
+    # Runs of another machine are taken over.
+    cache = ("--cache", str(tmp_path / "out/cache"))
+    more = json.loads((tmp_path / "out/record.json").read_text())
+    more["runs"] += [{**more["runs"][0], "seed": 7}, {**more["runs"][0], "method": "CutMix"}]  # of another comparison
+    (tmp_path / "out/record.json").write_text(json.dumps(more))
+    merged = comparison(*some, "--seeds", "0,1", "--merge", str(tmp_path / "out/record.json"), *cache, out="elsewhere")
+    assert merged["runs"][:3] == second["runs"]
+    assert [(one["method"], one["seed"]) for one in merged["runs"][3:]] == [("DiffuseMix paper", 1)]
+    page = (tmp_path / "elsewhere/page.html").read_text()
+    assert "paired t-test" in page and "exact sign-flip test" in page
     assert "FAILED" not in capfd.readouterr().out
+
+
+def test_a_failed_run_is_made_again_and_the_rest_kept(comparison: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--methods", "vanilla,CutMix", "--sets", "all:3", "--seeds", "0")
+    comparison.fail = 'train.augment=["cutmix"]'
+    with pytest.raises(SystemExit, match=r"1 runs failed; see output\.txt"):
+        comparison(*arguments)
+    assert "FAILED all a class, CutMix, seed 0" in capfd.readouterr().out
+    comparison.fail = "mix.preset=none"  # what is finished is not run again
+    with pytest.raises(SystemExit, match="1 runs failed"):
+        comparison(*arguments)
+    comparison.fail = ""
+    assert [one["method"] for one in comparison(*arguments)["runs"]] == ["vanilla", "CutMix"]
+    later = comparison(*arguments, "--minutes", "0", "--methods", "vanilla,MixUp")
+    assert len(later["runs"]) == 2
+    assert "1 of 2 runs are not finished; run the same command again." in capfd.readouterr().out
+
+
+def test_a_grid_is_judged_by_validation_alone(
+    comparison: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--grid", "train.lr=0.02,0.000001", "--sets", "all:3,all:6", "--seeds", "0")
+    found = comparison(*arguments, "--set", "train.validate_every=3", record="grid.json")
+    assert len(found["runs"]) == 4
+    assert not any("top1" in one or "right" in one for one in found["runs"])
+    assert not list((tmp_path / "out").rglob("*.evaluation.json"))
+    assert not (tmp_path / "out/record.json").exists()
+    out = capfd.readouterr().out
+    # A grid's value may need another change beside it.
+    crop = ("--set", "crop.padding=4", "--set", "crop.resize=32", "--grid", "crop.train=RandomCrop")
+    one = comparison(*crop, "--sets", "all:2", "--seeds", "0", out="crop", record="grid.json")["runs"][0]
+    assert one["grid"] == {"crop.train": "RandomCrop"}
+    table = (tmp_path / "out/grid.md").read_text().splitlines()
+    assert len(table) == 2 + 4 and "train.lr" in table[0]
+    best = {}
+    for one in found["runs"]:
+        top1 = max(value for _, value in one["valid_top1"])
+        best.setdefault((one["updates"], one["grid"]["train.lr"]), []).append(top1)
+    for updates in (3, 6):
+        winner = max(("0.02", "0.000001"), key=lambda lr: sum(best[updates, lr]))
+        assert f"best on validation, all a class, {updates} updates: --set train.lr={winner}" in out
+    assert comparison(*arguments, "--set", "train.validate_every=3", record="grid.json") == found | {
+        "machine": json.loads((tmp_path / "out/grid.json").read_text())["machine"]
+    }
+
+
+def test_comparisons_that_cannot_be_made(
+    comparison: Callable[..., dict[str, Any]], scripts: SimpleNamespace, tmp_path: Path
+) -> None:
+    for arguments, message in (
+        (("--methods", "vanilla,Mixup"), "--methods must be one of decide, evidence.* found 'Mixup'"),
+        (("--grid", "train.lr"), "--grid must be section.field=value,value, found 'train.lr'"),
+        (("--merge", "none.json"), "there is no record 'none.json'"),
+        (("--set", "train.lr=0"), "train.lr must be above 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            comparison(*arguments)
+    wanted = ("--methods", "vanilla", "--sets", "all:2", "--seeds", "0,1")
+    common = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    planned = scripts.compare.plan(scripts.compare.parse([str(tmp_path / "tiny.toml"), *common, *wanted]))
+    merge = {}
+    for name, recipe, run, tested in (
+        ("a", "tiny.toml", planned[0], "x"),
+        ("b", "tiny.toml", planned[1], "y"),
+        ("c", "cub.toml", planned[1], "x"),
+    ):
+        one = {"method": "vanilla", "images_per_class": "all", "seed": run.seed, "changes": run.sets()}
+        one |= {"test_images": 5, "test_fingerprint": tested}
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps({"recipe": recipe, "runs": [one]}))
+        merge[name] = ("--merge", str(file))
+    with pytest.raises(ConfigError, match="are of different test images"):
+        comparison(*wanted, *merge["a"], *merge["b"])
+    with pytest.raises(ConfigError, match=r"is of the recipe cub\.toml, not of tiny\.toml"):
+        comparison(*wanted, *merge["a"], *merge["c"])
+
+
+def test_a_recipe_that_counts_epochs_is_compared_at_equal_updates(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    arguments = [str(EXAMPLES / "recipes/cub.toml"), "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="--sets must give updates, such as all:30000"):
+        scripts.compare.plan(scripts.compare.parse(arguments))
+    runs = scripts.compare.plan(scripts.compare.parse([*arguments, "--sets", "all:500", "--methods", "evidence"]))
+    assert len(runs) == 3 * len(scripts.compare.GROUPS["evidence"])
+    for run in runs:
+        recipe = scripts.recipe.Recipe.read(EXAMPLES / "recipes/cub.toml", run.sets())
+        assert recipe.train.updates == 500 and recipe.train.epochs is None
+        assert recipe.data.held_out == 0.1  # so that no checkpoint is chosen on the test images
+
+
+def test_every_method_is_a_recipe(scripts: SimpleNamespace) -> None:
+    for name, changes in scripts.compare.KNOWN.items():
+        recipe = scripts.recipe.Recipe.read(EXAMPLES / "recipes/flowers5.toml", changes)
+        plain = name in ("vanilla", "TrivialAugment", "RandAugment", "CutMix", "MixUp")
+        assert (recipe.mix.preset == "none") == plain
+    assert all(set(names) <= set(scripts.compare.KNOWN) for names in scripts.compare.GROUPS.values())
+    assert all("vanilla" in names for names in scripts.compare.GROUPS.values())
