@@ -79,7 +79,9 @@ def usage_of(script: str) -> str:
             assert not end.code
     assert shown.getvalue().startswith("usage: ")
     for name in set(sys.modules) - before:
-        if str(ROOT) in str(getattr(sys.modules[name], "__file__", None)) and not name.startswith("dali_diffusemix"):
+        # Scripts' neighbours; not what is installed, perhaps in an environment below ROOT.
+        file = getattr(sys.modules[name], "__file__", None)
+        if file is not None and Path(file).parent == (ROOT / script).parent:
             del sys.modules[name]
     return shown.getvalue()
 
