@@ -402,6 +402,16 @@ def test_a_packed_store_keeps_what_was_chosen(root: Path, tmp_path: Path) -> Non
     assert names(EditStore.open(tmp_path / "raw")) == names(EditStore.open(store))
 
 
+def test_a_store_without_an_edit_in_use_is_said(
+    root: Path, tmp_path: Path, bank: FractalBank, caplog: pytest.LogCaptureFixture
+) -> None:
+    generate(root, tmp_path / "store", CONFIG)
+    Decisions.of(tmp_path / "store").add("reject", names(EditStore.open(tmp_path / "store")))
+    dataset = DiffuseMixDataset(root, edits=tmp_path / "store", fractals=bank, crop=TrainCrop(32), seed=0)
+    assert "no edit of it is in use, so no sample is mixed" in caplog.text
+    assert not dataset.planner.batch(0, np.arange(len(dataset))).mixed.any()
+
+
 def test_an_order_that_is_not_made_yet_replaces_nothing(root: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     generate(root, store, CONFIG)

@@ -199,6 +199,11 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         self.quarantine = Quarantine()
         self._format = TensorFormat(normalize=normalize)
         self._mixes = any(spec is not None for spec in values_of(mix))
+        if self._mixes and self.store is not None and not len(self.store):
+            _log.warning(
+                "%s: no edit of it is in use, so no sample is mixed; `dali-diffusemix report` shows why.",
+                self.store.path,
+            )
         self._varies = (
             self._mixes
             or any(values_of(self.augment))
