@@ -19,7 +19,7 @@ import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from material import write_photographs
+from material import write_photograph, write_photographs
 from PIL import Image
 
 import dali_diffusemix
@@ -395,7 +395,7 @@ def test_names_that_are_no_text_are_printed_safely(tmp_path: Path) -> None:
     name = os.fsdecode(b"caf\xe9 '\"\n\x1b[31m")
     root = tmp_path / os.fsdecode(b"r\xff")
     (root / name).mkdir(parents=True)
-    Image.new("RGB", (40, 30)).save(tmp_path / "image.jpg")
+    write_photograph(tmp_path / "image.jpg", 0, 30, 40)
     (tmp_path / "image.jpg").rename(root / name / os.fsdecode(b"\xfe.jpg"))
     (root / name / os.fsdecode(b"\xfd\n.gif")).write_bytes(b"GIF89a....")
     for environment in (

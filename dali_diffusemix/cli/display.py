@@ -28,7 +28,7 @@ from rich.text import Text
 from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
-__all__ = ["CommandError", "Display", "echo", "notice", "notices", "readable_bytes", "readable_seconds", "write_file"]
+__all__ = ["CommandError", "Display", "echo", "notice", "notices", "readable_seconds", "write_file"]
 
 _LINE_SECONDS: Final = 30.0  # between two lines of progress in a log
 
@@ -67,14 +67,6 @@ def _escaped(character: str) -> str:
     if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python holds it in names
         return f"\\x{ord(character) - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")
-
-
-def readable_bytes(count: float) -> str:
-    """A number of bytes in the unit that suits it, such as 93 MB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def readable_seconds(seconds: float) -> str:

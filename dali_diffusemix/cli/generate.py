@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
 import click
+from rich.filesize import decimal
 
-from dali_diffusemix.cli.display import Display, echo, readable_bytes, readable_seconds
+from dali_diffusemix.cli.display import Display, echo, readable_seconds
 from dali_diffusemix.cli.generate_options import GenerateOptions, command_line_option, read_options, template
 from dali_diffusemix.cli.options import PATH, completed, json_option
 from dali_diffusemix.errors import ConfigError
@@ -241,7 +242,7 @@ def _show_estimate(display: Display, found: "Estimate", workers: int) -> None:
     display.line(f"{found.edits} edits would be made")
     if found.tried:
         display.line(
-            f"about {readable_bytes(found.bytes)} and {readable_seconds(found.seconds)} on {workers} "
+            f"about {decimal(found.bytes)} and {readable_seconds(found.seconds)} on {workers} "
             f"worker{'s' * (workers > 1)}, from {found.tried} edits made for the estimate"
         )
     display.result(
@@ -272,22 +273,22 @@ def _config_of(options: GenerateOptions, written: Mapping[str, Any], store: Path
     from dali_diffusemix.generate.config import GenerateConfig
     from dali_diffusemix.generate.editors import PROMPTS
     from dali_diffusemix.generate.editors.choice import choose_editor, editor_of_store
-    from dali_diffusemix.store import EditStore
+    from dali_diffusemix.store.layout import Header
 
     making = {**written, **_given(options, _EDITS)}
     if options.prompts is not None:
         making["prompts"] = tuple(options.prompts)
     of_editor = _given(options, _EDITOR)
-    exists = (store / "store.json").exists()
+    header = Header.find(store)
     if options.prompts is not None and written.get("deny") is not None:
         # What the file denies waits until its prompt is asked for; a prompt that nothing knows is refused.
         known = {*making["prompts"], *chain.from_iterable(making.get("class_prompts", {}).values())}
-        known |= set(EditStore.prompts_at(store)) if exists else set()
+        known |= set() if header is None else set(header.prompts)
         later = set(written.get("prompts", PROMPTS)) - known
         denied = {name: [prompt for prompt in of if prompt not in later] for name, of in written["deny"].items()}
         making["deny"] = {name: of for name, of in denied.items() if of}
-    if exists:
-        editor = editor_of_store(EditStore.settings_at(store), options.editor, of_editor)
+    if header is not None:
+        editor = editor_of_store(header.settings, options.editor, of_editor)
         return GenerateConfig.from_store(store, editor=editor, **making)
     editor = choose_editor(options.editor or "procedural", of_editor)
     if (own := getattr(editor, "prompts", None)) is not None:  # an editor of one's own that states them

@@ -3,8 +3,9 @@
 config     which edits to make
 run        a run, which can be stopped at any time and resumed
 worker     one shard
+originals  the images to edit, decoded
 quality    a verdict on every edit
-editors/   how an image is edited (procedural, diffusers, the user's own)
+editors/   how an image is edited (procedural, diffusers, a server, the user's own)
 engines/   where shards are made (this machine, Ray)
 """
 

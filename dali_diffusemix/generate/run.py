@@ -35,7 +35,8 @@ from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.engines import Engine
 from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
-from dali_diffusemix.generate.worker import Originals, ShardWorker
+from dali_diffusemix.generate.originals import Originals
+from dali_diffusemix.generate.worker import ShardWorker
 from dali_diffusemix.store import (
     DENIED,
     VERDICTS,
@@ -47,7 +48,7 @@ from dali_diffusemix.store import (
     StoreWriter,
     UnfinishedStoreWarning,
 )
-from dali_diffusemix.store.layout import Rule
+from dali_diffusemix.store.layout import Header, Rule
 from dali_diffusemix.store.writer import local_folders
 
 _log = logging.getLogger(__name__)
@@ -253,9 +254,9 @@ def _checked(store: Path, config: GenerateConfig) -> GenerateConfig:
     Raises ConfigError, MissingDependencyError.
     """
     known = config.all_prompts
-    if (store / "store.json").exists():
-        with suppress(StoreError):  # which the writer will report
-            known += EditStore.prompts_at(store)
+    with suppress(StoreError):  # which the writer will report
+        if (header := Header.find(store)) is not None:
+            known += header.prompts
             if config.format is None and config.quality is None:
                 config = replace(config, format=EditStore.format_at(store))
     for pattern, prompts in (config.deny or {}).items():
@@ -280,8 +281,8 @@ def edits_to_make(
     """The number of edits that `generate` with these arguments would make. Nothing is written. Raises like it."""
     root, store = local_folders(root, store)
     config = _checked(store, config)
-    stored = EditStore.class_names_at(store) if (store / "store.json").exists() else {}
-    wish = config.wish(catalog.classes, stored)
+    header = Header.find(store)
+    wish = config.wish(catalog.classes, {} if header is None else header.class_names)
     again = _redo_of(redo, root, part)
     return StoreWriter.outstanding(store, catalog, config.settings(), wish, redo=again, part=part)
 

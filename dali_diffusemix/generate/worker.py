@@ -26,14 +26,14 @@ from dali_diffusemix.errors import DecodeError, WorkerError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.config import GenerateConfig
 from dali_diffusemix.generate.editors import Editor, EditTask
-from dali_diffusemix.images.codec import decode, encode_as
+from dali_diffusemix.generate.originals import Originals
+from dali_diffusemix.images.codec import encode_as
 from dali_diffusemix.store import (
     DENIED,
     NOT_YET,
     REJECTIONS,
     BegunShard,
     EditKey,
-    OriginalStore,
     Shard,
     ShardWriter,
 )
@@ -281,23 +281,3 @@ class ShardWorker:
             return None
         height, width = self._config.shape(*pixels.shape[:2])
         return np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC))
-
-
-class Originals:
-    """The originals of a store: files under a root, or in a packed store.
-
-    Args:
-        root: The folder, or the packed store.
-        catalog: Lists them.
-    """
-
-    def __init__(self, root: Path, catalog: Catalog) -> None:
-        self._root, self._catalog = root, catalog
-        packed = OriginalStore.find(root)
-        self._packed = None if packed is None else packed.reindexed(catalog)
-
-    def pixels(self, original: int) -> NDArray[np.uint8]:
-        """An original, upright, (height, width, 3) uint8, by its row in the catalog. Raises DecodeError."""
-        if self._packed is not None:
-            return decode(self._packed.encoded(original))
-        return decode(self._root / self._catalog.path(original))

@@ -1,6 +1,5 @@
 """The similarity of an edit to its original, by the image part of a CLIP model; transformers is imported only here."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.generate.editors.diffusers.files import fetched, is_hub_id, revision_of
 
 __all__ = ["ClipSimilarity"]
 
@@ -40,7 +40,7 @@ class ClipSimilarity:
         _check_files(folder, model)
         is_folder = Path(model).is_dir()
         self.model = folder.name if is_folder else model
-        self.revision = _hash(folder) if is_folder else folder.name
+        self.revision = revision_of(folder) if is_folder else folder.name
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
@@ -95,7 +95,7 @@ def _folder(model: str) -> Path:
     """The folder of a model's files; from the hub, only safetensors and configs are fetched."""
     if Path(model).is_dir():
         return Path(model).absolute()
-    if model.startswith(("/", ".", "~")) or model.count("/") != 1:
+    if not is_hub_id(model):
         raise ConfigError(
             f"scorer: clip:MODEL must be a folder or a hub id (owner/name), found {model!r}, which is no folder; write "
             "clip:openai/clip-vit-large-patch14."
@@ -103,18 +103,12 @@ def _folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     patterns = [f"*{ending}" for ending in _ENDINGS]
-    failure: Exception | None = None
-    for local in (True, False):  # a local copy is used as it is: a cluster's nodes need no network
-        try:
-            found = Path(snapshot_download(model, allow_patterns=patterns, local_files_only=local))
-            if (found / "config.json").is_file():
-                return found
-        except Exception as error:  # of the network, of the hub, of the disk
-            failure = error
-    raise ConfigError(
-        f"scorer: clip:{model} is neither a folder nor available from the hub ({type(failure).__name__}: {failure}). "
-        f"On a machine with a network, `hf download {model}` fetches it; or give the folder of a copy."
-    ) from failure
+    return fetched(
+        lambda local: Path(snapshot_download(model, allow_patterns=patterns, local_files_only=local)),
+        lambda folder: (folder / "config.json").is_file(),
+        f"scorer: clip:{model} is neither a folder nor",
+        f"hf download {model}",
+    )
 
 
 def _check_files(folder: Path, model: str) -> None:
@@ -134,13 +128,3 @@ def _check_files(folder: Path, model: str) -> None:
             f"scorer: clip:{model} must have its weights as safetensors, found none; pickled ones may run code when "
             "they are read. Some models have them in another revision: `hf download` it and give the folder."
         )
-
-
-def _hash(folder: Path) -> str:
-    """The revision of a model in a folder: a hash of its files' names and contents."""
-    whole = hashlib.sha256()
-    for file in sorted(file for file in folder.rglob("*") if file.suffix in _ENDINGS):
-        with file.open("rb") as stream:
-            content = hashlib.file_digest(stream, "sha256").hexdigest()
-        whole.update(f"{file.relative_to(folder)}\0{content}\n".encode())
-    return f"sha256:{whole.hexdigest()}"

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
+from dali_diffusemix.generate.originals import Originals
 from dali_diffusemix.generate.run import runs_log
-from dali_diffusemix.generate.worker import Originals
 from dali_diffusemix.store import EditStore
 
 __all__ = ["FoundOriginals", "runs_of"]

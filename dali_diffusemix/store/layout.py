@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -241,16 +242,16 @@ WHOLE = Part()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Work:
+class _Work(ABC):
     """Work that was ordered at once, cut into shards along the originals."""
 
     originals_per_shard: int
     first_shard: int
 
     @property
+    @abstractmethod
     def originals(self) -> int:
         """The number of originals."""
-        raise NotImplementedError
 
     @property
     def shard_count(self) -> int:
@@ -514,6 +515,11 @@ class Header:
         }
         # What reads version 1 alone would use edits that were made again, or are not wanted any more.
         write_json(store / "store.json", EDITS.magic, content, version=2 if self.orders or only else 1)
+
+    @classmethod
+    def find(cls, store: Path) -> "Header | None":
+        """`read`, but None if the folder has no store.json. Raises StoreError."""
+        return cls.read(store) if (store / "store.json").exists() else None
 
     @classmethod
     def read(cls, store: Path) -> "Header":

@@ -208,21 +208,6 @@ class EditStore:
         found = Header.read(path).settings.get("format")
         return next((one for one in STORED if one == found), "jpeg")
 
-    @staticmethod
-    def settings_at(path: Path) -> Settings:
-        """The settings of a store in a folder. Raises StoreError."""
-        return Header.read(path).settings
-
-    @staticmethod
-    def prompts_at(path: Path) -> tuple[str, ...]:
-        """The prompts of a store in a folder. Raises StoreError."""
-        return Header.read(path).prompts
-
-    @staticmethod
-    def class_names_at(path: Path) -> Mapping[str, str]:
-        """Class to its words in an instruction, where given, of a store in a folder. Raises StoreError."""
-        return Header.read(path).class_names
-
     def _row(self, edit: int) -> np.void:
         row: np.void = self._table[edit if self._rows is None else self._rows[edit]]
         return row

@@ -80,8 +80,8 @@ class StoreWriter:
             writer.path, writer._part, writer._lock = path, part, lock
             with lock.ordering():
                 _begin(EDITS, path, catalog, alone=part == WHOLE)
-                if (path / "store.json").exists():
-                    writer._header = Header.read(path)
+                if (header := Header.find(path)) is not None:
+                    writer._header = header
                     if part != WHOLE or not _is_without_edits(path):
                         _check_settings(path, writer._header.settings, settings, may_differ=_MAY_DIFFER)
                     writer._grow(catalog, settings)
@@ -128,7 +128,7 @@ class StoreWriter:
             StoreError: Class names differ from the store's, there are too many prompts, or a file is damaged.
         """
         with self._lock.ordering():
-            before = Header.read(self.path) if (self.path / "store.json").exists() else self._header
+            before = Header.find(self.path) or self._header
             header, table = ordered(before, wish, redo, self.path, self.catalog)
             if len(header.prompts) > MOST or wish.variants > MOST:
                 raise StoreError(
@@ -147,8 +147,7 @@ class StoreWriter:
         path: Path, catalog: Catalog, settings: Settings, wish: Wish, *, redo: Redo | None = None, part: Part = WHOLE
     ) -> int:
         """The number of edits that a run with this wish would make; nothing is written. Raises like `open`, `order`."""
-        if (path / "store.json").exists():
-            header = Header.read(path)
+        if (header := Header.find(path)) is not None:
             if part != WHOLE or not _is_without_edits(path):
                 _check_settings(path, header.settings, settings, may_differ=_MAY_DIFFER)
             catalog = grown_catalog(path, open_catalog(path), catalog)

@@ -8,6 +8,7 @@ are given. An adapter knows that of its class.
 import inspect
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -157,7 +158,7 @@ class Adapter:
 # In batches ----------------------------------------------------------------------------------------------------------
 
 
-class _StableDiffusion(Adapter):
+class _StableDiffusion(Adapter, ABC):
     optional = frozenset({"lora", "negative_prompt"})
     multiple = 8
     in_batches = True
@@ -172,9 +173,9 @@ class _StableDiffusion(Adapter):
         stacked = {name: torch.cat([one[name] for one in embeddings]) for name in embeddings[0]}
         return self._call(seeds, {**stacked, **self._others(images, height, width)})
 
+    @abstractmethod
     def _others(self, images: Sequence[Any], height: int, width: int) -> dict[str, Any]:
         """The arguments besides the embeddings."""
-        raise NotImplementedError
 
 
 class _PooledEmbeddings(_StableDiffusion):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +21,8 @@ def require_diffusers() -> Any:
     """The module. Raises MissingDependencyError."""
     try:
         import diffusers
-        import transformers  # noqa: F401 - most pipelines need it for prompts
+
+        import_module("transformers")  # most pipelines need it for prompts
     except ImportError as error:
         raise MissingDependencyError(
             f"the diffusers editor needs diffusers and transformers ({error}); run `pip install "
@@ -44,7 +46,7 @@ def folder_of(model: str, revision: str | None) -> Path:
         if revision is not None:
             raise ConfigError(f"revision must be left out for a model in a folder, found {revision!r}.")
         return Path(model).absolute()
-    if not _is_hub_id(model):
+    if not is_hub_id(model):
         raise ConfigError(
             f"model must be a folder or a hub id (owner/name), unless the editor is 'procedural'; found {model!r}, "
             "which is no folder."
@@ -59,7 +61,7 @@ def folder_of(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns, local_files_only=local))
 
     # A local copy is used as it is: a cluster's nodes need no network.
-    return _fetched(of_components, _is_whole, f"model: {model!r} is neither a folder nor", f"hf download {model}")
+    return fetched(of_components, _is_whole, f"model: {model!r} is neither a folder nor", f"hf download {model}")
 
 
 def local_index(model: str, revision: str | None) -> dict[str, Any] | None:
@@ -71,7 +73,7 @@ def local_index(model: str, revision: str | None) -> dict[str, Any] | None:
             from huggingface_hub import try_to_load_from_cache
         except ImportError:
             return None
-        if not _is_hub_id(model):
+        if not is_hub_id(model):
             return None
         found = try_to_load_from_cache(model, "model_index.json", revision=revision)
         if not isinstance(found, str):
@@ -117,7 +119,7 @@ def _is_whole(folder: Path) -> bool:
     return all(part.is_dir() for part in folders)
 
 
-def _fetched(fetch: Callable[[bool], Path], is_whole: Callable[[Path], bool], problem: str, remedy: str) -> Path:
+def fetched(fetch: Callable[[bool], Path], is_whole: Callable[[Path], bool], problem: str, remedy: str) -> Path:
     """The path that `fetch` finds in the hub's cache, else on the hub; `problem` and `remedy` are for the message."""
     failure: Exception | None = None
     for local in (True, False):
@@ -133,7 +135,8 @@ def _fetched(fetch: Callable[[bool], Path], is_whole: Callable[[Path], bool], pr
     ) from failure
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """True for owner/name, and not for a path."""
     return not name.startswith(("/", ".", "~")) and name.count("/") == 1
 
 
@@ -248,14 +251,14 @@ def _lora_file(name: str, file: str | None) -> Path:
                 f"lora: {name!r} must hold one file of safetensors, found {len(files)}; name one as {name}:FILE."
             )
         found = path / file if file is not None else files[0]
-    elif _is_hub_id(name):
+    elif is_hub_id(name):
         require_diffusers()
         from huggingface_hub import hf_hub_download
 
         def fetch(local: bool) -> Path:
             return Path(hf_hub_download(name, file or _LORA, local_files_only=local))
 
-        found = _fetched(
+        found = fetched(
             fetch, Path.is_file, f"lora: {file or _LORA} of {name!r} is not", f"hf download {name} {file or _LORA}"
         )
     else:
