@@ -665,37 +665,13 @@ def test_a_selection_under_another_catalog(root: Path, tmp_path: Path) -> None:
 # Killed ---------------------------------------------------------------------------------------------------------------
 
 STEPS = """
-import os, signal, sys
+import sys
 from pathlib import Path
-from dali_diffusemix.generate import GenerateConfig, Interrupted, generate
-from dali_diffusemix.store import Decisions, EditName, EditStore
-sys.path.insert(0, sys.argv[4])
-from test_choosing import names, steps
-left = [-1]
-def counting(replace):
-    def one(self, target):
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return replace(self, target)
-    return one
-Path.replace = counting(Path.replace)
-root, folder, moments = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
-made, killed = 0, True
-moment = 0
-while killed:
-    child = os.fork()
-    if child == 0:
-        left[0] = moment
-        try:
-            steps(Path(root), folder / f"killed{moment}")
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL), code
-    moment, killed = moment + int(moments), code != 0
-print(moment)
+root, folder, tests = map(Path, sys.argv[1:])
+sys.path.insert(0, str(tests))
+from killing import killed_at_each
+from test_choosing import steps
+print(killed_at_each(lambda moment: steps(root, folder / f"killed{moment}"), 2))
 """
 
 
@@ -729,7 +705,7 @@ def test_killed_at_each_step(root: Path, tmp_path: Path) -> None:
     assert not verify(whole).problems
     expected, used = content(whole), names(EditStore.open(whole))
     assert used == names(EditStore.open(whole)) and len({name[:3] for name in used}) == len(used)
-    moments = int(warm.run("-c", STEPS, root, tmp_path, 2, Path(__file__).parent).stdout)
+    moments = int(warm.run("-c", STEPS, root, tmp_path, Path(__file__).parent).stdout)
     assert moments > 60
     for moment in range(0, moments, 2):
         store = tmp_path / f"killed{moment}"

@@ -16,10 +16,11 @@ import pytest
 from material import photograph
 from numpy.typing import NDArray
 from PIL import Image
+from test_adapters import TWO, difference, tasks
 
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import GenerateConfig, generate
-from dali_diffusemix.generate.editors import PROMPTS, TEMPLATE, EditTask
+from dali_diffusemix.generate.editors import PROMPTS, TEMPLATE
 from dali_diffusemix.generate.editors.diffusers import SCHEDULERS, DiffusersConfig, DiffusersEditor
 from dali_diffusemix.generate.editors.diffusers.adapters import InstructPix2PixAdapter
 from dali_diffusemix.store import EditStore
@@ -32,7 +33,6 @@ pytestmark = [
 ]
 
 Picture = NDArray[np.uint8]
-TWO = ("autumn", "a watercolor")
 
 
 @pytest.fixture(scope="session")
@@ -54,18 +54,6 @@ def editor(tiny_model: Path) -> DiffusersEditor:
 @pytest.fixture
 def images() -> list[Picture]:
     return [photograph(seed, 64, 64) for seed in range(3)]
-
-
-def tasks(images: int = 3) -> list[EditTask]:
-    return [
-        EditTask(image=image, prompt=prompt, seed=2**63 + 10 * image + place)
-        for image in range(images)
-        for place, prompt in enumerate(TWO)
-    ]
-
-
-def difference(one: NDArray[Any], other: NDArray[Any]) -> int:
-    return int(np.abs(one.astype(int) - other.astype(int)).max())
 
 
 # What is made --------------------------------------------------------------------------------------------------------

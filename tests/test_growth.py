@@ -129,39 +129,17 @@ def test_originals_that_vanished_keep_their_edits(root: Path, tmp_path: Path, ba
 
 
 GROW = """
-import os, shutil, signal, sys
+import shutil, sys
 from pathlib import Path
 from dali_diffusemix import catalog
 from dali_diffusemix.generate import GenerateConfig, generate
-root, before, folder = sys.argv[1:]
-left = [0]
-# Ends, as a killed process does, at the given replacement of a file.
-def counting(replace):
-    def one(self, target):
-        if left[0] == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left[0] -= 1
-        return replace(self, target)
-    return one
-Path.replace = counting(Path.replace)
-os.replace = (lambda replace: lambda a, b, **o: counting(lambda s, t: replace(s, t, **o))(a, b))(os.replace)
-# Forks of one process, which has imported everything: a new one would take a second each time.
-moment, killed = 0, True
-while killed:
-    shutil.copytree(before, Path(folder, f"killed{moment}"))
-    child = os.fork()
-    if child == 0:
-        left[0] = moment
-        try:
-            config = GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3)
-            generate(root, Path(folder, f"killed{moment}"), config)
-            os._exit(0)
-        finally:
-            os._exit(1)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL), code
-    moment, killed = moment + 1, code != 0
-print(moment)
+root, before, folder, tests = sys.argv[1:]
+sys.path.insert(0, tests)
+from killing import killed_at_each
+def grow(moment):
+    store = shutil.copytree(before, Path(folder, f"killed{moment}"))
+    generate(root, store, GenerateConfig(prompts=("autumn", "mosaic"), size=32, originals_per_shard=3))
+print(killed_at_each(grow))
 """
 
 
@@ -175,7 +153,7 @@ def test_killed_while_it_grows_a_store_can_be_read_and_gone_on_with(root: Path, 
     shutil.copytree(tmp_path / "before", tmp_path / "whole")
     generate(root, tmp_path / "whole", CONFIG)
     whole = content(tmp_path / "whole")
-    moments = int(warm.run("-c", GROW, root, tmp_path / "before", tmp_path).stdout)
+    moments = int(warm.run("-c", GROW, root, tmp_path / "before", tmp_path, Path(__file__).parent).stdout)
     assert moments > 8
     for moment in range(moments):
         store = tmp_path / f"killed{moment}"

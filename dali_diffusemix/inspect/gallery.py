@@ -26,6 +26,7 @@ from dali_diffusemix.inspect.originals import FoundOriginals, runs_of
 from dali_diffusemix.store import DENIED, NOT_YET, REJECTIONS, SHARD_ROW, VERDICTS, EditStore
 from dali_diffusemix.store.decisions import Decisions, EditName
 from dali_diffusemix.store.scores import Scores
+from dali_diffusemix.store.selection import rejected_by_hand
 
 ASSETS: Final = Path(__file__).parent / "assets"
 CHUNK: Final = 240  # edits whose details are loaded at once
@@ -114,12 +115,9 @@ class EditView:
 
     def rejected(self) -> NDArray[np.bool_]:
         """(n,) True for edits that a person rejected. Raises StoreError."""
+        shards = self.rows["shard"].astype(np.int64)
         names = self.decisions.rejected()
-        shards = np.array(sorted({name.shard for name in names}), np.int64)
-        rejected = np.zeros(len(self.rows), bool)
-        for place in np.flatnonzero(self.accepted() & np.isin(self.rows["shard"], shards)).tolist():
-            rejected[place] = self.name(place) in names
-        return rejected
+        return self.accepted() & rejected_by_hand(names, self.rows, shards, self.edits.catalog, self.edits.prompts)
 
     def places(self, pairs: NDArray[np.int64]) -> NDArray[np.int64]:
         """(n,) the places in `rows` of edits given as (n, 2) shard and row in it; -1: there is no such edit."""
