@@ -174,13 +174,13 @@ def test_the_readmes_figures() -> None:
     loader, ffcv = results("loader"), results("ffcv")
     small, photographs = results("small-32", SMALL), results("small-photographs", SMALL)
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    own = "ffcv_encoded_channels_last"
+    own, dali_128 = "ffcv_encoded_channels_last", "plain_dali_128_to_128"
     for text in (
         f"{rate(loader, 'diffusemix'):,.0f} mixed images/s; plain DALI makes {rate(loader, 'plain_dali'):,.0f}, and",
         f"Pillow with DataLoader {rate(loader, 'pillow_mixed'):,.0f}.",
         f"load faster: {rate(loader, 'diffusemix_packed'):,.0f} with the same pixels.",
         f"(32 x 32) load at {rate(small, 'diffusemix_resident'):,.0f} images/s",
-        f"it makes {rate(photographs, 'diffusemix_128_to_128') / rate(photographs, 'plain_dali_128_to_128'):.2f}x plain",
+        f"it makes {rate(photographs, 'diffusemix_128_to_128') / rate(photographs, dali_128):.2f}x plain",
         f"FFCV's own JPEGs {rate(ffcv, 'diffusemix_channels_last') / rate(ffcv, own):.2f}x",
     ):
         assert text in readme, text
