@@ -1,7 +1,8 @@
 """Hooks of mkdocs: text that is made of the code or of other pages, where a page says "*Here the built site ...*".
 
 docs/commands.md gets the help of every command and the options file of `generate`; docs/troubleshooting/index.md gets
-the messages of all its pages, from A to Z, with links.
+the messages of all its pages, from A to Z, with links. In tables of three and more columns every cell gets its column's
+name, which style.css shows on a narrow screen, where a row becomes a block.
 """
 
 import re
@@ -16,6 +17,7 @@ from dali_diffusemix.cli import main
 from dali_diffusemix.cli.generate_options import template
 
 _PLACE = re.compile(r"^\*Here the built site[^*]*\*$", re.MULTILINE)
+_TABLE = re.compile(r"<table>(.*?)</table>", re.DOTALL)
 _MESSAGE = re.compile(r"\*\*(`+)(.+?)\1\*\*")  # bold code
 
 
@@ -27,6 +29,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     }
     lines = made.get(page.file.src_uri)
     return markdown if lines is None else _PLACE.sub(lambda _: "\n".join(lines()), markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Name the cells of wide tables. Tables with aligned columns hold numbers and keep their form."""
+    return _TABLE.sub(_named, html)
+
+
+def _named(table: re.Match[str]) -> str:
+    heads = [re.sub(r"<[^>]+>", "", head).strip() for head in re.findall(r"<th>(.*?)</th>", table[1], re.DOTALL)]
+    rows = re.split(r"(?=<tr>)", table[1])
+    if len(heads) < 3 or any(row.count("<td>") not in (0, len(heads)) for row in rows):
+        return table[0]  # the latter: of the API reference
+    for at, row in enumerate(rows):
+        names = iter(heads)
+        rows[at] = re.sub("<td>", lambda _, names=names: f'<td data-label="{next(names)}">', row)
+    return f"<table data-stacked>{''.join(rows)}</table>"
 
 
 def _helps() -> Iterator[str]:

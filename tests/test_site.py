@@ -104,6 +104,22 @@ def test_pages_in_a_browser(site: Path, browser: Any) -> None:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_wide_tables_on_a_phone(site: Path, browser: Any) -> None:
+    """A cell is as wide as the page, and begins with the name of its column."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        browser.get((site / "dropin.html").as_uri())
+        cells = browser.execute_script(
+            """return [...document.querySelectorAll("table[data-stacked] td:not(:first-child):not(:empty)")].map(
+                 (one) => [one.offsetWidth, getComputedStyle(one, "::before").content])"""
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert len(cells) > 50 and all(width > 250 and len(name) > len('" : "') for width, name in cells)
+
+
 def test_search_works_in_a_folder(site: Path, browser: Any) -> None:
     browser.set_window_size(1280, 900)
     browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
