@@ -32,6 +32,7 @@ from dali_diffusemix import (
 )
 from dali_diffusemix.loading import dataset as dataset_module
 from dali_diffusemix.loading.description import few, in_a_line, name_of, table
+from dali_diffusemix.plan.spec import MASKS
 
 
 def rows(text: str) -> dict[str, str]:
@@ -287,3 +288,23 @@ def test_a_table() -> None:
     assert (
         table("a", {"b": lambda: "1", "left out": lambda: None, "cc": lambda: str(1 // 0)}) == "a\n    b   1\n    cc  ?"
     )
+
+
+def test_a_plan_is_a_table(dataset: DiffuseMixDataset, photos: Path) -> None:
+    plan = dataset.planner.batch(2, range(30))
+    first, head, *lines, last = repr(plan).splitlines()
+    assert first == "BatchPlan of 30 samples of epoch 2, 24 x 24 pixels" and last == "    ..." and len(lines) == 12
+    assert head.split() == ["index", "original", "edit", "mask", "fractal", "weight", "flip", "box"]
+    for row, line in enumerate(lines):
+        index, original, edit, mask, fractal, weight, flip, *box = line.split()
+        assert (int(index), int(original)) == (row, row) and (flip == "yes") == plan.flip[row]
+        assert (edit == "-") == (mask == "-") == (plan.edit[row] < 0)
+        if plan.mixed[row]:
+            assert (int(edit), mask, int(fractal)) == (plan.edit[row], MASKS[plan.mask[row]], plan.fractal[row])
+        assert np.allclose([float(weight), *map(float, box)], [plan.fractal_weight[row], *plan.box[row]], atol=0.006)
+    augmented = DiffuseMixDataset(photos, crop=TrainCrop(24), augment=RandAugment(), seed=0)
+    views = repr(augmented.planner.batch(0, [4, 4], [0, 1])).splitlines()
+    assert len(views) == 4 and views[1].split()[:2] == ["index", "view"] and views[1].endswith("  operations")
+    assert views[3].split()[:2] == ["4", "1"]
+    assert len(repr(dataset.planner.batch(0, [])).splitlines()) <= 2
+    assert repr(dataset.samples) == f"<33 (path, label), the first {(str(photos / 'ants' / '00.jpg'), 0)}>"

@@ -577,3 +577,6 @@ class _Samples(Sequence[tuple[str, int]]):
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} (path, label), the first {self[0]}>" if len(self) else "<0 (path, label)>"
