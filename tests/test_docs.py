@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 import sys
+import tomllib
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -540,6 +541,19 @@ def test_the_findings_of_results() -> None:
     for loss, method, images in (("is {:.2f}, D", "vanilla", "all"), ("DiffuseMix's {:.2f}.", paper, "all")):
         assert loss.format(mean(lambda run: float(run["last_loss"]), method, images)) in text
     assert f"does fit ({mean(lambda run: float(run['last_loss']), 'vanilla', '10'):.2f})" in text
+
+
+def test_the_long_schedule_was_chosen_for_plain_training() -> None:
+    """By validation, and it fits its training images."""
+    record = json.loads((ROOT / "benchmarks/results/2026-11-27-2cores-grid.json").read_text())
+    recipe = tomllib.loads((ROOT / "examples/recipes" / record["recipe"]).read_text())["train"]
+    best = max(record["runs"], key=lambda run: max(top1 for _, top1 in run["valid_top1"]))
+    assert (best["method"], best["updates"]) == ("vanilla", recipe["updates"])
+    assert {name: float(value) for name, value in best["grid"].items()} == {
+        "train.lr": recipe["lr"],
+        "train.weight_decay": recipe["weight_decay"],
+    }
+    assert best["last_loss"] < 0.05
 
 
 def test_small_images_on_a_gpu() -> None:
