@@ -5,8 +5,8 @@ import json
 import re
 import statistics
 import sys
-import tomllib
 import tarfile
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
