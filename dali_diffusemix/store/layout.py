@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
 from dali_diffusemix.base.files import why_damaged, write
+from dali_diffusemix.catalog.listing import holds_images
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
@@ -621,8 +622,9 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
     try:
         stored = read_json(file, kind.magic, remedy, elsewhere, newest=kind.newest)
     except FileNotFoundError as error:
+        found = "is a folder of images, and no" if holds_images(store) else "there is no"
         raise StoreError(
-            f"{str(store)!r}: there is no {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
+            f"{str(store)!r}: {found} {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
         ) from error
     with understood(file, remedy):
         yield stored

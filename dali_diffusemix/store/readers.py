@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.base.workers import Workers
+from dali_diffusemix.catalog.listing import holds_images
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
@@ -591,6 +592,22 @@ def order_problems(path: Path) -> Iterator[tuple[str, str]]:
                 order.table(path)
             except StoreError as error:
                 yield order.file, str(error)
+
+
+def check_order(root: str | os.PathLike[str], store: str | os.PathLike[str]) -> None:
+    """Raise ConfigError if the first folder is a store and the second one holds images, which is the wrong order."""
+    if is_url(root) or is_url(store) or (Path(store) / "store.json").exists() or not holds_images(store):
+        return
+    try:
+        kind = _kind_of(Path(root))
+    except StoreError:
+        return
+    error = ConfigError(
+        f"{str(root)!r} is {'an' if kind is EDITS else 'a'} {kind.name}, {str(store)!r} is a folder of images: are the "
+        "two arguments swapped?"
+    )
+    error.instead = {str(root): str(store), str(store): str(root)}
+    raise error
 
 
 def shard_records(path: Path) -> tuple[list[ShardRecord | DamagedShard], int]:
