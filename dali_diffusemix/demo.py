@@ -234,7 +234,7 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
             if path is None:
                 raise MissingDependencyError(
                     f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
-                    "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
+                    "pip install scikit-image scikit-learn, or use your own photographs: dali-diffusemix demo FOLDER."
                 )
             paths.append(path)
         found.append((name, paths))

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
@@ -121,7 +122,39 @@ def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
 def test_the_main_help_fits_a_screen_and_cuts_nothing_off() -> None:
     lines = help_lines()
     assert not [line for line in lines[1:] if line.endswith("...")]
-    assert "0 done, 1 an error, 2 a wrong command line, 130 interrupted" in lines[-1]
+
+
+def options_of(command: click.Command) -> list[click.Option]:
+    return [param for param in command.params if isinstance(param, click.Option)]
+
+
+def test_help_texts_are_sentences() -> None:
+    """They begin with a capital letter, a name or a number, and end with a full stop and the default, if any."""
+    texts = {name: command.short_help or "" for name, command in cli.main.commands.items()}
+    for name, command in cli.main.commands.items():
+        texts[f"{name} --help"] = (command.help or "").split("\n\n")[0].replace("\n", " ").strip()
+        texts |= {f"{name} {option.opts[-1]}": option.help or "" for option in options_of(command)}
+    wrong = {name: text for name, text in texts.items() if not re.fullmatch(r"[A-Z].*\.(  \[default: .+\])?", text)}
+    assert not wrong
+
+
+def test_a_name_means_one_thing_in_all_commands() -> None:
+    """What the options of several commands are called, and that other names for the same are gone."""
+    named: dict[str, set[str]] = {}
+    for command in cli.main.commands.values():
+        for option in options_of(command):
+            named.setdefault(option.opts[-1], set()).add(str(option.metavar))
+    shown = {name: metavars for name, metavars in named.items() if len(metavars) > 1}
+    assert shown == {"--out": {"DIR", "FILE"}}  # a folder of `report`, `export` and `demo`, a picture of `preview`
+    gone = {"--threads", "--crop-size", "--rows", "--most", "--images", "--epoch", "--parts", "--from", "--replace"}
+    assert not gone & set(named)
+    arguments = {
+        param.make_metavar(click.Context(command)).strip("[]")
+        for command in cli.main.commands.values()
+        for param in command.params
+        if isinstance(param, click.Argument)
+    }
+    assert arguments == {"ROOT", "STORE", "SOURCE", "FILE", "SHELL"}
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
@@ -167,16 +200,16 @@ def test_from_a_folder_to_a_sheet(root: Path, tmp_path: Path) -> None:
     assert "all were there already" in again.stdout
     assert run("fractals", bank, "--count", 2, "--size", 32).stdout == f"2 fractals of 32 x 32 pixels in {bank}\n"
 
-    arguments = ("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", 64)
-    drawn = run(*arguments, "--rows", 3)
+    arguments = ("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--size", 64)
+    drawn = run(*arguments, "--limit", 3)
     with Image.open(sheet) as image:
         assert drawn.stdout == f"3 samples in {sheet}, {image.width} x {image.height} pixels\n"
         assert image.format == "PNG"
     before = sheet.read_bytes()
-    run(*arguments, "--rows", 3)
+    run(*arguments, "--limit", 3)
     assert sheet.read_bytes() == before
-    for other in (("--seed", 1), ("--epoch", 1), ("--preset", "release"), ("--indices", "1,2")):
-        run(*arguments, "--rows", 3, *other)
+    for other in (("--seed", 1), ("--epochs", 1), ("--preset", "release"), ("--indices", "1,2")):
+        run(*arguments, "--limit", 3, *other)
         assert sheet.read_bytes() != before
     assert sorted(path.name for path in sheet.parent.iterdir()) == ["sheet.png"]
 
@@ -191,7 +224,7 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
     assert generated["images_per_second"] == pytest.approx(12 / generated["seconds"])
     assert run_json("fractals", tmp_path / "f.npy", "--count", 2, "--size", 32)["shape"] == [2, 32, 32, 3]
     arguments = ("--edits", tmp_path / "edits", "--fractals", tmp_path / "f.npy", "--out", tmp_path / "sheet.png")
-    drawn = run_json("preview", root, *arguments, "--indices", "7,3", "--crop-size", 64)
+    drawn = run_json("preview", root, *arguments, "--indices", "7,3", "--size", 64)
     assert drawn["indices"] == [7, 3]
     with Image.open(tmp_path / "sheet.png") as image:
         assert (drawn["width"], drawn["height"]) == image.size
@@ -200,7 +233,7 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path: Path) -> None:
     stores = ("--edits", made / "edits", "--fractals", made / "fractals.npy")
-    given = ("preview", made / "root", *stores, "--crop-size", 64)
+    given = ("preview", made / "root", *stores, "--size", 64)
 
     def drawn(name: str, *options: object) -> dict[str, Any]:
         file = tmp_path / name
@@ -219,8 +252,8 @@ def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path:
         "epochs": [0],
         "presets": ["paper"],
     }
-    assert drawn("epochs.jpg", "--epochs", "0-2,7", "--rows", 2)["epochs"] == [0, 1, 2, 7]
-    parts = drawn("parts.png", "--parts", "--indices", "0,1,2,3,4,5,6,7")["decoded"]
+    assert drawn("epochs.jpg", "--epochs", "0-2,7", "--limit", 2)["epochs"] == [0, 1, 2, 7]
+    parts = drawn("parts.png", "--decoded", "--indices", "0,1,2,3,4,5,6,7")["decoded"]
     assert len(parts) == 8
     for one in parts:
         assert 0 < one["both"] <= 1 and 0 <= one["original"] <= 1
@@ -309,11 +342,10 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("preview", root, "--edits", tmp_path, "--fractals", bank), "make one with `dali-diffusemix generate"),
         (("preview", root, "--edits", edits, "--fractals", tmp_path / "flat.npy"), "dali-diffusemix fractals"),
         (("preview", tmp_path / "empty", *drawing), "give the folder that they were generated from"),
-        (("preview", root, *drawing, "--rows", 0), "rows must lie in 1 to 64, found 0"),
         (("preview", root, *drawing, "--indices", "1,99"), "index must lie in [0, 12)"),
         (("preview", root, *drawing, "--out", tmp_path / "file" / "sheet.png"), "name another"),
         (("preview", root, *drawing, "--out", tmp_path / "folder.png"), "name another"),
-        (("preview", root, *drawing, "--parts", "--indices", "12"), "index must lie in [0, 12)"),
+        (("preview", root, *drawing, "--decoded", "--indices", "12"), "index must lie in [0, 12)"),
         (("preview", root, *drawing, "--epochs", "5000000000"), "epoch must be at least 0 and below 2**32"),
         (
             ("preview", root, *drawing, "--out", tmp_path / "x.gif", "--epochs", "0-1", "--indices", "12"),
@@ -358,15 +390,16 @@ def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
         ("--epochs 0-x", "'0-x' must be epochs", "write 0-5 or 0,3,7"),
         ("--epochs 5-3", "'5-3' must be epochs", "write 0-5 or 0,3,7"),
         ("--epochs 0-1000000000", "must be at most 100 epochs", "draw fewer at once"),
-        ("--epochs 1 --epoch 2", "--epoch is for one epoch", "leave it out beside --epochs"),
-        ("--epochs 1 --parts", "--epochs and --parts draw different sheets", "leave one of them out"),
-        ("--parts --preset paper,release", "--parts and --preset with several names", "leave one of them out"),
+        ("--limit 0", "'0' must be a whole number, from 1 to 64", "--limit"),
+        ("--limit 65", "'65' must be a whole number, from 1 to 64", "--limit"),
+        ("--epochs 1,2 --decoded", "--epochs and --decoded draw different sheets", "leave one of them out"),
+        ("--decoded --preset paper,release", "--decoded and --preset with several names", "leave one of them out"),
         ("--preset paper,paper", "'paper,paper' must be one of paper, release", "or both as paper,release"),
         ("--out sheet.tiff", "'sheet.tiff' must end in .png or .jpg", "for an animation in .webp or .gif"),
         ("--out sheet", "found 'no ending'", "must end in .png or .jpg"),
         ("--out x.webp", ".webp is an animation over epochs", "name them, as in --epochs 0-11"),
         ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as in --indices 5"),
-        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as in --indices 5"),
+        ("--out x.gif --epochs 1,2 --limit 2", "of one sample, found --limit 2", "name one, as in --indices 5"),
     ],
 )
 def test_a_wrong_picture_is_refused_before_anything_is_read(options: str, found: str, remedy: str) -> None:
@@ -414,7 +447,7 @@ def test_names_that_are_no_text_are_printed_safely(tmp_path: Path) -> None:
     run("fractals", bank, "--count", 1, "--size", 16)
     assert process("generate", root, edits, "--prompts", "autumn", "--size", "32").returncode == 0
     sheet = tmp_path / os.fsdecode(b"\xfa.png")
-    drawn = process("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", "32")
+    drawn = process("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--size", "32")
     assert (drawn.returncode, drawn.stderr) == (0, b"") and b"/\\xfa.png, " in drawn.stdout
     failed = process("index", root / os.fsdecode(b"none\xfb"))
     assert failed.returncode == 1 and failed.stderr.startswith(b"Error: ") and b"Traceback" not in failed.stderr
@@ -486,7 +519,24 @@ def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeyp
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
     assert len(lines) == 3
-    assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")
+    assert lines == [f"Rendering fractals: {done} of 3" for done in (1, 2, 3)]  # a rate of so little means nothing
+    monkeypatch.setattr(display, "_RATE_SECONDS", 0.0)
+    lines = run("fractals", tmp_path / "g.npy", "--count", 3, "--size", 16).stderr.splitlines()
+    assert re.fullmatch(r"Rendering fractals: 2 of 3, [\d,.]+ fractals/s, 0 seconds left", lines[1])
+
+
+def test_rates_have_three_digits_and_are_of_work_that_took_a_second() -> None:
+    assert display.readable_rate(55685, 0.9, "shards") == display.readable_rate(0, 9, "shards") == ""
+    for count, seconds, shown in (
+        (556855, 10, "55,700 edits/s"),
+        (12345, 10, "1,230 edits/s"),
+        (2839, 10, "284 edits/s"),
+        (91.84, 10, "9.18 edits/s"),
+        (1, 2, "0.5 edits/s"),
+        (1, 600, "0.1 edits/min"),
+    ):
+        assert display.readable_rate(count, seconds, "edits") == shown
+    assert display.readable_rate(123_456_789, 10, "bytes") == "12.3 MB/s"
 
 
 def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

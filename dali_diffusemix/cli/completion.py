@@ -4,10 +4,10 @@ import click
 from click.shell_completion import get_completion_class
 
 from dali_diffusemix.cli.display import echo
-from dali_diffusemix.cli.options import Command
+from dali_diffusemix.cli.options import StyledCommand
 
 
-@click.command("completion", cls=Command, short_help="Print the script for tab completion in a shell.")
+@click.command("completion", cls=StyledCommand, short_help="Print the script for tab completion in a shell.")
 @click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:

@@ -39,7 +39,7 @@ __all__ = [
 _LINE_SECONDS: Final = 30.0  # between two lines of progress in a log
 _RATE_SECONDS: Final = 1.0  # of work, before which a rate means nothing
 _RATE_WINDOW: Final = 30.0  # seconds of work that a rate is of
-_SHORTEST_BAR: Final = 8  # columns
+_BAR: Final = (5, 40)  # columns: the shortest and the longest
 _QUIET: Final = "dali_diffusemix.quiet"  # in the context's `meta`, which a command shares with its group
 
 
@@ -237,7 +237,7 @@ def _shows_bars(console: Console) -> bool:
 
 
 class _Pace:
-    """How far work has come, and how fast it is."""
+    """Units of work that are done, and their rate."""
 
     def __init__(self, what: str, unit: str) -> None:
         self.what, self.unit = what, unit
@@ -282,6 +282,11 @@ class _Pace:
         """Units done, and all."""
         return _readable_count(self.done, self.unit), _readable_count(self.total, self.unit)
 
+    @property
+    def columns(self) -> int:
+        """Columns that count, rate and time take, nearly."""
+        return 2 * len(self.count[1]) + len(f"/ 1,230 {self.unit}/s 12:34 left ")
+
 
 class _Bar:
     """A line of progress that fits any terminal, and below it what was rejected.
@@ -302,10 +307,15 @@ class _Bar:
         for dropped in (rate, clock):
             if sum(len(part) + 1 for part in shown) > options.max_width:
                 shown = [part for part in shown if part is not dropped]
-        width = min(40, options.max_width - sum(len(part) + 1 for part in shown) - 1)
+        # As if all was shown, so that the bar keeps its length.
+        taken = max(sum(len(part) + 1 for part in shown), len(what) + pace.columns)
+        width = min(_BAR[1], options.max_width - taken - 1)
         line: list[RenderableType] = [*shown]
-        if width >= _SHORTEST_BAR:
-            line.insert(1, ProgressBar(pace.total or None, pace.done, width=width, complete_style="green"))
+        if width >= _BAR[0]:
+            line.insert(
+                1,
+                ProgressBar(pace.total or None, pace.done, width=width, complete_style="green", finished_style="green"),
+            )
         grid = Table.grid(padding=(0, 1, 0, 0))
         for _ in line:
             grid.add_column(no_wrap=True)

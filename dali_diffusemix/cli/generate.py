@@ -10,7 +10,7 @@ from rich.filesize import decimal
 
 from dali_diffusemix.cli.display import Display, echo, readable_rate, readable_seconds
 from dali_diffusemix.cli.generate_options import GenerateOptions, command_line_option, read_options, template
-from dali_diffusemix.cli.options import PATH, Command, completed, output_options
+from dali_diffusemix.cli.options import PATH, StyledCommand, completed, output_options
 from dali_diffusemix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _EDITOR: Final = (
 )
 
 
-class _GenerateCommand(Command):
+class _GenerateCommand(StyledCommand):
     """Names the options file where the command line has an option that only the file has."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -135,7 +135,7 @@ def _layouts() -> Iterable[str]:
     metavar="A,B",
     callback=_to_redo,
     shell_complete=completed(lambda: ["rejected", "unreadable"], many=True),
-    help="Make edits again: rejected (by checks or in `review`), unreadable (their image was), or both.",
+    help="Make edits again: rejected (by checks or in `review`), unreadable (an image was not read), or both.",
 )
 @click.option("--dry-run", is_flag=True, help="Estimate time and size by making a few edits.")
 @output_options

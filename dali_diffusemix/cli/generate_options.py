@@ -5,6 +5,7 @@ Some of them are options of the command line too, which wins over the file. Noth
 """
 
 import json
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -70,7 +71,7 @@ class GenerateOptions:
     scheduler: str | None = _option(
         "Scheduler: euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm, lightning, default.",
         "dpm-solver++",
-        "last; InstructPix2Pix the first",
+        "by the model's class; InstructPix2Pix the first",
     )
     steps: int | None = _option(
         "Number of diffusion steps; for dpm-solver++ 20 are enough.", 20, "by the model's class; InstructPix2Pix 100"
@@ -202,7 +203,8 @@ def _template_lines() -> Iterator[str]:
         if name in _SECTIONS:
             yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
         default = option.metadata["default"]
-        yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
+        text = option.metadata["text"] + (f" Default: {default}." if default else "")
+        yield "\n" + textwrap.fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
         if name in _TABLES:
             yield f"#[{name}]\n#{_TABLES[name]}"
         else:

@@ -94,6 +94,6 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @quiet_option
 def main() -> None:
-    """Edit training images once, and mix images and edits into training batches, anew in every epoch. To see
-    all of it at work, run `dali-diffusemix demo`.
+    """Edit training images once, and mix them with their edits anew in every epoch. To see every step on your
+    own photographs, run `dali-diffusemix demo FOLDER`.
     """

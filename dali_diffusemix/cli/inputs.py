@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 import click
 
 from dali_diffusemix.cli.display import Display
-from dali_diffusemix.cli.options import PATH, Command, completed, output_options
+from dali_diffusemix.cli.options import PATH, StyledCommand, completed, output_options
 from dali_diffusemix.errors import ConfigError
 
 if TYPE_CHECKING:
     from dali_diffusemix.images.codec import Stored
 
 
-@click.command("index", cls=Command, short_help="List the images of a folder, and their classes.")
+@click.command("index", cls=StyledCommand, short_help="List the images of a folder, and their classes.")
 @click.argument("root", type=PATH)
 @click.option("--refresh", is_flag=True, help="List the folder again, to add new files and drop deleted ones.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads that read files.  [default: 8]")
@@ -63,7 +63,7 @@ def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool)
     )
 
 
-@click.command("fractals", cls=Command, short_help="Render the fractals that are blended into training images.")
+@click.command("fractals", cls=StyledCommand, short_help="Render the fractals that are blended into training images.")
 @click.argument("path", metavar="FILE", type=PATH)
 @click.option("--count", default=64, show_default=True, metavar="N", help="Number of fractals to render.")
 @click.option("--size", default=256, show_default=True, metavar="N", help="Side length of a fractal in pixels.")
@@ -122,7 +122,7 @@ def _kinds() -> Iterable[str]:
     return ("folder", "webdataset", "parquet", *LAYOUTS)
 
 
-@click.command("pack", cls=Command, short_help="Pack images into a store that loads faster than files.")
+@click.command("pack", cls=StyledCommand, short_help="Pack images into a store that loads faster than files.")
 @click.argument("source", type=PATH)
 @click.argument("store", type=PATH)
 @click.option(

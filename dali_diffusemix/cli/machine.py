@@ -8,10 +8,10 @@ from typing import Any
 import click
 
 from dali_diffusemix.cli.display import Display
-from dali_diffusemix.cli.options import PATH, STORE, Command, Whole, output_options
+from dali_diffusemix.cli.options import PATH, STORE, StyledCommand, Whole, output_options
 
 
-@click.command("bench", cls=Command, short_help="Compare this loader with others, and advise what to change.")
+@click.command("bench", cls=StyledCommand, short_help="Compare this loader with others, and advise what to change.")
 @click.argument("root", type=PATH)
 @click.option("--edits", type=PATH, metavar="STORE", help="Edit store; without it nothing is mixed.")
 @click.option("--fractals", type=PATH, metavar="FILE", help="Fractal bank, needed with --edits.")
@@ -42,7 +42,7 @@ def bench_command(root: Path, workers: int | None, limit: int, as_json: bool, **
     display.result(result.json())
 
 
-@click.command("doctor", cls=Command, short_help="Show what works on this machine, and what is missing.")
+@click.command("doctor", cls=StyledCommand, short_help="Show what works on this machine, and what is missing.")
 @click.argument("data", metavar="[SOURCE]", type=STORE, required=False)
 @output_options
 @click.pass_context
@@ -70,7 +70,7 @@ def doctor_command(ctx: click.Context, data: Path | str | None, as_json: bool) -
     ctx.exit(0 if found.ok else 1)
 
 
-@click.command("demo", cls=Command, short_help="Run every step, from photographs to mixed batches.")
+@click.command("demo", cls=StyledCommand, short_help="Run every step, from photographs to mixed batches.")
 @click.argument("folder", metavar="[ROOT]", type=PATH, required=False)
 @click.option("--out", type=PATH, default="demo", show_default=True, metavar="DIR", help="Folder to write.")
 @click.option("--keep", is_flag=True, help="Keep what an earlier demo wrote there, and make only the rest.")
@@ -78,13 +78,13 @@ def doctor_command(ctx: click.Context, data: Path | str | None, as_json: bool) -
 def demo_command(folder: Path | None, out: Path, keep: bool, as_json: bool) -> None:
     """Run every step, from photographs to mixed batches.
 
-    ROOT holds one folder of photographs for each class; up to 64 photographs are used. Without ROOT, some
-    that come with this package are used. The edits are made without a diffusion model. What an earlier demo
-    wrote to the same folder is replaced, unless --keep is given.
+    ROOT holds one folder of photographs for each class; up to 64 photographs are used. Without ROOT, those of
+    scikit-image and scikit-learn are used, if both are installed. The edits are made without a diffusion
+    model. What an earlier demo wrote to the same folder is replaced, unless --keep is given.
 
     \b
     Example:
-      dali-diffusemix demo
+      dali-diffusemix demo data/train
     """
     from dataclasses import asdict
 

@@ -14,7 +14,7 @@ __all__ = [
     "PATH",
     "PRESETS",
     "STORE",
-    "Command",
+    "StyledCommand",
     "StyledContext",
     "Whole",
     "completed",
@@ -58,7 +58,7 @@ class StyledContext(click.Context):
             self.color = True
 
 
-class Command(click.Command):
+class StyledCommand(click.Command):
     """A command of this program."""
 
     context_class = StyledContext

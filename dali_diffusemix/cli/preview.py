@@ -11,7 +11,7 @@ from dali_diffusemix.cli.options import (
     PATH,
     PRESETS,
     STORE,
-    Command,
+    StyledCommand,
     Whole,
     completed,
     output_options,
@@ -22,10 +22,10 @@ from dali_diffusemix.cli.options import (
 from dali_diffusemix.errors import ConfigError
 
 
-@click.command("preview", cls=Command, short_help="Draw training samples into a picture.")
+@click.command("preview", cls=StyledCommand, short_help="Draw training samples into a picture.")
 @click.argument("root", type=STORE)
-@click.option("--edits", type=STORE, required=True, metavar="STORE", help="Edit store.")
-@click.option("--fractals", type=PATH, required=True, metavar="FILE", help="Fractal bank.")
+@click.option("--edits", type=STORE, required=True, metavar="STORE", help="Edit store, made by `generate`.")
+@click.option("--fractals", type=PATH, required=True, metavar="FILE", help="Fractal bank, made by `fractals`.")
 @click.option(
     "--out",
     type=PATH,

@@ -7,12 +7,12 @@ from typing import Any, Final
 import click
 
 from dali_diffusemix.cli.display import Display
-from dali_diffusemix.cli.options import PATH, Command, Whole, output_options
+from dali_diffusemix.cli.options import PATH, StyledCommand, Whole, output_options
 
 _KEPT: Final = (0.99, 0.95, 0.9, 0.5)  # shares of the edits for which `score` prints the threshold
 
 
-@click.command("verify", cls=Command, short_help="Check every file and image of a store.")
+@click.command("verify", cls=StyledCommand, short_help="Check every file and image of a store.")
 @click.argument("store", type=PATH)
 @click.option("--quick", is_flag=True, help="Compare checksums only, without decoding images.")
 @click.option("--discard", is_flag=True, help="Mark damaged shards, so that the next run makes them again.")
@@ -60,7 +60,7 @@ def verify_command(store: Path, quick: bool, discard: bool, workers: int | None,
         click.get_current_context().exit(1)
 
 
-@click.command("report", cls=Command, short_help="Write a gallery of the edits, to look at in a browser.")
+@click.command("report", cls=StyledCommand, short_help="Write a gallery of the edits, to look at in a browser.")
 @click.argument("store", type=PATH)
 @click.option("--out", type=PATH, default="report", show_default=True, metavar="DIR", help="Folder to write.")
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
@@ -90,7 +90,7 @@ def report_command(store: Path, out: Path, root: Path | None, limit: int, as_jso
     )
 
 
-@click.command("review", cls=Command, short_help="Look at the edits in a browser, and reject bad ones by hand.")
+@click.command("review", cls=StyledCommand, short_help="Look at the edits in a browser, and reject bad ones by hand.")
 @click.argument("store", type=PATH)
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
 @click.option("--port", type=Whole(1, 65535), metavar="N", help="Port on 127.0.0.1.  [default: a free one]")
@@ -136,7 +136,7 @@ def review_command(store: Path, root: Path | None, port: int | None, no_open: bo
     display.line(f"{rejected} {'edit is' if rejected == 1 else 'edits are'} rejected, in {view.decisions.file}")
 
 
-@click.command("score", cls=Command, short_help="Score the edits with CLIP or with your own function.")
+@click.command("score", cls=StyledCommand, short_help="Score the edits with CLIP or with your own function.")
 @click.argument("store", type=PATH)
 @click.option("--with", "scorer", required=True, metavar="SCORER", help="What scores: clip:MODEL, or module:function.")
 @click.option("--name", metavar="NAME", help="Name of the scores.  [default: clip, or the function's]")
@@ -181,7 +181,7 @@ def score_command(store: Path, scorer: str, overwrite: bool, as_json: bool, **op
     )
 
 
-@click.command("export", cls=Command, short_help="Write images and edits as a folder for other loaders.")
+@click.command("export", cls=StyledCommand, short_help="Write images and edits as a folder for other loaders.")
 @click.argument("root", type=PATH)
 @click.argument("store", type=PATH)
 @click.option("--out", type=PATH, default="exported", show_default=True, metavar="DIR", help="Folder to write.")
