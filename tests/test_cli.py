@@ -1,5 +1,6 @@
 """cli, demo: every command as a user runs it; results on stdout, all else on stderr, errors without a traceback."""
 
+import contextlib
 import importlib.util
 import json
 import logging
@@ -7,6 +8,8 @@ import os
 import platform
 import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,8 +30,10 @@ import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
 from dali_diffusemix.cli import display
-from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
 from dali_diffusemix.generate.editors import PROMPTS
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan.crops import TrainCrop
 from dali_diffusemix.store import EditStore
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -365,6 +370,81 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         assert "Traceback" not in result.output
         assert result.stdout == "", arguments
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_folder_of_splits_is_refused_with_the_command_to_type(made: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(made / "root", data / split)
+    for before, after in (
+        (("index",), ()),
+        (("-q", "generate"), (str(tmp_path / "edits"), "--prompts", "autumn")),
+        (("pack",), (str(tmp_path / "packed"),)),
+        (("bench",), ("--limit", "8")),
+        (("demo",), ("--out", str(tmp_path / "demo"))),
+    ):
+        result = run(*before, data, *after, code=1)
+        assert "look like splits of a dataset: found 'train', 'val', and 'train' holds folders" in result.stderr
+        command = shlex.join(["dali-diffusemix", *before, str(data / "train"), *after])
+        assert result.stderr.splitlines()[-1] == f"Try: {command}"
+    with pytest.raises(CatalogError, match="look like splits of a dataset"):
+        DiffuseMixDataset(data, crop=TrainCrop(32))
+    with contextlib.chdir(tmp_path):
+        assert run("index", "data", code=1).stderr.splitlines()[-1] == "Try: dali-diffusemix index data/train"
+        assert run("index", "data/train").stdout.startswith("12 images in 3 classes")
+
+
+def test_swapped_arguments_are_named(made: Path, tmp_path: Path) -> None:
+    run("pack", made / "root", tmp_path / "packed")
+    with contextlib.chdir(made):
+        for command in ("generate", "export", "pack"):
+            result = run(command, "edits", "root", code=1)
+            assert result.stderr == (
+                "Error: 'edits' is an edit store, 'root' is a folder of images: are the two arguments swapped?\n"
+                f"Try: dali-diffusemix {command} root edits\n"
+            )
+    assert "packed' is a packed store, '" in run("generate", tmp_path / "packed", made / "root", code=1).stderr
+    for command in (("verify",), ("report",), ("score", "--with", "clip:x")):
+        refused = run(*command, made / "root", code=1).stderr
+        assert "root' is a folder of images, not an edit store; give the one that was made of it" in refused
+    assert "root must be a folder of images, found an edit store" in run("index", made / "edits", code=1).stderr
+    # Not swapped: a packed store may be the root, and a store may be packed.
+    run("generate", tmp_path / "packed", tmp_path / "edits", "--prompts", "autumn", "--size", 32)
+    run("pack", made / "edits", tmp_path / "raw")
+
+
+def test_what_is_misspelt_is_asked_back(root: Path, tmp_path: Path) -> None:
+    for arguments, meant in (
+        (("indx", root), "'index'"),
+        (("index", root, "--refesh"), "'--refresh'"),
+    ):
+        assert f"Did you mean {meant}" in run(*arguments, code=2).stderr
+    for option, value, meant in (
+        ("--prompts", "autumn,snwy", "snowy"),
+        ("--format", "jpg", "jpeg"),
+        ("--editor", "Procedural", "procedural"),
+        ("--layout", "flower", "flowers"),
+    ):
+        assert f"did you mean {meant!r}?" in run("generate", root, tmp_path / "e", option, value, code=1).stderr
+    assert "did you mean 'cifar100'?" in run("pack", root, tmp_path / "p", "--layout", "cifar-100", code=1).stderr
+    nothing = run("generate", root, tmp_path / "e", "--prompts", "fog", code=1).stderr
+    assert "did you mean" not in nothing and "these are 'autumn'" in nothing
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_quiet_shows_the_result_and_errors(root: Path, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
+    run("index", root)
+    (root / "class 1" / "4.jpg").write_bytes((root / "class 1" / "3.jpg").read_bytes())
+    loud = run("index", root)
+    assert "Warning: " in loud.stderr
+    quiet = run("-q", "index", root) if before else run("index", root, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (loud.stdout, "")
+    assert "Reading headers: " in run("index", root, "--refresh").stderr
+    again = run("-q", "index", root, "--refresh") if before else run("index", root, "--refresh", "-q")
+    assert again.stderr == "" and again.stdout.startswith("13 images")
+    arguments = ("-q", "index", root / "none") if before else ("index", root / "none", "-q")
+    assert run(*arguments, code=1).stderr.startswith("Error: ")
 
 
 @pytest.mark.parametrize(

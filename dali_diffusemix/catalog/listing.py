@@ -203,9 +203,9 @@ def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -
     meant = (trains or splits)[0]
     found = sorted(with_images & set(named))
     error = CatalogError(
-        f"{str(root)!r}: its folders {quoted(found)} must be classes, but they look like splits of a dataset: "
-        f"{meant!r} holds folders of its own ({quoted(sorted(inside[meant]))}). Which is meant? Give one of them, as "
-        f"{str(root / meant)!r}. If they are classes, list them with Catalog.from_arrays."
+        f"{str(root)!r}: its folders must be classes, but they look like splits of a dataset: found {quoted(found)}, "
+        f"and {meant!r} holds folders of its own ({quoted(sorted(inside[meant]))}). Which is meant? Give one of them, "
+        f"as {str(root / meant)!r}. If they are classes, list them with Catalog.from_arrays."
     )
     error.instead = {str(root): str(root / meant)}
     raise error

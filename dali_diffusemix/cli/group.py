@@ -47,7 +47,7 @@ class _Group(click.Group):
                 return super().invoke(ctx)
         except DiffuseMixError as error:
             if (meant := _replaced(ctx.obj, error.instead)) != ctx.obj:
-                error.add_note(f"To do so: {shlex.join(['dali-diffusemix', *meant])}")
+                error.add_note(f"Try: {shlex.join(['dali-diffusemix', *meant])}")
             raise CommandError(error) from error
         except KeyboardInterrupt as error:
             resumed = ctx.invoked_subcommand in _RESUMED
@@ -94,6 +94,7 @@ def _version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 )
 @quiet_option
 def main() -> None:
-    """Edit training images once, and mix them with their edits anew in every epoch. To see every step on your
-    own photographs, run `dali-diffusemix demo FOLDER`.
+    """\b
+    Edit training images once, and mix them with their edits anew in each epoch.
+    Start with `dali-diffusemix demo FOLDER`, on photographs of your own.
     """

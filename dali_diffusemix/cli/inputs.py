@@ -33,12 +33,12 @@ def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool)
 
     from dali_diffusemix.catalog.listing import index
     from dali_diffusemix.catalog.table import default_location
-    from dali_diffusemix.store import OriginalStore
+    from dali_diffusemix.store import kind_at
 
-    if OriginalStore.find(root) is not None:
+    if (kind := kind_at(root)) is not None:
         raise ConfigError(
-            f"root must be a folder of images, found a packed store, {str(root)!r}, which is listed already; index the "
-            "folder that it was packed from."
+            f"root must be a folder of images, found {kind.a_name}, {str(root)!r}, which has a list already; index the "
+            "folder that it was made from."
         )
     display = Display(as_json)
     location = default_location(root)

@@ -69,6 +69,7 @@ from dali_diffusemix.store.readers import (
     RawShards,
     check_order,
     index_is_current,
+    kind_at,
     order_problems,
     shard_records,
 )
@@ -108,6 +109,7 @@ __all__ = [
     "Wish",
     "check_order",
     "index_is_current",
+    "kind_at",
     "order_problems",
     "shard_records",
 ]
