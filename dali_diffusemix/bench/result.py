@@ -227,7 +227,7 @@ class BenchResult:
         if settings.get("undecodable"):
             yield f"{settings['undecodable']} left out: they cannot be decoded"
         yield from textwrap.wrap(
-            "Each row is a loader that made batches of tensors from the same files, in turns: the median of its rounds.",
+            "Each row is a loader that makes batches of tensors from the same files. Speeds are medians of the rounds.",
             columns,
         )
         yield ""
