@@ -84,14 +84,14 @@ def lines_drawn(shown: str) -> list[str]:
 
 @pytest.mark.parametrize("columns", [40, 60, 100])
 def test_progress_fits_and_loses_no_number(tmp_path: Path, columns: int) -> None:
-    arguments = ("fractals", "f.npy", "--count", "40")
+    arguments = ("fractals", "f.npy", "--count", "16")
     code, shown = in_a_terminal(tmp_path, *arguments, columns=columns, setup="display._RATE_SECONDS = 0.2")
     lines = [line.rstrip() for line in lines_drawn(shown) if line.startswith("Rendering fractals")]
     assert code == 0 and len(lines) > 5 and max(map(len, lines)) <= columns
     # Nothing was wrapped.
     others = {line for line in lines_drawn(shown) if line and not line.startswith("Rendering fractals")}
-    assert others == {"40 fractals of 256 x 256 pixels in f.npy"}
-    number, clock = r"\d+/40", r"\d+:\d\d( left)?"
+    assert others == {"16 fractals of 256 x 256 pixels in f.npy"}
+    number, clock = r"\d+/16", r"\d+:\d\d( left)?"
     rate = r"\d[\d.,]* fractals/(s|min)"
     bar = r"[━╸╺]+"
     parts = {
@@ -99,7 +99,7 @@ def test_progress_fits_and_loses_no_number(tmp_path: Path, columns: int) -> None
         60: rf"({bar} )?{number} ({rate} )?{clock}",
         100: rf"{bar} {number} ({rate} )?{clock}",
     }
-    counted = [line for line in lines if "/40" in line]
+    counted = [line for line in lines if "/16" in line]
     for line in counted:
         assert re.fullmatch(rf"Rendering fractals {parts[columns]}", line), line
     digits = [re.sub(r"\D", "", found[0]) for line in counted if (found := re.search(rate, line))]
@@ -110,14 +110,14 @@ def test_a_pipe_has_plain_lines(tmp_path: Path) -> None:
     setup = "display._LINE_SECONDS = 0.2; display._RATE_SECONDS = 0.1"
     program = f"from dali_diffusemix.cli import display; {setup}; {PROGRAM[2]}"
     done = subprocess.run(
-        [sys.executable, "-c", program, "fractals", "f.npy", "--count", "30"],
+        [sys.executable, "-c", program, "fractals", "f.npy", "--count", "16"],
         capture_output=True,
         cwd=tmp_path,
         env=environment(),
     )
     assert done.returncode == 0 and b"\r" not in done.stderr and b"\x1b" not in done.stderr
     assert re.search(
-        rb"^Rendering fractals: \d+ of 30, [\d.]+ fractals/s, \d+ seconds left$", done.stderr, re.MULTILINE
+        rb"^Rendering fractals: \d+ of 16, [\d.]+ fractals/s, \d+ seconds left$", done.stderr, re.MULTILINE
     )
 
 

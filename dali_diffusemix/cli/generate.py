@@ -186,7 +186,8 @@ def generate_command(
     again = cast("Sequence[Redoable]", redo)
     if dry_run:
         devices = getattr(engine, "devices", ()) or default_devices(edits.editor_config.accelerated)
-        found = estimate(root, store, edits, catalog=catalog, devices=devices, part=part, redo=again)
+        with display.progress("Making edits for the estimate", "edits"):  # of which the number is not known
+            found = estimate(root, store, edits, catalog=catalog, devices=devices, part=part, redo=again)
         _show_estimate(display, found, len(devices))
         return
     with display.progress("Making edits", "edits") as progress:
