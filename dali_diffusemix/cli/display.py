@@ -207,7 +207,8 @@ class Display:
     def progress(self, what: str, unit: str) -> Iterator[Callable[[int, int], None]]:
         """Show a bar on a terminal, and a line every 30 seconds in a log; nothing beside JSON, or if quiet.
 
-        Yields the function to call with the number of units done, by earlier runs too, and of all units.
+        Yields the function to call with the number of units done, by earlier runs too, and of all units. A unit
+        without a name has no rate.
         """
         console = _stderr()
         if self._silent:
@@ -269,7 +270,7 @@ class _Pace:
     @property
     def rate(self) -> str:
         """Units a second; "" while that means nothing."""
-        return readable_rate(*self._recent, self.unit)
+        return readable_rate(*self._recent, self.unit) if self.unit else ""
 
     @property
     def left(self) -> float | None:

@@ -135,7 +135,7 @@ def _layouts() -> Iterable[str]:
     metavar="A,B",
     callback=_to_redo,
     shell_complete=completed(lambda: ["rejected", "unreadable"], many=True),
-    help="Make edits again: rejected (by checks or in `review`), unreadable (an image was not read), or both.",
+    help="Make edits again: rejected (by checks or in `review`), unreadable, or both.",
 )
 @click.option("--dry-run", is_flag=True, help="Estimate time and size by making a few edits.")
 @output_options

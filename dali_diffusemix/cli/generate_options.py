@@ -39,7 +39,7 @@ class GenerateOptions:
     """The options that were given; None: not given."""
 
     editor: str | None = _option(
-        "What edits: procedural, a model (hub id or folder), a server (URL), or your own module:Class.",
+        "Editor: procedural, a model (hub id or folder), a server (URL), or your own module:Class.",
         "procedural",
     )
     prompts: tuple[str, ...] | None = _option("Prompts to edit with.", ["autumn", "snowy"], "the paper's nine")
@@ -89,7 +89,7 @@ class GenerateOptions:
         "LoRA, as NAME[:FILE][@SCALE], where NAME is a file, folder or hub id.", "owner/name:file.safetensors@0.8", None
     )
     quantize: str | None = _option(
-        "Kind of smaller weights: torchao-int8, torchao-float8, bnb-8bit or bnb-4bit.", "torchao-int8", None
+        "Weights of fewer bits: torchao-int8, torchao-float8, bnb-8bit or bnb-4bit.", "torchao-int8", None
     )
     cache: float | None = _option(
         "First Block Cache: skip the other blocks where the first one changes less than this.", 0.1, None

@@ -35,7 +35,7 @@ def bench_command(root: Path, workers: int | None, limit: int, as_json: bool, **
     from dali_diffusemix.bench import bench
 
     display = Display(as_json)
-    with display.progress("Measuring", "turns") as progress:
+    with display.progress("Measuring", "") as progress:
         result = bench(root, num_workers=workers, images=limit, progress=progress, **settings)
     for line in result.lines(shutil.get_terminal_size().columns):
         display.line(line)
@@ -62,7 +62,7 @@ def doctor_command(ctx: click.Context, data: Path | str | None, as_json: bool) -
     from dali_diffusemix.doctor import examine
 
     display = Display(as_json)
-    with display.progress("Trying", "checks") as progress:
+    with display.progress("Trying", "") as progress:
         found = examine(data, progress=progress)
     for line in found.lines():
         display.line(line)

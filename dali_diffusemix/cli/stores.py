@@ -15,14 +15,14 @@ _KEPT: Final = (0.99, 0.95, 0.9, 0.5)  # shares of the edits for which `score` p
 @click.command("verify", cls=StyledCommand, short_help="Check every file and image of a store.")
 @click.argument("store", type=PATH)
 @click.option("--quick", is_flag=True, help="Compare checksums only, without decoding images.")
-@click.option("--discard", is_flag=True, help="Mark damaged shards, so that the next run makes them again.")
+@click.option("--discard", is_flag=True, help="Mark damaged shards, to have them made again.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads that decode.  [default: one per core]")
 @output_options
 def verify_command(store: Path, quick: bool, discard: bool, workers: int | None, as_json: bool) -> None:
     """Check every file and image of STORE, which is an edit store or a packed store.
 
-    Nothing is changed without --discard. Discarded shards are made again by the next `generate` or `pack`
-    into STORE. The exit code is 1 if something is wrong.
+    A store consists of shards. With --discard, damaged ones are made again by the next `generate` or `pack`
+    into STORE; without it nothing is changed. The exit code is 1 if something is wrong.
 
     \b
     Example:
