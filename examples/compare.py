@@ -12,7 +12,7 @@ writes to OUT:
 
     page.html    what the differences show, in sentences; accuracy, curves, cost
     compare.png  the same as a picture
-    table.md     mean, standard deviation and number of runs
+    table.md     mean, standard deviation and number of runs; differences and what they show
     record.json  every run
 
 --grid trains the methods (by default vanilla) with every combination of values, does not touch the test images, and
@@ -35,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from comparison_page import page, picture
+from comparison_page import differences, page, picture
 from data import parts, raw_fits, seconds_for_edits
 from recipe import Recipe
 
@@ -513,10 +513,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_grid(options, results)
     elif results:
         write_record(file, options.recipe.name, results)
-        (options.out / "table.md").write_text(table(results))
+        tables = f"{table(results)}\n{differences(results, BASELINE)}"
+        (options.out / "table.md").write_text(tables)
         (options.out / "page.html").write_text(page(results, options.recipe.stem, BASELINE), encoding="utf-8")
         picture(results, options.out / "compare.png", BASELINE)
-        print(table(results), end="")
+        print(tables, end="")
         print(f"see {options.out / 'page.html'}")
     unfinished = sum(not run.finished for run in missing)
     if failed:

@@ -132,6 +132,32 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
     )
 
 
+def differences(results: Sequence[Result], baseline: str) -> str:
+    """Return a Markdown table of the differences from the baseline, in points, and what they show.
+
+    A row per method; a column per training set, then two for the last set: corrupted images and FGSM.
+    """
+    sets, methods = _ordered(results, "images_per_class"), _ordered(results, "method")
+    last = _of_set(sets[-1])
+    measures = [(_of_set(images), images, CLEAN) for images in sets]
+    measures += [(f"{last}, corrupted", sets[-1], CORRUPTED), (f"{last}, FGSM", sets[-1], ATTACKED)]
+    found = {measure.name: compared(results, measure, baseline) for measure in (CLEAN, CORRUPTED, ATTACKED)}
+    shown = [(head, images, found[measure.name]) for head, images, measure in measures if found[measure.name]]
+    lines = [f"| against {baseline} | {' | '.join(head for head, *_ in shown)} |", "| --- |" + " --- |" * len(shown)]
+    for method in methods:
+        if method == baseline:
+            continue
+        cells = [_difference(of[images, method]) if (images, method) in of else "" for _, images, of in shown]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(one: Comparison) -> str:
+    between = " ({} to {})".format(*map(points, one.interval)) if one.interval else ""
+    label = VERDICTS[one.verdict][1]
+    return f"{points(one.mean)}{between}: {f'**{label}**' if one.verdict in ('better', 'worse') else label}"
+
+
 def _facts(results: Sequence[Result], baseline: str) -> str:
     methods, seeds = _ordered(results, "method"), sorted({one["seed"] for one in results})
     others = len(methods) - (baseline in methods)

@@ -120,6 +120,20 @@ def test_it_says_what_every_comparison_shows(
     assert "On corrupted test images" in text and "Under attack: FGSM" in text
 
 
+def test_the_table_of_differences_says_the_same(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    head, _, *rows = scripts.comparison_page.differences(results, "vanilla").splitlines()
+    cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows}
+    heads = head.strip("| ").split(" | ")[1:]
+    for (images, method), one in scripts.comparison_page.compared(
+        results, scripts.comparison_page.CLEAN, "vanilla"
+    ).items():
+        column = heads.index("all images" if images == "all" else f"{images} images a class")
+        low, high = map(scripts.significance.points, one.interval)
+        verdict = {"none": "no difference shown", "unclear": "unclear"}.get(one.verdict, f"**{one.verdict}**")
+        assert cells[method][column] == f"{scripts.significance.points(one.mean)} ({low} to {high}): {verdict}"
+    assert {len(row) for row in cells.values()} == {len(heads)} == {4}
+
+
 def test_a_corrupted_score_is_the_mean_of_all_corruptions(
     scripts: SimpleNamespace, results: list[dict[str, Any]]
 ) -> None:

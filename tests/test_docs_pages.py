@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md quotes what is printed; docs/formats.md describes what is written, and its examples run."""
+"""docs/troubleshooting/ quotes what is printed; docs/formats.md describes what is written, and its examples run."""
 
 import ast
 import errno
@@ -35,10 +35,11 @@ from dali_diffusemix.store import INDEX_ROW, ORIGINAL_INDEX_ROW, ORIGINAL_SHARD_
 from dali_diffusemix.store.layout import ORDER_ROW
 
 ROOT = Path(__file__).parents[1]
-TROUBLE, FORMATS, SOURCES = (ROOT / "docs" / f"{name}.md" for name in ("troubleshooting", "formats", "originals"))
+TROUBLE = sorted((ROOT / "docs" / "troubleshooting").glob("*.md"))
+FORMATS, SOURCES = (ROOT / "docs" / f"{name}.md" for name in ("formats", "originals"))
 CODE = (*sorted((ROOT / "dali_diffusemix").rglob("*.py")), *sorted((ROOT / "examples").glob("*.py")))
 
-pytestmark = pytest.mark.skipif(not TROUBLE.is_file(), reason="docs/ is not beside the package")
+pytestmark = pytest.mark.skipif(not TROUBLE, reason="docs/ is not beside the package")
 
 
 def blocks(page: Path, *languages: str) -> list[str]:
@@ -50,8 +51,8 @@ def blocks(page: Path, *languages: str) -> list[str]:
 
 
 def messages() -> list[str]:
-    """The messages that the page quotes: bold code."""
-    return [message for _, message in re.findall(r"\*\*(`+)(.+?)\1\*\*", TROUBLE.read_text(encoding="utf-8"))]
+    """The messages that the pages quote: bold code."""
+    return [message for page in TROUBLE for _, message in re.findall(r"\*\*(`+)(.+?)\1\*\*", page.read_text("utf-8"))]
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
@@ -202,17 +203,17 @@ def classes_below(*roots: str) -> set[str]:
 @pytest.mark.slow
 def test_every_error_and_warning_is_on_the_page() -> None:
     """A ratchet: whoever adds a class adds it here."""
-    text = TROUBLE.read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "troubleshooting" / "index.md").read_text(encoding="utf-8")
     errors = classes_below(DiffuseMixError.__name__)
     categories = classes_below("Warning", "UserWarning") - {"Warning", "UserWarning"}
     assert {"StoreError", "MirrorError", "TrainingError"} <= errors and "QuarantineWarning" in categories
     for name in errors | categories:
-        assert f"`{name}`" in text, f"docs/troubleshooting.md does not mention {name}"
+        assert f"`{name}`" in text, f"docs/troubleshooting/index.md does not mention {name}"
 
 
-def test_commands_on_the_page_are_taken() -> None:
+def test_commands_on_the_pages_are_taken() -> None:
     seen = 0
-    for line in "".join(blocks(TROUBLE, "sh")).splitlines():
+    for line in "".join(text for page in TROUBLE for text in blocks(page, "sh")).splitlines():
         words = shlex.split(line, comments=True)
         if words[:1] == ["dali-diffusemix"]:
             cli.main.commands[words[1]].make_context(words[1], words[2:])
@@ -220,12 +221,13 @@ def test_commands_on_the_page_are_taken() -> None:
     assert seen > 5
 
 
-def test_python_on_the_page_can_be_read() -> None:
-    for text in blocks(TROUBLE, "python"):
-        compile(text, str(TROUBLE), "exec")
+def test_python_on_the_pages_can_be_read() -> None:
+    for page in TROUBLE:
+        for text in blocks(page, "python"):
+            compile(text, str(page), "exec")
 
 
-@pytest.mark.parametrize("page", [TROUBLE, FORMATS, SOURCES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*TROUBLE, FORMATS, SOURCES], ids=lambda page: page.stem)
 def test_lines_are_short(page: Path) -> None:
     long = [line for line in page.read_text(encoding="utf-8").splitlines() if len(line) > 120 and line[0] != "|"]
     assert not long

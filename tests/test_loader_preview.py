@@ -3,6 +3,7 @@
 import pickle
 import random
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,26 @@ def loader_of(dataset: Any, batch_size: int = 6, **options: Any) -> DiffuseMixLo
     return DiffuseMixLoader(dataset, batch_size, **{"device": "cpu", "num_workers": 2, **options})
 
 
-def column(picture: Image.Image, rows: int, name: str) -> NDArray[np.uint8]:
+def column(picture: Image.Image, rows: int, name: str, *, extra: int = 0) -> NDArray[np.uint8]:
     """The samples in a column of a sheet, (rows, height, width, 3)."""
-    number = [title for title, _ in COLUMNS].index(name)
-    layout = Layout.of((SIZE, SIZE), rows=rows, columns=len(COLUMNS), groups=(3,), captions=206, enlarged=False)
+    return cells(picture, rows, [title for title, _ in COLUMNS].index(name), extra)
+
+
+def delivered(picture: Image.Image, rows: int) -> NDArray[np.uint8]:
+    """The same of the column of a batch transform."""
+    return cells(picture, rows, len(COLUMNS), 1)
+
+
+def cells(picture: Image.Image, rows: int, number: int, extra: int) -> NDArray[np.uint8]:
+    layout = Layout.of(
+        (SIZE, SIZE),
+        rows=rows,
+        columns=len(COLUMNS) + extra,
+        groups=(3,),
+        captions=206,
+        notes=2 * extra,
+        enlarged=False,
+    )
     assert picture.width == layout.size[0] and picture.height >= layout.size[1]
     found = []
     for row in range(rows):
@@ -89,6 +106,30 @@ def captions(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
     return written
 
 
+def notes_of_cells(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[str]]:
+    """By row, the notes below cells that are drawn from now on."""
+    written: dict[int, list[str]] = {}
+    before = Sheet.cell
+
+    def cell(sheet: Sheet, row: int, column: int, content: Any, notes: Any = ()) -> None:
+        if notes:
+            written[row] = [text for text, _, _ in notes]
+        before(sheet, row, column, content, notes)
+
+    monkeypatch.setattr(Sheet, "cell", cell)
+    return written
+
+
+def footers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The footnotes of the sheets that are drawn from now on."""
+    found: list[str] = []
+    before = Sheet.__init__
+    monkeypatch.setattr(
+        Sheet, "__init__", lambda self, layout, footer: (found.extend(footer), before(self, layout, footer))[1]
+    )
+    return found
+
+
 def test_every_batch_is_drawn_as_it_was_delivered(plain: DiffuseMixDataset, tmp_path: Path) -> None:
     loader = loader_of(plain, shuffle=True)
     mixed = set()
@@ -109,7 +150,12 @@ def test_the_cells_before_the_sample_are_its_images(
 ) -> None:
     found: list[Sample] = []
     before = sheets._draw_steps
-    monkeypatch.setattr(sheets, "_draw_steps", lambda sheet, row, one: (found.append(one), before(sheet, row, one)))
+
+    def draw(sheet: Sheet, row: int, one: Sample, **options: Any) -> None:
+        found.append(one)
+        before(sheet, row, one, **options)
+
+    monkeypatch.setattr(sheets, "_draw_steps", draw)
     written = captions(monkeypatch)
     loader = loader_of(plain, shuffle=True, return_index=True)
     loader.set_epoch(4)
@@ -318,6 +364,112 @@ def test_rows_and_endings(plain: DiffuseMixDataset, tmp_path: Path) -> None:
         loader.preview(tmp_path / "now.jpg" / "below.png")
 
 
+def test_what_a_batch_transform_made_is_drawn(
+    photos: Path, settings: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors themselves, with normalize undone, and the two largest shares of each label."""
+    notes = notes_of_cells(monkeypatch)
+
+    def mixup(images: torch.Tensor, labels: torch.Tensor, _: torch.Generator) -> Any:
+        soft = torch.nn.functional.one_hot(labels, 3).float()
+        return 0.7 * images + 0.3 * images.flip(0), (0.7 * soft + 0.3 * soft.flip(0)).to(torch.bfloat16)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        loader = loader_of(DiffuseMixDataset(photos, **settings), shuffle=True, batch_transform=mixup, dtype=dtype)
+        plain = DiffuseMixDataset(photos, normalize=None, **settings)
+        for (images, labels), (pixels, classes) in zip(loader, loader_of(plain, shuffle=True), strict=True):
+            loader.preview(tmp_path / "now.png")
+            with Image.open(tmp_path / "now.png") as picture:
+                drawn, before = delivered(picture, len(images)), column(picture, len(images), "augmented", extra=1)
+            mixed = 0.7 * pixels + 0.3 * pixels.flip(0)
+            assert np.abs(drawn - bytes_of(mixed)).max() <= (1 if dtype is torch.float32 else 3)
+            assert np.abs(before - bytes_of(pixels)).max() <= 1  # the steps before are those of the plan
+            for row, (one, other) in enumerate(zip(classes.tolist(), classes.flip(0).tolist(), strict=True)):
+                names = plain.classes
+                both = [f"70 % {names[one]}", f"30 % {names[other]}"]
+                assert notes[row] == ([f"100 % {names[one]}"] if one == other else both)
+            assert labels.dtype == torch.bfloat16
+
+
+def test_a_batch_that_nobody_holds_any_more(
+    plain: DiffuseMixDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loader itself keeps no tensor: the sheet then is that of the plan, and says so."""
+    written = footers(monkeypatch)
+    loader = loader_of(plain, batch_transform=lambda images, labels, _: (1 - images, labels))
+    images, labels = next(iter(loader))
+    loader.preview(tmp_path / "held.png")
+    assert any(line.startswith("Last column: the tensors after batch_transform") for line in written)
+    images.zero_()
+    loader.preview(tmp_path / "changed.png")
+    with Image.open(tmp_path / "changed.png") as picture:
+        assert not delivered(picture, 6).any()  # as it is now
+    gone = weakref.ref(images)
+    del images
+    assert gone() is None
+    written.clear()
+    loader.preview(tmp_path / "gone.png")
+    assert any("nothing holds that batch's tensors any more" in line for line in written)
+    with Image.open(tmp_path / "gone.png") as picture:
+        expected = torch.stack([plain[index][0] for index in range(6)])
+        assert np.abs(column(picture, 6, "augmented") - bytes_of(expected)).max() <= 1
+    del labels
+
+
+def test_only_batches_on_their_way_through_a_transform_are_remembered(plain: DiffuseMixDataset) -> None:
+    loader = loader_of(plain)
+    next(iter(loader))
+    assert loader._newest is not None and loader._newest.batch is not None and loader._newest.batch.made is None
+
+
+@pytest.mark.parametrize(
+    ("transform", "shown", "text"),
+    [
+        (lambda images, labels: (images[:, :, ::2], labels), True, "ants"),  # another size
+        (lambda images, labels: ((255 * images).to(torch.uint8), labels), True, "ants"),
+        (lambda images, labels: (3 * images - 1, labels), True, "ants"),  # beyond black and white
+        (lambda images, labels: (images, labels / 7), True, "0"),
+        (
+            lambda images, labels: (images, torch.tile(labels[:, None] + 2.5, (1, 9))),
+            True,
+            "2.5 2.5 2.5 2.5 2.5 2.5 … (9 values)",
+        ),
+        (lambda images, labels: (images, (labels, labels)), True, None),
+        (lambda images, labels: (torch.cat([images, images]), torch.cat([labels, labels])), False, None),
+        (lambda images, labels: (images.flatten(1), labels), False, None),
+        (lambda images, labels: (images.mean(1, keepdim=True), labels), False, None),
+    ],
+)
+def test_whatever_a_transform_makes_it_is_drawn_or_said_why_not(
+    transform: Any,
+    shown: bool,
+    text: str | None,
+    plain: DiffuseMixDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written, notes = footers(monkeypatch), notes_of_cells(monkeypatch)
+    loader = loader_of(plain, 3, batch_transform=lambda images, labels, _: transform(images, labels))
+    batch = next(iter(loader))
+    loader.preview(tmp_path / "now.png")
+    assert any(line.startswith("Last column") for line in written) == shown
+    assert any("one image is drawn for each sample" in line for line in written) != shown
+    assert notes.get(0) == (None if text is None else [text])
+    clipped = any("are clipped" in line for line in written)
+    assert clipped == (shown and batch[0].is_floating_point() and float(batch[0].min()) < -0.5)
+
+
+def test_whole_numbers_as_targets_are_no_classes(
+    photos: Path, settings: Plain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notes = notes_of_cells(monkeypatch)
+    dataset = DiffuseMixDataset(photos, normalize=None, targets=np.arange(33) + 1, **settings)
+    loader = loader_of(dataset, 2, batch_transform=lambda images, labels, _: (images, labels))
+    batch = next(iter(loader))
+    loader.preview(tmp_path / "now.png")
+    assert notes == {0: ["1"], 1: ["2"]} and batch[1].tolist() == [1, 2]
+
+
 def test_only_the_plan_is_held(plain: DiffuseMixDataset) -> None:
     loader = loader_of(plain, 30)
     next(iter(loader))
@@ -326,11 +478,7 @@ def test_only_the_plan_is_held(plain: DiffuseMixDataset) -> None:
 
 
 def test_the_footer_names_each_dataset(photos: Path, plain: DiffuseMixDataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[str] = []
-    before = Sheet.__init__
-    monkeypatch.setattr(
-        Sheet, "__init__", lambda self, layout, footer: (found.extend(footer), before(self, layout, footer))[1]
-    )
+    found = footers(monkeypatch)
     other = DiffuseMixDataset(photos, crop=EvalCrop(SIZE), normalize=None, seed=1)
     samples = [(one, one.planner.batch(3, [0])) for one in (plain, other, plain)]
     batch_sheet(samples, step=2, rows=2)

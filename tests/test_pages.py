@@ -1,6 +1,7 @@
 """Every code block of the README and the guides: Python is run, commands are run or at least taken."""
 
 import functools
+import gc
 import importlib.util
 import io
 import re
@@ -8,6 +9,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+import tarfile
 import tomllib
 import warnings
 from collections.abc import Iterator
@@ -21,7 +23,8 @@ from click.testing import CliRunner
 from material import write_photographs
 from PIL import Image
 
-from dali_diffusemix import cli
+from dali_diffusemix import EditStore, cli
+from dali_diffusemix.store import OriginalStore
 
 ROOT = Path(__file__).parents[1]
 PAGES = (
@@ -33,8 +36,16 @@ OTHERS = tuple(
     f"docs/{name}.md" for name in ["commands", "editors", "generation", "imagenet", "preview", "results", "training"]
 )
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-# What a block may need and this package does not; without it the rest of the page is run.
-NOT_OURS = ("tqdm",)
+# What a block may need and this package does not, by what shows it; without it the rest of the page is run.
+NOT_OURS = {
+    "tqdm": "import tqdm",
+    "webdataset": "import webdataset",
+    "datasets": "from datasets import",
+    "pyarrow": ".parquet",
+}
+# The order of commands and Python on the page is the order to run them in; elsewhere commands come first, because what
+# makes the stores stands below the loop in the README.
+IN_ORDER = ("docs/how-to.md",)
 # Run elsewhere: demo and bench have tests of their own; the others want weights, or another folder than there is here.
 ONLY_TAKEN = re.compile(r"\b(demo|bench|review|score|timbrooks\S*|examples\.\S*|own_editor\S*)\b")
 
@@ -106,6 +117,11 @@ def run_command(words: list[str]) -> None:
                 assert set(argument[2:-1].split(",")) <= set(EXTRAS), argument
             elif argument.endswith(".txt"):
                 assert (ROOT / argument).is_file()
+    elif program == "torchrun" and Path(arguments[-1]).is_file():
+        run = [sys.executable, "-m", "torch.distributed.run", *arguments]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        Path(arguments[-1]).with_suffix(".txt").write_text(done.stdout)
     elif program in ("python", "torchrun"):
         script = next(one for one in arguments if one.endswith(".py"))
         options = arguments[arguments.index(script) + 1 :]
@@ -126,32 +142,73 @@ def test_all_blocks_run_in_order(page: str, project: Path) -> None:
     if page not in ("README.md", "docs/getting-started.md"):
         run_command(shlex.split("dali-diffusemix fractals cache/fractals.npy --count 4 --size 64"))
         run_command(shlex.split("dali-diffusemix generate data/train cache/edits --prompts autumn,snowy --size 64"))
-    # What makes the stores stands above the loop in one page and below it in the other.
-    found = sorted(blocks(page), key=lambda block: block[0] == "python")
+    if page == "docs/how-to.md":
+        write_sources()
+    found = blocks(page) if page in IN_ORDER else sorted(blocks(page), key=lambda block: block[0] == "python")
     assert found
+    commands = "".join(text for language, text in found if language == "sh")
     names: dict[str, Any] = {"__name__": page}
     left_out: set[str] = set()
     for language, text in found:
-        lacking = {name for name in NOT_OURS if f"import {name}" in text and importlib.util.find_spec(name) is None}
+        lacking = {name for name, sign in NOT_OURS.items() if sign in text and importlib.util.find_spec(name) is None}
         left_out |= lacking
         if lacking:
             continue
-        if language == "python":
-            exec(compile(text, page, "exec"), names)
+        script = re.match(r"# (\w+\.py)\n", text)
+        if script is not None and f" {script[1]}\n" in commands:
+            Path(script[1]).write_text(text, encoding="utf-8")  # a command of the page runs it
+        elif language == "python":
+            with warnings.catch_warnings():
+                if "import webdataset" in text:  # it leaves its last tar open
+                    warnings.simplefilter("ignore", ResourceWarning)
+                exec(compile(text, page, "exec"), names)
+                gc.collect()
         elif language in ("sh", "bash"):
             for words in lines(text):
                 run_command(words)
         else:
             assert language in ("bibtex", "text", "toml", "json"), f"{page}: nobody looks at {language!r}"
     if page == "docs/how-to.md":
-        check_recipes(names)
+        check_recipes(names, dict(found)["text"])
     if left_out:
         pytest.skip(f"all of {page} ran but the blocks that need {', '.join(sorted(left_out))}, not installed here")
 
 
-def check_recipes(names: dict[str, Any]) -> None:
+def write_sources() -> None:
+    """The photographs of data/train in the files that the recipes read, as far as what writes these is installed."""
+    photographs = sorted(Path("data/train").glob("*/*.jpg"))
+    rows = [(path.read_bytes(), ("ants", "bees").index(path.parent.name)) for path in photographs]
+    for part in range(2):
+        with tarfile.open(f"data/train-{part:03d}.tar", "w") as tar:
+            for number, (content, label) in list(enumerate(rows))[part::2]:
+                for ending, data in (("jpg", content), ("cls", b"%d" % label)):
+                    member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    if importlib.util.find_spec("datasets") is not None:
+        import datasets
+
+        features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ants", "bees"])}
+        cells = {
+            "image": [{"bytes": content, "path": None} for content, _ in rows],
+            "label": [label for _, label in rows],
+        }
+        made = datasets.Dataset.from_dict(cells, features=datasets.Features(features))
+        made.save_to_disk("data/saved")
+        made.to_parquet("data/train-0.parquet")
+
+
+def check_recipes(names: dict[str, Any], printed: str) -> None:
     """What the recipes left behind is what the page says."""
     dataset, several, sampler = names["dataset"], names["several"], names["sampler"]
+    assert f"{dataset!r}\n{names['loader']!r}\n" == printed.replace("/home/me", str(Path.cwd()))
+    counts = {name: len(OriginalStore.open(f"cache/from-{name}")) for name in ("parquet", "datasets", "tars")}
+    assert counts == dict.fromkeys(counts, 16) and len(EditStore.open("cache/parquet-edits")) == 32
+    assert names["edits"] == ["autumn.0.ppm", "snowy.0.ppm"] and names["from_datasets"].classes == ["ants", "bees"]
+    assert torch.allclose(torch.from_numpy(names["soft"].targets).sum(1), torch.ones(16))
+    chosen = names["chosen"].store
+    assert chosen.count_by_prompt()["snowy"] <= 8 < chosen.count_by_prompt()["autumn"]
+    assert Path("train.txt").read_text() == "".join(f"epoch {epoch}: 2 steps on 2 ranks\n" for epoch in (0, 1))
     assert (len(names["training"]), len(names["validation"])) == (12, 4)
     training, validation = ({path for path, _ in names[part].samples} for part in ("training", "validation"))
     assert len(training) == 12 and len(validation) == 4 and not training & validation

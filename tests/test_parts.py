@@ -190,7 +190,7 @@ def test_a_part_has_the_attributes_of_its_dataset(dataset: DiffuseMixDataset) ->
     assert part.targets == [2, 0, 0] and part.samples == part.imgs == [dataset.samples[i] for i in (32, 0, 0)]
     part.set_epoch(4)
     assert part.epoch == dataset.epoch == 4 and len(part) == 3
-    assert repr(part).startswith("DiffuseMixSubset(3 of DiffuseMixDataset(")
+    assert repr(part).startswith("DiffuseMixSubset, 3 samples of\nDiffuseMixDataset of ")
     assert torch.equal(part[-3][0], dataset[32][0]) and not torch.equal(part[1][0], part[2][0])
 
 

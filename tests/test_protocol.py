@@ -362,6 +362,38 @@ def test_statistics_say_who_waits(
     assert stats.batches == 9 and stats.bottleneck == "training" and stats.total > 0.8 > 8 * stats.wait
 
 
+def test_the_rate_that_training_gets(dataset: DiffuseMixDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("dali_diffusemix.loading.batches.time", clock)
+    loader = loader_of(dataset, batch_size=4)
+    assert loader.images_per_second == 0.0
+    batches = iter(loader)
+    assert loader.images_per_second == loader.stats().images_per_second == 0.0
+    for _ in batches:
+        clock.now += 1.0  # training
+        stats = loader.stats()
+        assert loader.images_per_second == stats.images_per_second == pytest.approx(stats.images / stats.total)
+    assert loader.images_per_second == pytest.approx(33 / 8, rel=0.05)  # 9 batches, 8 steps between them
+    assert pickle.loads(pickle.dumps(loader)).images_per_second == 0.0
+    loader.close()
+    assert loader.images_per_second > 0  # of the epoch that ended
+    iter(loader)
+    assert loader.images_per_second == 0.0
+
+
+def test_the_rate_is_that_of_the_recent_past(dataset: DiffuseMixDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr("dali_diffusemix.loading.batches.time", clock)
+    loader = loader_of(dataset, batch_size=2, sampler=list(range(33)) * 10)
+    for step, _ in enumerate(loader, 1):
+        clock.now += 10.0 if step < 50 else 0.1  # it warms up
+        if step == 160:
+            break
+    # The window of 100 batches has left the slow steps behind.
+    assert loader.images_per_second == pytest.approx(2 / 0.1, rel=0.1)
+    assert loader.stats().images / loader.stats().total < 1
+
+
 # --- lifetime
 
 

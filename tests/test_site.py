@@ -12,7 +12,7 @@ import pytest
 from dali_diffusemix import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted(file.stem for file in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(str(file.relative_to(ROOT / "docs").with_suffix("")) for file in (ROOT / "docs").rglob("*.md"))
 
 pytest.importorskip("mkdocs")
 pytestmark = pytest.mark.slow
@@ -54,10 +54,22 @@ def test_the_help_of_every_command_is_there(site: Path) -> None:
         assert f"Usage: dali-diffusemix {name} " in text
 
 
+def test_messages_from_a_to_z(site: Path) -> None:
+    """Each links to the section that has its remedy."""
+    text = (site / "troubleshooting" / "index.html").read_text(encoding="utf-8")
+    listed = text[text.index('id="messages-from-a-to-z"') :]
+    links = re.findall(r'<li><code>(.*?)</code><br />\s*<a href="([\w./]*)#([^"]+)">', listed)
+    assert len(links) > 40 and [message for message, *_ in links if "seed must be the same" in message]
+    for message, page, anchor in links:
+        target = (site / "troubleshooting" / (page or "index.html")).read_text(encoding="utf-8")
+        section = target[target.index(f'id="{anchor}"') :]
+        assert f"<strong><code>{message}</code></strong>" in section, (message, page, anchor)
+
+
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
     import dali_diffusemix
 
-    text = (site / "api.html").read_text(encoding="utf-8")
+    text = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
     for name in dali_diffusemix.__all__:
         assert re.search(rf'id="dali_diffusemix(\.\w+)?\.{name}"', text), name
 
@@ -90,6 +102,22 @@ def test_pages_in_a_browser(site: Path, browser: Any) -> None:
             assert [entry["message"] for entry in browser.get_log("browser")] == [], page
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_wide_tables_on_a_phone(site: Path, browser: Any) -> None:
+    """A cell is as wide as the page, and begins with the name of its column."""
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    )
+    try:
+        browser.get((site / "dropin.html").as_uri())
+        cells = browser.execute_script(
+            """return [...document.querySelectorAll("table[data-stacked] td:not(:first-child):not(:empty)")].map(
+                 (one) => [one.offsetWidth, getComputedStyle(one, "::before").content])"""
+        )
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    assert len(cells) > 50 and all(width > 250 and len(name) > len('" : "') for width, name in cells)
 
 
 def test_search_works_in_a_folder(site: Path, browser: Any) -> None:

@@ -4,6 +4,7 @@ import csv
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -596,6 +597,7 @@ def test_a_comparison_is_made_in_pieces(
     assert "± " in table
     assert "(2)" in table
     assert "6 a class, noise" in table
+    assert "| against vanilla | 6 images a class |" in table
     assert (tmp_path / "out/compare.png").stat().st_size > 5000
     # Runs of another machine are taken over.
     cache = ("--cache", str(tmp_path / "out/cache"))
@@ -605,6 +607,8 @@ def test_a_comparison_is_made_in_pieces(
     merged = comparison(*some, "--seeds", "0,1", "--merge", str(tmp_path / "out/record.json"), *cache, out="elsewhere")
     assert merged["runs"][:3] == second["runs"]
     assert [(one["method"], one["seed"]) for one in merged["runs"][3:]] == [("DiffuseMix paper", 1)]
+    rows = (tmp_path / "elsewhere/table.md").read_text().splitlines()
+    assert re.fullmatch(r"\| DiffuseMix paper \|( [^|]+ \([^|]+ to [^|]+\): [^|]+ \|){3}", rows[-1]), rows[-1]
     page = (tmp_path / "elsewhere/page.html").read_text()
     assert "paired t-test" in page and "exact sign-flip test" in page
     assert "FAILED" not in capfd.readouterr().out

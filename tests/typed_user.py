@@ -50,6 +50,7 @@ def train(root: str, model: torch.nn.Module) -> None:
         assert_type(labels, torch.Tensor)
         torch.nn.functional.cross_entropy(model(images), labels)
     assert_type(loader.stats(), LoaderStats)
+    assert_type(loader.images_per_second, float)
     for one in loader.quarantine.values():
         assert_type(one, Quarantined)
     state = loader.state_dict()

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import islice
 from operator import itemgetter
@@ -17,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.weak import TensorWeakRef
 
 from dali_diffusemix.base import gpu, native
 from dali_diffusemix.base.philox import BATCH_TRANSFORM, draw
@@ -106,6 +107,11 @@ class LoaderStats:
     decoded_on: Literal["cpu", "gpu"] = "cpu"
     """Where images are decoded; with decode="auto", the way that was chosen."""
 
+    images_per_second: float = 0.0
+    """What training gets on this rank: over the last 100 batches, or as many as there were, the images divided by the
+    seconds from the request of the first of them to the delivery of the last. The time that training itself takes
+    between batches, and whatever else it does there, is included. Up to 100 batches it is `images / total`."""
+
     @property
     def bottleneck(self) -> Literal["loader", "training"]:
         """The slower side: "loader" if training waits for more than a tenth of the time."""
@@ -142,7 +148,7 @@ class BatchMaker:
     def _forget(self) -> None:
         """Begin without anything that cannot go to another process."""
         self._way: GpuDecoding | None = None  # to decode; None is on the CPU
-        self._prepared = False
+        self.prepared = False
         self._pins = False  # batches on the CPU are in page-locked memory
         # Building one takes longer than a batch. With the size of the samples that it worked for.
         self._free: list[tuple[PieceDecoder, tuple[int, int]]] = []
@@ -167,7 +173,7 @@ class BatchMaker:
             gpu.check_available()
             if ":" not in str(self.device):
                 self.device = torch.device("cuda", torch.cuda.current_device())
-        if not self._prepared:
+        if not self.prepared:
             if self.delivery.pin_memory and self.device.type == "cpu":
                 self._pins = torch.cuda.is_available()
                 if not self._pins:
@@ -176,7 +182,7 @@ class BatchMaker:
                 colours.warn_of_colour(self.batch_transform)
             if not self._raw:
                 self._way = auto.resolve(self.delivery.decode, self.device, self.delivery.threads)
-            self._prepared = True
+            self.prepared = True
         if self.delivery.resident is not None and self._residents is None:
             on_gpu = self.device.type == "cuda"
             self._residents = Residents(
@@ -402,6 +408,7 @@ class BatchMaker:
         return tuple(changed)
 
 
+_RECENT: Final = 100  # batches
 # What NumPy can hold of the types that it lacks.
 _STORED: Final = {torch.bfloat16: torch.int16}
 
@@ -430,6 +437,9 @@ class Clock:
     wait: float = 0.0
     idle: float = 0.0
     mix: float = 0.0
+    images_per_second: float = 0.0
+    _recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=_RECENT))
+    """Of each recent batch, when it was requested, and the images before it."""
     _decoder: AnyDecoder | None = None
     _seconds: tuple[float, float] = (0.0, 0.0)  # of reading and decoding, as long as there is no decoder
 
@@ -450,10 +460,13 @@ class Clock:
     def count(self, batch: Batch, begin: float) -> None:
         """Count a batch that was requested at `begin` and is delivered now."""
         self.begin = begin if self.begin is None else self.begin
+        self._recent.append((begin, self.images))
         self.batches += 1
         self.images += len(batch[0])
         self.end = time.perf_counter()
         self.wait += self.end - begin
+        since, before = self._recent[0]
+        self.images_per_second = (self.images - before) / max(self.end - since, 1e-9)
 
     def stats(self) -> LoaderStats:
         """The figures so far."""
@@ -468,6 +481,7 @@ class Clock:
             read=read,
             decode=decode,
             decoded_on=self.decoded_on,
+            images_per_second=self.images_per_second,
         )
 
 
@@ -511,7 +525,8 @@ class Batches:
         assert self._fetched is not None
         planned = self._fetched[0].popleft()
         batch, shares = self._maker.deliver(planned, self._fetched[1], self._decoder, self.clock)
-        self.newest.batch = replace(planned, shares=shares)
+        made = None if self._maker.batch_transform is None else Made(batch)
+        self.newest.batch = replace(planned, shares=shares, made=made)
         self.run.delivered, self.run.checksum = planned.batch.delivered, planned.batch.checksum
         self.clock.count(batch, begin)
         return batch
@@ -580,6 +595,7 @@ class _Planned:
     epoch: int
     batch: BatchIndices
     shares: list[_PlannedShare]
+    made: "Made | None" = None  # by a batch transform
 
     def samples(self, datasets: Sequence[DiffuseMixDataset]) -> list[PlannedSample]:
         """The samples in the order of the batch."""
@@ -589,6 +605,21 @@ class _Planned:
             for number, row in enumerate(share.rows.tolist())
         ]
         return [sample for _, sample in sorted(found, key=itemgetter(0))]
+
+
+class Made:
+    """The images and labels that a batch transform made, as long as somebody else holds them: weak references.
+
+    The plan cannot tell them, and holding them would take the memory of one more batch.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self._parts = [TensorWeakRef(one) if isinstance(one, torch.Tensor) else None for one in batch[:2]]
+
+    def __call__(self) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """The images, and the labels if they are still there; None without images."""
+        images, labels = (None if one is None else one() for one in self._parts)
+        return None if images is None else (images, labels)
 
 
 @dataclass

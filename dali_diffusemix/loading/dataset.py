@@ -23,6 +23,7 @@ from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, Store
 from dali_diffusemix.fractals.bank import FractalBank
 from dali_diffusemix.images.codec import decode_listed, raw_pixels
 from dali_diffusemix.images.reading import IN_STORE
+from dali_diffusemix.loading.description import dataset_rows, table
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
 from dali_diffusemix.loading.samplers import View, addresses
 from dali_diffusemix.loading.subset import Divisible
@@ -59,6 +60,7 @@ class RepeatedEpochWarning(UserWarning):
 _FIXED: Final = ("crop", "mix", "normalize", "seed", "targets", "augment")
 SCHEDULED: Final = ("crop", "mix", "augment")
 """Settings of a dataset that may be Schedules."""
+_COUNTED: Final = 100_000  # edits; the table of so many is read in a millisecond
 _TRANSFORMS: Final = ("transform", "target_transform", "transforms")
 
 
@@ -217,6 +219,9 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         self._substitution: Substitution[ImagePair] | None = None
         self._targets = None if targets is None else _checked_targets(targets, len(self.catalog))
         self._labels: list[int] | None = None
+        # For `repr`, which must not read a table.
+        counted = self.store is not None and (selection != Selection() or len(self.store) <= _COUNTED)
+        self._edits_by_prompt = self.store.count_by_prompt() if counted and self.store is not None else {}
 
     def __setattr__(self, name: str, value: object) -> None:
         if name in _TRANSFORMS:
@@ -458,11 +463,8 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         return {**self.__dict__, "_substitution": None, "_labels": None}
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({str(self.root)!r}, originals={len(self.catalog)}, "
-            f"edits={0 if self.store is None else len(self.store)}, mix={self.mix}, crop={self.crop}, "
-            f"augment={self.augment}, seed={self.seed})"
-        )
+        name, state = type(self).__name__, self.__dict__
+        return table(f"{name} of {state.get('root', '?')}", dataset_rows(self, state.get("_edits_by_prompt", {})))
 
 
 _RECIPES: Final = {
@@ -575,3 +577,6 @@ class _Samples(Sequence[tuple[str, int]]):
 
     def __iter__(self) -> Iterator[tuple[str, int]]:
         return (self[i] for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} (path, label), the first {self[0]}>" if len(self) else "<0 (path, label)>"

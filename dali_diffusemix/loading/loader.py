@@ -29,6 +29,7 @@ from dali_diffusemix.loading.batches import (
 )
 from dali_diffusemix.loading.cursor import Cursor, Identity
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.loading.description import counted, in_a_line, name_of, table
 from dali_diffusemix.loading.parts import Parts
 from dali_diffusemix.loading.quarantine import Quarantine
 from dali_diffusemix.loading.ranks import Ranks, initialised, seeds_of_rank_0
@@ -329,13 +330,28 @@ class DiffuseMixLoader:
         """Return where the newest iterator's time has gone so far."""
         return LoaderStats() if self._clock is None else self._clock.stats()
 
+    @property
+    def images_per_second(self) -> float:
+        """Images that training gets a second on this rank: `stats().images_per_second`; 0.0 before the first batch.
+
+        For a progress bar. It costs nothing: the loader computes it when it delivers a batch.
+        """
+        clock = self._clock  # another thread may begin an epoch
+        return 0.0 if clock is None else clock.images_per_second
+
     def preview(self, file: str | os.PathLike[str], *, rows: int = 8) -> None:
         """Draw the first samples of the batch that the newest iterator delivered last, as the command `preview` draws.
 
         A row shows one sample: original with crop, edit, mask, hybrid, fractal, and the sample as it was delivered,
         after substitution. Nothing is kept for it but the batch's plan: the images are decoded again, by Pillow, so
-        with decode="gpu" pixels differ slightly. The iterator and the following batches stay as they are. What
-        `batch_transform` made of the batch is not shown. Each rank draws its own batch: give each its own file.
+        with decode="gpu" pixels differ slightly. The iterator and the following batches stay as they are. Batches that
+        are prefetched are not delivered.
+
+        With a `batch_transform` one more column has the delivered tensors themselves, with normalize undone, and their
+        labels: the class, or the two largest shares. The loader only has weak references to them, so the column is
+        there while the training loop holds the batch, and shows what was changed in place since.
+
+        Each rank draws its own batch: give each its own file.
 
         Args:
             file: Ends in .png or .jpg; replaced whole. Its folder is made.
@@ -353,7 +369,9 @@ class DiffuseMixLoader:
             )
         # By name, because the pictures are made in a room above this one: docs/architecture.md, "Rooms".
         pictures: Any = importlib.import_module("dali_diffusemix.inspect.preview")
-        pictures.write_batch(file, batch.samples(self._parts.datasets), step=batch.batch.step, rows=rows)
+        pictures.write_batch(
+            file, batch.samples(self._parts.datasets), step=batch.batch.step, rows=rows, made=batch.made
+        )
 
     def _agree(self) -> None:
         """Agree with the other ranks on the seeds, once torch.distributed is initialised: those of rank 0."""
@@ -448,6 +466,60 @@ class DiffuseMixLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __repr__(self) -> str:
+        """A few aligned lines, from what is in memory."""
+        return table(
+            type(self).__name__,
+            {
+                "dataset": lambda: in_a_line(self.dataset),
+                "batch size": lambda: (
+                    ("given by the batch sampler" if self.batch_size is None else f"{self.batch_size:,}")
+                    + (", full batches only" if self.drop_last else "")
+                ),
+                "batches": self._described_batches,
+                "order": self._described_order,
+                "device": self._described_device,
+                "decoding": self._described_decoding,
+                "workers": lambda: (
+                    f"{counted(self._maker.delivery.threads, 'thread')}, "
+                    f"{counted(self._maker.delivery.prefetch_factor, 'batch', 'batches')} decoded ahead"
+                ),
+                "resident": lambda: {"host": "in memory", "device": "in the GPU's memory"}.get(
+                    str(self.resident), "no"
+                ),
+                "batch_transform": lambda: None if self.batch_transform is None else name_of(self.batch_transform),
+            },
+        )
+
+    def _described_batches(self) -> str:
+        try:
+            text = f"{len(self):,}"
+        except TypeError:  # a user's sampler without a length
+            text = "unknown: the sampler has no length"
+        rank, world_size = self._ranks()
+        return text + (f", on rank {rank} of {world_size}" if world_size > 1 else "")
+
+    def _described_order(self) -> str:
+        if isinstance(self._order, OwnOrder):
+            return "shuffled" if self.shuffle else "not shuffled"
+        order = self._order
+        return type(order.batch_sampler if order.sampler is None else order.sampler).__name__
+
+    def _described_device(self) -> str:
+        last = self.memory_format is torch.channels_last
+        details = [str(self.device), str(self.dtype).removeprefix("torch."), *["channels last"] * last]
+        return ", ".join([*details, *["page-locked"] * (self.pin_memory and self.device.type == "cpu")])
+
+    def _described_decoding(self) -> str:
+        maker = self._maker
+        if all(one.is_raw for one in self._parts.datasets):
+            return "nothing to decode: raw images"
+        if self.device.type == "cpu":
+            return "on the CPU"
+        if not maker.prepared:
+            return f"{self.decode}: to be chosen" if self.decode == "auto" else str(self.decode)
+        return f"on the {maker.decoded_on.upper()}" + (", chosen by trying" if self.decode == "auto" else "")
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_clock": None, "_newest": None}

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from dali_diffusemix.loading.batches import BatchTransform
+from dali_diffusemix.loading.description import name_of
 
 
 def globally_seeded(transform: BatchTransform) -> BatchTransform:
@@ -22,6 +23,9 @@ def globally_seeded(transform: BatchTransform) -> BatchTransform:
 class _GloballySeeded:
     def __init__(self, transform: BatchTransform) -> None:
         self._transform = transform
+
+    def __repr__(self) -> str:
+        return f"globally_seeded({name_of(self._transform)})"
 
     def __call__(
         self, images: torch.Tensor, labels: torch.Tensor, generator: torch.Generator

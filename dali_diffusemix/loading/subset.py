@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Subset
 
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.loading.description import part
 from dali_diffusemix.loading.samplers import View, addresses, occurrences
 from dali_diffusemix.plan.order import split_order
 
@@ -170,4 +171,4 @@ class DiffuseMixSubset(Subset[Any], Divisible):
         return mine[rows], views * self._views + self._view[rows]
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} of {self.dataset!r})"
+        return part(self)

@@ -25,7 +25,7 @@ from dali_diffusemix.base.philox import (
     uniform,
 )
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan.augment import Augmentation, draw_operations
+from dali_diffusemix.plan.augment import Augmentation, described, draw_operations
 from dali_diffusemix.plan.crops import Crop, Draws
 from dali_diffusemix.plan.schedule import Schedule, setting_at, values_of
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -33,6 +33,7 @@ from dali_diffusemix.plan.spec import MASKS, MixSpec
 PLAN_VERSION: Final = 1
 """Frozen by golden vectors: another value means that the same seed gives other samples."""
 
+_SHOWN: Final = 12  # rows of a plan that is printed
 _COMMON: Final = (MIXED, EDIT, MASK, FRACTAL, WEIGHT, FLIP, CROP)
 
 
@@ -58,6 +59,32 @@ class BatchPlan:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __repr__(self) -> str:
+        """The first rows, as a table."""
+        shown = self.rows(0, _SHOWN)
+        columns = {
+            "index": [*map(str, shown.index)],
+            "view": [*map(str, shown.view)] if shown.view.any() else [],
+            "original": [*map(str, shown.original)],
+            "edit": [str(edit) if edit >= 0 else "-" for edit in shown.edit],
+            "mask": [MASKS[mask] if mask >= 0 else "-" for mask in shown.mask],
+            "fractal": [str(fractal) if fractal >= 0 else "-" for fractal in shown.fractal],
+            "weight": [f"{weight:.2f}" for weight in shown.fractal_weight],
+            "flip": ["yes" if flip else "no" for flip in shown.flip],
+            "box": [" ".join(f"{edge:.3f}" for edge in box) for box in shown.box],
+            "operations": [", ".join(filter(None, map(described, row))) or "-" for row in shown.operations],
+        }
+        if not shown.operations.shape[1]:
+            del columns["operations"]
+        padded = []
+        for name, texts in columns.items():
+            width = max(map(len, (name, *texts)))
+            padded += [[text.ljust(width) for text in (name, *texts)]] if texts else []
+        height, width = self.output_size
+        lines = [f"{type(self).__name__} of {len(self)} samples of epoch {self.epoch}, {height} x {width} pixels"]
+        lines += [f"    {'  '.join(row)}".rstrip() for row in zip(*padded, strict=True)]
+        return "\n".join([*lines, *["    ..."] * (len(self) > _SHOWN)])
 
     @property
     def mixed(self) -> NDArray[np.bool_]:

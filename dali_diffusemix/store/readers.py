@@ -217,6 +217,12 @@ class EditStore:
         """The variant of an edit, of those under one prompt."""
         return int(self._row(edit)["variant"])
 
+    def count_by_prompt(self) -> dict[str, int]:
+        """Number of edits under each prompt of the store, in its order. Reads the whole table."""
+        prompts = self._table["prompt"] if self._rows is None else self._table["prompt"][self._rows]
+        counts = np.bincount(np.clip(prompts, 0, None), minlength=len(self.prompts))
+        return dict(zip(self.prompts, counts.tolist(), strict=False))  # a damaged table may have more
+
     def slug_of(self, edit: int) -> str:
         """The prompt of an edit as it stands in file names."""
         return self._header.slugs[int(self._row(edit)["prompt"])]

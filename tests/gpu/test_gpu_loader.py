@@ -5,6 +5,7 @@
 
 import gc
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -364,3 +365,22 @@ def test_auto_tries_once_and_remembers(
     loader = DiffuseMixLoader(mixed(photos, edits, bank), 8, device="cuda", num_workers=8)
     assert len(list(loader)) == len(loader)
     assert loader.stats().decoded_on == ("cpu" if choice.way == "cpu" else "gpu")
+
+
+def test_it_says_how_it_decodes_and_shows_what_a_transform_made(
+    photos: Path, edits: Path, bank: FractalBank, way: str, tmp_path: Path
+) -> None:
+    loader = on_gpu(mixed(photos, edits, bank), 4, way, batch_transform=lambda images, labels, _: (-images, labels))
+    images, labels = next(iter(loader))
+    told = dict(line.strip().split("  ", 1) for line in repr(loader).splitlines()[1:])
+    assert (
+        told["device"].strip().startswith("cuda:")
+        and told["decoding"].strip() == f"on the {loader._maker.decoded_on.upper()}"
+    )
+    loader.preview(tmp_path / "held.png")
+    held_by_us = weakref.ref(images)
+    del images, labels
+    assert held_by_us() is None  # the loader holds no batch
+    loader.preview(tmp_path / "gone.png")
+    with Image.open(tmp_path / "held.png") as held, Image.open(tmp_path / "gone.png") as gone:
+        assert held.width > gone.width  # a column less

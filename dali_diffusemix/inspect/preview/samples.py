@@ -26,6 +26,7 @@ Progress: TypeAlias = Callable[[int, int], None]
 MOST_ROWS: Final = 64
 MOST_DETAILS: Final = 6  # lines of `Sample.details`
 _MOST_EPOCHS: Final = 100
+_VALUES: Final = 6  # of a target that is shown as numbers
 
 
 # Samples to show ------------------------------------------------------------------------------------------------------
@@ -327,7 +328,25 @@ def target_of(dataset: DiffuseMixDataset, plan: BatchPlan) -> str | None:
     target = dataset.labels_of(plan)[0]
     if target.ndim == 0 and target == dataset.catalog.labels[plan.original[0]]:
         return None
-    return str(target.tolist()) if target.ndim == 0 else " ".join(f"{value:.3g}" for value in target.ravel().tolist())
+    return str(target.tolist()) if target.ndim == 0 else "  ·  ".join(label_lines(target, dataset.classes))
+
+
+def label_lines(label: NDArray[np.generic], classes: Sequence[str]) -> list[str]:
+    """Return a label or target in one or two lines.
+
+    A class number is the name of the class; probabilities of the classes are the two largest with their shares; all
+    else is numbers.
+    """
+    values = np.asarray(label, dtype=np.float64).ravel()
+    if not label.ndim:
+        number = label.item()
+        is_class = isinstance(number, int) and 0 <= number < len(classes)
+        return [classes[number] if is_class else f"{number:.6g}"]
+    if len(values) == len(classes) > 1 and values.min() >= 0 and abs(values.sum() - 1) < 0.01:
+        largest = np.argsort(-values, kind="stable")[:2]
+        return [f"{100 * values[one]:.0f} % {classes[one]}" for one in largest if values[one] >= 0.005]
+    shown = " ".join(f"{value:.3g}" for value in values[:_VALUES])
+    return [shown + (f" … ({len(values)} values)" if len(values) > _VALUES else "")]
 
 
 def _substitute(

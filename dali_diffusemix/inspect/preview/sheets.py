@@ -1,7 +1,6 @@
 """The sheets, and the content of their cells."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,8 @@ from dali_diffusemix.base.files import write
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.inspect.preview.animation import SHEET_ENDINGS, encoded
 from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, Frame, Layout, Line, Sheet, zoomed
+from dali_diffusemix.inspect.preview.lettering import wrapped
+from dali_diffusemix.inspect.preview.made import MadeSamples
 from dali_diffusemix.inspect.preview.samples import (
     MOST_ROWS,
     DecodedParts,
@@ -26,11 +27,12 @@ from dali_diffusemix.inspect.preview.samples import (
     matching_indices,
     spread_indices,
 )
-from dali_diffusemix.loading.batches import PlannedSample
+from dali_diffusemix.loading.batches import Made, PlannedSample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.schedule import setting_at
 from dali_diffusemix.plan.spec import MASKS, MixSpec
+from dali_diffusemix.plan.written import written
 
 COLUMNS: Final = (
     ("original", "I"),
@@ -44,8 +46,9 @@ COLUMNS: Final = (
 
 _MIXED: Final = ("mixed", COLUMNS[-1][1])  # the last column's name where samples are changed after the mix
 _AFTER: Final = ("augmented", "after the mix")
+_DELIVERED: Final = ("delivered", "after batch_transform")
+_LABEL_LINES: Final = 2
 _OPERATION_LINES: Final = 4
-_OPERATIONS_WIDTH: Final = 30  # characters of such a line
 
 _CAPTIONS: Final = 206
 _MOST_SAMPLES: Final = 512  # on one sheet
@@ -83,17 +86,18 @@ def contact_sheet(
     about = _footnotes(dataset, epoch)
     sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", about, augmented=augmented)
     for row in counted(len(plan), progress):
-        _draw_steps(sheet, row, Sample.of(dataset, plan, row))
+        _draw_steps(sheet, row, Sample.of(dataset, plan, row), augmented=augmented)
     return sheet.image
 
 
-def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -> Image.Image:
+def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8, made: Made | None = None) -> Image.Image:
     """Draw the first samples of a delivered batch, as `contact_sheet` does; nothing is substituted or logged.
 
     Args:
         samples: The batch in its order: each sample's dataset, and its plan after substitution.
         step: Number of the batch in its epoch.
         rows: Number of samples at most, 1 to 64.
+        made: What a batch transform made of them, for one more column.
 
     Returns:
         The sheet, RGB. A row whose images cannot be decoded now says so.
@@ -105,21 +109,38 @@ def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -
     shown = samples[:rows]
     epoch, output_size = samples[0][1].epoch, samples[0][1].output_size
     count = f"The first {len(shown)} of {len(samples)}" if len(shown) < len(samples) else f"All {len(samples)}"
-    about = [f"{count} samples of the batch, in its order. What a batch_transform changes is not shown."]
+    about = [f"{count} samples of the batch, in its order."]
+    tensors = None if made is None else MadeSamples.of(made, samples, len(shown))
+    if isinstance(tensors, MadeSamples):
+        about.append(tensors.about)
+    elif tensors is not None:
+        about.append(tensors)
+        tensors = None
     for dataset in dict.fromkeys(dataset for dataset, _ in shown):
         about += [line for line in _footnotes(dataset, epoch) if line not in about]
     augmented = any(plan.operations.shape[1] for _, plan in shown)
-    sheet = _steps_sheet(output_size, len(shown), f"epoch {epoch}, batch {step}", about, augmented=augmented)
+    title = f"epoch {epoch}, batch {step}"
+    sheet = _steps_sheet(output_size, len(shown), title, about, augmented=augmented, transformed=tensors is not None)
     for row, (dataset, plan) in enumerate(shown):
         sample = Sample.delivered(dataset, plan)
         if sample is None:
             _draw_lost(sheet, row, dataset, plan)
         else:
-            _draw_steps(sheet, row, sample)
+            _draw_steps(sheet, row, sample, augmented=augmented)
+        if tensors is not None:
+            notes: list[Line] = [(line, 13, INK) for line in tensors.labels[row]]
+            sheet.cell(row, sheet.layout.columns - 1, tensors.picture(row, sheet.layout.cell), notes)
     return sheet.image
 
 
-def write_batch(file: str | os.PathLike[str], samples: Sequence[PlannedSample], *, step: int, rows: int = 8) -> None:
+def write_batch(
+    file: str | os.PathLike[str],
+    samples: Sequence[PlannedSample],
+    *,
+    step: int,
+    rows: int = 8,
+    made: Made | None = None,
+) -> None:
     """Write `batch_sheet` to a file that ends in one of `SHEET_ENDINGS`; whole, or not at all. Makes its folder.
 
     Raises:
@@ -129,7 +150,7 @@ def write_batch(file: str | os.PathLike[str], samples: Sequence[PlannedSample], 
     ending = path.suffix.lower()
     if ending not in SHEET_ENDINGS:
         raise ConfigError(f"file must end in {' or '.join(SHEET_ENDINGS)}, found {str(path)!r}.")
-    content = encoded([batch_sheet(samples, step=step, rows=rows)], ending)
+    content = encoded([batch_sheet(samples, step=step, rows=rows, made=made)], ending)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, content, durable=False)
@@ -312,17 +333,24 @@ def _check_count(samples: int) -> None:
 
 
 def _steps_sheet(
-    output_size: tuple[int, int], rows: int, below: str, footer: Sequence[str], *, augmented: bool
+    output_size: tuple[int, int],
+    rows: int,
+    below: str,
+    footer: Sequence[str],
+    *,
+    augmented: bool,
+    transformed: bool = False,
 ) -> Sheet:
-    """A sheet for `_draw_steps`, with its titles; with a column more if samples are changed after the mix."""
+    """A sheet for `_draw_steps`, with its titles; with a column more for each way that samples are changed further."""
     columns = (*COLUMNS[:-1], _MIXED, _AFTER) if augmented else COLUMNS
+    columns = (*columns, _DELIVERED) if transformed else columns
     layout = Layout.of(
         output_size,
         rows=rows,
         columns=len(columns),
         groups=(3,),
         captions=_CAPTIONS,
-        notes=_OPERATION_LINES if augmented else 0,
+        notes=_OPERATION_LINES if augmented else _LABEL_LINES if transformed else 0,
         enlarged=False,
     )
     sheet = Sheet(layout, footer)
@@ -335,7 +363,7 @@ def _steps_sheet(
 # Cells ----------------------------------------------------------------------------------------------------------------
 
 
-def _draw_steps(sheet: Sheet, row: int, sample: Sample) -> None:
+def _draw_steps(sheet: Sheet, row: int, sample: Sample, *, augmented: bool) -> None:
     if row:
         sheet.divide(row)
     _draw_caption(sheet, row, sample)
@@ -356,22 +384,17 @@ def _draw_steps(sheet: Sheet, row: int, sample: Sample) -> None:
     cells.append(zoomed(sample.mixed(), layout.zoom))
     for column, cell in enumerate(cells):
         sheet.cell(row, column, cell)
-    if layout.columns > len(COLUMNS):
-        notes: list[Line] = [(line, 13, MUTED) for line in _operations(sample)]
+    if augmented:
+        notes: list[Line] = [(line, 13, MUTED) for line in _operations(sample, layout.cell[1])]
         sheet.cell(row, len(COLUMNS), zoomed(sample.augmented(), layout.zoom), notes)
 
 
-def _operations(sample: Sample) -> list[str]:
-    """Return the operations after the mix in few lines."""
-    lines: list[str] = []
-    for text in sample.operations():
-        if lines and len(lines[-1]) + len(text) + 3 <= _OPERATIONS_WIDTH:
-            lines[-1] += f" · {text}"
-        else:
-            lines.append(text)
+def _operations(sample: Sample, most: int) -> list[str]:
+    """Return the operations after the mix in few lines, which `most` pixels hold."""
+    lines = wrapped(" · ".join(sample.operations()), 13, most, " · ")
     if len(lines) > _OPERATION_LINES:
-        return [*lines[: _OPERATION_LINES - 1], f"{lines[_OPERATION_LINES - 1][: _OPERATIONS_WIDTH - 2]} …"]
-    return lines or ["unchanged"]
+        return [*lines[: _OPERATION_LINES - 1], f"{lines[_OPERATION_LINES - 1]} …"]
+    return lines if any(lines) else ["unchanged"]
 
 
 def _draw_lost(sheet: Sheet, row: int, dataset: DiffuseMixDataset, plan: BatchPlan) -> None:
@@ -457,11 +480,10 @@ def _mask(sample: Sample) -> str:
 
 def _footnotes(dataset: DiffuseMixDataset, *epochs: int, mixed: bool = True) -> list[str]:
     """Return the settings of the samples on a sheet, with the mix unless the sheet names it elsewhere."""
-    presets = {None: "none", MixSpec.paper(): "MixSpec.paper()", MixSpec.release(): "MixSpec.release()"}
-    mix = _in_epochs([presets.get(one, str(one)) for one in (setting_at(dataset.mix, epoch) for epoch in epochs)])
-    crop = _in_epochs([str(setting_at(dataset.crop, epoch)) for epoch in epochs])
-    crop = re.sub(r"\d+\.\d{4,}", lambda number: f"{float(number[0]):.3g}", crop)
-    augment = _in_epochs([", ".join(map(str, setting_at(dataset.augment, epoch))) or "none" for epoch in epochs])
+    mixes = [setting_at(dataset.mix, epoch) for epoch in epochs]
+    mix = _in_epochs(["none" if one is None else written(one) for one in mixes])
+    crop = _in_epochs([written(setting_at(dataset.crop, epoch)) for epoch in epochs])
+    augment = _in_epochs([", ".join(map(written, setting_at(dataset.augment, epoch))) or "none" for epoch in epochs])
     setting = [f"mix {mix}"] if mixed else []
     setting += [
         f"crop {crop}",
