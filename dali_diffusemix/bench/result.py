@@ -165,7 +165,7 @@ class BenchResult:
 
     @property
     def _remedy(self) -> str:
-        """What to try where this loader is slower than another."""
+        """A sentence: the change to try where this loader is slower than another."""
         if self.advice:
             return f"To make it faster, try {self.advice[0].change}, as advised above."
         return (
