@@ -138,8 +138,8 @@ def run_demo(
         f"({made})\n             procedural restyling, not diffusion"
     )
     sheet = out / "sheet.png"
-    with _writing(out):
-        contact_sheet(dataset).save(sheet)
+    with _writing(out), display.progress("Drawing samples", "samples") as progress:
+        contact_sheet(dataset, progress=progress).save(sheet)
     display.line(f"Sheet        {sheet}")
     threads = cpus()
     with DiffuseMixLoader(dataset, batch_size=_BATCH, shuffle=True, num_workers=threads, device="cpu") as loader:
@@ -148,12 +148,14 @@ def run_demo(
             f"Batches      images {tuple(images.shape)} {_name(images.dtype)}, "
             f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}"
         )
-        compared, difference = _compare(dataset, loader)
+        with display.progress("Comparing samples", "samples") as progress:
+            compared, difference = _compare(dataset, loader, progress)
         display.line(
             f"Equality     {compared} samples by DALI and by Pillow under torch's DataLoader: "
             f"no pixel differs by more than {difference:.2f}/255"
         )
-        speed = _measure(loader)
+        with display.progress("Measuring the speed", "images"):  # for some seconds, however many these are
+            speed = _measure(loader)
     display.line(f"Speed        {speed:.0f} images/s, mixed and ready to train on, {threads} CPU threads")
     return DemoResult(
         sheet=str(sheet),
@@ -234,7 +236,7 @@ def _find_photographs() -> list[tuple[str, list[Path]]]:
             if path is None:
                 raise MissingDependencyError(
                     f"the demo's photographs must be in scikit-image and scikit-learn, found no {package}/{file}; "
-                    "pip install scikit-image scikit-learn, or name a folder: dali-diffusemix demo FOLDER."
+                    "pip install scikit-image scikit-learn, or use your own photographs: dali-diffusemix demo FOLDER."
                 )
             paths.append(path)
         found.append((name, paths))
@@ -289,7 +291,9 @@ def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
     return bank
 
 
-def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
+def _compare(
+    dataset: DiffuseMixDataset, loader: DiffuseMixLoader, progress: Callable[[int, int], None]
+) -> tuple[int, float]:
     """Compare DALI and Pillow; returns the number of samples and the largest difference in steps of 1/255."""
     order = EpochOrder(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
     batches = [order.indices(0, order.positions(step)).tolist() for step in range(len(order))]
@@ -302,6 +306,7 @@ def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int,
         assert torch.equal(labels, expected_labels)
         difference = (images - expected).abs() * deviation * 255
         count, largest = count + len(images), max(largest, float(difference.max()))
+        progress(count, len(dataset))
     return count, largest
 
 

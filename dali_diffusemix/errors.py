@@ -13,9 +13,15 @@
 A message names the field, the rule, the value found and the remedy.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 
 class DiffuseMixError(Exception):
     """Base of every error raised on purpose by dali_diffusemix."""
+
+    instead: Mapping[str, str] = MappingProxyType({})
+    """Paths that were given, and those that were probably meant: the command line prints the command to type."""
 
 
 class ConfigError(DiffuseMixError, ValueError):

@@ -912,6 +912,18 @@ def test_splits_are_not_taken_for_classes(tmp_path: Path, splits: tuple[str, ...
         index(tmp_path / "data")
 
 
+@pytest.mark.parametrize("beside", ["", "edits/shards/0.tar", "test/1.jpg", "annotations/ants/1.xml", "val/ants/1.jpg"])
+def test_a_split_by_itself_is_no_class(tmp_path: Path, beside: str) -> None:
+    """One with class folders in it, beside nothing, a store, unlabelled test images, text, or another split."""
+    for name in ("ants", "bees"):
+        put(tmp_path / "data" / "train" / name / "1.jpg", encode())
+    if beside:
+        put(tmp_path / "data" / beside, encode())
+    with pytest.raises(CatalogError, match=r"found .*'train'.*\('ants', 'bees'\).*Which is meant") as raised:
+        index(tmp_path / "data")
+    assert raised.value.instead == {str(tmp_path / "data"): str(tmp_path / "data" / "train")}
+
+
 @pytest.mark.parametrize(
     "names", [("train", "bus"), ("val", "test"), ("train", "plane", "valley"), ("training shoe", "test tube")]
 )
@@ -921,6 +933,9 @@ def test_classes_that_are_called_so_are_classes(tmp_path: Path, names: tuple[str
         put(tmp_path / name / "front" / "1.jpg", encode())
         put(tmp_path / name / "2.jpg", encode())
     assert index(tmp_path).classes == tuple(sorted(names))
+    for name in ("train", "car", "plane"):  # each model in a folder
+        put(tmp_path / "vehicles" / name / f"{name} model" / "1.jpg", encode())
+    assert index(tmp_path / "vehicles").classes == ("car", "plane", "train")
     put(tmp_path / "flat" / "train" / "1.jpg", encode())
     put(tmp_path / "flat" / "test" / "1.jpg", encode())
     assert index(tmp_path / "flat").classes == ("test", "train")  # photographs and no classes in them: who knows

@@ -1,11 +1,15 @@
 """cli, demo: every command as a user runs it; results on stdout, all else on stderr, errors without a traceback."""
 
+import contextlib
 import importlib.util
 import json
 import logging
 import os
 import platform
+import re
 import resource
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,8 +30,10 @@ import dali_diffusemix
 from dali_diffusemix import cli, demo
 from dali_diffusemix.catalog import default_location
 from dali_diffusemix.cli import display
-from dali_diffusemix.errors import ConfigError, MissingDependencyError
+from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
 from dali_diffusemix.generate.editors import PROMPTS
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan.crops import TrainCrop
 from dali_diffusemix.store import EditStore
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -121,7 +127,39 @@ def test_help_fits_a_screen_and_has_an_example(command: str) -> None:
 def test_the_main_help_fits_a_screen_and_cuts_nothing_off() -> None:
     lines = help_lines()
     assert not [line for line in lines[1:] if line.endswith("...")]
-    assert "0 done, 1 an error, 2 a wrong command line, 130 interrupted" in lines[-1]
+
+
+def options_of(command: click.Command) -> list[click.Option]:
+    return [param for param in command.params if isinstance(param, click.Option)]
+
+
+def test_help_texts_are_sentences() -> None:
+    """They begin with a capital letter, a name or a number, and end with a full stop and the default, if any."""
+    texts = {name: command.short_help or "" for name, command in cli.main.commands.items()}
+    for name, command in cli.main.commands.items():
+        texts[f"{name} --help"] = (command.help or "").split("\n\n")[0].replace("\n", " ").strip()
+        texts |= {f"{name} {option.opts[-1]}": option.help or "" for option in options_of(command)}
+    wrong = {name: text for name, text in texts.items() if not re.fullmatch(r"[A-Z].*\.(  \[default: .+\])?", text)}
+    assert not wrong
+
+
+def test_a_name_means_one_thing_in_all_commands() -> None:
+    """What the options of several commands are called, and that other names for the same are gone."""
+    named: dict[str, set[str]] = {}
+    for command in cli.main.commands.values():
+        for option in options_of(command):
+            named.setdefault(option.opts[-1], set()).add(str(option.metavar))
+    shown = {name: metavars for name, metavars in named.items() if len(metavars) > 1}
+    assert shown == {"--out": {"DIR", "FILE"}}  # a folder of `report`, `export` and `demo`, a picture of `preview`
+    gone = {"--threads", "--crop-size", "--rows", "--most", "--images", "--epoch", "--parts", "--from", "--replace"}
+    assert not gone & set(named)
+    arguments = {
+        param.make_metavar(click.Context(command)).strip("[]")
+        for command in cli.main.commands.values()
+        for param in command.params
+        if isinstance(param, click.Argument)
+    }
+    assert arguments == {"ROOT", "STORE", "SOURCE", "FILE", "SHELL"}
 
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
@@ -167,16 +205,16 @@ def test_from_a_folder_to_a_sheet(root: Path, tmp_path: Path) -> None:
     assert "all were there already" in again.stdout
     assert run("fractals", bank, "--count", 2, "--size", 32).stdout == f"2 fractals of 32 x 32 pixels in {bank}\n"
 
-    arguments = ("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", 64)
-    drawn = run(*arguments, "--rows", 3)
+    arguments = ("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--size", 64)
+    drawn = run(*arguments, "--limit", 3)
     with Image.open(sheet) as image:
         assert drawn.stdout == f"3 samples in {sheet}, {image.width} x {image.height} pixels\n"
         assert image.format == "PNG"
     before = sheet.read_bytes()
-    run(*arguments, "--rows", 3)
+    run(*arguments, "--limit", 3)
     assert sheet.read_bytes() == before
-    for other in (("--seed", 1), ("--epoch", 1), ("--preset", "release"), ("--indices", "1,2")):
-        run(*arguments, "--rows", 3, *other)
+    for other in (("--seed", 1), ("--epochs", 1), ("--preset", "release"), ("--indices", "1,2")):
+        run(*arguments, "--limit", 3, *other)
         assert sheet.read_bytes() != before
     assert sorted(path.name for path in sheet.parent.iterdir()) == ["sheet.png"]
 
@@ -191,7 +229,7 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
     assert generated["images_per_second"] == pytest.approx(12 / generated["seconds"])
     assert run_json("fractals", tmp_path / "f.npy", "--count", 2, "--size", 32)["shape"] == [2, 32, 32, 3]
     arguments = ("--edits", tmp_path / "edits", "--fractals", tmp_path / "f.npy", "--out", tmp_path / "sheet.png")
-    drawn = run_json("preview", root, *arguments, "--indices", "7,3", "--crop-size", 64)
+    drawn = run_json("preview", root, *arguments, "--indices", "7,3", "--size", 64)
     assert drawn["indices"] == [7, 3]
     with Image.open(tmp_path / "sheet.png") as image:
         assert (drawn["width"], drawn["height"]) == image.size
@@ -200,7 +238,7 @@ def test_json_is_one_object_and_nothing_else(root: Path, tmp_path: Path) -> None
 @pytest.mark.slow
 def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path: Path) -> None:
     stores = ("--edits", made / "edits", "--fractals", made / "fractals.npy")
-    given = ("preview", made / "root", *stores, "--crop-size", 64)
+    given = ("preview", made / "root", *stores, "--size", 64)
 
     def drawn(name: str, *options: object) -> dict[str, Any]:
         file = tmp_path / name
@@ -219,8 +257,8 @@ def test_preview_draws_epochs_presets_parts_and_animations(made: Path, tmp_path:
         "epochs": [0],
         "presets": ["paper"],
     }
-    assert drawn("epochs.jpg", "--epochs", "0-2,7", "--rows", 2)["epochs"] == [0, 1, 2, 7]
-    parts = drawn("parts.png", "--parts", "--indices", "0,1,2,3,4,5,6,7")["decoded"]
+    assert drawn("epochs.jpg", "--epochs", "0-2,7", "--limit", 2)["epochs"] == [0, 1, 2, 7]
+    parts = drawn("parts.png", "--decoded", "--indices", "0,1,2,3,4,5,6,7")["decoded"]
     assert len(parts) == 8
     for one in parts:
         assert 0 < one["both"] <= 1 and 0 <= one["original"] <= 1
@@ -309,11 +347,10 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         (("preview", root, "--edits", tmp_path, "--fractals", bank), "make one with `dali-diffusemix generate"),
         (("preview", root, "--edits", edits, "--fractals", tmp_path / "flat.npy"), "dali-diffusemix fractals"),
         (("preview", tmp_path / "empty", *drawing), "give the folder that they were generated from"),
-        (("preview", root, *drawing, "--rows", 0), "rows must lie in 1 to 64, found 0"),
         (("preview", root, *drawing, "--indices", "1,99"), "index must lie in [0, 12)"),
         (("preview", root, *drawing, "--out", tmp_path / "file" / "sheet.png"), "name another"),
         (("preview", root, *drawing, "--out", tmp_path / "folder.png"), "name another"),
-        (("preview", root, *drawing, "--parts", "--indices", "12"), "index must lie in [0, 12)"),
+        (("preview", root, *drawing, "--decoded", "--indices", "12"), "index must lie in [0, 12)"),
         (("preview", root, *drawing, "--epochs", "5000000000"), "epoch must be at least 0 and below 2**32"),
         (
             ("preview", root, *drawing, "--out", tmp_path / "x.gif", "--epochs", "0-1", "--indices", "12"),
@@ -333,6 +370,81 @@ def test_errors_are_one_message_with_a_remedy(made: Path, tmp_path: Path) -> Non
         assert "Traceback" not in result.output
         assert result.stdout == "", arguments
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_folder_of_splits_is_refused_with_the_command_to_type(made: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        shutil.copytree(made / "root", data / split)
+    for before, after in (
+        (("index",), ()),
+        (("-q", "generate"), (str(tmp_path / "edits"), "--prompts", "autumn")),
+        (("pack",), (str(tmp_path / "packed"),)),
+        (("bench",), ("--limit", "8")),
+        (("demo",), ("--out", str(tmp_path / "demo"))),
+    ):
+        result = run(*before, data, *after, code=1)
+        assert "look like splits of a dataset: found 'train', 'val', and 'train' holds folders" in result.stderr
+        command = shlex.join(["dali-diffusemix", *before, str(data / "train"), *after])
+        assert result.stderr.splitlines()[-1] == f"Try: {command}"
+    with pytest.raises(CatalogError, match="look like splits of a dataset"):
+        DiffuseMixDataset(data, crop=TrainCrop(32))
+    with contextlib.chdir(tmp_path):
+        assert run("index", "data", code=1).stderr.splitlines()[-1] == "Try: dali-diffusemix index data/train"
+        assert run("index", "data/train").stdout.startswith("12 images in 3 classes")
+
+
+def test_swapped_arguments_are_named(made: Path, tmp_path: Path) -> None:
+    run("pack", made / "root", tmp_path / "packed")
+    with contextlib.chdir(made):
+        for command in ("generate", "export", "pack"):
+            result = run(command, "edits", "root", code=1)
+            assert result.stderr == (
+                "Error: 'edits' is an edit store, 'root' is a folder of images: are the two arguments swapped?\n"
+                f"Try: dali-diffusemix {command} root edits\n"
+            )
+    assert "packed' is a packed store, '" in run("generate", tmp_path / "packed", made / "root", code=1).stderr
+    for command in (("verify",), ("report",), ("score", "--with", "clip:x")):
+        refused = run(*command, made / "root", code=1).stderr
+        assert "root' is a folder of images, not an edit store; give the one that was made of it" in refused
+    assert "root must be a folder of images, found an edit store" in run("index", made / "edits", code=1).stderr
+    # Not swapped: a packed store may be the root, and a store may be packed.
+    run("generate", tmp_path / "packed", tmp_path / "edits", "--prompts", "autumn", "--size", 32)
+    run("pack", made / "edits", tmp_path / "raw")
+
+
+def test_what_is_misspelt_is_asked_back(root: Path, tmp_path: Path) -> None:
+    for arguments, meant in (
+        (("indx", root), "'index'"),
+        (("index", root, "--refesh"), "'--refresh'"),
+    ):
+        assert f"Did you mean {meant}" in run(*arguments, code=2).stderr
+    for option, value, meant in (
+        ("--prompts", "autumn,snwy", "snowy"),
+        ("--format", "jpg", "jpeg"),
+        ("--editor", "Procedural", "procedural"),
+        ("--layout", "flower", "flowers"),
+    ):
+        assert f"did you mean {meant!r}?" in run("generate", root, tmp_path / "e", option, value, code=1).stderr
+    assert "did you mean 'cifar100'?" in run("pack", root, tmp_path / "p", "--layout", "cifar-100", code=1).stderr
+    nothing = run("generate", root, tmp_path / "e", "--prompts", "fog", code=1).stderr
+    assert "did you mean" not in nothing and "these are 'autumn'" in nothing
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_quiet_shows_the_result_and_errors(root: Path, before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
+    run("index", root)
+    (root / "class 1" / "4.jpg").write_bytes((root / "class 1" / "3.jpg").read_bytes())
+    loud = run("index", root)
+    assert "Warning: " in loud.stderr
+    quiet = run("-q", "index", root) if before else run("index", root, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == (loud.stdout, "")
+    assert "Reading headers: " in run("index", root, "--refresh").stderr
+    again = run("-q", "index", root, "--refresh") if before else run("index", root, "--refresh", "-q")
+    assert again.stderr == "" and again.stdout.startswith("13 images")
+    arguments = ("-q", "index", root / "none") if before else ("index", root / "none", "-q")
+    assert run(*arguments, code=1).stderr.startswith("Error: ")
 
 
 @pytest.mark.parametrize(
@@ -358,15 +470,16 @@ def test_a_wrong_command_line_is_code_2(arguments: tuple[str, ...]) -> None:
         ("--epochs 0-x", "'0-x' must be epochs", "write 0-5 or 0,3,7"),
         ("--epochs 5-3", "'5-3' must be epochs", "write 0-5 or 0,3,7"),
         ("--epochs 0-1000000000", "must be at most 100 epochs", "draw fewer at once"),
-        ("--epochs 1 --epoch 2", "--epoch is for one epoch", "leave it out beside --epochs"),
-        ("--epochs 1 --parts", "--epochs and --parts draw different sheets", "leave one of them out"),
-        ("--parts --preset paper,release", "--parts and --preset with several names", "leave one of them out"),
+        ("--limit 0", "'0' must be a whole number, from 1 to 64", "--limit"),
+        ("--limit 65", "'65' must be a whole number, from 1 to 64", "--limit"),
+        ("--epochs 1,2 --decoded", "--epochs and --decoded draw different sheets", "leave one of them out"),
+        ("--decoded --preset paper,release", "--decoded and --preset with several names", "leave one of them out"),
         ("--preset paper,paper", "'paper,paper' must be one of paper, release", "or both as paper,release"),
         ("--out sheet.tiff", "'sheet.tiff' must end in .png or .jpg", "for an animation in .webp or .gif"),
         ("--out sheet", "found 'no ending'", "must end in .png or .jpg"),
         ("--out x.webp", ".webp is an animation over epochs", "name them, as in --epochs 0-11"),
         ("--out x.gif --epochs 1,2 --indices 1,2", "of one sample, found --indices 1,2", "name one, as in --indices 5"),
-        ("--out x.gif --epochs 1,2 --rows 2", "of one sample, found --rows 2", "name one, as in --indices 5"),
+        ("--out x.gif --epochs 1,2 --limit 2", "of one sample, found --limit 2", "name one, as in --indices 5"),
     ],
 )
 def test_a_wrong_picture_is_refused_before_anything_is_read(options: str, found: str, remedy: str) -> None:
@@ -414,7 +527,7 @@ def test_names_that_are_no_text_are_printed_safely(tmp_path: Path) -> None:
     run("fractals", bank, "--count", 1, "--size", 16)
     assert process("generate", root, edits, "--prompts", "autumn", "--size", "32").returncode == 0
     sheet = tmp_path / os.fsdecode(b"\xfa.png")
-    drawn = process("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--crop-size", "32")
+    drawn = process("preview", root, "--edits", edits, "--fractals", bank, "--out", sheet, "--size", "32")
     assert (drawn.returncode, drawn.stderr) == (0, b"") and b"/\\xfa.png, " in drawn.stdout
     failed = process("index", root / os.fsdecode(b"none\xfb"))
     assert failed.returncode == 1 and failed.stderr.startswith(b"Error: ") and b"Traceback" not in failed.stderr
@@ -486,7 +599,24 @@ def test_long_work_in_a_log_file_has_a_line_now_and_then(tmp_path: Path, monkeyp
     monkeypatch.setattr(display, "_LINE_SECONDS", 0.0)
     lines = run("fractals", tmp_path / "f.npy", "--count", 3, "--size", 16).stderr.splitlines()
     assert len(lines) == 3
-    assert lines[1].startswith("Rendering fractals: 2 of 3, ") and lines[1].endswith(" s left")
+    assert lines == [f"Rendering fractals: {done} of 3" for done in (1, 2, 3)]  # a rate of so little means nothing
+    monkeypatch.setattr(display, "_RATE_SECONDS", 0.0)
+    lines = run("fractals", tmp_path / "g.npy", "--count", 3, "--size", 16).stderr.splitlines()
+    assert re.fullmatch(r"Rendering fractals: 2 of 3, [\d,.]+ fractals/s, 0 seconds left", lines[1])
+
+
+def test_rates_have_three_digits_and_are_of_work_that_took_a_second() -> None:
+    assert display.readable_rate(55685, 0.9, "shards") == display.readable_rate(0, 9, "shards") == ""
+    for count, seconds, shown in (
+        (556855, 10, "55,700 edits/s"),
+        (12345, 10, "1,230 edits/s"),
+        (2839, 10, "284 edits/s"),
+        (91.84, 10, "9.18 edits/s"),
+        (1, 2, "0.5 edits/s"),
+        (1, 600, "0.1 edits/min"),
+    ):
+        assert display.readable_rate(count, seconds, "edits") == shown
+    assert display.readable_rate(123_456_789, 10, "bytes") == "12.3 MB/s"
 
 
 def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,7 +133,7 @@ def run(*arguments: object) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", ["", "--parts", "--epochs 0-2", "--preset paper,release", "--indices 5"])
+@pytest.mark.parametrize("options", ["", "--decoded", "--epochs 0-2", "--preset paper,release", "--indices 5"])
 def test_preview_goes_on(root: Path, edits: Path, bank: FractalBank, tmp_path: Path, options: str) -> None:
     said = run(
         *("preview", root, "--edits", edits, "--fractals", bank.path, "--out", tmp_path / "sheet.png"),
@@ -257,7 +257,7 @@ def test_a_thin_picture_is_drawn(tmp_path: Path, bank: FractalBank) -> None:
     for width, height in ((500, 1), (1, 500), (300, 200), (1, 1), (1, 9000)):
         (root / f"x/{width}x{height}.png").write_bytes(encoded(photograph(width, height, width), "PNG"))
     generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=64))
-    for options in ("", "--parts", "--epochs 0-2", "--preset paper,release", "--crop-size 1", "--crop-size 1 --parts"):
+    for options in ("", "--decoded", "--epochs 0-2", "--preset paper,release", "--size 1", "--size 1 --decoded"):
         run(
             "preview",
             root,

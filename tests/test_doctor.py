@@ -380,7 +380,7 @@ def test_a_cache_that_cannot_be_written(report: Examination, tmp_path: Path) -> 
     assert not found["exists"] and found["free"] > 0 and list(tmp_path.iterdir()) == []
 
 
-# DATA -----------------------------------------------------------------------------------------------------------------
+# SOURCE ---------------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_a_folder_and_of_a_store_are_read(photos: Path, edits: Path, tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_a_folder_that_may_not_be_read(tmp_path: Path) -> None:
         (folder / "closed").chmod(0o755)
         shutil.rmtree(folder)
     assert done.stdout.startswith("PermissionError: ")
-    assert "ConfigError: DATA must hold images, found no file in " in done.stderr
+    assert "ConfigError: SOURCE must hold images, found no file in " in done.stderr
     assert done.stderr.strip().endswith(f"PermissionError: [Errno 13] Permission denied: '{folder}/closed'")
 
 

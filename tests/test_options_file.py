@@ -150,8 +150,13 @@ def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sizes = 3", "config must have known keys, found 'sizes' in .*; these are editor, prompts, size, .*, deny"),
-        ("edit-size = 3", "found 'edit-size'"),
+        ("colour = 3", "config must have known keys, found 'colour' in .*; these are editor, prompts, size, .*, deny"),
+        ("promts = ['autumn']", "config must have known keys, found 'promts' in .*; did you mean 'prompts'"),
+        ("edit-size = 3", "found 'edit-size' in .*; did you mean 'edit_size'"),
+        ("format = 'jpg'", "format must be one of jpeg, png, raw, found 'jpg'; did you mean 'jpeg'"),
+        ("prompts = ['autum']", "'autum' is not a prompt .* 'autumn', .*; did you mean 'autumn'"),
+        ("layout = 'cubs'", "layout must be one of .*, found 'cubs'; did you mean 'cub'"),
+        ("editor = 'procedual'", "found 'procedual', which is no folder; did you mean 'procedural'"),
         ("size = '256'", "size must be a whole number, found '256' in '.*edits.toml'; correct it there"),
         ("size = 256.0", r"size must be a whole number, found 256\.0"),
         ("seed = true", "seed must be a whole number, found True"),
@@ -176,7 +181,7 @@ def test_a_layout_stands_in_the_file_too(root: Path, tmp_path: Path) -> None:
 def test_what_is_wrong_is_named(root: Path, tmp_path: Path, text: str, message: str) -> None:
     result = run("generate", root, tmp_path / "edits", "--config", file(tmp_path, text), code=1)
     assert re.search(message, result.stderr), result.stderr
-    assert result.stderr.startswith("Error: ") and result.stderr.endswith(".\n") and result.stdout == ""
+    assert result.stderr.startswith("Error: ") and result.stderr.endswith((".\n", "?\n")) and result.stdout == ""
     assert not (tmp_path / "edits").exists()
 
 

@@ -517,7 +517,7 @@ def test_the_command(damaged: Path, tmp_path: Path) -> None:
     made = run("generate", tmp_path / "packed", tmp_path / "edits", "--prompts", "autumn", "--size", 32, "--json")
     assert json.loads(made.stdout)["verdicts"]["accepted"] == 6
     refused = run("index", tmp_path / "packed", code=1)
-    assert "found a packed store" in refused.stderr and "index the folder that it was packed from" in refused.stderr
+    assert "found a packed store" in refused.stderr and "index the folder that it was made from" in refused.stderr
     assert "found a packed store" in run("pack", tmp_path / "packed", tmp_path / "x", code=1).stderr
     assert "max_side must be a whole number" in run("pack", damaged, tmp_path / "x", "--max-side", 0, code=1).stderr
     assert not (tmp_path / "x").exists()

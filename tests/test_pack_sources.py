@@ -244,7 +244,7 @@ def test_cifar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         np.testing.assert_array_equal(decode(packed.encoded(row)), first)
     pack(root, tmp_path / "test", kind="cifar100", split="test")
     assert len(OriginalStore.open(tmp_path / "test")) == 6
-    shown = run("pack", root, tmp_path / "command", "--from", "cifar100", "--split", "train+test", "--format", "raw")
+    shown = run("pack", root, tmp_path / "command", "--layout", "cifar100", "--split", "train+test", "--format", "raw")
     assert "the whole store will take 0.2 MB" in shown.stdout and "42 images" in shown.stdout
 
 
@@ -824,11 +824,11 @@ class Items:
 def test_folder_named_on_a_root_that_has_tars(rows: list[Row], tmp_path: Path) -> None:
     root, _ = class_folder(tmp_path, rows)
     tars(root, rows)
-    run("pack", root, tmp_path / "packed", "--from", "folder")
+    run("pack", root, tmp_path / "packed", "--layout", "folder")
     check(tmp_path / "packed", rows)
-    shown = run("pack", root, tmp_path / "other", "--from", "folder", "--label", "none", code=1)
+    shown = run("pack", root, tmp_path / "other", "--layout", "folder", "--label", "none", code=1)
     assert "label names columns and extensions" in shown.stderr
-    run("pack", root, tmp_path / "tars", "--from", "webdataset", "--label", "txt")
+    run("pack", root, tmp_path / "tars", "--layout", "webdataset", "--label", "txt")
     check(tmp_path / "tars", rows)
     run("pack", f"{root}/data-*.tar", tmp_path / "png", "--image", "png", "--label", "cls")
     assert len(OriginalStore.open(tmp_path / "png")) == 9

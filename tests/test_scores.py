@@ -287,7 +287,7 @@ def test_a_damaged_column_is_begun_again_when_asked(store: Path) -> None:
     before = content(store / "scores")
     (store / "scores" / "brightness" / "column.json").write_text("{")
     assert [problem.file for problem in verify(store).problems] == ["scores/brightness/column.json"]
-    with pytest.raises(StoreError, match=r"column\.json.* is damaged .*--replace"):
+    with pytest.raises(StoreError, match=r"column\.json.* is damaged .*--overwrite"):
         score(store, "my_scorers:brightness")
     score(store, "my_scorers:brightness", replace=True)
     assert content(store / "scores") == before

@@ -1,4 +1,4 @@
-"""cli: in a real terminal of 80 columns, in a log, and in shells that complete."""
+"""cli: in real terminals of 40 to 100 columns, in a log, and in shells that complete."""
 
 import fcntl
 import os
@@ -35,12 +35,13 @@ def environment(**given: str) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in hidden} | {"TERM": "xterm"} | given
 
 
-def in_a_terminal(folder: Path, *arguments: str, **given: str) -> tuple[int, str]:
-    """The exit code, and all that a terminal of 80 columns was sent."""
+def in_a_terminal(folder: Path, *arguments: str, columns: int = 80, setup: str = "", **given: str) -> tuple[int, str]:
+    """The exit code, and all that a terminal was sent. `setup` is code that runs first."""
     parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    program = [*PROGRAM[:2], f"from dali_diffusemix.cli import display; {setup}; {PROGRAM[2]}"] if setup else PROGRAM
     with subprocess.Popen(
-        [*PROGRAM, *arguments], stdin=child, stdout=child, stderr=child, cwd=folder, env=environment(**given)
+        [*program, *arguments], stdin=child, stdout=child, stderr=child, cwd=folder, env=environment(**given)
     ) as running:
         os.close(child)
         shown = b""
@@ -74,6 +75,60 @@ def test_a_terminal_has_a_bar_that_goes_away(tmp_path: Path) -> None:
     drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
     assert max(map(len, re.split(r"[\r\n]", drawn))) <= 80
     assert in_a_terminal(tmp_path, "fractals", "g.npy", "--count", "1", "--size", "16", "--json")[1].startswith("{")
+
+
+def lines_drawn(shown: str) -> list[str]:
+    """Every line that was drawn at some time, without colours and movements."""
+    return re.split(r"[\r\n]+", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown))
+
+
+@pytest.mark.parametrize("columns", [40, 60, 100])
+def test_progress_fits_and_loses_no_number(tmp_path: Path, columns: int) -> None:
+    arguments = ("fractals", "f.npy", "--count", "16")
+    code, shown = in_a_terminal(tmp_path, *arguments, columns=columns, setup="display._RATE_SECONDS = 0.2")
+    lines = [line.rstrip() for line in lines_drawn(shown) if line.startswith("Rendering fractals")]
+    assert code == 0 and len(lines) > 5 and max(map(len, lines)) <= columns
+    # Nothing was wrapped.
+    others = {line for line in lines_drawn(shown) if line and not line.startswith("Rendering fractals")}
+    assert others == {"16 fractals of 256 x 256 pixels in f.npy"}
+    number, clock = r"\d+/16", r"\d+:\d\d( left)?"
+    rate = r"\d[\d.,]* fractals/(s|min)"
+    bar = r"[━╸╺]+"
+    parts = {
+        40: rf"{number} {clock}",
+        60: rf"({bar} )?{number} ({rate} )?{clock}",
+        100: rf"{bar} {number} ({rate} )?{clock}",
+    }
+    counted = [line for line in lines if "/16" in line]
+    for line in counted:
+        assert re.fullmatch(rf"Rendering fractals {parts[columns]}", line), line
+    digits = [re.sub(r"\D", "", found[0]) for line in counted if (found := re.search(rate, line))]
+    assert all(len(one) <= 3 for one in digits) and bool(digits) == (columns > 40)
+
+
+def test_a_pipe_has_plain_lines(tmp_path: Path) -> None:
+    setup = "display._LINE_SECONDS = 0.2; display._RATE_SECONDS = 0.1"
+    program = f"from dali_diffusemix.cli import display; {setup}; {PROGRAM[2]}"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "fractals", "f.npy", "--count", "16"],
+        capture_output=True,
+        cwd=tmp_path,
+        env=environment(),
+    )
+    assert done.returncode == 0 and b"\r" not in done.stderr and b"\x1b" not in done.stderr
+    assert re.search(
+        rb"^Rendering fractals: \d+ of 16, [\d.]+ fractals/s, \d+ seconds left$", done.stderr, re.MULTILINE
+    )
+
+
+def test_help_has_colours_where_they_are_wanted(tmp_path: Path) -> None:
+    plain = in_a_pipe(tmp_path, "index", "--help")[1]
+    assert "\x1b" not in plain
+    coloured = in_a_terminal(tmp_path, "index", "--help")[1]
+    assert "\x1b[32m\x1b[1mOptions" in coloured and click.unstyle(coloured) == plain
+    for given in ({"NO_COLOR": "1"}, {"TERM": "dumb"}):
+        assert in_a_terminal(tmp_path, "index", "--help", **given)[1] == plain
+    assert in_a_pipe(tmp_path, "index", "--help", FORCE_COLOR="1")[1] == coloured
 
 
 def test_colours_are_of_terminals_that_want_them(tmp_path: Path) -> None:

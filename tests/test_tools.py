@@ -263,7 +263,20 @@ def test_a_store_that_somebody_changed_writes_nothing_elsewhere(root: Path, stor
 
 
 def test_exported_mixed_it_is_the_released_codes_set(root: Path, made: Path, tmp_path: Path, bank: FractalBank) -> None:
-    run("export", root, made, tmp_path / "out", "--mixed", "--fractals", bank.path, "--size", 64, "--quality", 100)
+    run(
+        "export",
+        root,
+        made,
+        "--out",
+        tmp_path / "out",
+        "--mixed",
+        "--fractals",
+        bank.path,
+        "--size",
+        64,
+        "--quality",
+        100,
+    )
     edits = EditStore.open(made)
     mixed = sorted((tmp_path / "out").rglob("*.mixed.jpg"))
     assert len(mixed) == len(edits)

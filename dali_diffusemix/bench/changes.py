@@ -199,13 +199,13 @@ def _raw_packing(
     packed, commands, uses, root = some, [], [], material.root
     if not raw.originals:
         # Those of a packed store are files by now. What it was packed from is not known.
-        source = root if dataset.original_store is None else "FOLDER"
+        source = root if dataset.original_store is None else "SOURCE"
         pack(material.files, folder / "raw", _RAW, catalog=Catalog.open(some.catalog or ""))
         packed = replace(packed, root=folder / "raw", catalog=None)
         commands.append(_command(source, _beside(root, "raw"), "--format", "raw", size=raw.originals_bytes))
         uses.append(f"{_beside(root, 'raw')} instead of {root}")
-        if source == "FOLDER":
-            uses[-1] += ", where FOLDER is what that was packed from"
+        if source == "SOURCE":
+            uses[-1] += ", where SOURCE is what that was packed from"
     if not raw.edits:
         assert some.edits is not None and edits is not None
         pack(some.edits, folder / "raw-edits", _RAW)

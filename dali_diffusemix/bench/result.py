@@ -14,13 +14,13 @@ _WHOLE_TABLE: Final = 78  # columns that it takes; without the lowest and the hi
 _SAME: Final = 1.05  # loaders whose speeds differ by less are about as fast
 
 _WHAT: Final = {  # the contenders
-    "diffusemix": "this loader, mixed",
-    "diffusemix_resident": "this loader, mixed, raw stores in memory",
-    "plain": "this loader, no mix",
-    "plain_resident": "this loader, no mix, raw store in memory",
-    "plain_dali": "plain DALI: decode, resize, normalise, no mix",
-    "pillow_plain": "Pillow in DataLoader workers, no mix",
-    "pillow_mixed": "Pillow in DataLoader workers, mixed",
+    "diffusemix": "this loader: every sample that has an edit is mixed",
+    "diffusemix_resident": "this loader, raw stores in memory: mixed as above",
+    "plain": "this loader: nothing is mixed",
+    "plain_resident": "this loader, raw store in memory: nothing is mixed",
+    "plain_dali": "a DALI pipeline: decode, crop, resize, normalise, no mix",
+    "pillow_plain": "Pillow under torch's DataLoader: nothing is mixed",
+    "pillow_mixed": "Pillow under torch's DataLoader: mixed like diffusemix",
 }
 
 
@@ -150,8 +150,9 @@ class BenchResult:
         compared = " and ".join(_speed(speed, others[name]) for name, speed in speeds.items())
         sentence = f"Here this loader, {'mixing' if mixed else 'without a mix'}, is {compared}"
         measurement = self.results[self._first]
+        remedy = "" if min(speeds.values()) > 1 / _SAME else f" {self._remedy}"
         if measurement.spent is None or self.settings.get("device") != "cpu":  # a GPU's time is not measured
-            return f"{sentence}."
+            return f"{sentence}.{remedy}"
         read, decode, mix = measurement.spent
         whole = statistics.median(measurement.cpu_seconds_per_image)
         parts = {"reading": read, "decoding": decode, "mixing": mix, "the rest": whole - read - decode - mix}
@@ -159,7 +160,16 @@ class BenchResult:
         most = max(parts, key=lambda part: parts[part])
         return (
             f"{sentence}: an image took {_milliseconds(whole)} of CPU time ({_listed(took)}, partly at once); "
-            f"{self._reason(most, mixed=mixed, faster=next(iter(speeds.values())) >= _SAME)}."
+            f"{self._reason(most, mixed=mixed, faster=next(iter(speeds.values())) >= _SAME)}.{remedy}"
+        )
+
+    @property
+    def _remedy(self) -> str:
+        """A sentence: the change to try where this loader is slower than another."""
+        if self.advice:
+            return f"To make it faster, try {self.advice[0].change}, as advised above."
+        return (
+            "None of the changes that were tried makes it faster; docs/performance.md says when it is slower, and why."
         )
 
     def _reason(self, most: str, *, mixed: bool, faster: bool) -> str:
@@ -216,6 +226,10 @@ class BenchResult:
         )
         if settings.get("undecodable"):
             yield f"{settings['undecodable']} left out: they cannot be decoded"
+        yield from textwrap.wrap(
+            "Each row is a loader that makes batches of tensors from the same files. Speeds are medians of the rounds.",
+            columns,
+        )
         yield ""
         yield from self._table(whole=columns >= _WHOLE_TABLE)
         for name, reason in self.left_out.items():
@@ -247,9 +261,9 @@ class BenchResult:
         for name, measurement in self.results.items():
             row = measurement.json()
             memory = "-" if row["peak_memory_mib"] is None else f"{row['peak_memory_mib']:.0f}"
-            extremes = f"{row['lowest']:9.0f}{row['highest']:9.0f}" if whole else ""
+            extremes = f"{row['lowest']:9,.0f}{row['highest']:9,.0f}" if whole else ""
             yield (
-                f"{name:20}{row['images_per_second']:9.0f}{extremes}"
+                f"{name:20}{row['images_per_second']:9,.0f}{extremes}"
                 f"{row['cpu_seconds_per_image'] * 1e3:14.2f}{memory:>7}{self._over(name, over):9.2f}x"
             )
             if name in _WHAT:

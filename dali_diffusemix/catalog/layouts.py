@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.base.files import new_folder, remove_temporary
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog, default_location
 from dali_diffusemix.errors import CatalogError, ConfigError, MissingDependencyError
@@ -66,7 +67,9 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
         MissingDependencyError: The layout's lists are .mat files, and SciPy is not installed.
     """
     if layout not in LAYOUTS:
-        raise ConfigError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}.")
+        raise ConfigError(
+            f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}{did_you_mean(layout, LAYOUTS)}"
+        )
     folder = Path(root)
     if not folder.is_dir():
         raise CatalogError(f"{str(root)!r}: there is no such folder; give the one that the dataset was unpacked to.")
@@ -75,7 +78,8 @@ def read_layout(layout: str, root: str | os.PathLike[str], split: str = "train")
     for part in parts:
         if part not in known or parts.count(part) > 1:
             raise ConfigError(
-                f"split of layout {layout!r} must be {', '.join(known)}, or several as a+b, found {split!r}."
+                f"split of layout {layout!r} must be {', '.join(known)}, or several as a+b, found {split!r}"
+                f"{did_you_mean(part, known)}"
             )
     if layout in ("folder", "imagenet"):
         return _folder(folder, layout, parts)

@@ -25,6 +25,7 @@ from dali_diffusemix.errors import CatalogError, ConfigError
 _log = logging.getLogger(__name__)
 
 _MOST_LOOKED_FOR = 200_000  # originals
+_MOST_FOLDERS = 100  # in which `holds_images` looks for images
 
 
 def index(
@@ -167,24 +168,58 @@ _SPLIT = re.compile(
 _SPLIT_OF = re.compile(r"[-_ .]?(?:set|split|data|images|\d+)$", re.IGNORECASE)
 
 
+_IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".webp", ".gif"})
+
+
 def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -> None:
-    """Raise CatalogError where class folders are splits of a dataset, each with the class folders in it."""
-    splits = {name: match for name in classes if (match := _SPLIT.fullmatch(_SPLIT_OF.sub("", name)))}
-    if len(splits) < 2 or not any(match["train"] for match in splits.values()):
+    """Raise CatalogError where class folders are splits of a dataset, each with the class folders in it.
+
+    A folder is a split if it is called so and its images lie in folders of its own, none directly in it. It may be a
+    class all the same (a train is a vehicle), unless all folders with images are called so, or two splits, one of which
+    is for training, hold folders of the same name.
+    """
+    named = {name: match for name in classes if (match := _SPLIT.fullmatch(_SPLIT_OF.sub("", name)))}
+    if not named:
         return
-    inside: dict[str, set[str]] = {name: set() for name in splits}
+    inside: dict[str, set[str]] = {name: set() for name in named}
+    with_images, flat = set(), set()
     for path in paths:
         name, _, rest = path.partition("/")
-        if name in inside and "/" in rest:
-            inside[name].add(rest.partition("/")[0])
-    train = next(name for name, match in splits.items() if match["train"])
-    shared = any(inside[train] & inside[name] for name in splits if name != train)
-    if shared or (inside[train] and len(splits) == len(classes)):
-        raise CatalogError(
-            f"{str(root)!r}: its folders {quoted(sorted(splits))} must be classes, but they look like splits of a "
-            f"dataset: {train!r} holds folders of its own ({quoted(sorted(inside[train]))}). Which is meant? Give one "
-            f"of them, as {str(root / train)!r}. If they are classes, list them with Catalog.from_arrays."
-        )
+        if name in with_images and name not in named:
+            continue
+        if os.path.splitext(path)[1].lower() in _IMAGE_ENDINGS:  # noqa: PTH122 - of a million names
+            with_images.add(name)
+            if name in named:
+                within, slash, _ = rest.partition("/")
+                if slash:
+                    inside[name].add(within)
+                else:
+                    flat.add(name)
+    splits = [name for name in named if inside[name] and name not in flat]
+    trains = [name for name in splits if named[name]["train"]]
+    shared = any(inside[train] & inside[name] for train in trains for name in splits if name != train)
+    if not splits or not (shared or with_images <= set(named)):
+        return
+    meant = (trains or splits)[0]
+    found = sorted(with_images & set(named))
+    error = CatalogError(
+        f"{str(root)!r}: its folders must be classes, but they look like splits of a dataset: found {quoted(found)}, "
+        f"and {meant!r} holds folders of its own ({quoted(sorted(inside[meant]))}). Which is meant? Give one of them, "
+        f"as {str(root / meant)!r}. If they are classes, list them with Catalog.from_arrays."
+    )
+    error.instead = {str(root): str(root / meant)}
+    raise error
+
+
+def holds_images(folder: str | os.PathLike[str]) -> bool:
+    """True if a folder has folders with image files in them, as class folders or splits are; by their names."""
+    for depth, (_, folders, files) in enumerate(os.walk(folder)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if depth and any(os.path.splitext(name)[1].lower() in _IMAGE_ENDINGS for name in files):  # noqa: PTH122
+            return True
+        if depth == _MOST_FOLDERS:
+            break
+    return False
 
 
 def _folder_mtimes(root: Path, classes: Iterable[str]) -> dict[str, int]:

@@ -4,18 +4,21 @@ import click
 from click.shell_completion import get_completion_class
 
 from dali_diffusemix.cli.display import echo
+from dali_diffusemix.cli.options import StyledCommand
 
 
-@click.command("completion", short_help="Print the script for tab completion in a shell.")
-@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.command("completion", cls=StyledCommand, short_help="Print the script for tab completion in a shell.")
+@click.argument("shell", metavar="SHELL", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion_command(ctx: click.Context, shell: str) -> None:
-    """Print the script that makes SHELL complete commands, options and paths.
+    """Print the script that makes SHELL (bash, zsh or fish) complete commands, options and paths.
+
+    Add the line for your shell to its start-up file:
 
     \b
-    At the end of ~/.bashrc   eval "$(dali-diffusemix completion bash)"
-    At the end of ~/.zshrc    eval "$(dali-diffusemix completion zsh)"
-    In ~/.config/fish/config.fish   dali-diffusemix completion fish | source
+      ~/.bashrc                   eval "$(dali-diffusemix completion bash)"
+      ~/.zshrc                    eval "$(dali-diffusemix completion zsh)"
+      ~/.config/fish/config.fish  dali-diffusemix completion fish | source
 
     \b
     Example:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import click
 from rich.filesize import decimal
 
-from dali_diffusemix.cli.display import Display, echo, readable_seconds
+from dali_diffusemix.cli.display import Display, echo, readable_rate, readable_seconds
 from dali_diffusemix.cli.generate_options import GenerateOptions, command_line_option, read_options, template
-from dali_diffusemix.cli.options import PATH, completed, json_option
+from dali_diffusemix.cli.options import PATH, StyledCommand, completed, output_options
 from dali_diffusemix.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ _EDITOR: Final = (
 )
 
 
-class _GenerateCommand(click.Command):
+class _GenerateCommand(StyledCommand):
     """Names the options file where the command line has an option that only the file has."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -101,7 +101,7 @@ def _layouts() -> Iterable[str]:
     return LAYOUTS
 
 
-@click.command("generate", cls=_GenerateCommand, short_help="Edit the images of ROOT into the folder STORE.")
+@click.command("generate", cls=_GenerateCommand, short_help="Make edited copies of images: the slow step, done once.")
 @click.argument("root", type=PATH)
 @click.argument("store", type=PATH)
 @command_line_option("editor", "NAME", shell_complete=completed(lambda: ["procedural"], kind="dir"))
@@ -121,27 +121,24 @@ def _layouts() -> Iterable[str]:
 @command_line_option("device", "NAME")
 @command_line_option("part", "I/N")
 @command_line_option("layout", "NAME", shell_complete=completed(_layouts))
-@click.option("--config", type=PATH, metavar="FILE", help="Read these and all other options from a TOML file.")
+@click.option("--config", type=PATH, metavar="FILE", help="TOML file with these and further options.")
 @click.option(
     "--print-config",
     is_flag=True,
     is_eager=True,
     expose_value=False,
     callback=_print_config,
-    help="Print a commented file of all options.",
+    help="Print such a file, with every option explained.",
 )
 @click.option(
     "--redo",
     metavar="A,B",
     callback=_to_redo,
     shell_complete=completed(lambda: ["rejected", "unreadable"], many=True),
-    help="Make edits again: rejected (by quality or in `review`; from new seeds), or unreadable (whose image can be "
-    "read now).",
+    help="Make edits again: rejected (by checks or in `review`), unreadable, or both.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Make a few edits, and show how many, how large and how long all would be."
-)
-@json_option
+@click.option("--dry-run", is_flag=True, help="Estimate time and size by making a few edits.")
+@output_options
 def generate_command(
     root: Path,
     store: Path,
@@ -151,8 +148,10 @@ def generate_command(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Edit the images of ROOT into the folder STORE. Running it again makes only what is missing, with the
-    store's own options where none are given. The procedural editor uses no model: it is not diffusion.
+    """Make edited copies of the images of ROOT, which holds a folder for each class, in the folder STORE.
+
+    Run it again to resume, or to add edits: options that are not given are then those of STORE. The default
+    editor, procedural, restyles images without a diffusion model.
 
     \b
     Example:
@@ -163,9 +162,10 @@ def generate_command(
     from dali_diffusemix.generate.engines.local import default_devices
     from dali_diffusemix.generate.estimate import estimate
     from dali_diffusemix.generate.run import generate, list_originals
-    from dali_diffusemix.store import WHOLE, Part
+    from dali_diffusemix.store import WHOLE, Part, check_order
 
     display = Display(as_json)
+    check_order(root, store)
     in_file = {} if config is None else read_options(config)
     options = GenerateOptions(**{**in_file, **{name: value for name, value in given.items() if value is not None}})
     written = PromptFile.parse({name: in_file[name] for name in _PROMPTS if name in in_file}, config or "")
@@ -186,7 +186,8 @@ def generate_command(
     again = cast("Sequence[Redoable]", redo)
     if dry_run:
         devices = getattr(engine, "devices", ()) or default_devices(edits.editor_config.accelerated)
-        found = estimate(root, store, edits, catalog=catalog, devices=devices, part=part, redo=again)
+        with display.progress("Making edits for the estimate", "edits"):  # of which the number is not known
+            found = estimate(root, store, edits, catalog=catalog, devices=devices, part=part, redo=again)
         _show_estimate(display, found, len(devices))
         return
     with display.progress("Making edits", "edits") as progress:
@@ -215,7 +216,8 @@ def generate_command(
     rejected = {prompt: _rejected(verdicts) for prompt, verdicts in summary.by_prompt.items()}
     display.lines(f"{count:>8}  rejected under {prompt!r}" for prompt, count in rejected.items() if count)
     if summary.made:
-        display.line(f"{summary.made} made now, in {summary.seconds:.1f} s: {summary.images_per_second:.1f}/s")
+        rate = readable_rate(summary.made, summary.seconds, "edits")
+        display.line(f"{summary.made} made now, in {summary.seconds:.1f} s" + (rate and f": {rate}"))
     else:
         display.line("all were there already")
     if summary.missing:

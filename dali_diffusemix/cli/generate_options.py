@@ -5,6 +5,7 @@ Some of them are options of the command line too, which wins over the file. Noth
 """
 
 import json
+import textwrap
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
@@ -14,6 +15,7 @@ from typing import Any, Final, get_args
 
 import click
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError
 
 __all__ = ["GenerateOptions", "command_line_option", "read_options", "template"]
@@ -37,22 +39,21 @@ class GenerateOptions:
     """The options that were given; None: not given."""
 
     editor: str | None = _option(
-        "procedural (default), a model (hub id or folder), a server's URL, or your own module:Class.",
+        "Editor: procedural, a model (hub id or folder), a server (URL), or your own module:Class.",
         "procedural",
-        None,
     )
-    prompts: tuple[str, ...] | None = _option("Prompts, separated by commas.", ["autumn", "snowy"], "the paper's nine")
+    prompts: tuple[str, ...] | None = _option("Prompts to edit with.", ["autumn", "snowy"], "the paper's nine")
     size: int | None = _option("Side length of an edit in pixels.", 256)
     edit_size: int | None = _option("Side length while editing, if the model needs another one.", 256, "the same")
-    resize: str | None = _option("squash (to a square) or keep (the aspect ratio).", "squash")
-    variants: int | None = _option("Edits per image and prompt.", 1)
+    resize: str | None = _option("Shape of edits: squash (to a square) or keep (the aspect ratio).", "squash")
+    variants: int | None = _option("Number of edits per image and prompt.", 1)
     seed: int | None = _option("The same seed gives the same edits.", 0)
-    retry: int | None = _option("New attempts for a rejected edit.", 0)
-    format: str | None = _option("jpeg, png or raw.", "jpeg", "raw up to size 64, else jpeg")
-    quality: int | None = _option("JPEG quality, 1 to 100.", 90, "90; if it is given, format is jpeg")
-    batch_size: int | None = _option("Edits per call of a model; originals read at once.", 16)
+    retry: int | None = _option("Attempts to replace a rejected edit.", 0)
+    format: str | None = _option("File format: jpeg, png or raw.", "jpeg", "raw up to size 64, jpeg above")
+    quality: int | None = _option("JPEG quality, from 1 to 100.", 90, "90; if it is given, format is jpeg")
+    batch_size: int | None = _option("Edits in one call of a model.", 16)
     originals_per_shard: int | None = _option(
-        "Originals per shard; a killed run loses at most one shard per worker.", 64, "512, with a model 64"
+        "Number of originals in a shard; a killed run loses at most one shard per worker.", 64, "512, with a model 64"
     )
 
     template: str | None = _option(
@@ -60,55 +61,57 @@ class GenerateOptions:
         "A transformed version of image into {prompt}",
         "by the model's class; InstructPix2Pix this",
     )
-    negative_prompt: str | None = _option("What a model or a server guides edits away from.", "blurry", None)
-    strength: float | None = _option(
-        "Share of the steps that an image-to-image model runs, 0 to 1.", 0.6, "by the model's class"
-    )
+    negative_prompt: str | None = _option("Text that edits are moved away from.", "blurry", None)
+    strength: float | None = _option("Share of the diffusion steps to run, from 0 to 1.", 0.6, "by the model's class")
     revision: str | None = _option(
-        "Branch, tag or commit of a model on the hub; of a server's model, only noted.", "main", "the hub's default"
+        "Branch, tag or commit of a model on the hub; for a server's model it is only noted.",
+        "main",
+        "the hub's default",
     )
     scheduler: str | None = _option(
-        "euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm, lightning, default.",
+        "Scheduler: euler-ancestral, euler, dpm-solver++, unipc, ddim, lcm, lightning, default.",
         "dpm-solver++",
-        "last; InstructPix2Pix the first",
+        "by the model's class; InstructPix2Pix the first",
     )
     steps: int | None = _option(
-        "Diffusion steps; for dpm-solver++ 20 are enough.", 20, "by the model's class; InstructPix2Pix 100"
+        "Number of diffusion steps; for dpm-solver++ 20 are enough.", 20, "by the model's class; InstructPix2Pix 100"
     )
-    guidance: float | None = _option("Guidance by the prompt.", 4.0, "by the model's class; InstructPix2Pix 4.0")
-    image_guidance: float | None = _option("Guidance by the image.", 1.5, "by the model's class; InstructPix2Pix 1.5")
+    guidance: float | None = _option("Guidance scale of the prompt.", 4.0, "by the model's class; InstructPix2Pix 4.0")
+    image_guidance: float | None = _option(
+        "Guidance scale of the image.", 1.5, "by the model's class; InstructPix2Pix 1.5"
+    )
     dtype: str | None = _option(
-        "float16, bfloat16 or float32; not float16 on a CPU.",
+        "Number type of the model: float16, bfloat16 or float32; not float16 on a CPU.",
         "bfloat16",
         "by the model's class; InstructPix2Pix float16",
     )
     lora: str | None = _option(
-        "LoRA as NAME[:FILE][@SCALE]; NAME is a file, folder or hub id.", "owner/name:file.safetensors@0.8", None
+        "LoRA, as NAME[:FILE][@SCALE], where NAME is a file, folder or hub id.", "owner/name:file.safetensors@0.8", None
     )
     quantize: str | None = _option(
-        "Weights in less memory: torchao-int8, torchao-float8, bnb-8bit or bnb-4bit.", "torchao-int8", None
+        "Weights of fewer bits: torchao-int8, torchao-float8, bnb-8bit or bnb-4bit.", "torchao-int8", None
     )
     cache: float | None = _option(
         "First Block Cache: skip the other blocks where the first one changes less than this.", 0.1, None
     )
     compile: bool | None = _option("Compile the model: it takes minutes to start, and is faster afterwards.", False)
 
-    model: str | None = _option("Name under which a server serves its model.", "Qwen/Qwen-Image-Edit-2511", None)
-    fields: Mapping[str, Any] | None = _option("More fields of the server's form.", {"true_cfg_scale": 4.0}, None)
-    requests: int | None = _option("Requests to the server at once, per worker.", 8)
+    model: str | None = _option("Name of the model that a server is asked for.", "Qwen/Qwen-Image-Edit-2511", None)
+    fields: Mapping[str, Any] | None = _option("Further fields of the server's form.", {"true_cfg_scale": 4.0}, None)
+    requests: int | None = _option("Number of requests to the server at once, per worker.", 8)
     patience: float | None = _option("Seconds to wait for a server that is away or busy.", 600.0)
 
-    engine: str | None = _option("local (this machine) or ray (a cluster).", "local")
-    device: str | None = _option("cpu, cuda or cuda:N.", "cuda:0", "all GPUs, else all cores")
+    engine: str | None = _option("Where workers run: local (this machine) or ray (a cluster).", "local")
+    device: str | None = _option("Device: cpu, cuda or cuda:N.", "cuda:0", "all GPUs, else all cores")
     workers: int | None = _option("Number of worker processes.", 4, "one per device")
     address: str | None = _option("Address of the Ray cluster.", "HOST:6379", "Ray on this machine")
-    num_gpus: float | None = _option("GPUs per Ray worker.", 1.0, "1 if the cluster has any")
-    part: str | None = _option("Make only the I-th of N parts.", "1/4", None)
+    num_gpus: float | None = _option("Number of GPUs per Ray worker.", 1.0, "1 if the cluster has any")
+    part: str | None = _option("Make only part I of N, as one of N machines.", "1/4", None)
 
-    layout: str | None = _option("Published dataset that ROOT holds, such as cub or flowers.", "cub", None)
+    layout: str | None = _option("Published dataset that ROOT holds, such as cub.", "cub", None)
     split: str | None = _option("Split of the layout, or several as A+B.", "train")
 
-    editor_options: Mapping[str, Any] | None = _option("What the constructor of an editor of your own takes.", {}, None)
+    editor_options: Mapping[str, Any] | None = _option("Arguments of the constructor of your own editor.", {}, None)
     class_prompts: Mapping[str, Any] | None = _option(
         "Classes, or patterns of classes, and prompts that only they have.", {}, None
     )
@@ -178,9 +181,9 @@ def read_options(file: Path) -> dict[str, Any]:
         ) from error
     for name, value in content.items():
         if name not in _OPTIONS:
-            raise ConfigError(
-                f"config must have known keys, found {name!r} in {str(file)!r}; these are {', '.join(_OPTIONS)}."
-            )
+            end = did_you_mean(name, _OPTIONS)
+            known = f"; these are {', '.join(_OPTIONS)}" if end == "." else ""
+            raise ConfigError(f"config must have known keys, found {name!r} in {str(file)!r}{known}{end}")
         kind = _type_of(_OPTIONS[name])
         allowed = (int, float) if kind is float else kind
         if kind in _RULES and (not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool)):
@@ -200,7 +203,8 @@ def _template_lines() -> Iterator[str]:
         if name in _SECTIONS:
             yield f"\n# {_SECTIONS[name]} {'-' * (60 - len(_SECTIONS[name]))}"
         default = option.metadata["default"]
-        yield f"\n# {option.metadata['text']}" + (f" Default: {default}." if default else "")
+        text = option.metadata["text"] + (f" Default: {default}." if default else "")
+        yield "\n" + textwrap.fill(text, 118, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
         if name in _TABLES:
             yield f"#[{name}]\n#{_TABLES[name]}"
         else:

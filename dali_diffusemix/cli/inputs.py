@@ -1,27 +1,29 @@
 """`index`, `fractals` and `pack`: what training and generation read."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from dali_diffusemix.cli.display import Display
-from dali_diffusemix.cli.options import PATH, json_option
+from dali_diffusemix.cli.options import PATH, StyledCommand, completed, output_options
 from dali_diffusemix.errors import ConfigError
 
 if TYPE_CHECKING:
     from dali_diffusemix.images.codec import Stored
 
 
-@click.command("index")
+@click.command("index", cls=StyledCommand, short_help="List the images of a folder, and their classes.")
 @click.argument("root", type=PATH)
-@click.option("--refresh", is_flag=True, help="List again: add new files, drop deleted ones.")
-@click.option("--workers", type=int, metavar="N", help="Threads that read headers.  [default: 8]")
-@json_option
+@click.option("--refresh", is_flag=True, help="List the folder again, to add new files and drop deleted ones.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads that read files.  [default: 8]")
+@output_options
 def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool) -> None:
-    """List the images of ROOT, a folder of class folders.
+    """List the images of the folder ROOT, and their classes.
 
-    The list is kept, so that later commands start at once. Every skipped file is shown with the reason.
+    ROOT holds one folder for each class, as in ROOT/cat/1.jpg. The list is kept in a cache, so that later
+    commands start at once. Every file that is left out is shown with the reason.
 
     \b
     Example:
@@ -31,12 +33,12 @@ def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool)
 
     from dali_diffusemix.catalog.listing import index
     from dali_diffusemix.catalog.table import default_location
-    from dali_diffusemix.store import OriginalStore
+    from dali_diffusemix.store import kind_at
 
-    if OriginalStore.find(root) is not None:
+    if (kind := kind_at(root)) is not None:
         raise ConfigError(
-            f"root must be a folder of images, found a packed store, {str(root)!r}, which is listed already; index the "
-            "folder that it was packed from."
+            f"root must be a folder of images, found {kind.a_name}, {str(root)!r}, which has a list already; index the "
+            "folder that it was made from."
         )
     display = Display(as_json)
     location = default_location(root)
@@ -61,14 +63,14 @@ def index_command(root: Path, refresh: bool, workers: int | None, as_json: bool)
     )
 
 
-@click.command("fractals")
-@click.argument("path", type=PATH)
-@click.option("--count", default=64, show_default=True, metavar="N", help="Number of fractals.")
-@click.option("--size", default=256, show_default=True, metavar="N", help="Side length in pixels.")
+@click.command("fractals", cls=StyledCommand, short_help="Render the fractals that are blended into training images.")
+@click.argument("path", metavar="FILE", type=PATH)
+@click.option("--count", default=64, show_default=True, metavar="N", help="Number of fractals to render.")
+@click.option("--size", default=256, show_default=True, metavar="N", help="Side length of a fractal in pixels.")
 @click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same fractals.")
-@click.option("--from-folder", type=PATH, metavar="DIR", help="Use the images of a folder instead.")
-@click.option("--overwrite", is_flag=True, help="Replace PATH if it exists.")
-@json_option
+@click.option("--from-folder", type=PATH, metavar="DIR", help="Take the images of a folder instead of rendering.")
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+@output_options
 @click.pass_context
 def fractals_command(
     ctx: click.Context,
@@ -80,7 +82,9 @@ def fractals_command(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Render fractal flames into a bank, the file PATH.
+    """Render fractals into FILE, a fractal bank: training blends them into images.
+
+    FILE is a NumPy array and ends in .npy. Other commands take it as --fractals FILE.
 
     \b
     Example:
@@ -112,20 +116,30 @@ def fractals_command(
     )
 
 
-@click.command("pack", short_help="Pack images, from anywhere, into a store that is faster to read.")
+def _kinds() -> Iterable[str]:
+    from dali_diffusemix.catalog.layouts import LAYOUTS
+
+    return ("folder", "webdataset", "parquet", *LAYOUTS)
+
+
+@click.command("pack", cls=StyledCommand, short_help="Pack images into a store that loads faster than files.")
 @click.argument("source", type=PATH)
 @click.argument("store", type=PATH)
 @click.option(
-    "--from", "kind", metavar="KIND", help="folder, webdataset, parquet or a dataset, as cub.  [default: found]"
+    "--layout",
+    "kind",
+    metavar="NAME",
+    shell_complete=completed(_kinds),
+    help="Layout of SOURCE: folder, webdataset, parquet or a published dataset such as cub.  [default: detected]",
 )
-@click.option("--image", metavar="NAME", help="Column or ending of the images.  [default: found]")
-@click.option("--label", metavar="NAME", help="The same of the labels; none: no labels.  [default: found]")
-@click.option("--split", default="train", show_default=True, metavar="NAME", help="Of a published dataset.")
-@click.option("--format", metavar="NAME", help="raw, png or jpeg.  [default: as files are; of edits raw]")
-@click.option("--max-side", type=int, metavar="N", help="Shrink images whose longest side is over N pixels.")
-@click.option("--quality", type=int, metavar="N", help="JPEG quality, 1 to 100.  [default: 90]")
-@click.option("--no-tiles", is_flag=True, help="Copy files byte for byte; loading takes longer.")
-@json_option
+@click.option("--split", default="train", show_default=True, metavar="NAME", help="Split of a published dataset.")
+@click.option("--image", metavar="NAME", help="Column or ending of the images.  [default: detected]")
+@click.option("--label", metavar="NAME", help="Column or ending of the labels, or none.  [default: detected]")
+@click.option("--format", metavar="NAME", help="Format: raw, png or jpeg.  [default: as it is; edits raw]")
+@click.option("--max-side", type=int, metavar="N", help="Shrink images whose longest side is above N pixels.")
+@click.option("--quality", type=int, metavar="N", help="JPEG quality, from 1 to 100.  [default: 90]")
+@click.option("--no-tiles", is_flag=True, help="Copy files byte for byte, which loads more slowly.")
+@output_options
 def pack_command(
     source: Path,
     store: Path,
@@ -139,19 +153,20 @@ def pack_command(
     no_tiles: bool,
     as_json: bool,
 ) -> None:
-    """Pack a folder, a published dataset, WebDataset tars, Parquet files or an edit store into STORE,
-    which replaces it and is faster to read. Pixels change only with --max-side, --quality or jpeg. As raw
-    images, nothing has to be decoded, which small ones need most. Running it again resumes.
+    """Pack the images of SOURCE into the folder STORE, which is used in its place and loads faster. SOURCE is a
+    folder, WebDataset tars, Parquet files, a published dataset or an edit store. Pixels change only with
+    --max-side, --quality or --format jpeg. Small images load fastest with --format raw.
 
     \b
     Example:
-      dali-diffusemix pack cifar cache/cifar --from cifar100 --format raw
+      dali-diffusemix pack cifar cache/cifar --layout cifar100 --format raw
     """
     from dali_diffusemix.sources.tars import WebDatasetSource
-    from dali_diffusemix.store import EditStore
+    from dali_diffusemix.store import EditStore, check_order
     from dali_diffusemix.store.pack import PackConfig, pack, packed_bytes, source_to_pack
 
     display = Display(as_json)
+    check_order(source, store)
     config = PackConfig(format=format, max_side=max_side, quality=quality, tiled=not no_tiles)
     found = source_to_pack(source, kind=kind, image=image, label=False if label == "none" else label, split=split)
     if not isinstance(found, EditStore):

@@ -1,4 +1,4 @@
-"""Input of commands: types and callbacks of options, and their completion by a shell."""
+"""Input of commands: their class, types and callbacks of options, and their completion by a shell."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -8,10 +8,60 @@ from typing import Any, Final, TypeAlias
 import click
 from click.shell_completion import CompletionItem
 
-__all__ = ["PATH", "PRESETS", "STORE", "completed", "json_option", "to_epochs", "to_numbers", "to_presets"]
+from dali_diffusemix.cli.display import set_quiet
+
+__all__ = [
+    "PATH",
+    "PRESETS",
+    "STORE",
+    "StyledCommand",
+    "StyledContext",
+    "Whole",
+    "completed",
+    "output_options",
+    "quiet_option",
+    "to_epochs",
+    "to_numbers",
+    "to_presets",
+]
 
 PRESETS: Final = ("paper", "release")
 _MOST_EPOCHS: Final = 100  # `preview` draws no more at once
+
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+class _StyledFormatter(click.HelpFormatter):
+    """Headings and names in colour; click takes it out again where the output is no terminal."""
+
+    def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:
+        super().write_usage(prog, args, click.style("Usage: ", bold=True, fg="green"))
+
+    def write_heading(self, heading: str) -> None:
+        super().write_heading(click.style(heading, bold=True, fg="green"))
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        super().write_dl([(click.style(name, fg="cyan"), text) for name, text in rows], col_max, col_spacing)
+
+
+class StyledContext(click.Context):
+    """The context of a command: its help has colours, where the output is a terminal that wants them."""
+
+    formatter_class = _StyledFormatter
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+            self.color = False
+        elif os.environ.get("FORCE_COLOR"):
+            self.color = True
+
+
+class StyledCommand(click.Command):
+    """A command of this program."""
+
+    context_class = StyledContext
 
 
 # Types ----------------------------------------------------------------------------------------------------------------
@@ -29,6 +79,27 @@ class _StoreType(click.Path):
         return Path(os.fsdecode(super().convert(value, param, ctx)))
 
 
+class Whole(click.IntRange):
+    """A whole number in a range, of which the help says no more than its text does."""
+
+    def __init__(self, least: int = 1, most: int | None = None) -> None:
+        super().__init__(least, most)
+        self._least, self._most = least, most
+
+    def _describe_range(self) -> str:
+        return ""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        try:
+            number = int(value)
+        except ValueError:
+            number = self._least - 1
+        if number < self._least or (self._most is not None and number > self._most):
+            rule = f"at least {self._least}" if self._most is None else f"from {self._least} to {self._most}"
+            self.fail(f"{value!r} must be a whole number, {rule}.", param, ctx)
+        return number
+
+
 PATH: Final = click.Path(path_type=Path)
 STORE: Final = _StoreType()
 
@@ -44,10 +115,8 @@ def to_numbers(ctx: click.Context, param: click.Parameter, value: str | None) ->
         raise click.BadParameter(f"{value!r} must be whole numbers separated by commas; write 1,5,9.") from error
 
 
-def to_epochs(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int] | None:
+def to_epochs(ctx: click.Context, param: click.Parameter, value: str) -> list[int]:
     """Epochs from text such as 0-5 or 0,3,7."""
-    if value is None:
-        return None
     epochs: list[int] = []
     for part in value.split(","):
         first, dash, last = part.strip().partition("-")
@@ -68,7 +137,26 @@ def to_presets(ctx: click.Context, param: click.Parameter, value: str) -> list[s
     return names
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def _to_quiet(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        set_quiet(ctx)
+
+
+quiet_option = click.option(
+    "-q",
+    "--quiet",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_to_quiet,
+    help="Print only the result and errors.",
+)
+
+
+def output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options --json, which it takes as `as_json`, and --quiet."""
+    json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
+    return json_option(quiet_option(command))
 
 
 # Completion -----------------------------------------------------------------------------------------------------------

@@ -7,22 +7,22 @@ from typing import Any, Final
 import click
 
 from dali_diffusemix.cli.display import Display
-from dali_diffusemix.cli.options import PATH, json_option
+from dali_diffusemix.cli.options import PATH, StyledCommand, Whole, output_options
 
 _KEPT: Final = (0.99, 0.95, 0.9, 0.5)  # shares of the edits for which `score` prints the threshold
 
 
-@click.command("verify", short_help="Check every file and image of STORE.")
+@click.command("verify", cls=StyledCommand, short_help="Check every file and image of a store.")
 @click.argument("store", type=PATH)
-@click.option("--quick", is_flag=True, help="Check hashes only, without decoding images.")
-@click.option("--discard", is_flag=True, help="Mark damaged shards, so that the next run makes them again.")
-@click.option("--workers", type=int, metavar="N", help="Number of threads.  [default: one per core]")
-@json_option
+@click.option("--quick", is_flag=True, help="Compare checksums only, without decoding images.")
+@click.option("--discard", is_flag=True, help="Mark damaged shards, to have them made again.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads that decode.  [default: one per core]")
+@output_options
 def verify_command(store: Path, quick: bool, discard: bool, workers: int | None, as_json: bool) -> None:
-    """Check every file and image of STORE, which holds edits or packed originals.
+    """Check every file and image of STORE, which is an edit store or a packed store.
 
-    Nothing is changed without --discard; `generate` or `pack` makes discarded shards again. The exit code
-    is 1 if something is wrong.
+    A store consists of shards. With --discard, damaged ones are made again by the next `generate` or `pack`
+    into STORE; without it nothing is changed. The exit code is 1 if something is wrong.
 
     \b
     Example:
@@ -60,17 +60,19 @@ def verify_command(store: Path, quick: bool, discard: bool, workers: int | None,
         click.get_current_context().exit(1)
 
 
-@click.command("report", short_help="Write a gallery of the edits in STORE, for any browser.")
+@click.command("report", cls=StyledCommand, short_help="Write a gallery of the edits, to look at in a browser.")
 @click.argument("store", type=PATH)
-@click.option("--out", type=PATH, default="report", show_default=True, metavar="DIR", help="Where to write.")
+@click.option("--out", type=PATH, default="report", show_default=True, metavar="DIR", help="Folder to write.")
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
-@click.option("--most", default=10_000, show_default=True, metavar="N", help="Maximum number of edits shown.")
-@json_option
-def report_command(store: Path, out: Path, root: Path | None, most: int, as_json: bool) -> None:
-    """Write a gallery of the edits in STORE: pages that any browser opens from disk.
+@click.option(
+    "--limit", type=Whole(), default=10_000, show_default=True, metavar="N", help="Maximum number of edits to show."
+)
+@output_options
+def report_command(store: Path, out: Path, root: Path | None, limit: int, as_json: bool) -> None:
+    """Write a gallery of the edits in STORE, as a page that any browser opens from disk.
 
-    It shows originals beside their edits, verdicts, scores, settings and cost, and what was rejected by
-    hand. Filter it by class, prompt and verdict. To choose edits yourself, use `review`.
+    The page shows originals beside their edits, with scores, settings and the reason for each rejection. It
+    can be filtered by class and prompt. To reject edits yourself, use `review`.
 
     \b
     Example:
@@ -80,7 +82,7 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
 
     display = Display(as_json)
     with display.progress("Drawing", "edits") as progress:
-        gallery = write_report(store, out, root=root, most=most, progress=progress)
+        gallery = write_report(store, out, root=root, most=limit, progress=progress)
     shown = f"{gallery.edits} of " if gallery.edits < gallery.of else ""
     display.line(f"{shown}{gallery.of} edits in {gallery.page}")
     display.result(
@@ -88,20 +90,20 @@ def report_command(store: Path, out: Path, root: Path | None, most: int, as_json
     )
 
 
-@click.command("review", short_help="Look at the edits in STORE and reject bad ones by hand.")
+@click.command("review", cls=StyledCommand, short_help="Look at the edits in a browser, and reject bad ones by hand.")
 @click.argument("store", type=PATH)
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="N", help="Port on 127.0.0.1.  [default: a free one]")
-@click.option("--no-open", is_flag=True, help="Print the address, without opening a browser.")
-@json_option
+@click.option("--port", type=Whole(1, 65535), metavar="N", help="Port on 127.0.0.1.  [default: a free one]")
+@click.option("--no-open", is_flag=True, help="Print the address without opening a browser.")
+@output_options
 def review_command(store: Path, root: Path | None, port: int | None, no_open: bool, as_json: bool) -> None:
-    """Look at the edits in STORE and reject bad ones by hand, in a browser.
+    """Look at the edits in STORE in a browser, and reject bad ones by hand.
 
     A server on this machine shows each original beside its edit. Arrow keys move, x rejects, u undoes. Each
-    choice is saved at once in the file STORE.decisions.jsonl, beside the store; the store does not change.
-    Rejected edits are not trained on.
+    choice is saved at once in the file STORE.decisions.jsonl beside the store, which does not change.
+    Rejected edits are not used for training.
 
-    Only the printed address opens the page. It has a secret, so do not pass it on. Press Ctrl-C to end the
+    Only the printed address opens the page. It holds a secret, so do not pass it on. Press Ctrl-C to stop the
     server. On a remote machine, forward the port to the same number: ssh -L PORT:127.0.0.1:PORT HOST.
 
     \b
@@ -134,19 +136,19 @@ def review_command(store: Path, root: Path | None, port: int | None, no_open: bo
     display.line(f"{rejected} {'edit is' if rejected == 1 else 'edits are'} rejected, in {view.decisions.file}")
 
 
-@click.command("score", short_help="Score the edits in STORE by CLIP or by your function.")
+@click.command("score", cls=StyledCommand, short_help="Score the edits with CLIP or with your own function.")
 @click.argument("store", type=PATH)
-@click.option("--with", "scorer", required=True, metavar="SCORER", help="clip:MODEL, or module:function.")
+@click.option("--with", "scorer", required=True, metavar="SCORER", help="What scores: clip:MODEL, or module:function.")
 @click.option("--name", metavar="NAME", help="Name of the scores.  [default: clip, or the function's]")
 @click.option("--root", type=PATH, metavar="DIR", help="Folder of the originals.  [default: where they were]")
-@click.option("--replace", is_flag=True, help="Score all edits again.")
+@click.option("--overwrite", is_flag=True, help="Score all edits again, and replace their scores.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads that decode.  [default: one per core]")
-@json_option
-def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> None:
-    """Score the accepted edits in STORE, and keep the scores in it.
+@output_options
+def score_command(store: Path, scorer: str, overwrite: bool, as_json: bool, **options: Any) -> None:
+    """Score the accepted edits in STORE, and keep the scores in STORE.
 
-    clip:MODEL, a hub id or a folder, is the similarity of edit and original. module:function is a function
-    of yours. Run the same command again to resume, or to score edits made since.
+    clip:MODEL measures how similar edit and original are; MODEL is a hub id or a folder. module:function is
+    your own function. Run the same command again to resume, or to score edits that are new.
 
     \b
     Example:
@@ -156,7 +158,7 @@ def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> No
 
     display = Display(as_json)
     with display.progress("Scoring", "edits") as progress:
-        found = score(store, scorer, progress=progress, **options)
+        found = score(store, scorer, progress=progress, replace=overwrite, **options)
     display.line(
         f"{len(found.values)} edits have a score {found.name!r} by {found.by.scorer}; {found.made} were scored now"
     )
@@ -179,28 +181,31 @@ def score_command(store: Path, scorer: str, as_json: bool, **options: Any) -> No
     )
 
 
-@click.command("export", short_help="Write images and edits as an ImageFolder, for other loaders.")
+@click.command("export", cls=StyledCommand, short_help="Write images and edits as a folder for other loaders.")
 @click.argument("root", type=PATH)
 @click.argument("store", type=PATH)
-@click.argument("out", type=PATH)
-@click.option("--mixed", is_flag=True, help="Write mixed images in place of edits.")
-@click.option("--fractals", type=PATH, metavar="FILE", help="The fractal bank, for --mixed.")
+@click.option("--out", type=PATH, default="exported", show_default=True, metavar="DIR", help="Folder to write.")
+@click.option("--mixed", is_flag=True, help="Write mixed images instead of edits.")
+@click.option("--fractals", type=PATH, metavar="FILE", help="Fractal bank, needed with --mixed.")
 @click.option("--size", default=256, show_default=True, metavar="N", help="Side length of a mixed image in pixels.")
-@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same mixed images.")
-@click.option("--quality", default=95, show_default=True, metavar="N", help="JPEG quality of mixed images.")
-@json_option
+@click.option("--seed", default=0, show_default=True, metavar="N", help="The same seed gives the same images.")
+@click.option("--quality", default=95, show_default=True, metavar="N", help="JPEG quality of mixed images, 1 to 100.")
+@output_options
 def export_command(root: Path, store: Path, out: Path, as_json: bool, **options: Any) -> None:
-    """Write the images of ROOT and their edits in STORE to OUT as an ImageFolder, for other loaders.
+    """Write the images of ROOT and their edits in STORE as a folder of class folders, for other loaders.
 
-    Each edit is written beside its original, in the folder of its class. With --mixed each edit is first
-    mixed with its original and a fractal: the result is the same in every epoch, unlike with this
-    package's loader.
+    Each edit is written beside its original, in the folder of its class. With --mixed, each edit is first
+    mixed with its original and a fractal; such images are the same in every epoch, while this package's
+    loader mixes anew.
 
     \b
     Example:
-      dali-diffusemix export data/train cache/edits exported
+      dali-diffusemix export data/train cache/edits --out exported
     """
     from dali_diffusemix.inspect.export import export
+    from dali_diffusemix.store import check_order
+
+    check_order(root, store)
 
     display = Display(as_json)
     with display.progress("Exporting", "images") as progress:

@@ -1,7 +1,7 @@
 """Diagnosis of this machine: what works, found out by trying it, and what to do about the rest.
 
     run           `examine`: runs the probes
-    probes        machine (what is there), attempts (what works), storage (how fast DATA is read)
+    probes        machine (what is there), attempts (what works), storage (how fast SOURCE is read)
     lanes         the processes in which probes run
     advice        what follows from their answers
     examination   the result, as JSON and as text

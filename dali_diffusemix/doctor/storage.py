@@ -1,4 +1,4 @@
-"""The probe of DATA: the speed at which files of a folder or a store are read."""
+"""The probe of SOURCE: the speed at which files of a folder or a store are read."""
 
 import contextlib
 import os
@@ -24,16 +24,16 @@ _THREADS: Final = 16  # maximum of the loader
 def probe_data(data: str) -> dict[str, Any]:
     """Measure how fast files of a folder or a store are read, as cold as the system makes its page cache."""
     if "://" in data:
-        raise ConfigError(f"DATA must be a folder, found the URL {data}, whose speed is not measured")
+        raise ConfigError(f"SOURCE must be a folder, found the URL {data}, whose speed is not measured")
     root = Path(data)
     if not root.is_dir():
-        raise ConfigError(f"DATA must be a folder of images or a store, found no folder {data!r}; correct the path")
+        raise ConfigError(f"SOURCE must be a folder of images or a store, found no folder {data!r}; correct the path")
     header = b"".join(line.encode() for line in read_lines(root / "store.json")[:9])
     stored = b'"magic": "dali_diffusemix.' in header
     files, unreadable, complete = list_files(root, ".tar" if stored else "")
     if not files:
         why = f"; {unreadable}" if unreadable else ""
-        raise ConfigError(f"DATA must hold {'shards' if stored else 'images'}, found no file in {data!r}{why}")
+        raise ConfigError(f"SOURCE must hold {'shards' if stored else 'images'}, found no file in {data!r}{why}")
     chosen = random.Random(0).sample(files, min(len(files), _MOST_READ))
     half = -(-len(chosen) // 2)
     return {

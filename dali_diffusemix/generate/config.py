@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate import quality
 from dali_diffusemix.generate.editors import PROMPTS, EditorConfig, check_words
@@ -85,11 +86,14 @@ class GenerateConfig:
                     "have; remove it from one of the two."
                 )
         if self.format is not None and self.format not in STORED:
-            raise ConfigError(f"format must be one of {', '.join(STORED)}, found {self.format!r}.")
+            raise ConfigError(
+                f"format must be one of {', '.join(STORED)}, found {self.format!r}{did_you_mean(self.format, STORED)}"
+            )
         if self.format in ("png", "raw") and self.quality is not None:
             raise ConfigError(f"quality is that of JPEGs: leave it out beside format={self.format!r}.")
         if self.resize not in ("squash", "keep"):
-            raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}.")
+            end = did_you_mean(self.resize, ("squash", "keep"))
+            raise ConfigError(f"resize must be 'squash' or 'keep', found {self.resize!r}{end}")
         if isinstance(self.editor, str):
             object.__setattr__(self, "editor", choose_editor(self.editor))
         if self._side % self.editor_config.multiple:

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog.listing import index
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
@@ -263,7 +264,7 @@ def _checked(store: Path, config: GenerateConfig) -> GenerateConfig:
         if unknown := [prompt for prompt in prompts if prompt not in known]:
             raise ConfigError(
                 f"deny must name prompts of this run or of the store, found {unknown[0]!r} for {pattern!r}; these are "
-                f"{list(dict.fromkeys(known))}."
+                f"{list(dict.fromkeys(known))}{did_you_mean(unknown[0], known)}"
             )
     config.editor_config.check(config.all_prompts)
     return replace(config)  # checked again: a model's divisor of sides is known once the model is there

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeAlias
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError
 
 LabelChoice: TypeAlias = str | Literal[False] | None
@@ -103,7 +104,10 @@ def _named(source: str, columns: Sequence[Column], option: str, name: str) -> Co
     for column in columns:
         if column.name == name:
             return column
-    raise ConfigError(f"{source}: {option} must be one of its columns, found {name!r}; they are {_listed(columns)}.")
+    raise ConfigError(
+        f"{source}: {option} must be one of its columns, found {name!r}; they are "
+        f"{_listed(columns)}{did_you_mean(name, [column.name for column in columns])}"
+    )
 
 
 def _listed(columns: Sequence[Column]) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog.layouts import LAYOUTS
 from dali_diffusemix.errors import CatalogError, ConfigError
 from dali_diffusemix.sources.arrays import ArraySource, MapSource
@@ -54,7 +55,7 @@ def source_of(
     """
     kinds = tuple(dict.fromkeys(("folder", *_FILES, *LAYOUTS)))
     if kind is not None and kind not in kinds:
-        raise ConfigError(f"kind must be one of {', '.join(kinds)}, found {kind!r}.")
+        raise ConfigError(f"kind must be one of {', '.join(kinds)}, found {kind!r}{did_you_mean(kind, kinds)}")
     if not _are_paths(given):
         return _of_object(given, kind, image, label, split)
     kind_of = kind or _kind(given)

@@ -67,7 +67,9 @@ from dali_diffusemix.store.readers import (
     EditStore,
     OriginalStore,
     RawShards,
+    check_order,
     index_is_current,
+    kind_at,
     order_problems,
     shard_records,
 )
@@ -105,7 +107,9 @@ __all__ = [
     "StoreWriter",
     "UnfinishedStoreWarning",
     "Wish",
+    "check_order",
     "index_is_current",
+    "kind_at",
     "order_problems",
     "shard_records",
 ]

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix import __version__
 from dali_diffusemix.base.files import why_damaged, write
+from dali_diffusemix.catalog.listing import holds_images
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 
 Settings: TypeAlias = Mapping[str, str | int | float | bool | None]
@@ -120,6 +121,11 @@ class Kind:
     index_row: np.dtype[Any]
     tables: tuple[str, ...]  # files whose hashes are in index.json
     newest: int = VERSION  # of store.json
+
+    @property
+    def a_name(self) -> str:
+        """Its name after an article, for a message."""
+        return f"{'an' if self.name[0] in 'aeiou' else 'a'} {self.name}"
 
     def shard(self, number: int) -> str:
         """A shard's name."""
@@ -621,9 +627,10 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
     try:
         stored = read_json(file, kind.magic, remedy, elsewhere, newest=kind.newest)
     except FileNotFoundError as error:
-        raise StoreError(
-            f"{str(store)!r}: there is no {kind.name} (store.json); make one with `{kind.command} ROOT STORE`."
-        ) from error
+        found = f"{str(store)!r}: there is no {kind.name} (store.json);"
+        if holds_images(store):
+            found = f"{str(store)!r} is a folder of images, not {kind.a_name}; give the one that was made of it, or"
+        raise StoreError(f"{found} make one with `{kind.command} ROOT STORE`.") from error
     with understood(file, remedy):
         yield stored
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.base.cpus import cpus
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.catalog.headers import Rejected
 from dali_diffusemix.catalog.table import Catalog
@@ -80,7 +81,10 @@ class PackConfig:
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ConfigError(f"{name} must be a whole number from 1 to {most}, found {value!r}.")
         if self.format is not None and self.format not in STORED:
-            raise ConfigError(f"format must be one of {', '.join(STORED)} or None, found {self.format!r}.")
+            raise ConfigError(
+                f"format must be one of {', '.join(STORED)} or None, found {self.format!r}"
+                f"{did_you_mean(self.format, STORED)}"
+            )
         if self.format is None and (self.max_side is not None or self.quality is not None):
             object.__setattr__(self, "format", "jpeg")
         if self.format == "jpeg":

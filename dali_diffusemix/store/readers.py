@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dali_diffusemix.base.workers import Workers
+from dali_diffusemix.catalog.listing import holds_images
 from dali_diffusemix.catalog.table import Catalog
-from dali_diffusemix.errors import DecodeError, StoreError
+from dali_diffusemix.errors import ConfigError, DecodeError, StoreError
 from dali_diffusemix.images.codec import RAW_HEADER, STORED, Stored
 from dali_diffusemix.images.reading import Extent, OpenFile, Stretches
 from dali_diffusemix.store.catalogs import open_catalog, rows_of, same_rows
@@ -117,11 +118,7 @@ class EditStore:
     @classmethod
     def find(cls, path: Path) -> "EditStore | None":
         """Open the edit store in a folder; None if the folder is something else. Raises StoreError."""
-        try:
-            kind = _kind_of(path)
-        except StoreError:
-            return None
-        return cls.open(path) if kind is EDITS else None
+        return cls.open(path) if kind_at(path) is EDITS else None
 
     @classmethod
     def _open(cls, path: Path, mirror: Mirror | None) -> "EditStore":
@@ -597,6 +594,27 @@ def order_problems(path: Path) -> Iterator[tuple[str, str]]:
                 order.table(path)
             except StoreError as error:
                 yield order.file, str(error)
+
+
+def kind_at(path: str | os.PathLike[str]) -> Kind | None:
+    """The kind of the store in a local folder; None if there is no store that can be read."""
+    if is_url(path) or not (Path(path) / "store.json").exists():
+        return None
+    try:
+        return _kind_of(Path(path))
+    except StoreError:
+        return None
+
+
+def check_order(root: str | os.PathLike[str], store: str | os.PathLike[str]) -> None:
+    """Raise ConfigError if the first folder is a store and the second one holds images, which is the wrong order."""
+    kind = kind_at(root)
+    if kind is not None and not is_url(store) and not (Path(store) / "store.json").exists() and holds_images(store):
+        error = ConfigError(
+            f"{str(root)!r} is {kind.a_name}, {str(store)!r} is a folder of images: are the two arguments swapped?"
+        )
+        error.instead = {str(root): str(store), str(store): str(root)}
+        raise error
 
 
 def shard_records(path: Path) -> tuple[list[ShardRecord | DamagedShard], int]:

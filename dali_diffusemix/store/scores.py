@@ -88,7 +88,7 @@ class Scores:
         """
         check_name(name)
         file = store / _FOLDER / name / "column.json"
-        remedy = _again(name, "--replace")
+        remedy = _again(name, "--overwrite")
         try:
             stored = read_json(file, _COLUMN, remedy)
         except FileNotFoundError:
@@ -138,7 +138,7 @@ class Scores:
             if found is not None and found.by != by:
                 raise ConfigError(
                     f"name: the scores {name!r} of {str(store)!r} were made by {found.by}, found {by}; give another "
-                    "name with --name, or make them again with --replace."
+                    "name with --name, or make them again with --overwrite."
                 )
             if found is None:
                 with writing(store):

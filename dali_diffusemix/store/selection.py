@@ -8,6 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.store.decisions import EditName
@@ -100,5 +101,8 @@ class Selection:
 
 def _places(name: str, store: Path, given: Collection[str], prompts: Sequence[str]) -> list[int]:
     if unknown := [prompt for prompt in given if prompt not in prompts]:
-        raise ConfigError(f"{name} must be prompts of {str(store)!r}, found {unknown[0]!r}; these are {list(prompts)}.")
+        raise ConfigError(
+            f"{name} must be prompts of {str(store)!r}, found {unknown[0]!r}; these are {list(prompts)}"
+            f"{did_you_mean(unknown[0], prompts)}"
+        )
     return [prompts.index(prompt) for prompt in given]

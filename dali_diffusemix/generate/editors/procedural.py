@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError, DataError
 from dali_diffusemix.generate.editors import PROMPTS, EditTask
 
@@ -75,7 +76,8 @@ class ProceduralEditor:
             if prompt not in _RESTYLINGS:
                 raise ConfigError(
                     f"prompts: {prompt!r} is not a prompt that the procedural editor knows; these are "
-                    f"{', '.join(map(repr, _RESTYLINGS))}. For free text use a diffusers editor."
+                    f"{', '.join(map(repr, _RESTYLINGS))}{did_you_mean(prompt, _RESTYLINGS)} For free text use a "
+                    "diffusers editor."
                 )
         self._prompts = tuple(prompts)
 

@@ -41,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.base.workers import Workers
 from dali_diffusemix.errors import ConfigError, DecodeError, WorkerError
 from dali_diffusemix.generate.editors import INSTRUCTION, EditTask, check_template, instruction
@@ -168,7 +169,7 @@ class ServerConfig:
         if names and self.model not in names:
             raise ConfigError(
                 f"model must be one that the server serves, found {self.model!r}; these are "
-                f"{server.short(', '.join(names))}."
+                f"{server.short(', '.join(names))}{did_you_mean(self.model, names)}"
             )
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> "ServerEditor":

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 from dali_diffusemix.generate.editors import Editor, EditTask
 
@@ -83,7 +84,7 @@ class UserConfig:
             if self.prompts is not None and prompt not in self.prompts:
                 raise ConfigError(
                     f"prompts: {prompt!r} is not a prompt that {self.name!r} knows; these are "
-                    f"{', '.join(map(repr, self.prompts))}."
+                    f"{', '.join(map(repr, self.prompts))}{did_you_mean(prompt, self.prompts)}"
                 )
 
     def load(self, prompts: Sequence[str], *, device: str, batch_size: int) -> Editor:

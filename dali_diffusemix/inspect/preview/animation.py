@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.inspect.preview.canvas import ACCENT, INK, MUTED, PAPER, RULE, zoom_of, zoomed
 from dali_diffusemix.inspect.preview.lettering import fitted, width, write
-from dali_diffusemix.inspect.preview.samples import Sample, check_epochs
+from dali_diffusemix.inspect.preview.samples import Progress, Sample, check_epochs, counted
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.plan.spec import MASKS
 
@@ -26,13 +26,16 @@ _LEAST, _MOST = 224, 512  # longest side of a frame in pixels
 _STRIP = 54  # height of the caption
 
 
-def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) -> list[Image.Image]:
+def animation(
+    dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int], progress: Progress | None = None
+) -> list[Image.Image]:
     """Draw one sample in several epochs, as the network sees it, with a caption below.
 
     Args:
         dataset: The dataset; its seed, mix and crop decide the samples.
         index: The sample.
         epochs: 1 to 100 epochs, one per frame; `dataset.epoch` does not change.
+        progress: Called with the number of frames drawn, and of all frames.
 
     Returns:
         RGB frames of one size: the output grid pixel for pixel, enlarged by a whole number below 224 pixels and shrunk
@@ -49,9 +52,9 @@ def animation(dataset: DiffuseMixDataset, *, index: int, epochs: Sequence[int]) 
     zoom = zoom_of(largest, _LEAST, _MOST)
     size = max(1, round(largest[1] * zoom)), max(1, round(largest[0] * zoom))
     frames = []
-    for number, plan in enumerate(plans, 1):
-        sample = Sample.of(dataset, plan, 0)
-        frames.append(_frame(sample, zoomed(sample.augmented(), zoom), size, number / len(epochs)))
+    for number in counted(len(plans), progress):
+        sample = Sample.of(dataset, plans[number], 0)
+        frames.append(_frame(sample, zoomed(sample.augmented(), zoom), size, (number + 1) / len(epochs)))
     return frames
 
 

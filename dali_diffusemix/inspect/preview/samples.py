@@ -2,9 +2,9 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from dali_diffusemix.plan.spec import MASKS, MixSpec
 from dali_diffusemix.plan.windows import visible_parts
 from dali_diffusemix.store.mirror import MirrorError
 
+Progress: TypeAlias = Callable[[int, int], None]
 MOST_ROWS: Final = 64
 MOST_DETAILS: Final = 6  # lines of `Sample.details`
 _MOST_EPOCHS: Final = 100
@@ -107,6 +108,14 @@ def matching_indices(
     edit = reference.batch(epoch, chosen).edit
     expanded = np.where(edit >= 0, count + edit, chosen)
     return {name: (chosen if mix.epoch == "fixed" else expanded).tolist() for name, mix in mixes.items()}
+
+
+def counted(count: int, progress: Progress | None) -> Iterator[int]:
+    """Numbers from 0; after each, `progress` is called with how many are done, and with all."""
+    for number in range(count):
+        yield number
+        if progress is not None:
+            progress(number + 1, count)
 
 
 def check_rows(rows: int) -> None:

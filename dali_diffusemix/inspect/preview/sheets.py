@@ -18,10 +18,12 @@ from dali_diffusemix.inspect.preview.made import MadeSamples
 from dali_diffusemix.inspect.preview.samples import (
     MOST_ROWS,
     DecodedParts,
+    Progress,
     Sample,
     check_epochs,
     check_rows,
     class_name_of,
+    counted,
     matching_indices,
     spread_indices,
 )
@@ -55,7 +57,12 @@ _MOST_COUNTED: Final = 4096  # samples from which the share of a whole epoch is 
 
 
 def contact_sheet(
-    dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
+    dataset: DiffuseMixDataset,
+    *,
+    epoch: int = 0,
+    indices: Sequence[int] | None = None,
+    rows: int = 8,
+    progress: Progress | None = None,
 ) -> Image.Image:
     """Draw samples of a dataset, one per row: original, edit, mask, hybrid, fractal, augmented.
 
@@ -64,6 +71,7 @@ def contact_sheet(
         epoch: The epoch of the samples; `dataset.epoch` does not change.
         indices: The samples; None takes `spread_indices`.
         rows: Number of samples if `indices` is None; 1 to 64.
+        progress: Called with the number of samples drawn, and of all samples.
 
     Returns:
         The sheet, RGB. Cells of the last three columns are the output grid pixel for pixel, enlarged by a whole
@@ -77,7 +85,7 @@ def contact_sheet(
     augmented = plan.operations.shape[1] > 0
     about = _footnotes(dataset, epoch)
     sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", about, augmented=augmented)
-    for row in range(len(plan)):
+    for row in counted(len(plan), progress):
         _draw_steps(sheet, row, Sample.of(dataset, plan, row), augmented=augmented)
     return sheet.image
 
@@ -153,7 +161,12 @@ def write_batch(
 
 
 def epochs_sheet(
-    dataset: DiffuseMixDataset, *, epochs: Sequence[int], indices: Sequence[int] | None = None, rows: int = 8
+    dataset: DiffuseMixDataset,
+    *,
+    epochs: Sequence[int],
+    indices: Sequence[int] | None = None,
+    rows: int = 8,
+    progress: Progress | None = None,
 ) -> Image.Image:
     """Draw samples of a dataset over several epochs: the original, then the augmented sample in each epoch.
 
@@ -162,6 +175,7 @@ def epochs_sheet(
         epochs: 1 to 100 epochs, six per line; `dataset.epoch` does not change.
         indices: The samples; None takes `spread_indices` of the first epoch.
         rows: Number of samples if `indices` is None; 1 to 64.
+        progress: Called with the number of samples drawn, and of all samples.
 
     Returns:
         The sheet, RGB, its samples as in `contact_sheet`.
@@ -187,7 +201,7 @@ def epochs_sheet(
     sheet.head(0, *COLUMNS[0])
     name, symbols = COLUMNS[-1]
     sheet.head(1, f"{name}, epoch by epoch", symbols, across)
-    for row_of_plan in range(len(chosen)):
+    for row_of_plan in counted(len(chosen), progress):
         top = row_of_plan * lines
         if top:
             sheet.divide(top)
@@ -208,6 +222,7 @@ def presets_sheet(
     epoch: int = 0,
     indices: Mapping[str, Sequence[int]] | None = None,
     rows: int = 8,
+    progress: Progress | None = None,
 ) -> Image.Image:
     """Draw the same originals under several mixes: the original, then mask and augmented sample for each mix.
 
@@ -217,6 +232,7 @@ def presets_sheet(
         epoch: The epoch of the samples.
         indices: Samples of each mix, by name, of the same originals in the same order; None takes `matching_indices`.
         rows: Number of samples if `indices` is None; 1 to 64.
+        progress: Called with the number of samples drawn, and of all samples.
 
     Returns:
         The sheet, RGB, its samples as in `contact_sheet`.
@@ -251,7 +267,7 @@ def presets_sheet(
     sheet.head(0, *COLUMNS[0])
     for column, (name, mix) in zip(groups, mixes.items(), strict=True):
         sheet.head(column, name, _about_mix(mix), 2)
-    for row in range(len(first)):
+    for row in counted(len(first), progress):
         if row:
             sheet.divide(row)
         for column, (name, plan) in zip(groups, plans.items(), strict=True):
@@ -266,7 +282,12 @@ def presets_sheet(
 
 
 def parts_sheet(
-    dataset: DiffuseMixDataset, *, epoch: int = 0, indices: Sequence[int] | None = None, rows: int = 8
+    dataset: DiffuseMixDataset,
+    *,
+    epoch: int = 0,
+    indices: Sequence[int] | None = None,
+    rows: int = 8,
+    progress: Progress | None = None,
 ) -> Image.Image:
     """Draw the parts that the loader decodes: original and edit with the part outlined, and the sample made from them.
 
@@ -275,6 +296,7 @@ def parts_sheet(
         epoch: The epoch of the samples; `dataset.epoch` does not change.
         indices: The samples; None takes `spread_indices`.
         rows: Number of samples if `indices` is None; 1 to 64.
+        progress: Called with the number of samples drawn, and of all samples.
 
     Returns:
         The sheet, RGB, its samples as in `contact_sheet`. The windows of `plan.visible_parts` and the crop are
@@ -290,7 +312,7 @@ def parts_sheet(
     sheet.title("Visible parts", "all that is decoded")
     for column, (name, symbols) in enumerate((*COLUMNS[:2], COLUMNS[-1])):
         sheet.head(column, name, symbols)
-    for row in range(len(plan)):
+    for row in counted(len(plan), progress):
         if row:
             sheet.divide(row)
         sample = Sample.of(dataset, plan, row)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import INSTRUCTION, TEMPLATE
 
@@ -556,7 +557,8 @@ def options_of(adapter: type[Adapter], index: Mapping[str, Any], given: Mapping[
     known = ("default", *adapter.schedulers)
     if options.scheduler not in known:
         raise ConfigError(
-            f"scheduler must be one of {list(known)} for {adapter.pipeline}, found {options.scheduler!r}."
+            f"scheduler must be one of {list(known)} for {adapter.pipeline}, found {options.scheduler!r}"
+            f"{did_you_mean(options.scheduler, known)}"
         )
     if options.strength is not None:
         made = options.steps * options.strength

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Final
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import check_template
 from dali_diffusemix.generate.editors.diffusers.adapters import (
@@ -70,7 +71,7 @@ class DiffusersConfig:
             ("quantize", tuple(QUANTIZATIONS)),
         ):
             if (text := getattr(self, name)) is not None and text not in allowed:
-                raise ConfigError(f"{name} must be one of {list(allowed)}, found {text!r}.")
+                raise ConfigError(f"{name} must be one of {list(allowed)}, found {text!r}{did_you_mean(text, allowed)}")
         steps = self.steps
         if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= 1000):
             raise ConfigError(f"steps must be a whole number from 1 to 1000, found {steps!r}.")

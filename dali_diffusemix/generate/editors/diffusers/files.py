@@ -11,6 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError, MissingDependencyError
 
 _ENDINGS: Final = (".json", ".txt", ".model", ".jinja", ".safetensors")  # of a model's files
@@ -49,7 +50,7 @@ def folder_of(model: str, revision: str | None) -> Path:
     if not is_hub_id(model):
         raise ConfigError(
             f"model must be a folder or a hub id (owner/name), unless the editor is 'procedural'; found {model!r}, "
-            "which is no folder."
+            f"which is no folder{did_you_mean(model, ['procedural'])}"
         )
     require_diffusers()
     from huggingface_hub import hf_hub_download, snapshot_download
