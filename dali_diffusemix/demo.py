@@ -89,6 +89,8 @@ class DemoResult:
     label_dtype: str
     compared: int
     """Samples of DALI and Pillow that were compared."""
+    identical: int
+    """Those whose pixels and labels are the same bits."""
     largest_difference: float
     """Largest difference between the two, over all pixels, in steps of 1/255."""
     images_per_second: float
@@ -148,10 +150,11 @@ def run_demo(
             f"Batches      images {tuple(images.shape)} {_name(images.dtype)}, "
             f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}"
         )
-        compared, difference = _compare(dataset, loader)
+        compared, identical, difference = _compare(dataset, loader)
+        others = "" if identical == compared else f"; in the others no pixel differs by more than {difference:.2f}/255"
         display.line(
-            f"Equality     {compared} samples by DALI and by Pillow under torch's DataLoader: "
-            f"no pixel differs by more than {difference:.2f}/255"
+            f"Equality     {identical} of {compared} samples are identical by DALI and by Pillow "
+            f"under torch's DataLoader{others}"
         )
         speed = _measure(loader)
     display.line(f"Speed        {speed:.0f} images/s, mixed and ready to train on, {threads} CPU threads")
@@ -165,6 +168,7 @@ def run_demo(
         batch_dtype=_name(images.dtype),
         label_dtype=_name(labels.dtype),
         compared=compared,
+        identical=identical,
         largest_difference=difference,
         images_per_second=speed,
         threads=threads,
@@ -289,12 +293,12 @@ def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
     return bank
 
 
-def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, float]:
-    """Compare DALI and Pillow; returns the number of samples and the largest difference in steps of 1/255."""
+def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int, int, float]:
+    """Compare DALI and Pillow: numbers of samples and of identical ones, largest difference in steps of 1/255."""
     order = EpochOrder(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
     batches = [order.indices(0, order.positions(step)).tolist() for step in range(len(order))]
     deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
-    count, largest = 0, 0.0
+    count, identical, largest = 0, 0, 0.0
     loader.set_epoch(0)
     for (images, labels), (expected, expected_labels) in zip(
         loader, DataLoader(dataset, batch_sampler=batches), strict=True
@@ -302,7 +306,8 @@ def _compare(dataset: DiffuseMixDataset, loader: DiffuseMixLoader) -> tuple[int,
         assert torch.equal(labels, expected_labels)
         difference = (images - expected).abs() * deviation * 255
         count, largest = count + len(images), max(largest, float(difference.max()))
-    return count, largest
+        identical += sum(map(torch.equal, images, expected))
+    return count, identical, largest
 
 
 def _measure(loader: DiffuseMixLoader) -> float:
