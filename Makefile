@@ -78,8 +78,12 @@ dist: $(INSTALLED)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/distribution/check.py dist
 
+# The wheels for x86-64 and AArch64, checked, into wheelhouse/. AArch64's wants Debian's g++-aarch64-linux-gnu and qemu-user.
+wheels: $(INSTALLED)
+	$(BIN)/python tests/distribution/wheels.py wheelhouse
+
 clean:
-	rm -rf $(VENV) build dist site *.egg-info kernels/*.so
+	rm -rf $(VENV) build dist site wheelhouse *.egg-info kernels/*.so
 
 # uv installs, where there is one, else pip. uv has to be told to build kernels/ anew. Nothing is compiled that may never run.
 UV := $(shell command -v uv)
@@ -88,7 +92,7 @@ INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python --reinstall-packag
 
 # The page of torch's CPU builds: PyPI's for x86-64 brings gigabytes of CUDA. `make TORCH_LINKS=` takes torch from where pip
 # or uv is set up to look. So does pip where the page does not answer; uv stops there, and pip is asked.
-TORCH_LINKS ?= https://download.pytorch.org/whl/cpu/torch/
+export TORCH_LINKS ?= https://download.pytorch.org/whl/cpu/torch/
 TORCH = --no-deps torch $(addprefix --find-links ,$(TORCH_LINKS))
 
 # Torch first and by itself: an unpinned requirement would fetch another.
