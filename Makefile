@@ -86,7 +86,7 @@ clean:
 	rm -rf $(VENV) build dist site wheelhouse *.egg-info kernels/*.so
 
 # uv installs, where there is one, else pip. uv has to be told to build kernels/ anew. Nothing is compiled that may never run.
-UV := $(shell command -v uv)
+UV := $(shell command -v uv 2> /dev/null)
 PIP = $(BIN)/python -m pip install --no-compile -c constraints.txt
 INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python --reinstall-package dali-diffusemix -c constraints.txt,$(PIP))
 

@@ -43,7 +43,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
     ours |= {f"dali_diffusemix/{name}" for name in names if name.startswith("kernels/")}
     ours.add("dali_diffusemix/kernels/libdali_diffusemix.so")
     with zipfile.ZipFile(wheel) as unzipped:
-        packed = {name for name in unzipped.namelist() if ".dist-info/" not in name}
+        packed = {name for name in unzipped.namelist() if ".dist-info/" not in name and not name.endswith("/")}
     if packed != ours:
         sys.exit(f"{wheel.name}: lacks {sorted(ours - packed)}, and has {sorted(packed - ours)}; change setup.py")
 
