@@ -44,13 +44,11 @@ _TESTS = (  # they call every function of the library, and start no processes th
 
 def run(*command: str | Path, **more: str) -> str:
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", **more}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = done.stdout.decode()
     if done.returncode:
-        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}")
-    if "pytest" in command:
-        print(done.stdout.strip().splitlines()[-1])
+        sys.exit(f"{' '.join(map(str, command))}\n{said}")
+    return said
 
 
 def build(sdist: Path, machine: str, scratch: Path) -> Path:
