@@ -100,7 +100,7 @@ $(DEMO_INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12")'
 	@echo "Installing what the demo needs into $(VENV); the next time it is there."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(if $(UV),$(INSTALL) $(TORCH) || )$(PIP) --retries 1 $(TORCH)
+	$(if $(UV),UV_HTTP_RETRIES=1 $(INSTALL) $(TORCH) || )$(PIP) --retries 1 $(TORCH)
 	$(INSTALL) -e '.[cpu,demo]'
 	touch $@
 
