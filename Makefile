@@ -63,7 +63,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests/typed_user.py
-	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp
+	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp tests/distribution/call.cpp
 
 # The pages, into site/. With FIGURES=demo, the folder that `make demo` leaves, their figures are drawn anew.
 docs: $(INSTALLED)
