@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What the demo needs, and what everything else needs besides.
+DEMO_INSTALLED := $(VENV)/.demo
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test slow soak clients torchvision editors check docs dist clean
+.PHONY: demo test slow soak clients torchvision editors check docs dist wheels clean
 
-demo: $(INSTALLED)
+demo: $(DEMO_INSTALLED)
 	$(BIN)/dali-diffusemix demo $(DEMO)
 
 # On all cores; TESTS= gives pytest arguments of its own. A test by itself: .venv/bin/python -m pytest tests/test_plan.py
@@ -61,7 +63,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/mypy --strict tests/typed_user.py
-	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp
+	! command -v $(CXX) > /dev/null || $(CXX) -std=c++17 -O2 -Wall -Wextra -Werror -fsyntax-only kernels/*.cpp tests/distribution/call.cpp
 
 # The pages, into site/. With FIGURES=demo, the folder that `make demo` leaves, their figures are drawn anew.
 docs: $(INSTALLED)
@@ -76,15 +78,34 @@ dist: $(INSTALLED)
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python tests/distribution/check.py dist
 
-clean:
-	rm -rf $(VENV) build dist site *.egg-info kernels/*.so
+# The wheels for x86-64 and AArch64, checked, into wheelhouse/. AArch64's wants Debian's g++-aarch64-linux-gnu and qemu-user.
+wheels: $(INSTALLED)
+	$(BIN)/python tests/distribution/wheels.py wheelhouse
 
-# Torch first and by itself: its pin keeps an unpinned requirement from fetching gigabytes of CUDA.
-$(INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.cuh)
-	@echo "Installing into $(VENV), which takes some minutes; the next time it is there."
+clean:
+	rm -rf $(VENV) build dist site wheelhouse *.egg-info kernels/*.so
+
+# uv installs, where there is one, else pip. uv has to be told to build kernels/ anew. Nothing is compiled that may never run.
+UV := $(shell command -v uv 2> /dev/null)
+PIP = $(BIN)/python -m pip install --no-compile -c constraints.txt
+INSTALL = $(if $(UV),$(UV) pip install --python $(BIN)/python --reinstall-package dali-diffusemix -c constraints.txt,$(PIP))
+
+# The page of torch's CPU builds: PyPI's for x86-64 brings gigabytes of CUDA. `make TORCH_LINKS=` takes torch from where pip
+# or uv is set up to look. So does pip where the page does not answer; uv stops there, and pip is asked.
+export TORCH_LINKS ?= https://download.pytorch.org/whl/cpu/torch/
+TORCH = --no-deps torch $(addprefix --find-links ,$(TORCH_LINKS))
+
+# Torch first and by itself: an unpinned requirement would fetch another.
+$(DEMO_INSTALLED): setup.py pyproject.toml constraints.txt $(wildcard kernels/*.cpp kernels/*.*h)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.version.split()[0]} found: make PYTHON=python3.12")'
+	@echo "Installing what the demo needs into $(VENV); the next time it is there."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip "setuptools>=80" wheel
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e '.[cpu,dev]'
+	$(if $(UV),UV_HTTP_RETRIES=1 $(INSTALL) $(TORCH) || )$(PIP) --retries 1 $(TORCH)
+	$(INSTALL) -e '.[cpu,demo]'
+	touch $@
+
+$(INSTALLED): $(DEMO_INSTALLED)
+	@echo "Installing what the tests and checks need into $(VENV), which takes some minutes; the next time it is there."
+	$(INSTALL) --upgrade pip "setuptools>=80" wheel
+	$(INSTALL) -e '.[cpu,dev]'
 	touch $@

@@ -89,6 +89,8 @@ class DemoResult:
     label_dtype: str
     compared: int
     """Samples of DALI and Pillow that were compared."""
+    identical: int
+    """Those whose pixels and labels are the same bits."""
     largest_difference: float
     """Largest difference between the two, over all pixels, in steps of 1/255."""
     images_per_second: float
@@ -149,10 +151,11 @@ def run_demo(
             f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}"
         )
         with display.progress("Comparing samples", "samples") as progress:
-            compared, difference = _compare(dataset, loader, progress)
+            compared, identical, difference = _compare(dataset, loader, progress)
+        others = "" if identical == compared else f"; in the others no pixel differs by more than {difference:.2f}/255"
         display.line(
-            f"Equality     {compared} samples by DALI and by Pillow under torch's DataLoader: "
-            f"no pixel differs by more than {difference:.2f}/255"
+            f"Equality     {identical} of {compared} samples are identical by DALI and by Pillow "
+            f"under torch's DataLoader{others}"
         )
         with display.progress("Measuring the speed", "images"):  # for some seconds, however many these are
             speed = _measure(loader)
@@ -167,6 +170,7 @@ def run_demo(
         batch_dtype=_name(images.dtype),
         label_dtype=_name(labels.dtype),
         compared=compared,
+        identical=identical,
         largest_difference=difference,
         images_per_second=speed,
         threads=threads,
@@ -293,12 +297,12 @@ def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
 
 def _compare(
     dataset: DiffuseMixDataset, loader: DiffuseMixLoader, progress: Callable[[int, int], None]
-) -> tuple[int, float]:
-    """Compare DALI and Pillow; returns the number of samples and the largest difference in steps of 1/255."""
+) -> tuple[int, int, float]:
+    """Compare DALI and Pillow: numbers of samples and of identical ones, largest difference in steps of 1/255."""
     order = EpochOrder(length=len(dataset), batch_size=loader.batch_size or 1, shuffle=True, seed=dataset.seed)
     batches = [order.indices(0, order.positions(step)).tolist() for step in range(len(order))]
     deviation = torch.tensor(IMAGENET_STD).reshape(1, 3, 1, 1)
-    count, largest = 0, 0.0
+    count, identical, largest = 0, 0, 0.0
     loader.set_epoch(0)
     for (images, labels), (expected, expected_labels) in zip(
         loader, DataLoader(dataset, batch_sampler=batches), strict=True
@@ -306,8 +310,9 @@ def _compare(
         assert torch.equal(labels, expected_labels)
         difference = (images - expected).abs() * deviation * 255
         count, largest = count + len(images), max(largest, float(difference.max()))
+        identical += sum(map(torch.equal, images, expected))
         progress(count, len(dataset))
-    return count, largest
+    return count, identical, largest
 
 
 def _measure(loader: DiffuseMixLoader) -> float:

@@ -652,6 +652,7 @@ def test_the_demo_goes_the_whole_way_again_and_again(tmp_path: Path) -> None:
     shown = run("demo", "--out", out)
     assert "Photographs  16 in 8 classes" in shown.stdout
     assert "not diffusion" in shown.stdout
+    assert "16 samples are identical by DALI and by Pillow under torch's DataLoader" in shown.stdout
     assert "images (16, 3, 224, 224) float32, labels (16,) int64, on the CPU" in shown.stdout
     assert "images/s" in shown.stdout and f"Sheet        {out / 'sheet.png'}" in shown.stdout
     assert shown.stderr == ""
@@ -664,6 +665,7 @@ def test_the_demo_goes_the_whole_way_again_and_again(tmp_path: Path) -> None:
     result = run_json("demo", "--out", out, "--keep")
     assert [photograph.stat().st_mtime_ns for photograph in photographs] == times
     assert result["largest_difference"] <= 2 and result["compared"] == 16 and result["edits"] == 16 * len(PROMPTS)
+    assert (result["identical"] == 16) == (result["largest_difference"] == 0)
     (out / "sheet.png").unlink()
     run("demo", "--out", out)
     assert [photograph.stat().st_mtime_ns for photograph in photographs] != times

@@ -531,6 +531,7 @@ class Reviewer:
 @pytest.fixture
 def reviewer(browser: Any, server: ReviewServer) -> Iterator[Reviewer]:
     browser.get_log("browser")
+    browser.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})  # as if its window was in front
     yield Reviewer(browser, server)
     browser.get("about:blank")
 

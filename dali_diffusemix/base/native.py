@@ -162,11 +162,10 @@ def play_flame(
     loaded = library()
     assert loaded is not None
     height, width = (2, 2) if histogram is None else histogram.shape[:2]
-    pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (maps, palette, frame, points)]
     short = loaded.dali_diffusemix_flame(
-        pointers[0], len(maps), pointers[1], pointers[2], width - 2, height - 2, *map(ctypes.c_uint32, address),
-        first_step, steps, pointers[3], len(points),
-        None if histogram is None else histogram.ctypes.data_as(ctypes.c_void_p), threads,
+        _address(maps), len(maps), _address(palette), _address(frame), width - 2, height - 2,
+        *map(ctypes.c_uint32, address), first_step, steps, _address(points), len(points),
+        None if histogram is None else _address(histogram), threads,
     )  # fmt: skip
     if short:
         raise MemoryError("no memory for the histograms of a fractal")
