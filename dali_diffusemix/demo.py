@@ -66,7 +66,7 @@ _MAGIC: Final = "dali_diffusemix.demo"
 class DemoDisplay(Protocol):
     """Shows results and progress of the demonstration."""
 
-    def line(self, text: str) -> None:
+    def fact(self, name: str, text: str) -> None:
         """Show the result of a step."""
         ...
 
@@ -135,31 +135,33 @@ def run_demo(
     dataset = DiffuseMixDataset(root, edits=edits, fractals=bank, mix=MixSpec.paper(), crop=TrainCrop(_CROP), seed=0)
     assert dataset.store is not None
     made = f"{summary.made} made now, {summary.images_per_second:.0f}/s" if summary.made else "all kept"
-    display.line(
-        f"Edits        {len(dataset.store)} of {_SIZE} x {_SIZE} pixels, under {len(dataset.store.prompts)} prompts "
-        f"({made})\n             procedural restyling, not diffusion"
+    display.fact(
+        "Edits",
+        f"{len(dataset.store)} of {_SIZE} x {_SIZE} pixels, under {len(dataset.store.prompts)} prompts ({made}); "
+        "procedural restyling, not diffusion",
     )
     sheet = out / "sheet.png"
     with _writing(out), display.progress("Drawing samples", "samples") as progress:
         contact_sheet(dataset, progress=progress).save(sheet)
-    display.line(f"Sheet        {sheet}")
+    display.fact("Sheet", f"{sheet}")
     threads = cpus()
     with DiffuseMixLoader(dataset, batch_size=_BATCH, shuffle=True, num_workers=threads, device="cpu") as loader:
         images, labels = next(iter(loader))
-        display.line(
-            f"Batches      images {tuple(images.shape)} {_name(images.dtype)}, "
-            f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}"
+        display.fact(
+            "Batches",
+            f"images {tuple(images.shape)} {_name(images.dtype)}, "
+            f"labels {tuple(labels.shape)} {_name(labels.dtype)}, on the {images.device.type.upper()}",
         )
         with display.progress("Comparing samples", "samples") as progress:
             compared, identical, difference = _compare(dataset, loader, progress)
         others = "" if identical == compared else f"; in the others no pixel differs by more than {difference:.2f}/255"
-        display.line(
-            f"Equality     {identical} of {compared} samples are identical by DALI and by Pillow "
-            f"under torch's DataLoader{others}"
+        display.fact(
+            "Equality",
+            f"{identical} of {compared} samples are identical by DALI and by Pillow under torch's DataLoader{others}",
         )
         with display.progress("Measuring the speed", "images"):  # for some seconds, however many these are
             speed = _measure(loader)
-    display.line(f"Speed        {speed:.0f} images/s, mixed and ready to train on, {threads} CPU threads")
+    display.fact("Speed", f"{speed:.0f} images/s, mixed and ready to train on, {threads} CPU threads")
     return DemoResult(
         sheet=str(sheet),
         originals=len(catalog),
@@ -278,20 +280,20 @@ def _index(display: DemoDisplay, root: Path, location: Path) -> Catalog:
         paths = [catalog.path(row) for row in rows]
         catalog = Catalog.from_arrays(paths, catalog.labels[rows], catalog.classes, catalog.sizes[rows])
         used = f"; the demo uses {len(catalog)}"
-    display.line(f"Photographs  {found} in {len(catalog.classes)} classes{left_out}{used}")
+    display.fact("Photographs", f"{found} in {len(catalog.classes)} classes{left_out}{used}")
     return catalog
 
 
 def _fractals(display: DemoDisplay, path: Path) -> FractalBank:
     if path.exists():
         bank = FractalBank.open(path)
-        display.line(f"Fractals     {len(bank)} kept")
+        display.fact("Fractals", f"{len(bank)} kept")
         return bank
     begin = time.perf_counter()
     with display.progress("Rendering fractals", "fractals") as progress:
         bank = render_bank(path, count=_FRACTALS, size=_SIZE, progress=progress)
     rate = len(bank) / (time.perf_counter() - begin)
-    display.line(f"Fractals     {len(bank)} of {_SIZE} x {_SIZE} pixels ({rate:.1f}/s)")
+    display.fact("Fractals", f"{len(bank)} of {_SIZE} x {_SIZE} pixels ({rate:.1f}/s)")
     return bank
 
 

@@ -632,6 +632,19 @@ def test_warnings_and_log_records_are_lines(root: Path, monkeypatch: pytest.Monk
     assert before == (warnings.showwarning, list(logging.getLogger("dali_diffusemix").handlers))
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_facts_fit_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], is_terminal: bool
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("COLUMNS", "60")
+    with click.Context(cli.main):
+        display.Display(as_json=False).fact("Equality", "sixteen samples " * 8)
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("Equality     sixteen samples") and len(others) == 2 * is_terminal
+    assert all(line.startswith(" " * 13 + "s") and len(line) <= 60 for line in others)
+
+
 # The demonstration ----------------------------------------------------------------------------------------------------
 
 

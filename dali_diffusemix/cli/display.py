@@ -4,7 +4,9 @@ import contextlib
 import json
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections import deque
@@ -40,6 +42,7 @@ _LINE_SECONDS: Final = 30.0  # between two lines of progress in a log
 _RATE_SECONDS: Final = 1.0  # of work, before which a rate means nothing
 _RATE_WINDOW: Final = 30.0  # seconds of work that a rate is of
 _BAR: Final = (5, 40)  # columns: the shortest and the longest
+_NAMES: Final = 13  # columns
 _QUIET: Final = "dali_diffusemix.quiet"  # in the context's `meta`, which a command shares with its group
 
 
@@ -183,6 +186,14 @@ class Display:
         """Print a line of the result, for people."""
         if not self._as_json:
             echo(_printable(text))
+
+    def fact(self, name: str, text: str) -> None:
+        """Print something named, in a column of its own on a terminal, whatever the width of that."""
+        whole = f"{name:<{_NAMES}}{text}"
+        if sys.stdout.isatty():
+            columns = max(shutil.get_terminal_size().columns, 2 * _NAMES)
+            whole = textwrap.fill(whole, columns, subsequent_indent=" " * _NAMES, break_on_hyphens=False)
+        self.line(whole)
 
     def lines(self, lines: Iterable[str], most: int | None = None) -> None:
         """Print lines, or the first `most` of them and how many are left."""
