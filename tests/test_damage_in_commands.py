@@ -27,7 +27,7 @@ from dali_diffusemix import (
 from dali_diffusemix.bench import BenchResult, bench
 from dali_diffusemix.bench.material import decodable
 from dali_diffusemix.catalog import StaleCatalogWarning, index
-from dali_diffusemix.errors import DataError
+from dali_diffusemix.errors import ConfigError, DataError
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.images.codec import decode
 from dali_diffusemix.inspect.export import export
@@ -232,14 +232,13 @@ def test_an_original_deleted_from_a_folder_with_edits_is_said(photos: Path, tmp_
     generate(root, tmp_path / "edits", GenerateConfig(prompts=("autumn",), size=32))
     options = {"edits": tmp_path / "edits", "fractals": bank, "mix": MixSpec.paper(), "crop": TrainCrop(16)}
     DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
-    write_photograph(root / "ants" / "new.jpg", 1, 40, 40)  # a new one is no matter
-    DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
     (root / "bees" / "04.jpg").unlink()
     with pytest.warns(
         StaleCatalogWarning, match=r"1 of the 33 originals .* gone \(for one 'bees/04.jpg'\).*--refresh"
     ) as said:
         DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
     assert len(said) == 1
+    write_photograph(root / "ants" / "new.jpg", 1, 40, 40)
     catalog = index(root, refresh=True)
     with pytest.raises(StoreError, match="lacks 1"):
         DiffuseMixDataset(root, catalog=catalog, **options)  # type: ignore[arg-type]  # the new one has no edits yet
@@ -248,6 +247,43 @@ def test_an_original_deleted_from_a_folder_with_edits_is_said(photos: Path, tmp_
     assert len(DiffuseMixDataset(root, catalog=catalog, **options)) == 33  # type: ignore[arg-type]
     with pytest.warns(StaleCatalogWarning, match="gone"):  # still so, where the new list is not given
         DiffuseMixDataset(root, **options)  # type: ignore[arg-type]
+
+
+def test_swapped_stores_and_a_folder_too_high_are_understood(photos: Path, tmp_path: Path, bank: FractalBank) -> None:
+    shutil.copytree(photos, tmp_path / "data/train")
+    root, edits, fractals = tmp_path / "data/train", tmp_path / "edits", tmp_path / "fractals.npy"
+    np.save(fractals, np.zeros((1, 32, 32, 3), np.uint8))
+    generate(root, edits, GenerateConfig(prompts=("autumn",), size=32))
+    crop = TrainCrop(16)
+    with pytest.raises(StoreError, match=r"fractals.npy' must be an edit store.* are edits and fractals swapped\?"):
+        DiffuseMixDataset(root, edits=fractals, fractals=edits, crop=crop)
+    with pytest.raises(StoreError, match=r"readable \.npy file.* are edits and fractals swapped\?"):
+        DiffuseMixDataset(root, edits=edits, fractals=edits, crop=crop)
+    with pytest.raises(ConfigError, match=r"only root is given by position, found .*; write edits=, fractals="):
+        DiffuseMixDataset(root, edits, fractals, crop)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="has none of 32 that were looked for") as raised:
+        DiffuseMixDataset(tmp_path / "data", edits=edits, fractals=bank, crop=crop)
+    assert raised.value.instead == {str(tmp_path / "data"): str(root)}
+
+
+def test_images_that_are_new_in_a_folder_with_edits_are_said(photos: Path, tmp_path: Path, bank: FractalBank) -> None:
+    root = tmp_path / "train"
+    shutil.copytree(photos, root)
+    (root / "ants" / "broken.jpg").write_bytes(b"no image")
+    config = GenerateConfig(prompts=("autumn",), size=32)
+    generate(root, tmp_path / "edits", config)
+    options = {"edits": tmp_path / "edits", "fractals": bank, "mix": MixSpec.paper(), "crop": TrainCrop(16)}
+    (root / "ants" / "notes.txt").write_text("not an image")
+    before = len(DiffuseMixDataset(root, **options))  # type: ignore[arg-type]
+    write_photograph(root / "ants" / "new.jpg", 1, 40, 40)
+    write_photograph(root / "wasps" / "1.jpg", 2, 40, 40)
+    for _ in range(2):  # listed again or not: what counts is that they have no edits
+        with pytest.warns(StaleCatalogWarning, match=r"of the edits: 2, such as 'ants/new.jpg'.*--refresh") as said:
+            assert len(DiffuseMixDataset(root, **options)) == before  # type: ignore[arg-type]
+        assert len(said) == 1
+        index(root, refresh=True)
+    generate(root, tmp_path / "edits", config)
+    assert len(DiffuseMixDataset(root, **options)) == before + 2  # type: ignore[arg-type]
 
 
 @pytest.mark.slow

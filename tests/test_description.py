@@ -51,7 +51,7 @@ def test_a_dataset(dataset: DiffuseMixDataset, photos: Path, edits: Path) -> Non
         "    classes    3: ants, bees, cats\n"
         "    originals  33 files\n"
         f"    edits      66 in {edits}: autumn 33, snowy 33\n"
-        "    mix        MixSpec.paper()\n"
+        "    mix        MixSpec.paper(), about 67 % of the samples are mixed\n"
         "    crop       TrainCrop(24)\n"
         "    augment    none\n"
         "    fractals   4 of 64 x 64 pixels\n"

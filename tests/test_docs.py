@@ -181,7 +181,7 @@ def test_the_readmes_figures() -> None:
         f"Pillow with DataLoader {rate(loader, 'pillow_mixed'):,.0f}.",
         f"load faster: {rate(loader, 'diffusemix_packed'):,.0f} with the same pixels.",
         f"(32 x 32) load at {rate(small, 'diffusemix_resident'):,.0f} images/s",
-        f"it makes {rate(photographs, 'diffusemix_128_to_128') / rate(photographs, dali_128):.2f}x plain",
+        f"128, it makes {rate(photographs, 'diffusemix_128_to_128') / rate(photographs, dali_128):.2f}x plain",
         f"FFCV's own JPEGs {rate(ffcv, 'diffusemix_channels_last') / rate(ffcv, own):.2f}x",
     ):
         assert text in readme, text

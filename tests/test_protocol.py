@@ -660,3 +660,42 @@ def test_states_and_epochs_of_the_wrong_kind_are_named(dataset: DiffuseMixDatase
     for broken in ({"places": None}, {"epoch": "x"}):
         with pytest.raises(ConfigError, match="state must hold whole numbers as epoch and places"):
             loader.load_state_dict({**loader.state_dict(), **broken})
+
+
+def test_a_loader_without_batches_says_so(dataset: DiffuseMixDataset) -> None:
+    with pytest.warns(UserWarning, match=rf"no batches: drop_last drops the only one, of {len(dataset)} samples"):
+        loader = loader_of(dataset, len(dataset) + 1, drop_last=True)
+    assert len(loader) == 0
+
+
+def test_dropout_resumes_too_if_torchs_state_is_saved(dataset: DiffuseMixDataset) -> None:
+    """The loop of docs/dropin.md: loading draws nothing from torch's generator."""
+
+    def losses(steps: int, state: dict[str, Any] | None = None) -> tuple[list[float], dict[str, Any]]:
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.LazyLinear(4))
+        model(torch.zeros(1, 3, 24, 24))
+        loader = loader_of(dataset, shuffle=True)
+        parts = {"model": model, "loader": loader}
+        if state is not None:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            torch.set_rng_state(state["random"])
+        found: list[float] = []
+        while True:
+            for images, labels in loader:
+                loss = torch.nn.functional.cross_entropy(model(images), labels)
+                loss.backward()
+                with torch.no_grad():
+                    for one in model.parameters():
+                        one -= 0.01 * one.grad
+                        one.grad = None
+                found.append(loss.item())
+                if len(found) == steps:
+                    state = {name: copy.deepcopy(part.state_dict()) for name, part in parts.items()}
+                    return found, {**state, "random": torch.get_rng_state()}
+
+    whole, _ = losses(9)
+    first, state = losses(4)
+    rest, _ = losses(5, state)
+    assert first + rest == whole and len(set(whole)) == 9

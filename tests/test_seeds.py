@@ -194,7 +194,7 @@ def test_edits_are_mixed_unless_told_otherwise(photos: Path, edits: Path, bank: 
     assert mix_of(edits=edits, fractals=bank) == MixSpec.paper()
     assert mix_of() is None and mix_of(edits=edits, fractals=bank, mix=None) is None
     assert mix_of(edits=edits, mix=MixSpec(fractal_weight=0)) == MixSpec(fractal_weight=0)
-    with pytest.raises(ConfigError, match="give fractals=, or take fractal_weight=0"):
+    with pytest.raises(ConfigError, match=r"give fractals=, or mix=MixSpec\(fractal_weight=0\)"):
         mix_of(edits=edits)
     with pytest.raises(ConfigError, match=r"mix must be a MixSpec or None, found 'paper'; write MixSpec.paper\(\)"):
         mix_of(edits=edits, mix="paper")

@@ -6,17 +6,19 @@ A folder is read as `torchvision.datasets.ImageFolder` reads it, root/class/**/i
 are read, and every visible file is either taken or reported with a reason (`Catalog.rejected`).
 """
 
+import contextlib
 import logging
 import operator
 import os
 import re
 import shlex
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first_reason, quoted
 from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning, default_location, is_catalog, read_listing
@@ -254,11 +256,11 @@ def _warn_if_stale(catalog: Catalog, root: Path) -> None:
         )
 
 
-def warn_of_deleted(catalog: Catalog, root: Path) -> None:
-    """Warn once (StaleCatalogWarning) if originals of an edit store's catalog are missing from their folder.
+def warn_of_changes(catalog: Catalog, root: Path) -> None:
+    """Warn (StaleCatalogWarning) if originals of an edit store's catalog are missing from their folder, or not all.
 
-    Searches the class folders that changed since they were listed, or all if the catalog has no mtimes; nothing if
-    they hold very many originals, as after a copy of a large dataset.
+    Searches the class folders that changed since they were listed; nothing if they hold very many originals, as after a
+    copy of a large dataset. Without mtimes the catalog is no list of the folder: then all is searched for missing ones.
     """
     before = catalog.folder_mtimes
     rows = np.arange(len(catalog))
@@ -282,8 +284,17 @@ def warn_of_deleted(catalog: Catalog, root: Path) -> None:
                 return  # the images may still be read by name
         if name not in there[folder]:
             gone.append(path)
+    where = shlex.quote(str(root))
+    if before and (new := _new_images(catalog, root, rows, there)):
+        warnings.warn(
+            f"{str(root)!r} holds images that are not among the {len(catalog)} originals of the edits: {len(new)}, "
+            f"such as {new[0]!r}. They are no samples. To train on them, run "
+            f"`dali-diffusemix index {where} --refresh`, then `dali-diffusemix generate` with the store, which makes "
+            "the missing edits.",
+            StaleCatalogWarning,
+            stacklevel=3,
+        )
     if gone:
-        where = shlex.quote(str(root))
         warnings.warn(
             f"{str(root)!r}: {len(gone)} of the {len(catalog)} originals that the edits are of are gone (for one "
             f"{gone[0]!r}); they stay samples, and others are shown in their place. To train without them, run "
@@ -292,6 +303,31 @@ def warn_of_deleted(catalog: Catalog, root: Path) -> None:
             StaleCatalogWarning,
             stacklevel=3,
         )
+
+
+def _new_images(catalog: Catalog, root: Path, rows: NDArray[np.int64], there: Mapping[str, set[str]]) -> list[str]:
+    """Files with an image's ending that are neither originals nor rejected, in the folders that were looked into.
+
+    Args:
+        catalog: The originals.
+        root: Their folder.
+        rows: (n,) those in the class folders that changed.
+        there: The names in each of these folders.
+    """
+    known = {catalog.path(row) for row in rows.tolist()} | {one.path for one in catalog.rejected}
+    found = dict(there)
+    with contextlib.suppress(OSError):
+        for entry in _scan(root)[0]:
+            if entry.name not in catalog.folder_mtimes and _is(entry.is_dir):
+                found[entry.name] = set(os.listdir(entry))  # noqa: PTH208
+    return sorted(
+        path
+        for folder, names in found.items()
+        for name in names
+        if os.path.splitext(name)[1].lower() in _IMAGE_ENDINGS  # noqa: PTH122
+        and (path := f"{folder}/{name}") not in known
+        and not name.startswith(".")
+    )
 
 
 def _read_folder(

@@ -60,6 +60,8 @@ class FractalBank:
         try:
             images = np.lib.format.open_memmap(path, mode="r")  # never unpickles
         except Exception as error:  # NumPy's parser of headers may raise anything
+            if path.is_dir():
+                remedy = "it may be an edit store: are edits and fractals swapped?"
             raise StoreError(f"fractal bank {path}: must be a readable .npy file, found: {error}; {remedy}") from error
         if (found := _misfit(images)) is not None:
             raise StoreError(

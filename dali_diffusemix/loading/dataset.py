@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch.utils.data import Dataset, get_worker_info
 
 from dali_diffusemix.base.philox import check_seed
-from dali_diffusemix.catalog.listing import index, warn_of_deleted
+from dali_diffusemix.catalog.listing import index, warn_of_changes
 from dali_diffusemix.catalog.table import Catalog
 from dali_diffusemix.errors import CatalogError, ConfigError, DecodeError, StoreError
 from dali_diffusemix.fractals.bank import FractalBank
@@ -113,6 +113,10 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
 
     def __new__(cls, *arguments: Any, **options: Any) -> Self:
         """Refuse ImageFolder's transforms before a crop is asked for: the message says what to write."""
+        if len(arguments) > 1 and isinstance(arguments[1], str | os.PathLike):
+            raise ConfigError(
+                f"only root is given by position, found {arguments[1]!r} after it; write edits=, fractals= and crop=."
+            )
         given = {**dict(zip(("transform", "target_transform"), arguments[1:], strict=False)), **options}
         for name in ("transform", "target_transform"):
             if given.get(name) is not None:
@@ -172,7 +176,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
             if packed is None:
                 _check_same_originals(self.root, self.store)
                 if not chosen:
-                    warn_of_deleted(self.store.catalog, Path(self.root))
+                    warn_of_changes(self.store.catalog, Path(self.root))
         if packed is not None:
             packed = packed if catalog is None else packed.reindexed(catalog)
             catalog = packed.catalog
@@ -548,12 +552,19 @@ def _whole_images(*sources: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.vo
 def _check_same_originals(root: str | Path, store: EditStore) -> None:
     """Refuse the edits of another folder: none of a sample of their originals is there."""
     rows = np.unique(np.linspace(0, len(store.catalog) - 1, 32).astype(np.int64))
-    if not any(Path(root, store.catalog.path(int(row))).is_file() for row in rows):
-        raise StoreError(
-            f"{store.path}: the edits belong to other originals: {root} has none of {len(rows)} that were looked for, "
-            f"such as {store.catalog.path(int(rows[0]))!r}; give the folder that they were generated from, or generate "
-            "edits for this one."
-        )
+    paths = [store.catalog.path(int(row)) for row in rows]
+    if any(Path(root, path).is_file() for path in paths):
+        return
+    error = StoreError(
+        f"{store.path}: the edits belong to other originals: {root} has none of {len(rows)} that were looked for, such "
+        f"as {paths[0]!r}; give the folder that they were generated from, or generate edits for this one."
+    )
+    for below in sorted(Path(root).iterdir()) if Path(root).is_dir() else ():
+        if (below / paths[0]).is_file():
+            error.add_note(f"{str(below)!r} has it.")
+            error.instead = {str(root): str(below)}
+            break
+    raise error
 
 
 class _Samples(Sequence[tuple[str, int]]):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch.utils.data import ConcatDataset, Subset
 
 from dali_diffusemix.plan.schedule import Schedule, values_of
+from dali_diffusemix.plan.spec import MixSpec
 from dali_diffusemix.plan.written import written
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def dataset_rows(dataset: "DiffuseMixDataset", edits: Mapping[str, int]) -> dict
         "originals": lambda: _originals(dataset),
         "targets": lambda: _targets(dataset),
         "edits": lambda: _edits(dataset, edits),
-        "mix": lambda: "none" if dataset.mix is None else written(dataset.mix),
+        "mix": lambda: _mix(dataset),
         "crop": lambda: written(dataset.crop),
         "augment": lambda: _augment(dataset),
         "fractals": lambda: _fractals(dataset),
@@ -135,6 +136,17 @@ def _edits(dataset: "DiffuseMixDataset", by_prompt: Mapping[str, int]) -> str:
         names, under = list(store.prompts), f"{len(store.prompts)} prompts: "
     where = store.path if store.mirror is None else store.mirror.url
     return f"{len(store):,} in {where}" + (f": {under}{few(names)}" if names else "")
+
+
+def _mix(dataset: "DiffuseMixDataset") -> str:
+    mix = dataset.mix
+    if mix is None:
+        return "none"
+    if not isinstance(mix, MixSpec) or mix.epoch != "fixed" or dataset.store is None:
+        return written(mix)
+    edits = len(dataset.store) / len(dataset.catalog)
+    share = edits / (1 + edits) if mix.probability is None else mix.probability
+    return f"{written(mix)}, about {100 * share:.0f} % of the samples are mixed"
 
 
 def _augment(dataset: "DiffuseMixDataset") -> str:

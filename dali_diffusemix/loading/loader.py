@@ -5,6 +5,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -216,6 +217,12 @@ class DiffuseMixLoader:
             self._order = OwnOrder(length, batch_size, self.shuffle, drop_last, seed, self._ranks)
             if rank is not None:
                 _ = self._order.epochs  # refuses a rank outside the world size
+            if drop_last and 0 < length < batch_size:
+                warnings.warn(
+                    f"this loader has no batches: drop_last drops the only one, of {length} samples, since batch_size "
+                    f"is {batch_size}. Give a smaller batch_size, or leave drop_last out.",
+                    stacklevel=2,
+                )
         else:
             if batch_sampler is None:
                 batch_sampler = BatchSampler(sampler, batch_size, drop_last)  # type: ignore[arg-type]

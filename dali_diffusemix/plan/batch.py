@@ -178,7 +178,7 @@ class Planner:
         if self.fractals < 1 and mix.fractal_weight_range[1] > 0:
             raise ConfigError(
                 f"fractal_weight {mix.fractal_weight} needs a fractal bank of at least 1, found {self.fractals}; "
-                "give fractals=, or take fractal_weight=0."
+                "give fractals=, or mix=MixSpec(fractal_weight=0)."
             )
 
     def __len__(self) -> int:

@@ -622,6 +622,9 @@ def stored_header(kind: Kind, store: Path) -> Iterator[dict[str, Any]]:
     """Read store.json; errors about its content in the block become a StoreError."""
     file = store / "store.json"
     other = ORIGINALS if kind is EDITS else EDITS
+    if store.is_file():
+        hint = "; it may be a fractal bank: are edits and fractals swapped?" if store.suffix == ".npy" else "."
+        raise StoreError(f"{str(store)!r} must be {kind.a_name}, which is a folder, found a file{hint}")
     remedy = "bring back a copy of it, or make a new store"
     elsewhere = f"use another folder (what has {other.magic!r}, the {other.name}, {other.use})"
     try:
