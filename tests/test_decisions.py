@@ -142,6 +142,12 @@ def test_a_damaged_line_is_named(decisions: Decisions, damaged: bytes) -> None:
         decisions.rejected()
 
 
+def test_a_line_that_lacks_something_says_what(decisions: Decisions) -> None:
+    decisions.file.write_bytes(line().replace(b'"variant": 0, ', b"") + b"\n")
+    with pytest.raises(StoreError, match=r"found b'.*' \(it lacks 'variant'\); correct"):
+        decisions.rejected()
+
+
 def test_a_file_that_cannot_be_read(decisions: Decisions) -> None:
     decisions.file.mkdir()
     with pytest.raises(StoreError, match=r"cannot be read \(Is a directory\)"):

@@ -74,8 +74,10 @@ class Decisions:
             try:
                 decision, name = _parsed(line)
             except (ValueError, TypeError, LookupError, RecursionError) as error:
+                lacking = f" (it lacks {error})" if isinstance(error, KeyError) else ""
                 raise StoreError(
-                    f"{str(self.file)!r}: line {number} must be a decision, found {line[:200]!r}; correct or remove it."
+                    f"{str(self.file)!r}: line {number} must be a decision, found {line[:200]!r}{lacking}; correct or "
+                    "remove it."
                 ) from error
             if decision == "reject":
                 rejected.add(name)

@@ -441,6 +441,7 @@ const gallery = (() => {
 
   function choose(places, wanted) {
     const step = { places, wanted };
+    at("news").classList.remove("shown"); // it told of the choice before
     steps.push(step);
     save(places, wanted, () => {
       if (steps.includes(step)) steps.splice(steps.indexOf(step), 1);
