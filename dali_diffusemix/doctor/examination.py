@@ -1,5 +1,6 @@
 """The result of `examine`, as JSON and as text."""
 
+import shutil
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,8 @@ from dali_diffusemix.doctor.lanes import Answer
 
 __all__ = ["Examination"]
 
-_COLUMNS: Final = 80  # of the text
+_LEAST: Final = 50  # columns of the text, which has as many as the terminal, up to
+_COLUMNS: Final = 80
 _LONGEST: Final = 700  # characters of an entry; longer errors are cut here, but not in the JSON
 
 
@@ -72,7 +74,8 @@ def _wrapped(first: str, text: str, indent: int) -> list[str]:
     short = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     # Do not break `pip install`.
     whole = f"{first}{short}".replace("pip install ", "pip\xa0install\xa0")
-    lines = textwrap.wrap(whole, _COLUMNS, subsequent_indent=" " * indent, break_on_hyphens=False)
+    columns = max(_LEAST, min(_COLUMNS, shutil.get_terminal_size().columns))
+    lines = textwrap.wrap(whole, columns, subsequent_indent=" " * indent, break_on_hyphens=False)
     return [line.replace("\xa0", " ") for line in lines]
 
 
@@ -206,9 +209,9 @@ _TEXTS: Final[tuple[tuple[str, str, Callable[[_Found], str]], ...]] = (
     ("Compiler", "compiler", lambda found: f"{found['command']}: {found['version']}"),
     ("GPU kernel", "gpu_kernel", lambda found: f"CuPy {found['cupy']}, NVRTC {found['nvrtc']}"),
     ("Pillow", "pillow", _pillow_text),
-    ("DALI, CPU", "dali_cpu", lambda found: f"decodes {_formats_text(found)}"),
+    ("DALI, CPU", "dali_cpu", lambda found: f"decodes {_formats_text(found)}; Pillow decodes the rest"),
     ("DALI, GPU", "dali_gpu", _dali_gpu_text),
-    ("Decoding", "decoding", lambda found: f"with {found['threads']} threads, {found['choice']}"),
+    ("GPU decodes", "decoding", lambda found: f"with {found['threads']} threads, {found['choice']}"),
     ("Cache", "cache", _cache_text),
     ("Data", "data", _data_text),
     ("  reading", "data", partial(_reading_text, "one_thread")),
