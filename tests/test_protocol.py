@@ -662,12 +662,6 @@ def test_states_and_epochs_of_the_wrong_kind_are_named(dataset: DiffuseMixDatase
             loader.load_state_dict({**loader.state_dict(), **broken})
 
 
-def test_a_loader_without_batches_says_so(dataset: DiffuseMixDataset) -> None:
-    with pytest.warns(UserWarning, match=rf"no batches: drop_last drops the only one, of {len(dataset)} samples"):
-        loader = loader_of(dataset, len(dataset) + 1, drop_last=True)
-    assert len(loader) == 0
-
-
 def test_dropout_resumes_too_if_torchs_state_is_saved(dataset: DiffuseMixDataset) -> None:
     """The loop of docs/dropin.md: loading draws nothing from torch's generator."""
 
