@@ -237,12 +237,8 @@ def test_len_and_drop_last(photos: Path) -> None:
         (40, False, [33]),
         (40, True, []),
     ):
-        said = (
-            nullcontext()
-            if sizes
-            else pytest.warns(UserWarning, match="no batches: drop_last drops the only one, of 33")
-        )
-        with said:
+        warns = pytest.warns(UserWarning, match="no batches: drop_last drops the only one, of 33")
+        with nullcontext() if sizes else warns:
             loader = DiffuseMixLoader(dataset, batch_size=batch_size, drop_last=drop_last, device="cpu")
         assert len(loader) == len(sizes)
         assert [len(images) for images, _ in loader] == sizes
