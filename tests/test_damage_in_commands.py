@@ -5,6 +5,7 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -272,18 +273,23 @@ def test_images_that_are_new_in_a_folder_with_edits_are_said(photos: Path, tmp_p
     (root / "ants" / "broken.jpg").write_bytes(b"no image")
     config = GenerateConfig(prompts=("autumn",), size=32)
     generate(root, tmp_path / "edits", config)
-    options = {"edits": tmp_path / "edits", "fractals": bank, "mix": MixSpec.paper(), "crop": TrainCrop(16)}
+    options: dict[str, Any] = {
+        "edits": tmp_path / "edits",
+        "fractals": bank,
+        "mix": MixSpec.paper(),
+        "crop": TrainCrop(16),
+    }
     (root / "ants" / "notes.txt").write_text("not an image")
-    before = len(DiffuseMixDataset(root, **options))  # type: ignore[arg-type]
+    before = len(DiffuseMixDataset(root, **options))
     write_photograph(root / "ants" / "new.jpg", 1, 40, 40)
     write_photograph(root / "wasps" / "1.jpg", 2, 40, 40)
     for _ in range(2):  # listed again or not: what counts is that they have no edits
         with pytest.warns(StaleCatalogWarning, match=r"of the edits: 2, such as 'ants/new.jpg'.*--refresh") as said:
-            assert len(DiffuseMixDataset(root, **options)) == before  # type: ignore[arg-type]
+            assert len(DiffuseMixDataset(root, **options)) == before
         assert len(said) == 1
         index(root, refresh=True)
     generate(root, tmp_path / "edits", config)
-    assert len(DiffuseMixDataset(root, **options)) == before + 2  # type: ignore[arg-type]
+    assert len(DiffuseMixDataset(root, **options)) == before + 2
 
 
 @pytest.mark.slow

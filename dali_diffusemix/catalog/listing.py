@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dali_diffusemix.catalog.headers import Listing, Rejected, existing_root, first_reason, quoted
 from dali_diffusemix.catalog.table import Catalog, StaleCatalogWarning, default_location, is_catalog, read_listing
@@ -173,6 +172,11 @@ _SPLIT_OF = re.compile(r"[-_ .]?(?:set|split|data|images|\d+)$", re.IGNORECASE)
 _IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm", ".webp", ".gif"})
 
 
+def _is_called_an_image(name: str) -> bool:
+    """True if a file's name or path ends like an image's. By hand, since there may be a million of them."""
+    return name[name.rfind(".") :].lower() in _IMAGE_ENDINGS
+
+
 def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -> None:
     """Raise CatalogError where class folders are splits of a dataset, each with the class folders in it.
 
@@ -189,7 +193,7 @@ def _check_no_splits(root: Path, classes: Sequence[str], paths: Sequence[str]) -
         name, _, rest = path.partition("/")
         if name in with_images and name not in named:
             continue
-        if os.path.splitext(path)[1].lower() in _IMAGE_ENDINGS:  # noqa: PTH122 - of a million names
+        if _is_called_an_image(path):
             with_images.add(name)
             if name in named:
                 within, slash, _ = rest.partition("/")
@@ -217,7 +221,7 @@ def holds_images(folder: str | os.PathLike[str]) -> bool:
     """True if a folder has folders with image files in them, as class folders or splits are; by their names."""
     for depth, (_, folders, files) in enumerate(os.walk(folder)):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if depth and any(os.path.splitext(name)[1].lower() in _IMAGE_ENDINGS for name in files):  # noqa: PTH122
+        if depth and any(map(_is_called_an_image, files)):
             return True
         if depth == _MOST_FOLDERS:
             break
@@ -272,8 +276,8 @@ def warn_of_changes(catalog: Catalog, root: Path) -> None:
         return
     there: dict[str, set[str]] = {}
     gone: list[str] = []
-    for row in rows.tolist():
-        path = catalog.path(row)
+    paths = [catalog.path(row) for row in rows.tolist()]
+    for path in paths:
         folder, _, name = path.rpartition("/")
         if folder not in there:
             try:
@@ -285,7 +289,7 @@ def warn_of_changes(catalog: Catalog, root: Path) -> None:
         if name not in there[folder]:
             gone.append(path)
     where = shlex.quote(str(root))
-    if before and (new := _new_images(catalog, root, rows, there)):
+    if before and (new := _new_images(catalog, root, paths, there)):
         warnings.warn(
             f"{str(root)!r} holds images that are not among the {len(catalog)} originals of the edits: {len(new)}, "
             f"such as {new[0]!r}. They are no samples. To train on them, run "
@@ -305,16 +309,16 @@ def warn_of_changes(catalog: Catalog, root: Path) -> None:
         )
 
 
-def _new_images(catalog: Catalog, root: Path, rows: NDArray[np.int64], there: Mapping[str, set[str]]) -> list[str]:
+def _new_images(catalog: Catalog, root: Path, paths: Sequence[str], there: Mapping[str, set[str]]) -> list[str]:
     """Files with an image's ending that are neither originals nor rejected, in the folders that were looked into.
 
     Args:
         catalog: The originals.
         root: Their folder.
-        rows: (n,) those in the class folders that changed.
+        paths: Those in the class folders that changed.
         there: The names in each of these folders.
     """
-    known = {catalog.path(row) for row in rows.tolist()} | {one.path for one in catalog.rejected}
+    known = {*paths} | {one.path for one in catalog.rejected}
     found = dict(there)
     with contextlib.suppress(OSError):
         for entry in _scan(root)[0]:
@@ -324,9 +328,7 @@ def _new_images(catalog: Catalog, root: Path, rows: NDArray[np.int64], there: Ma
         path
         for folder, names in found.items()
         for name in names
-        if os.path.splitext(name)[1].lower() in _IMAGE_ENDINGS  # noqa: PTH122
-        and (path := f"{folder}/{name}") not in known
-        and not name.startswith(".")
+        if _is_called_an_image(name) and (path := f"{folder}/{name}") not in known and not name.startswith(".")
     )
 
 

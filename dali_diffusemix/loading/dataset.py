@@ -3,6 +3,7 @@
 Samples are decoded by Pillow here and mixed by the same call as in `DiffuseMixLoader`, which is faster.
 """
 
+import contextlib
 import logging
 import os
 import warnings
@@ -559,11 +560,12 @@ def _check_same_originals(root: str | Path, store: EditStore) -> None:
         f"{store.path}: the edits belong to other originals: {root} has none of {len(rows)} that were looked for, such "
         f"as {paths[0]!r}; give the folder that they were generated from, or generate edits for this one."
     )
-    for below in sorted(Path(root).iterdir()) if Path(root).is_dir() else ():
-        if (below / paths[0]).is_file():
-            error.add_note(f"{str(below)!r} has it.")
-            error.instead = {str(root): str(below)}
-            break
+    with contextlib.suppress(OSError):  # the root may be missing, or not be read
+        for below in sorted(Path(root).iterdir()):
+            if (below / paths[0]).is_file():
+                error.add_note(f"{str(below)!r} has it.")
+                error.instead = {str(root): str(below)}
+                break
     raise error
 
 
