@@ -1,14 +1,14 @@
 """Does an augmentation help on your data? Trains with and without it, over seeds, and says what the difference shows.
 
     python examples/compare.py examples/recipes/flowers5.toml --data ../shared/data/flowers128 --out runs/compare
-    python examples/compare.py ... --methods curve --sets 20:4000,50:4000,all:8000 --seeds 0,1,2,3,4 --jobs 2
+    python examples/compare.py ... --methods "curve, DiffuseMix + TrivialAugment" --sets 20:4000,all:8000 --jobs 2
     python examples/compare.py ... --grid train.lr=0.02,0.05,0.1 --grid train.weight_decay=5e-4,5e-3
 
 All runs of a training set have the same recipe, updates and schedule, except for the changes of their method. The
 checkpoint is chosen on held-out images (the recipe's `held_out`, or a tenth) and scored once on the test images.
 Finished runs, and runs of OUT/record.json and of records given with --merge, are skipped, and a killed run resumes: the
-comparison can be made in pieces (--minutes) and on several machines. At the end, and at any time with --table, it
-writes to OUT:
+comparison can be made in pieces (--minutes, Ctrl-C) and on several machines. OUT is for one comparison: a changed
+recipe, --set or number of updates needs another one. At the end, and at any time with --table, it writes to OUT:
 
     page.html    what the differences show, in sentences; accuracy, curves, cost
     compare.png  the same as a picture
@@ -17,6 +17,8 @@ writes to OUT:
 
 --grid trains the methods (by default vanilla) with every combination of values, does not touch the test images, and
 prints the combination that is best on the held-out ones; give it to the comparison as --set, for all methods alike.
+
+Names of methods with spaces need quotes: --methods "vanilla,DiffuseMix paper".
 """
 
 import argparse
@@ -24,23 +26,23 @@ import csv
 import itertools
 import json
 import os
-import queue
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+import comparison_record
+import jobs
 from comparison_page import differences, page, picture
 from data import parts, raw_fits, seconds_for_edits
-from recipe import Recipe
+from recipe import Recipe, difference, rule
 
-import dali_diffusemix
-from dali_diffusemix.bench import machine
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
 HERE = Path(__file__).parent
@@ -124,24 +126,47 @@ class Run:
     seed: int
     folder: Path
     cache: Path
+    source: Path  # the recipe's file
     tests: bool = True  # False: a run of a grid, which must not see the test images
     chosen: Mapping[str, str] = field(default_factory=dict)  # a grid's values
 
-    @property
-    def key(self) -> Key:
-        return self.method, self.images, self.seed, tuple(self.sets())
+    @cached_property
+    def recipe(self) -> Recipe:
+        return Recipe.read(self.source, self.sets())
 
     @property
     def name(self) -> str:
-        values = "".join(f", {name}={value}" for name, value in self.chosen.items())
-        return f"{self.images} a class, {self.method}{values}, seed {self.seed}"
+        return comparison_record.name_of(self.outline())
+
+    @property
+    def key(self) -> Key:
+        return key(self.outline())
+
+    def outline(self) -> dict[str, Any]:
+        """Return what its entry in the record has before it is made."""
+        found = {
+            "method": self.method,
+            "images_per_class": self.images,
+            "seed": self.seed,
+            "changes": list(self.sets()),
+            "updates": self.recipe.train.updates,
+        }
+        return found if self.tests else {**found, "grid": dict(self.chosen)}
 
     @property
     def finished(self) -> bool:
-        if self.tests:
-            return (self.folder / "best.pt.evaluation.json").exists()
+        """Whether it is done. Raises ConfigError if its folder has a run of other settings."""
         file = self.folder / "run.json"
-        return file.exists() and bool(json.loads(file.read_text())["finished"])
+        if not file.exists():
+            return False
+        run = json.loads(file.read_text())
+        if differs := difference(run["recipe"], self.recipe.tables()):
+            name, there, here = differs
+            raise ConfigError(
+                f"{str(self.folder)!r} has a run with other settings: {name} is {there!r} there and {here!r} here; "
+                "give the same recipe, --set and --sets, or another --out."
+            )
+        return (self.folder / "best.pt.evaluation.json").exists() if self.tests else bool(run["finished"])
 
     def sets(self) -> list[str]:
         few = [] if self.images == "all" else [f"data.per_class={self.images}"]
@@ -149,22 +174,23 @@ class Run:
         values = [f"{name}={value}" for name, value in self.chosen.items()]
         return [*self.changes, *self.common, *values, *few, *updates, f"train.seed={self.seed}"]
 
-    def commands(self, options: argparse.Namespace) -> Iterator[list[str]]:
-        """Yield the commands that train and evaluate, in order."""
+    def job(self, options: argparse.Namespace) -> jobs.Job:
+        """Return the commands that prepare, train and evaluate."""
         common = ["--data", str(options.data), "--workers", str(options.threads), "--device", options.device]
-        changes = [word for one in self.sets() for word in ("--set", one)]
         layout = ["--channels-last"] if options.channels_last else []
-        resident = [] if options.resident == "no" else ["--resident", options.resident]
-        yield [
-            *(sys.executable, str(HERE / "train.py"), str(options.recipe), "--out", str(self.folder)),
+        train = [
+            *(sys.executable, str(HERE / "train.py"), str(self.source), "--out", str(self.folder)),
             *("--cache", str(self.cache), "--raw", str(options.cache / "raw")),
             *common,
             *layout,
-            *resident,
-            *changes,
+            *([] if options.resident == "no" else ["--resident", options.resident]),
+            *(word for one in self.sets() for word in ("--set", one)),
         ]
+        commands = [[*train, "--prepare"], [*train, "--edits", str(self.cache / "edits")]]
         if self.tests:
-            yield [sys.executable, str(HERE / "evaluate.py"), str(self.folder / "best.pt"), *common, *layout]
+            commands.append([sys.executable, str(HERE / "evaluate.py"), str(self.folder / "best.pt"), *common, *layout])
+        presets = [one for one in self.changes if one in ("mix.preset=none", "mix.preset=edits")]
+        return jobs.Job(self.name, self.folder / "output.txt", (self.cache, *presets), commands)
 
     def result(self) -> dict[str, Any]:
         """Return the run's entry in the record."""
@@ -175,12 +201,8 @@ class Run:
             losses = [float(row["loss"]) for row in csv.DictReader(file)]
         where = {name: run["machine"][name] for name in ("processor", "cores", "gpu") if name in run["machine"]}
         found = {
-            "method": self.method,
-            "images_per_class": self.images,
-            "seed": self.seed,
-            "changes": list(self.sets()),
+            **self.outline(),
             "training_images": run["data"]["train"]["images"],
-            "updates": len(losses),
             "last_loss": round(statistics.fmean(losses[-50:]), 4),
             "losses": _thinned(losses),
             "valid_top1": curve,
@@ -195,7 +217,7 @@ class Run:
             "machine": {**where, "torch": run["machine"]["versions"].get("torch")},
         }
         if not self.tests:
-            return {**found, "grid": dict(self.chosen)}
+            return found
         evaluation = json.loads((self.folder / "best.pt.evaluation.json").read_text())
         spoilt = evaluation["corruptions"]
         right = {"clean": evaluation["right"]}
@@ -222,30 +244,68 @@ def _thinned(losses: Sequence[float]) -> list[list[float]]:
     return [[end, round(statistics.fmean(losses[start:end]), 4)] for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def words(text: str, name: str) -> list[str]:
+    """Divide an option at its commas. Raises ConfigError where something is empty or twice."""
+    found = [one.strip() for one in text.split(",")]
+    rule(all(found), name, "a list divided by commas, without empty places", text)
+    twice = next((one for one in found if found.count(one) > 1), None)
+    rule(twice is None, name, f"a list without repetitions such as {twice}", text)
+    return found
+
+
+def methods_of(text: str, baseline: bool) -> list[str]:
+    """Return the methods of --methods, groups replaced by theirs; with the baseline first if it is wanted."""
+    found = [BASELINE] if baseline else []
+    for one in words(text, "--methods"):
+        if one not in GROUPS and one not in KNOWN:
+            like = did_you_mean(one, [*GROUPS, *KNOWN])
+            end = like if like != "." else f"; methods are {', '.join(KNOWN)}."
+            raise ConfigError(f"--methods must be some of {', '.join(GROUPS)}, or of methods, found {one!r}{end}")
+        found += GROUPS.get(one, (one,))
+    return list(dict.fromkeys(found))
+
+
+def sets_of(text: str, grid: bool) -> list[tuple[str, int | None]]:
+    """Return the training sets of --sets: images per class, and updates if given."""
+    found: list[tuple[str, int | None]] = []
+    for one in words(text, "--sets"):
+        images, colon, number = one.partition(":")
+        counts = [*([] if images == "all" else [images]), *([number] if colon else [])]
+        holds = all(count.isdecimal() and int(count) > 0 for count in counts)
+        rule(holds, "--sets", "images per class (or all) : updates, such as 10:1000,all:2000", one)
+        found.append((images if images == "all" else str(int(images)), int(number) if colon else None))
+    repeated = next((images for images, _ in found if [one for one, _ in found].count(images) > 1), None)
+    rule(grid or repeated is None, "--sets", f"one number of updates for {repeated} images a class", text)
+    return found
+
+
 def plan(options: argparse.Namespace) -> list[Run]:
     """Return the runs, seed by seed, so that an interrupted comparison is balanced too."""
-    named = options.methods or (BASELINE if options.grid else "decide")
-    names = list(GROUPS.get(named, named.split(",")))
-    if unknown := [name for name in names if name not in KNOWN]:
-        raise ConfigError(
-            f"--methods must be one of {', '.join(GROUPS)}, or some of {', '.join(KNOWN)}, found {unknown[0]!r}."
-        )
+    names = methods_of(options.methods or (BASELINE if options.grid else "decide"), baseline=not options.grid)
+    seeds = words(options.seeds, "--seeds")
+    rule(all(one.isdecimal() for one in seeds), "--seeds", "whole numbers from 0, such as 0,1,2", options.seeds)
+    for name, value, least in (
+        ("jobs", options.jobs, 1),
+        ("threads", options.threads, 1),
+        ("minutes", options.minutes, 0),
+    ):
+        rule(value is None or value >= least, f"--{name}", f"at least {least}", value)
     grid = [_values(one) for one in options.grid]
     recipe = Recipe.read(options.recipe, [*options.set, *(f"{name}={values[0]}" for name, values in grid)])
     common = [*options.set]
     if not recipe.data.held_out:
         common.append("data.held_out=0.1")
         print("held out: a tenth of the training images, to choose checkpoints on; the recipe holds out none")
+    if recipe.train.epochs is not None:
+        common.append("train.epochs=unset")
     runs = []
-    for seed in map(int, options.seeds.split(",")):
-        for one in options.sets.split(","):
-            images, _, number = one.partition(":")
+    for seed in map(int, seeds):
+        for images, number in sets_of(options.sets, bool(grid)):
             if not number and recipe.train.updates is None:
                 raise ConfigError(
                     f"--sets must give updates, such as {images}:30000, for a recipe that counts epochs: methods with "
                     "more samples in an epoch would be trained longer."
                 )
-            unset = ("train.epochs=unset",) if recipe.train.epochs is not None else ()
             for name in names:
                 changes = KNOWN[name]
                 edits = [change for change in changes if change.startswith("edits.")]
@@ -255,22 +315,19 @@ def plan(options: argparse.Namespace) -> list[Run]:
                     chosen = {section: value for (section, _), value in zip(grid, values, strict=True)}
                     parts_of = [images, name.replace(" ", "-"), str(seed)]
                     if grid:
-                        parts_of = [
-                            "grid",
-                            f"{images}-{number}",
-                            *(f"{a}={b}" for a, b in chosen.items()),
-                            *parts_of[1:],
-                        ]
+                        of_set = f"{images}-{number or ''}"
+                        parts_of = ["grid", of_set, *(f"{a}={b}" for a, b in chosen.items()), *parts_of[1:]]
                     runs.append(
                         Run(
                             method=name,
                             changes=changes,
-                            common=(*common, *unset),
+                            common=tuple(common),
                             images=images,
-                            updates=int(number) if number else None,
+                            updates=number,
                             seed=seed,
                             folder=options.out.joinpath(*parts_of),
                             cache=cache,
+                            source=options.recipe,
                             tests=not grid,
                             chosen=chosen,
                         )
@@ -282,7 +339,7 @@ def _values(text: str) -> tuple[str, list[str]]:
     name, equals, values = text.partition("=")
     if not equals or not values:
         raise ConfigError(f"--grid must be section.field=value,value, found {text!r}.")
-    return name, values.split(",")
+    return name, words(values, f"--grid {name}")
 
 
 def key(result: dict[str, Any]) -> Key:
@@ -290,81 +347,75 @@ def key(result: dict[str, Any]) -> Key:
     return result["method"], result["images_per_class"], result["seed"], tuple(result["changes"])
 
 
-def recorded(own: Path, others: Sequence[Path], runs: Sequence[Run], recipe: str) -> dict[Key, dict[str, Any]]:
-    """Return the runs of existing records.
+def recorded(file: Path, runs: Sequence[Run], options: argparse.Namespace) -> dict[Key, dict[str, Any]]:
+    """Return the runs of the comparison's own record, and those of its runs that the records of --merge have.
 
-    Args:
-        own: The record of earlier parts of the comparison, if there is one.
-        others: Records from elsewhere; of these only the runs that belong to the comparison.
-        runs: The comparison.
-        recipe: The name of its recipe.
+    Raises ConfigError if they do not belong together.
     """
-    found: dict[Key, dict[str, Any]] = {}
-    wanted = {run.key for run in runs}
-    for file in [*([own] if own.exists() else []), *others]:
-        if not file.exists():
-            raise ConfigError(f"--merge: there is no record {str(file)!r}.")
-        record = json.loads(file.read_text())
-        if record["recipe"] != recipe:
-            raise ConfigError(f"{str(file)!r} is of the recipe {record['recipe']}, not of {recipe}.")
-        found = {key(one): one for one in record["runs"] if file == own or key(one) in wanted} | found
-    tested = {(one["test_images"], one["test_fingerprint"]) for one in found.values() if "test_fingerprint" in one}
-    if len(tested) > 1:
-        raise ConfigError(f"the records of {str(own)!r} and --merge are of different test images; compare them apart.")
+    wanted, name, common = {run.key for run in runs}, options.recipe.name, settings(runs, options)
+    found = {key(one): one for one in comparison_record.read(file, name, common)} if file.exists() else {}
+    for other in options.merge:
+        theirs = {key(one): one for one in comparison_record.read(other, name, common)}
+        taken = {of: one for of, one in theirs.items() if of in wanted}
+        print(f"{other}: {len(taken)} of its {len(theirs)} runs belong to this comparison")
+        found = taken | found
+    where = " and ".join(map(str, [options.out, *options.merge]))
+    comparison_record.check_together([*found.values(), *(run.outline() for run in runs)], where)
     return found
 
 
-def execute(runs: Sequence[Run], options: argparse.Namespace) -> list[Run]:
-    """Run everything that is not finished, several runs at a time. Returns the failed runs."""
-    waiting: queue.SimpleQueue[Run] = queue.SimpleQueue()
-    for run in runs:
-        if not run.finished:
-            waiting.put(run)
-    total, failed, lock, begun = waiting.qsize(), [], threading.Lock(), time.monotonic()
-    making = threading.Lock()
-    made: set[tuple[Path, str]] = set()
+def settings(runs: Sequence[Run], options: argparse.Namespace) -> comparison_record.Settings:
+    """Return what all runs have in common."""
+    one = runs[0]
+    grid = [f"{name}={value}" for name, value in one.chosen.items()]
+    updates = [] if one.updates is None else [f"train.updates={one.updates}"]
+    return comparison_record.settings(Recipe.read(options.recipe, [*one.common, *grid, *updates]), list(one.chosen))
+
+
+def check_data(runs: Sequence[Run], options: argparse.Namespace) -> None:
+    """Read the images of the largest training set before anything is trained, and decide --resident auto."""
+    of_classes = [run for run in runs if run.images != "all"] or runs
+    found = parts(max(of_classes, key=lambda run: run.recipe.data.per_class or 0).recipe, options.data)
+    if options.resident == "auto":
+        mixed = max(runs, key=lambda run: "mix.preset=none" not in run.changes)
+        options.resident = "host" if raw_fits(mixed.recipe, found) else "no"
+
+
+def execute(runs: Sequence[Run], options: argparse.Namespace) -> tuple[list[Run], list[Run]]:
+    """Make runs, several at a time, and return which finished and which failed.
+
+    If the first runs all fail, no more are started: the others would fail alike.
+
+    Raises:
+        KeyboardInterrupt: On SIGINT, after the runs have ended.
+    """
+    begun, of_folder = time.monotonic(), {run.folder: run for run in runs}
+    failed: list[Run] = []
+    finished: list[Run] = []
+
+    def may_start() -> bool:
+        in_time = options.minutes is None or time.monotonic() - begun < 60 * options.minutes
+        return in_time and (bool(finished) or not failed)
+
+    def starts(job: jobs.Job) -> None:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        (job.output.parent / "commit").write_text(commit())
+
+    def done(job: jobs.Job, left: int) -> None:
+        run = of_folder[job.output.parent]
+        if job.returned:
+            failed.append(run)
+            print(f"FAILED {run.name}: {job.last_words}\n  see {job.output}", flush=True)
+            return
+        finished.append(run)
+        result = run.result()
+        top1 = f"{result['top1']:.2%}" if run.tests else f"{best_valid(result):.2%} on validation"
+        print(f"{run.name}: {top1} in {job.seconds:.0f} s; {left} of {len(runs)} left", flush=True)
+
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-
-    def call(command: Sequence[str], output: TextIO) -> int:
-        return subprocess.run(command, stdout=output, stderr=output, env=environment).returncode
-
-    def work() -> None:
-        while options.minutes is None or time.monotonic() - begun < 60 * options.minutes:
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            run.folder.mkdir(parents=True, exist_ok=True)
-            (run.folder / "commit").write_text(commit())
-            start = time.monotonic()
-            with (run.folder / "output.txt").open("a") as output:
-                train, *evaluate = run.commands(options)
-                with making:  # edits and raw copies are made once, by one run
-                    returned = 0
-                    presets = [one for one in run.changes if one in ("mix.preset=none", "mix.preset=edits")]
-                    wanted = (run.cache, presets[0] if presets else "")
-                    if wanted not in made:
-                        returned = call([*train, "--prepare"], output)
-                        if returned == 0:
-                            made.add(wanted)
-                for command in ([*train, "--edits", str(run.cache / "edits")], *evaluate):
-                    returned = returned or call(command, output)
-            with lock:
-                left = waiting.qsize()
-                if returned:
-                    failed.append(run)
-                    print(f"FAILED {run.name}: see {run.folder / 'output.txt'}", flush=True)
-                else:
-                    result = run.result()
-                    top1 = f"{result['top1']:.2%}" if run.tests else f"{best_valid(result):.2%} on validation"
-                    print(f"{run.name}: {top1} in {time.monotonic() - start:.0f} s; {left} of {total} left", flush=True)
-
-    threads = [threading.Thread(target=work) for _ in range(options.jobs)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return failed
+    made = [run.job(options) for run in runs]
+    jobs.run(made, at_once=options.jobs, environment=environment, may_start=may_start, starts=starts, done=done)
+    return finished, failed
 
 
 def spread(values: Sequence[float]) -> str:
@@ -440,23 +491,8 @@ def commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def write_record(file: Path, recipe: str, results: Sequence[dict[str, Any]]) -> None:
-    record = {
-        "machine": {**machine(), "command": sys.argv},
-        "version": dali_diffusemix.__version__,
-        "recipe": recipe,
-        "runs": results,
-    }
-    text = json.dumps({**record, "runs": "RUNS"}, indent=1)
-    rows = ",\n  ".join(json.dumps(one) for one in results)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(text.replace('"RUNS"', f"[\n  {rows}\n ]") + "\n")
-    temporary.replace(file)
-
-
 def write_grid(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
     """Write and print a grid, and the best of each training set and number of updates."""
-    write_record(options.out / "grid.json", options.recipe.name, results)
     text = grid_table(results)
     (options.out / "grid.md").write_text(text)
     print(text)
@@ -468,29 +504,41 @@ def write_grid(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -
             print(f"best on validation, {at[0]} a class, {at[1]:,} updates: {sets}")
 
 
+def write(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
+    """Write and print a comparison."""
+    tables = f"{table(results)}\n{differences(results, BASELINE)}"
+    (options.out / "table.md").write_text(tables)
+    (options.out / "page.html").write_text(page(results, options.recipe.stem, BASELINE), encoding="utf-8")
+    picture(results, options.out / "compare.png", BASELINE)
+    print(tables, end="")
+    print(f"see {options.out / 'page.html'}")
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="for edits, fractals and raw copies; default OUT/cache")
+    add = parser.add_argument
+    add("recipe", type=Path, help="a TOML file; see examples/recipes")
+    add("--data", type=Path, required=True, help="the dataset's folder, as unpacked")
+    add("--out", type=Path, required=True, help="the comparison's folder")
+    add("--cache", type=Path, help="for edits, fractals and raw copies; default OUT/cache")
     groups = ", ".join(GROUPS)
-    parser.add_argument("--methods", help=f"{groups}, or names, separated by commas; default decide")
-    parser.add_argument("--sets", default="all", help="images per class : updates, such as 10:1000,all:2000")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="for all methods")
-    parser.add_argument("--grid", action="append", default=[], metavar="SECTION.FIELD=VALUES", help="values to try")
-    parser.add_argument("--merge", action="append", default=[], type=Path, metavar="RECORD", help="runs made elsewhere")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    parser.add_argument("--threads", type=int, default=1, help="per run, for training and for loading")
-    parser.add_argument("--minutes", type=float, help="start no new run after this time")
-    parser.add_argument("--device", default="cpu")
-    resident = ("auto", "host", "device", "no")
-    parser.add_argument(
-        "--resident", choices=resident, default="auto", help="keep raw images in memory; auto: if they fit"
+    add(
+        "--methods",
+        help=f"names and groups ({groups}), divided by commas; {BASELINE} is always one; default decide",
     )
-    parser.add_argument("--channels-last", action="store_true", help="memory format; faster on most processors")
-    parser.add_argument("--table", action="store_true", help="run nothing; write the outputs of the finished runs")
+    add("--sets", default="all", help="images per class : updates, such as 10:1000,all:2000; default all")
+    add("--seeds", default="0,1,2", help="a run for each; default 0,1,2")
+    add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change the recipe of all runs")
+    add("--grid", action="append", default=[], metavar="SECTION.FIELD=VALUES", help="values to try, with commas")
+    add("--merge", action="append", default=[], type=Path, metavar="RECORD", help="a record.json made elsewhere")
+    add("--jobs", type=int, default=1, help="runs at a time; default 1")
+    add("--threads", type=int, default=1, help="per run, for training and for loading; default 1")
+    add("--minutes", type=float, help="start no new run after this time")
+    add("--device", default="cpu", help="cpu or cuda; default cpu")
+    resident = ("auto", "host", "device", "no")
+    add("--resident", choices=resident, default="auto", help="keep raw images in memory; auto: if they fit")
+    add("--channels-last", action="store_true", help="memory format; faster on most processors")
+    add("--table", action="store_true", help="run nothing; write the outputs of the finished runs")
     options = parser.parse_args(arguments)
     options.cache = options.cache or options.out / "cache"
     return options
@@ -500,30 +548,35 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     runs = plan(options)
     file = options.out / ("grid.json" if options.grid else "record.json")
-    before = recorded(file, options.merge, runs, options.recipe.name)
+    before = recorded(file, runs, options)
     missing = [run for run in runs if run.key not in before]
-    if options.resident == "auto" and missing and not options.table:
-        mixed = max(missing, key=lambda run: "mix.preset=none" not in run.changes)
-        recipe = Recipe.read(options.recipe, mixed.sets())
-        options.resident = "host" if raw_fits(recipe, parts(recipe, options.data)) else "no"
-    options.out.mkdir(parents=True, exist_ok=True)
-    failed = [] if options.table else execute(missing, options)
+    waiting = [] if options.table else [run for run in missing if not run.finished]
+    finished: list[Run] = []
+    failed: list[Run] = []
+    interrupted = False
+    if waiting:
+        check_data(waiting, options)
+        try:
+            with jobs.terminated_as_interrupted():
+                finished, failed = execute(waiting, options)
+        except KeyboardInterrupt:
+            interrupted = True
     results = list((before | {run.key: run.result() for run in missing if run.finished}).values())
-    if results and options.grid:
-        write_grid(options, results)
-    elif results:
-        write_record(file, options.recipe.name, results)
-        tables = f"{table(results)}\n{differences(results, BASELINE)}"
-        (options.out / "table.md").write_text(tables)
-        (options.out / "page.html").write_text(page(results, options.recipe.stem, BASELINE), encoding="utf-8")
-        picture(results, options.out / "compare.png", BASELINE)
-        print(tables, end="")
-        print(f"see {options.out / 'page.html'}")
+    if results:
+        options.out.mkdir(parents=True, exist_ok=True)
+        comparison_record.write(file, options.recipe.name, settings(runs, options), results)
+        (write_grid if options.grid else write)(options, results)
     unfinished = sum(not run.finished for run in missing)
+    left = f"{unfinished} of {len(runs)} runs are not finished; "
+    left += "run the command without --table." if options.table else "run the same command again."
+    if interrupted:
+        print(f"compare.py: interrupted; {left}", file=sys.stderr)
+        sys.exit(130)
     if failed:
-        sys.exit(f"compare.py: {len(failed)} runs failed; see output.txt in their folders.")
+        rest = " None finished, so no more were started." if not finished and unfinished > len(failed) else ""
+        sys.exit(f"compare.py: {len(failed)} of {len(waiting)} runs failed; see output.txt in their folders.{rest}")
     if unfinished:
-        print(f"{unfinished} of {len(runs)} runs are not finished; run the same command again.")
+        print(left)
 
 
 if __name__ == "__main__":
@@ -531,3 +584,5 @@ if __name__ == "__main__":
         main()
     except DiffuseMixError as error:
         sys.exit(f"compare.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

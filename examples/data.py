@@ -16,7 +16,7 @@ from recipe import Recipe
 from dali_diffusemix import Catalog, DiffuseMixDataset, PackConfig, pack
 from dali_diffusemix.base.memory import free_memory
 from dali_diffusemix.catalog import Split, index, read_layout
-from dali_diffusemix.errors import ConfigError, StoreError
+from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
 from dali_diffusemix.generate.quality import Thresholds
@@ -50,9 +50,16 @@ def shares(digests: list[bytes], seed: int, purpose: str) -> np.ndarray:
 def parts(recipe: Recipe, data: Path) -> Parts:
     """Divide a dataset as the recipe says.
 
-    Raises ConfigError if a class is left without images, and what `read_layout` raises.
+    Raises ConfigError if a class is left without images or has fewer than the recipe wants, or if the dataset's own
+    test images would be left out; and what `read_layout` raises.
     """
     rules = recipe.data
+    own = [name for name in ("val", "test") if (data / "train").is_dir() and (data / name).is_dir()]
+    if rules.test_share and rules.layout == "folder" and own:
+        raise ConfigError(
+            f"data.test_share must be 0 for a folder with {own[-1]}/, whose images would not be used, found "
+            f"{rules.test_share}; set data.test_share=0 and data.test={own[-1]}, or give the folder train/ as the data."
+        )
     root, everything = read_layout(rules.layout, data, rules.train)
     divided = rules.test_share > 0  # by the recipe, not by the dataset
     digests = hashes(root, everything) if divided or rules.held_out or rules.per_class else []
@@ -68,7 +75,13 @@ def parts(recipe: Recipe, data: Path) -> Parts:
         test = Split(root, some(rows[for_test], "testing"))
         rows = rows[~for_test]
     else:
-        test = read_layout(rules.layout, data, rules.test)
+        try:
+            test = read_layout(rules.layout, data, rules.test)
+        except CatalogError as error:
+            raise CatalogError(
+                f"data.test is {rules.test!r}: {error} data.test names the split to test on; data.test_share takes a "
+                "share of the training images instead."
+            ) from error
         if test.catalog.classes != everything.classes:
             raise ConfigError(
                 f"data.test: {rules.test!r} has {len(test.catalog.classes)} classes and {rules.train!r} has "
@@ -83,6 +96,13 @@ def parts(recipe: Recipe, data: Path) -> Parts:
         # Smaller training sets are subsets of larger ones.
         order = rows[np.argsort(shares(digests, rules.split_seed, "per class")[rows], kind="stable")]
         labels = everything.labels[order]
+        counts = np.bincount(labels, minlength=len(everything.classes))
+        if rules.per_class > counts.min():
+            raise ConfigError(
+                f"data.per_class must be at most {counts.min()}, the training images of "
+                f"{everything.classes[counts.argmin()]!r} without those for testing and validation, found "
+                f"{rules.per_class}."
+            )
         chosen = [order[labels == label][: rules.per_class] for label in range(len(everything.classes))]
         rows = np.sort(np.concatenate(chosen))
     train = some(rows, "training")

@@ -22,6 +22,7 @@ from dali_diffusemix import (
     TrainCrop,
     TrivialAugmentWide,
 )
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import PROMPTS
@@ -255,7 +256,10 @@ class Recipe:
         for change in changes:
             name, equals, value = change.partition("=")
             section, dot, key = name.strip().partition(".")
-            rule(bool(equals and dot), "--set", "section.field=value", change)
+            if not (equals and dot):
+                meant = [f"{one}.{key}" for one, of in get_type_hints(cls).items() for key in get_type_hints(of)]
+                like = next((one for one in meant if equals and one.endswith(f".{name.strip()}")), "")
+                raise ConfigError(f"--set must be section.field=value, found {change!r}{did_you_mean(like, meant)}")
             tables.setdefault(section, {})[key] = _value(value.strip())
         return cls.from_tables(tables)
 
@@ -274,15 +278,23 @@ class Recipe:
 
     def check_same(self, tables: Mapping[str, Any], where: str) -> None:
         """Raise ConfigError, with the difference, if a checkpoint is from another recipe."""
-        ours = self.tables()
-        for section, fields in ours.items():
-            for name, value in fields.items():
-                found = tables.get(section, {}).get(name)
-                if section != "evaluate" and _plain(found) != _plain(value):
-                    raise ConfigError(
-                        f"{where} is of another recipe: {section}.{name} is {found!r} there and {value!r} here; "
-                        "give the same recipe, or another --out."
-                    )
+        ours = {section: fields for section, fields in self.tables().items() if section != "evaluate"}
+        if differs := difference(tables, ours):
+            name, there, here = differs
+            raise ConfigError(
+                f"{where} is of another recipe: {name} is {there!r} there and {here!r} here; give the same recipe, or "
+                "another --out."
+            )
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Mapping[str, Any]]) -> tuple[str, Any, Any] | None:
+    """Return the first field of our tables that differs: its name, their value (None if they lack it) and ours."""
+    for section, fields in ours.items():
+        for name, value in fields.items():
+            found = theirs.get(section, {}).get(name)
+            if _plain(found) != _plain(value):
+                return f"{section}.{name}", found, value
+    return None
 
 
 def _plain(value: Any) -> Any:
@@ -301,7 +313,10 @@ def _build(cls: type, table: Mapping[str, Any], where: str) -> Any:
     hints = get_type_hints(cls)
     rule(isinstance(table, Mapping), where or "the recipe", "a table", table)
     if unknown := sorted(set(table) - set(hints)):
-        raise ConfigError(f"{where}{unknown[0]} is unknown; {where or 'sections: '}{', '.join(hints)}.")
+        what = f"fields of {where[:-1]}" if where else "sections of a recipe"
+        raise ConfigError(
+            f"{what} must be some of {', '.join(hints)}, found {unknown[0]!r}{did_you_mean(unknown[0], hints)}"
+        )
     values = {}
     for name, hint in hints.items():
         if name in table:

@@ -493,3 +493,6 @@ if __name__ == "__main__":
         main()
     except DiffuseMixError as error:
         sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

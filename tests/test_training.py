@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from PIL import Image
 
 from dali_diffusemix import Catalog, RandAugment, RandomErasing, TimmRandAugment, TrainCrop
-from dali_diffusemix.errors import ConfigError, DiffuseMixError
+from dali_diffusemix.errors import CatalogError, ConfigError, DiffuseMixError
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -40,8 +39,8 @@ def scripts() -> Iterator[SimpleNamespace]:
     """The modules of examples/, imported as the scripts import each other."""
     before = set(sys.modules)
     sys.path.insert(0, str(EXAMPLES))
-    names = ("batch_transforms", "compare", "comparison_page", "data", "evaluate", "models", "recipe", "significance")
-    names += ("train", "world")
+    names = ("batch_transforms", "compare", "comparison_page", "data", "evaluate", "jobs", "models", "recipe")
+    names += ("significance", "train", "world")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     sys.path.remove(str(EXAMPLES))
     for name in set(sys.modules) - before:
@@ -153,8 +152,13 @@ def test_a_recipe_names_what_is_wrong(scripts: SimpleNamespace, tmp_path: Path) 
     file = EXAMPLES / "recipes/cub.toml"
     for change, message in (
         ("train.lr=fast", "train.lr must be of kind float, found 'fast'"),
-        ("train.learning_rate=0.1", "train.learning_rate is unknown"),
-        ("training.lr=0.1", "training is unknown"),
+        (
+            "train.batchsize=8",
+            r"fields of train must be some of epochs, .* found 'batchsize'; did you mean 'batch_size'",
+        ),
+        ("training.lr=0.1", r"sections of a recipe must be some of .*, found 'training'; did you mean 'train'\?"),
+        ("lr=0.1", r"--set must be section.field=value, found 'lr=0.1'; did you mean 'train.lr'\?"),
+        ("train.lr", r"--set must be section.field=value, found 'train.lr'\."),
         ("train.lr", "--set must be section.field=value"),
         ("train.updates=5", "train.epochs or updates must be given, one of them"),
         ("data.layout=birds", "data.layout must be one of"),
@@ -543,27 +547,26 @@ def comparison(
         text = text.replace(old, new)
     recipe.write_text(text.replace("eval_resize = 73", "eval_resize = 36").replace("size = 128", "size = 48"))
 
-    # What compare.py does in threads and processes is done here, where all that it needs has been imported.
-    def process(command: list[str], **options: Any) -> Any:
-        script = {"train.py": scripts.train, "evaluate.py": scripts.evaluate}.get(Path(command[1]).name)
-        if script is None:
-            return subprocess.run(command, **options)
-        if run.fail and run.fail in command and script is scripts.train and "--prepare" not in command:
-            return SimpleNamespace(returncode=1)
+    # What compare.py does in processes is done here, where all that it needs has been imported.
+    def process(command: list[str], *, stdout: Any, **_: Any) -> Any:
+        script = {"train.py": scripts.train, "evaluate.py": scripts.evaluate}[Path(command[1]).name]
+        if script is scripts.train and "--prepare" not in command:
+            if run.interrupt and run.interrupt in command:
+                raise KeyboardInterrupt
+            if run.fail and run.fail in command:
+                stdout.write("first\nthe reason\n\n")
+                return SimpleNamespace(poll=lambda: 1)
         script.main(command[2:])
-        return SimpleNamespace(returncode=0)
+        return SimpleNamespace(poll=lambda: 0)
 
-    def thread(target: Callable[[], None]) -> Any:
-        return SimpleNamespace(start=target, join=lambda: None)
-
-    monkeypatch.setattr(scripts.compare, "subprocess", SimpleNamespace(run=process))
-    monkeypatch.setattr(scripts.compare, "threading", SimpleNamespace(Thread=thread, Lock=threading.Lock))
+    monkeypatch.setattr(scripts.jobs, "subprocess", SimpleNamespace(**{**vars(subprocess), "Popen": process}))
 
     def run(*more: str, out: str = "out", record: str = "record.json") -> dict[str, Any]:
         scripts.compare.main([str(recipe), "--data", str(data), "--out", str(tmp_path / out), *more])
         return json.loads((tmp_path / out / record).read_text())
 
     run.fail = ""  # a change; runs with it fail
+    run.interrupt = ""  # a change; Ctrl-C in the first run with it
     return run
 
 
@@ -615,19 +618,104 @@ def test_a_comparison_is_made_in_pieces(
 
 
 def test_a_failed_run_is_made_again_and_the_rest_kept(comparison: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    arguments = ("--methods", "vanilla,CutMix", "--sets", "all:3", "--seeds", "0")
+    arguments = ("--methods", "vanilla, CutMix", "--sets", "all:3", "--seeds", "0")
     comparison.fail = 'train.augment=["cutmix"]'
-    with pytest.raises(SystemExit, match=r"1 runs failed; see output\.txt"):
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed; see output\.txt in their folders\.$"):
         comparison(*arguments)
-    assert "FAILED all a class, CutMix, seed 0" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "FAILED all a class, CutMix, seed 0: the reason\n  see " in out
     comparison.fail = "mix.preset=none"  # what is finished is not run again
-    with pytest.raises(SystemExit, match="1 runs failed"):
+    with pytest.raises(SystemExit, match="1 of 1 runs failed"):
         comparison(*arguments)
+    comparison.fail = "train.seed=1"  # what fails first would fail always
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed; .* None finished, so no more were started\."):
+        comparison(*arguments, "--seeds", "1,2", "--methods", "vanilla")
     comparison.fail = ""
     assert [one["method"] for one in comparison(*arguments)["runs"]] == ["vanilla", "CutMix"]
-    later = comparison(*arguments, "--minutes", "0", "--methods", "vanilla,MixUp")
+    capfd.readouterr()
+    later = comparison(*arguments, "--minutes", "0", "--methods", "MixUp")
     assert len(later["runs"]) == 2
     assert "1 of 2 runs are not finished; run the same command again." in capfd.readouterr().out
+    comparison(*arguments, "--table", "--methods", "MixUp")
+    assert "1 of 2 runs are not finished; run the command without --table." in capfd.readouterr().out
+
+
+def test_an_interrupted_comparison_says_what_it_has(
+    comparison: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("--methods", "CutMix", "--sets", "all:3", "--seeds", "0,1")
+    comparison.interrupt = 'train.augment=["cutmix"]'
+    with pytest.raises(SystemExit) as ended:
+        comparison(*arguments)
+    assert ended.value.code == 130
+    found = capfd.readouterr()
+    assert "interrupted; 3 of 4 runs are not finished; run the same command again." in found.err
+    assert "| vanilla |" in found.out
+    assert "vanilla" in (tmp_path / "out/page.html").read_text()
+    comparison.interrupt = ""
+    assert len(comparison(*arguments)["runs"]) == 4
+
+
+def test_runs_of_other_settings_are_never_mixed(
+    comparison: Callable[..., dict[str, Any]], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    some = ("--methods", "vanilla", "--sets", "all:2", "--seeds", "0")
+    record = tmp_path / "out/record.json"
+    first = comparison(*some)
+    assert first["settings"]["train"]["lr"] == 0.05 and "updates" not in first["settings"]["train"]
+    recipe = tmp_path / "tiny.toml"
+    text = recipe.read_text()
+
+    def refused(message: str, *arguments: str) -> None:
+        before = record.read_bytes() if record.exists() else None
+        with pytest.raises(ConfigError, match=message):
+            comparison(*some, *arguments)
+        assert (record.read_bytes() if record.exists() else None) == before
+
+    other = r"train\.lr is 0\.05 there and 0\.4 here"
+    refused(other, "--set", "train.lr=0.4")
+    refused("found 2 and 3 for all images a class", "--sets", "all:3")
+    refused(r"evaluate\.fgsm is \[4\.0\] there", "--set", "evaluate.fgsm=[2]")
+    recipe.write_text(re.sub(r"(?m)^lr = 0.05", "lr = 0.4", text))
+    refused(other, "--seeds", "0,1")
+    refused(other, "--merge", str(record), "--out", str(tmp_path / "elsewhere"))
+    record.rename(tmp_path / "moved.json")  # the runs' folders tell it, too
+    refused(other)
+    recipe.write_text(text)
+    refused("train.updates is 2 there and 3 here", "--sets", "all:3")
+    refused(r"evaluate\.fgsm is \[4\.0\] there", "--set", "evaluate.fgsm=[2]")
+    assert comparison(*some)["runs"] == first["runs"]
+    # Records that are none, or older.
+    for content, message in (
+        ("{", "is no record of a comparison"),
+        ("[]", "is no record of a comparison"),
+        ('{"recipe": "tiny.toml", "settings": {}, "runs": [{}]}', "is no record of a comparison"),
+        (json.dumps({**first, "settings": None}), "does not tell its recipe's settings"),
+        (json.dumps({**first, "recipe": "cub.toml"}), r"is of the recipe cub\.toml, not of tiny\.toml"),
+    ):
+        (tmp_path / "bad.json").write_text(content)
+        refused(message, "--merge", str(tmp_path / "bad.json"))
+    moved = [{**first["runs"][0], "seed": 1, "changes": [*first["runs"][0]["changes"][:-1], "train.seed=1"]}]
+    moved[0]["test_fingerprint"] = "of other images"
+    (tmp_path / "bad.json").write_text(json.dumps({**first, "runs": moved}))
+    refused("are of different test images", "--seeds", "0,1", "--merge", str(tmp_path / "bad.json"))
+    moved[0] |= {"test_fingerprint": first["runs"][0]["test_fingerprint"], "changes": ["mix.preset=paper"]}
+    (tmp_path / "bad.json").write_text(json.dumps({**first, "runs": moved}))
+    capfd.readouterr()
+    comparison(*some, "--merge", str(tmp_path / "bad.json"))
+    assert "bad.json: 0 of its 1 runs belong to this comparison" in capfd.readouterr().out
+    shown = comparison(*some, "--merge", str(record), "--table", out="elsewhere")
+    assert shown["runs"] == first["runs"]
+
+
+def test_methods_and_sets_in_words(scripts: SimpleNamespace) -> None:
+    methods, sets = scripts.compare.methods_of, scripts.compare.sets_of
+    curve = list(scripts.compare.GROUPS["curve"])
+    assert methods(" curve , CutMix", True) == [*curve, "CutMix"]
+    assert methods("CutMix,curve", True) == ["vanilla", "CutMix", *curve[1:]]
+    assert methods("CutMix", False) == ["CutMix"]
+    assert sets("20:5, all", False) == [("20", 5), ("all", None)]
+    assert sets("all:4,all:8", True) == [("all", 4), ("all", 8)]
 
 
 def test_a_grid_is_judged_by_validation_alone(
@@ -658,35 +746,37 @@ def test_a_grid_is_judged_by_validation_alone(
     }
 
 
-def test_comparisons_that_cannot_be_made(
-    comparison: Callable[..., dict[str, Any]], scripts: SimpleNamespace, tmp_path: Path
-) -> None:
+def test_comparisons_that_cannot_be_made(comparison: Callable[..., dict[str, Any]], tmp_path: Path) -> None:
+    of_set = "--sets must be images per class .*, found "
     for arguments, message in (
-        (("--methods", "vanilla,Mixup"), "--methods must be one of decide, evidence.* found 'Mixup'"),
+        (("--methods", "vanilla,Mixup"), "--methods must be some of decide, .* found 'Mixup'; did you mean 'MixUp'?"),
+        (("--methods", "vanilla,AugMix"), "found 'AugMix'; "),
+        (("--methods", "vanilla,"), "--methods must be a list divided by commas, without empty places"),
+        (("--seeds", "0,x"), "--seeds must be whole numbers from 0, such as 0,1,2, found '0,x'"),
+        (("--seeds", "0,"), "--seeds must be a list divided by commas"),
+        (("--seeds", "0,0"), "--seeds must be a list without repetitions such as 0"),
+        (("--sets", "all:many"), f"{of_set}'all:many'"),
+        (("--sets", "10:20:30"), f"{of_set}'10:20:30'"),
+        (("--sets", "0:20"), f"{of_set}'0:20'"),
+        (("--sets", "all:2,all:3"), "--sets must be one number of updates for all images a class"),
+        (
+            ("--sets", "5000:2"),
+            r"data\.per_class must be at most \d+, the training images of '.*' .* found 5000",
+        ),
+        (("--jobs", "0"), "--jobs must be at least 1, found 0"),
+        (("--threads", "0"), "--threads must be at least 1, found 0"),
+        (("--minutes", "-1"), "--minutes must be at least 0, found -1"),
         (("--grid", "train.lr"), "--grid must be section.field=value,value, found 'train.lr'"),
+        (("--grid", "train.lr=0.1,0.1"), "--grid train.lr must be a list without repetitions such as 0.1"),
         (("--merge", "none.json"), "there is no record 'none.json'"),
         (("--set", "train.lr=0"), "train.lr must be above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             comparison(*arguments)
-    wanted = ("--methods", "vanilla", "--sets", "all:2", "--seeds", "0,1")
-    common = ["--data", str(tmp_path), "--out", str(tmp_path / "out")]
-    planned = scripts.compare.plan(scripts.compare.parse([str(tmp_path / "tiny.toml"), *common, *wanted]))
-    merge = {}
-    for name, recipe, run, tested in (
-        ("a", "tiny.toml", planned[0], "x"),
-        ("b", "tiny.toml", planned[1], "y"),
-        ("c", "cub.toml", planned[1], "x"),
-    ):
-        one = {"method": "vanilla", "images_per_class": "all", "seed": run.seed, "changes": run.sets()}
-        one |= {"test_images": 5, "test_fingerprint": tested}
-        file = tmp_path / f"{name}.json"
-        file.write_text(json.dumps({"recipe": recipe, "runs": [one]}))
-        merge[name] = ("--merge", str(file))
-    with pytest.raises(ConfigError, match="are of different test images"):
-        comparison(*wanted, *merge["a"], *merge["b"])
-    with pytest.raises(ConfigError, match=r"is of the recipe cub\.toml, not of tiny\.toml"):
-        comparison(*wanted, *merge["a"], *merge["c"])
+    for resident in ("no", "auto"):
+        with pytest.raises(CatalogError, match="there is no such folder"):
+            comparison("--data", str(tmp_path / "nothing"), "--resident", resident)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_that_counts_epochs_is_compared_at_equal_updates(scripts: SimpleNamespace, tmp_path: Path) -> None:
