@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
-from significance import LEVEL, Comparison, compare, from_text, points, sentence
+from significance import LEVEL, Comparison, compare, counted, from_text, points, sentence
 
 Result = Mapping[str, Any]
 
-FITTED = 0.1  # training loss above which a network does not fit its training images yet
+FITTED = 0.05  # training loss above which a network does not fit its training images yet
 PALETTE = ("#2f6fbb", "#c8501e", "#3a8f5c", "#8a5bb5", "#b8860b", "#c2417f", "#2b98a4", "#7a6a58", "#6b7f1f", "#5566dd")
 VERDICTS = {
     "better": ("better", "better"),
@@ -88,7 +88,7 @@ def _ordered(results: Iterable[Result], name: str) -> list[Any]:
 
 
 def _of_set(images: str) -> str:
-    return "all images" if images == "all" else f"{images} images a class"
+    return "all images" if images == "all" else f"{images} image{'' if images == '1' else 's'} a class"
 
 
 def _colours(methods: Sequence[str], baseline: str) -> dict[str, str]:
@@ -112,19 +112,22 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
     colours = _colours(methods, baseline)
     body = [
         f"<header><h1>Does it help? <span>{html.escape(name)}</span></h1><p>{_facts(results, baseline)}</p></header>",
-        _summary(clean, sets),
+        _summary(clean, results, sets, baseline),
         _warning(results, sets, baseline),
-        f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets)}</section>" if clean else "",
+        f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets, baseline)}</section>"
+        if clean
+        else "",
         _accuracies(results, sets, methods, baseline),
         _curves(results, sets, methods, colours),
     ]
     for title, measure in (("On corrupted test images", CORRUPTED), ("Under attack: FGSM", ATTACKED)):
         if found := compared(results, measure, baseline):
             body.append(
-                f"<section><h2>{title}</h2><p>Accuracy on {measure.name}.</p>{_summary(found, sets)}"
-                f"<details><summary>Every comparison</summary>{_verdicts(found, results, sets)}</details></section>"
+                f"<section><h2>{title}</h2><p>Accuracy on {measure.name}.</p>"
+                f"{_summary(found, results, sets, baseline)}<details><summary>Every comparison</summary>"
+                f"{_verdicts(found, results, sets, baseline)}</details></section>"
             )
-    body += [_details(results, sets, methods), _cost(results, sets, methods), _reading(results, clean, baseline)]
+    body += [_details(results, sets, methods), _cost(results, sets, methods), _reading(results, baseline)]
     style = Path(__file__).with_suffix(".css").read_text()
     return (
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
@@ -133,22 +136,41 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
 
 
 def differences(results: Sequence[Result], baseline: str) -> str:
-    """Return a Markdown table of the differences from the baseline, in points, and what they show.
+    """Return a Markdown table of the differences from the baseline, in points, and what they show; "" without methods.
 
-    A row per method; a column per training set, then two for the last set: corrupted images and FGSM.
+    A row per method; a column per training set, then two for the last set: corrupted images and FGSM. A line below says
+    what the intervals and labels are.
     """
-    sets, methods = _ordered(results, "images_per_class"), _ordered(results, "method")
+    sets = _ordered(results, "images_per_class")
+    methods = [name for name in _ordered(results, "method") if name != baseline]
+    if not methods:
+        return ""
     last = _of_set(sets[-1])
     measures = [(_of_set(images), images, CLEAN) for images in sets]
     measures += [(f"{last}, corrupted", sets[-1], CORRUPTED), (f"{last}, FGSM", sets[-1], ATTACKED)]
     found = {measure.name: compared(results, measure, baseline) for measure in (CLEAN, CORRUPTED, ATTACKED)}
-    shown = [(head, images, found[measure.name]) for head, images, measure in measures if found[measure.name]]
+    shown = [
+        (head, images, found[measure.name])
+        for head, images, measure in measures
+        if measure is CLEAN or found[measure.name]
+    ]
+    absent = {
+        images: f"{baseline} has no run yet" if _without(results, images, baseline) else "nothing to compare yet"
+        for images in sets
+    }
     lines = [f"| against {baseline} | {' | '.join(head for head, *_ in shown)} |", "| --- |" + " --- |" * len(shown)]
     for method in methods:
-        if method == baseline:
-            continue
-        cells = [_difference(of[images, method]) if (images, method) in of else "" for _, images, of in shown]
+        cells = [_difference(of[at, method]) if (at, method) in of else absent[at] for _, at, of in shown]
         lines.append(f"| {method} | {' | '.join(cells)} |")
+    names = ((CLEAN, "on clean images"), (CORRUPTED, "on corrupted images"), (ATTACKED, "under FGSM"))
+    tested = {name: sum(one.p_seeds is not None for one in found[of.name].values()) for of, name in names}
+    groups = ", ".join(f"{counted(number, 'comparison')} {name}" for name, number in tested.items() if number)
+    lines.append(
+        "\nIn brackets: the 95 % interval of the difference over seeds, each by itself. Labels: at the 5 % level, "
+        f"after Holm's correction for {groups}, each of these groups by itself, over all training sets."
+        if groups
+        else "\nOne seed gives no interval and does not show whether there is a difference."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -162,36 +184,68 @@ def _facts(results: Sequence[Result], baseline: str) -> str:
     methods, seeds = _ordered(results, "method"), sorted({one["seed"] for one in results})
     others = len(methods) - (baseline in methods)
     tested = sorted({one["test_images"] for one in results})
+    against = (
+        f"{counted(others, 'method')} against {html.escape(baseline)}" if others else f"{html.escape(baseline)} alone"
+    )
+    images = " and ".join([*(f"{one:,}" for one in tested[:-1]), counted(tested[-1], "test image")])
     return (
-        f"{others} {'method' if others == 1 else 'methods'} against {html.escape(baseline)} &middot; "
-        f"{len(results)} runs, {len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} &middot; "
-        f"{' and '.join(f'{one:,}' for one in tested)} test images, never used to choose anything"
+        f"{against} &middot; {counted(len(results), 'run')}, {counted(len(seeds), 'seed')} &middot; "
+        f"{images}, never used to choose anything"
     )
 
 
-def _summary(found: Mapping[tuple[str, str], Comparison], sets: Sequence[str]) -> str:
+def _summary(
+    found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], sets: Sequence[str], baseline: str
+) -> str:
     """Say in a line for each training set how many methods are better, worse, and neither."""
     lines = []
     for images in sets:
         of_set = [one for (at, _), one in found.items() if at == images]
-        if not of_set:
-            continue
-        verdicts, baseline = [one.verdict for one in of_set], html.escape(of_set[0].baseline)
-        counts = {name: verdicts.count(name) for name in ("better", "worse", "unclear")}
-        rest = len(verdicts) - sum(counts.values())
-        shown = {name: f"<b class={name}>{number} {name}</b>" for name, number in counts.items() if number}
-        said = [shown[name] for name in ("better", "worse") if name in shown]
-        if set(verdicts) == {"unknown"}:
-            text = "one seed, which cannot tell"
-        elif shown:
-            parts = [f"{' and '.join(said)} than {baseline}"] if said else []
-            parts += [shown["unclear"]] if "unclear" in shown else []
-            parts += [f"no difference shown for {rest}"] if rest else []
-            text = f"of {len(verdicts)} methods, {'; '.join(parts)}"
-        else:
-            text = f"no difference from {baseline} is shown for any of {len(verdicts)} methods"
-        lines.append(f"<li><b>{_of_set(images).capitalize()}</b>: {text}.</li>")
+        parts = [_counts(of_set)] if of_set else []
+        if any(one.verdict == "none" and one.blind for one in of_set):
+            parts.append("with so few seeds none could be found")
+        parts += [html.escape(missing)] if (missing := _missing(found, results, images, baseline)) else []
+        if parts:
+            lines.append(f"<li><b>{_of_set(images).capitalize()}</b>: {'; '.join(parts)}.</li>")
     return f"<ul class=lead>{''.join(lines)}</ul>" if lines else "<p class=lead>There is nothing to compare yet.</p>"
+
+
+def _counts(of_set: Sequence[Comparison]) -> str:
+    """Say how many comparisons of a training set have which verdict."""
+    verdicts, baseline = [one.verdict for one in of_set], html.escape(of_set[0].baseline)
+    shown = {name: f"<b class={name}>{verdicts.count(name)} {name}</b>" for name in ("better", "worse", "unclear")}
+    shown = {name: text for name, text in shown.items() if name in verdicts}
+    none, unknown = verdicts.count("none"), verdicts.count("unknown")
+    if unknown == len(verdicts):
+        return "one seed, which cannot tell"
+    if len(verdicts) == 1:
+        method = html.escape(of_set[0].method)
+        if none:
+            return f"no difference of {method} from {baseline} is shown"
+        if "unclear" in shown:
+            return f"it is <b class=unclear>unclear</b> whether {method} differs from {baseline}"
+        return f"{method} is <b class={verdicts[0]}>{verdicts[0]}</b> than {baseline}"
+    if none == len(verdicts):
+        return f"no difference from {baseline} is shown for any of {none} methods"
+    said = [shown[name] for name in ("better", "worse") if name in shown]
+    parts = [f"{' and '.join(said)} than {baseline}"] if said else []
+    parts += [shown["unclear"]] if "unclear" in shown else []
+    parts += [f"no difference{'' if said else f' from {baseline}'} shown for {none}"] if none else []
+    parts += [f"{unknown} {'has' if unknown == 1 else 'have'} one seed, which cannot tell"] if unknown else []
+    return f"of {len(verdicts)} methods, {'; '.join(parts)}"
+
+
+def _missing(found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], images: str, baseline: str) -> str:
+    """Say what of a training set cannot be compared yet; "" if there is nothing like it."""
+    if _without(results, images, baseline):
+        return f"{baseline} has no run yet"
+    names = [name for name in _ordered(results, "method") if name != baseline and (images, name) not in found]
+    return f"nothing to compare yet for {', '.join(names)}" if names else ""
+
+
+def _without(results: Sequence[Result], images: str, baseline: str) -> bool:
+    """Whether the baseline has no run with a training set."""
+    return not any((one["images_per_class"], one["method"]) == (images, baseline) for one in results)
 
 
 def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> str:
@@ -200,7 +254,7 @@ def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> s
     for images in sets:
         of = [one for one in results if one["images_per_class"] == images and one["method"] == baseline]
         if of and (loss := statistics.fmean(one["last_loss"] for one in of)) > FITTED:
-            short.append(f"{loss:.2f} with {_of_set(images)} after {of[0]['updates']:,} updates")
+            short.append(f"{loss:.2f} with {_of_set(images)} after {counted(of[0]['updates'], 'update')}")
     if not short:
         return ""
     return (
@@ -210,15 +264,15 @@ def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> s
     )
 
 
-def _verdicts(found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], sets: Sequence[str]) -> str:
-    """Return every comparison with its sentence, by training set."""
+def _verdicts(
+    found: Mapping[tuple[str, str], Comparison], results: Sequence[Result], sets: Sequence[str], baseline: str
+) -> str:
+    """Return every comparison with its sentence, by training set, and what cannot be compared yet."""
     blocks = []
     for images in sets:
         rows = [(method, one) for (at, method), one in found.items() if at == images]
-        if not rows:
-            continue
         rows.sort(key=lambda row: -row[1].mean)
-        reach = max(max(map(abs, (one.mean, *(one.interval or ())))) for _, one in rows) or 0.01
+        reach = max((abs(end) for _, one in rows for end in (one.mean, *(one.interval or ()))), default=0.0) or 0.01
         items = []
         for method, one in rows:
             kind, label = VERDICTS[one.verdict]
@@ -228,24 +282,33 @@ def _verdicts(found: Mapping[tuple[str, str], Comparison], results: Sequence[Res
                 f"<p>{html.escape(sentence(one))}</p></li>"
             )
         of = next(one for one in results if one["images_per_class"] == images)
-        size = f"{of['training_images']:,} images, {of['updates']:,} updates"
-        blocks.append(
-            f"<h3>{_of_set(images).capitalize()} <small>{size}</small></h3><ul class=verdicts>{''.join(items)}</ul>"
-        )
-    return f"<p>{_about(found)}</p>{''.join(blocks)}"
+        size = f"{counted(of['training_images'], 'image')}, {counted(of['updates'], 'update')}"
+        blocks.append(f"<h3>{_of_set(images).capitalize()} <small>{size}</small></h3>")
+        if items:
+            blocks.append(f"<ul class=verdicts>{''.join(items)}</ul>")
+        if missing := _missing(found, results, images, baseline):
+            blocks.append(f"<p class=missing>{html.escape(missing[:1].upper() + missing[1:])}.</p>")
+    return f"{_about(found)}{''.join(blocks)}"
 
 
 def _about(found: Mapping[tuple[str, str], Comparison]) -> str:
-    """Say what all p-values of a section have in common."""
-    freedoms = sorted({one.noise.freedom for one in found.values() if one.noise is not None})
-    if not freedoms:
+    """Say what all p-values of a section have in common; "" if there are none."""
+    noises = [one.noise for one in found.values() if one.noise is not None]
+    seeds, images = len(noises), sum(one.p_images is not None for one in found.values())
+    if not seeds and not images:
         return ""
-    corrected = f", after Holm's correction for {len(found)} comparisons" if len(found) > 1 else ""
-    freedom = f"{' or '.join(map(str, freedoms))} degrees of freedom"
-    pooled = max(one.methods for one in found.values()) > 2
-    return f"p-values are two-sided{corrected}. The t-tests have {freedom}" + (
-        ": their variance is pooled over the methods of a training set." if pooled else "."
-    )
+    text = "p-values are two-sided"
+    if seeds and images and seeds != images:
+        text += f", after Holm's correction for {counted(seeds, 'comparison')} over seeds and {images} over images"
+    elif max(seeds, images) > 1:
+        text += f", after Holm's correction for {max(seeds, images)} comparisons"
+    if seeds:
+        *some, last = sorted({one.freedom for one in noises})
+        text += f". The {'t-test has' if seeds == 1 else 't-tests have'} {''.join(f'{one} or ' for one in some)}"
+        text += f"{counted(last, 'degree')} of freedom"
+        if max(one.methods for one in found.values()) > 2:
+            text += f": {'its' if seeds == 1 else 'their'} variance is pooled over the methods of a training set"
+    return f"<p>{text}.</p>"
 
 
 def _strip(one: Comparison, reach: float, kind: str) -> str:
@@ -285,8 +348,10 @@ def _accuracies(results: Sequence[Result], sets: Sequence[str], methods: Sequenc
             f"<figure><figcaption>{_of_set(images).capitalize()}</figcaption>{_dots(values, baseline)}</figure>"
         )
     return (
-        "<section><h2>Accuracy of every run</h2><p>A dot is a run. The line is the mean of a method, the bar its 95 % "
-        f"interval over seeds. Test top-1, %.</p><div class=charts>{''.join(charts)}</div></section>"
+        "<section><h2>Accuracy of every run</h2><p>Test top-1, %. A dot is a run. The line is the mean of a method, "
+        "the bar its 95 % interval over seeds, of this method's own deviation. The sentences about differences take "
+        "the deviation pooled over all methods instead, and compare equal seeds, so bars may overlap where a "
+        f"difference is shown, and the other way round.</p><div class=charts>{''.join(charts)}</div></section>"
     )
 
 
@@ -294,7 +359,7 @@ def _dots(values: Mapping[str, Sequence[float]], baseline: str) -> str:
     bars = {method: _interval(of) for method, of in values.items()}
     ends = [end for of in values.values() for end in of] + [end for bar in bars.values() if bar for end in bar]
     low, high = max(min(ends), 0.0), min(max(ends), 100.0)
-    low, high = (low - 1, high + 1) if high - low < 1 else (low, high)
+    low, high = (max(low - 1, 0.0), min(high + 1, 100.0)) if high - low < 1 else (low, high)
     left, width, top, step = 158, 192, 6, 25
     height = top + step * len(values)
 
@@ -366,6 +431,7 @@ def _lines(lines: Mapping[str, Sequence[tuple[float, float]]], colours: Mapping[
     ys = [value(y) for of in lines.values() for _, y in of]
     low, high = min(ys), max(ys)
     low, high = (low - 0.1, high + 0.1) if high - low < 0.2 else (low, high)
+    low, high = (low, high) if log else (max(low, 0.0), min(high, 100.0))
     last = max(at for of in lines.values() for at, _ in of)
     left, width, top, tall = 40, 308, 8, 170
 
@@ -410,7 +476,7 @@ def _details(results: Sequence[Result], sets: Sequence[str], methods: Sequence[s
     blocks = []
     for images in sets:
         of_set = [one for one in results if one["images_per_class"] == images]
-        names = list(dict.fromkeys(name for one in of_set for name in one.get("corrupted_top1", {})))
+        names = list(dict.fromkeys(name for one in of_set for name, of in one.get("corrupted_top1", {}).items() if of))
         strengths = list(dict.fromkeys(level for one in of_set for level in one["fgsm_top1"]))
         rows = []
         for method in methods:
@@ -418,7 +484,7 @@ def _details(results: Sequence[Result], sets: Sequence[str], methods: Sequence[s
             if not runs:
                 continue
             spoilt = [
-                [statistics.fmean(one["corrupted_top1"][name].values()) for one in runs if "corrupted_top1" in one]
+                [statistics.fmean(of.values()) for one in runs if (of := one.get("corrupted_top1", {}).get(name))]
                 for name in names
             ]
             attacked = [[one["fgsm_top1"][level] for one in runs if level in one["fgsm_top1"]] for level in strengths]
@@ -466,31 +532,33 @@ def _cost(results: Sequence[Result], sets: Sequence[str], methods: Sequence[str]
 
 def _machine(found: Mapping[str, Any]) -> str:
     gpu = f", {found['gpu']['name']}" if "gpu" in found else ""
-    return f"{found.get('cores')} cores of {found.get('processor')}{gpu}, torch {found.get('torch')}"
+    cores = f"{found.get('cores')} {'core' if found.get('cores') == 1 else 'cores'}"
+    return f"{cores} of {found.get('processor')}{gpu}, torch {found.get('torch')}"
 
 
-def _reading(results: Sequence[Result], found: Mapping[tuple[str, str], Comparison], baseline: str) -> str:
+def _reading(results: Sequence[Result], baseline: str) -> str:
     commits = sorted({one["commit"][:12] + ("+" if one["commit"].endswith("+") else "") for one in results})
-    base = html.escape(baseline)
+    base, head = html.escape(baseline), "Commit" if len(commits) == 1 else "Commits"
     return f"""<section><h2>How to read this</h2><dl>
 <dt>Better, worse
 <dd>The difference from {base} is larger than two kinds of luck. Of the seeds: a paired t-test over seeds, its variance
 pooled over all methods of the training set. Of the test images: an exact sign-flip test over the images, which with one
-seed is McNemar's. Both at the 5 % level, after Holm's correction for all {len(found)} comparisons of a section.
+seed is McNemar's. Both at the 5 % level, after Holm's correction for the number of comparisons of a section.
 <dt>Unclear
 <dd>Larger than the noise of the seeds, but the test images may be luck, or the seeds of this method vary more than
-those of the others.
+those of the others, or all seeds gave the same difference.
 <dt>No difference shown
 <dd>That is not equality. The sentence says which true difference this comparison would have found four times out of
-five; anything smaller stays open. More seeds find smaller ones.
+five; anything smaller stays open. More seeds find smaller ones. With few seeds and few methods it may find none.
 <dt>Interval
-<dd>95 % for each comparison by itself, over seeds. It is not corrected for the number of comparisons.
+<dd>95 % for each comparison by itself, over seeds, and no wider than accuracies can differ. It is not corrected for the
+number of comparisons, so that one without zero may have no difference shown: its sentence says so.
 <dt>What the t-test assumes
 <dd>Runs of all methods vary alike, and about normally. With three seeds nobody can check that.
 <dt>What is not claimed
 <dd>Anything about other data, networks or lengths of training, or about learning rates chosen for each method: all have
 those of {base}. The sections on corrupted and attacked images are corrected each by itself.
-</dl><p class=small>Commits: {html.escape(", ".join(commits))}. Checkpoints were chosen on held-out images and scored
+</dl><p class=small>{head}: {html.escape(", ".join(commits))}. Checkpoints were chosen on held-out images and scored
 once on the test images.</p></section>"""
 
 
@@ -529,11 +597,14 @@ def picture(results: Sequence[Result], file: Path, baseline: str) -> None:
             mean = statistics.fmean(found)
             if bar := _interval(found):
                 axes.plot(bar, [row, row], color=colours[method], linewidth=7, alpha=0.2, solid_capstyle="butt")
-            axes.plot(found, [row] * len(found), "o", color=colours[method], markersize=4, alpha=0.6)
-            axes.plot([mean] * 2, [row - 0.32, row + 0.32], color=colours[method], linewidth=2.5)
+            axes.plot(found, [row] * len(found), "o", color=colours[method], markersize=4, alpha=0.6, clip_on=False)
+            axes.plot([mean] * 2, [row - 0.32, row + 0.32], color=colours[method], linewidth=2.5, clip_on=False)
             if method == baseline:
                 axes.axvline(mean, color="#8a8a8a", linewidth=0.8, linestyle=":")
-        axes.set(title=_of_set(images), xlabel="test top-1, %; bars: 95 % over seeds")
+        left, right = axes.get_xlim()
+        axes.set_xlim(max(left, 0), min(right, 100))
+        label = "test top-1, %; bars: 95 % over seeds,\nof each method's own deviation"
+        axes.set(title=_of_set(images), xlabel=label)
         axes.set_yticks(range(len(methods)), methods[::-1] if column == 0 else [""] * len(methods))
         axes.grid(axis="x", alpha=0.25)
         for at, name in enumerate(curves, 1):
@@ -551,6 +622,9 @@ def picture(results: Sequence[Result], file: Path, baseline: str) -> None:
             axes.set(xlabel="updates", ylabel="validation top-1, %" if name == "valid_top1" else "training loss")
             if name == "losses":
                 axes.set_yscale("log")
+            else:
+                low, high = axes.get_ylim()
+                axes.set_ylim(max(low, 0), min(high, 100))
             axes.grid(alpha=0.25)
     for axes in panels.flat:
         axes.spines[["top", "right"]].set_visible(False)

@@ -154,8 +154,8 @@ class Comparison:
     baseline: str
     differences: tuple[float, ...]  # of accuracy, method less baseline, for each seed that both have
     images: int | None  # that both were tested on; None: what they got right is not recorded
-    methods: int  # over which the variance is pooled
-    comparisons: int  # that the p-values are corrected for
+    methods: int  # over which the variance is pooled: those with two seeds or more
+    comparisons: int  # that p_seeds is corrected for: those with two seeds or more
     noise: Noise | None  # None: one seed, which does not tell
     p_seeds: float | None  # corrected
     p_images: float | None  # corrected
@@ -166,11 +166,16 @@ class Comparison:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the difference over seeds, of this comparison by itself."""
+        """The 95 % interval of the difference over seeds, of this comparison by itself, within -1 to 1."""
         if self.noise is None:
             return None
         half = self.noise.of_difference(len(self.differences)) * float(stats.t.isf(LEVEL / 2, self.noise.freedom))
-        return self.mean - half, self.mean + half
+        return max(self.mean - half, -1.0), min(self.mean + half, 1.0)
+
+    @property
+    def alone(self) -> bool:
+        """Whether the test over seeds is significant before the correction: the interval excludes zero."""
+        return self.interval is not None and (self.interval[0] > 0 or self.interval[1] < 0)
 
     @property
     def smallest(self) -> float | None:
@@ -181,22 +186,34 @@ class Comparison:
         return smallest(error, self.noise.freedom, LEVEL / self.comparisons)
 
     @property
+    def blind(self) -> bool:
+        """Whether no difference would be found four times out of five: accuracies differ by 100 points at most."""
+        return self.smallest is not None and self.smallest > 1
+
+    @property
     def uneven(self) -> bool:
         """Whether its seeds differ more than the pooled noise explains, so that the pooled test is too kind to it."""
         if self.noise is None or len(self.differences) < 3 or self.noise.freedom < len(self.differences):
             return False
-        spread = float(np.var(self.differences, ddof=1)) / (2 * self.noise.deviation**2 or 1.0)
+        if self.still:
+            return False
+        spread = float(np.var(self.differences, ddof=1)) / (2 * self.noise.deviation**2)
         freedom = len(self.differences) - 1
         return bool(spread * freedom > stats.chi2.isf(0.01, freedom))
 
     @property
+    def still(self) -> bool:
+        """Whether all seeds gave the same difference, so that there is no noise to compare with."""
+        return self.noise is not None and self.noise.deviation < 1e-12
+
+    @property
     def verdict(self) -> str:
-        """Better, worse, unclear (the images may be luck, or seeds vary unevenly), none or unknown (one seed)."""
+        """Better, worse, unclear (images may be luck, or seeds vary unevenly or not), none or unknown (one seed)."""
         if self.p_seeds is None:
             return "unknown"
         if self.p_seeds >= LEVEL:
             return "none"
-        if self.p_images is None or self.p_images >= LEVEL or self.uneven:
+        if self.p_images is None or self.p_images >= LEVEL or self.uneven or self.still:
             return "unclear"
         return "better" if self.mean > 0 else "worse"
 
@@ -234,8 +251,9 @@ def compare(
                 p_seeds = seeds_p(mean, found.of_difference(len(seeds)), found.freedom)
             if images is not None:
                 p_images = images_p(np.sum(known[::2], axis=0) - np.sum(known[1::2], axis=0))
+            several = sum(len(runs) > 1 for runs in of.values())
             plain[name, method] = Comparison(
-                method, baseline, differences, images, len(of), 0, found, p_seeds, p_images
+                method, baseline, differences, images, several, 0, found, p_seeds, p_images
             )
     return _corrected(plain)
 
@@ -245,8 +263,9 @@ def _corrected(plain: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, s
     for field in ("p_seeds", "p_images"):
         known = {at: getattr(one, field) for at, one in plain.items() if getattr(one, field) is not None}
         corrected[field] = dict(zip(known, holm(list(known.values())), strict=True))
+    tested = len(corrected["p_seeds"])
     return {
-        at: replace(one, comparisons=len(plain), **{field: of.get(at) for field, of in corrected.items()})
+        at: replace(one, comparisons=tested, **{field: of.get(at) for field, of in corrected.items()})
         for at, one in plain.items()
     }
 
@@ -257,6 +276,11 @@ def points(value: float) -> str:
     return "0.0" if text == "-0.0" else text.replace("-", "\N{MINUS SIGN}")
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 seed" or "906 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def _p(value: float) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
@@ -264,11 +288,13 @@ def _p(value: float) -> str:
 def sentence(one: Comparison) -> str:
     """Say what a comparison shows, in plain words, with its tests and their n. p-values are corrected."""
     seeds = len(one.differences)
-    by_images = (
-        f"{one.images:,} test images (exact sign-flip test, {_p(one.p_images)})" if one.p_images is not None else ""
-    )
+    by_images = also = ""
+    if one.images is not None and one.p_images is not None:
+        by_images = f"{counted(one.images, 'test image')} (exact sign-flip test, {_p(one.p_images)})"
+        if one.p_images < LEVEL:
+            also = f" These networks do differ on these {by_images}; others from other seeds may not."
     if one.noise is None or one.p_seeds is None:
-        more = f" On these {by_images}." if by_images else ""
+        more = also or (f" The difference may also be luck of these {by_images}." if by_images else "")
         return f"{points(one.mean)} points. One seed says nothing about the noise of training.{more}"
     assert one.interval is not None and one.smallest is not None
     by_seeds = f"{seeds} seeds (paired t-test, {_p(one.p_seeds)})"
@@ -285,15 +311,34 @@ def sentence(one: Comparison) -> str:
                 f"{start} unclear. It is larger than the pooled noise of {by_seeds}, but this method's own seeds "
                 "differ more than that; more seeds would tell."
             )
-        case "unclear":
+        case "unclear" if one.p_images is None or one.p_images >= LEVEL:
             why = f"not than that of {by_images}" if by_images else "which test images were right is not recorded"
             return f"{start} unclear. It is larger than the noise of {by_seeds}, but {why}."
-    also = (
-        f" These networks do differ on these {by_images}; others from other seeds may not."
-        if one.p_images is not None and one.p_images < LEVEL
-        else ""
-    )
+        case "unclear":
+            return (
+                f"{start} unclear. It is larger than the luck of {by_images}, but all {seeds} seeds gave the same "
+                "difference, so that there is no noise of seeds to compare with; more seeds would tell."
+            )
+    why = "It"
+    if one.alone:
+        why = (
+            "Alone it would be significant at the 5 % level; after the correction for "
+            f"{counted(one.comparisons, 'comparison')} it"
+        )
+    return f"{start} no difference shown. {why} is not larger than the noise of {by_seeds}.{also} {_would_find(one)}"
+
+
+def _would_find(one: Comparison) -> str:
+    """Say which true difference a comparison of several seeds finds."""
+    assert one.smallest is not None
+    if one.still:
+        return "All seeds gave the same, so they do not tell which true difference would be found."
+    if one.blind:
+        return (
+            "This comparison could not have found any difference four times out of five, not even one of 100 points; "
+            "it needs more seeds."
+        )
     return (
-        f"{start} no difference shown. It is not larger than the noise of {by_seeds}.{also} A true difference of "
-        f"{100 * one.smallest:.1f} points would be found four times out of five; smaller ones stay open."
+        f"A true difference of {100 * one.smallest:.1f} points would be found four times out of five; smaller ones "
+        "stay open."
     )

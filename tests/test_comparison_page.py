@@ -30,14 +30,14 @@ def scripts() -> Iterator[SimpleNamespace]:
 
 
 def record(
-    scripts: SimpleNamespace, effects: dict[str, float], sets: tuple[str, ...] = ("20", "all")
+    scripts: SimpleNamespace, effects: dict[str, float], sets: tuple[str, ...] = ("20", "all"), seeds: int = 3
 ) -> list[dict[str, Any]]:
     """Runs as compare.py records them, of methods with an effect each."""
     draw = np.random.default_rng(1)
     difficulty = draw.normal(0, 1.5, IMAGES)
     results = []
     for images in sets:
-        for seed in range(3):
+        for seed in range(seeds):
             for method, effect in effects.items():
                 names = ["clean", "fgsm 4", *(f"{name} {level}" for name in ("noise", "blur") for level in (1, 5))]
                 skill = 0.7 + effect + draw.normal(0, 0.02)
@@ -121,7 +121,12 @@ def test_it_says_what_every_comparison_shows(
 
 
 def test_the_table_of_differences_says_the_same(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
-    head, _, *rows = scripts.comparison_page.differences(results, "vanilla").splitlines()
+    head, _, *rows, blank, note = scripts.comparison_page.differences(results, "vanilla").splitlines()
+    assert blank == "" and note == (
+        "In brackets: the 95 % interval of the difference over seeds, each by itself. Labels: at the 5 % level, after "
+        "Holm's correction for 6 comparisons on clean images, 6 comparisons on corrupted images, 6 comparisons under "
+        "FGSM, each of these groups by itself, over all training sets."
+    )
     cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows}
     heads = head.strip("| ").split(" | ")[1:]
     for (images, method), one in scripts.comparison_page.compared(
@@ -132,6 +137,175 @@ def test_the_table_of_differences_says_the_same(scripts: SimpleNamespace, result
         verdict = {"none": "no difference shown", "unclear": "unclear"}.get(one.verdict, f"**{one.verdict}**")
         assert cells[method][column] == f"{scripts.significance.points(one.mean)} ({low} to {high}): {verdict}"
     assert {len(row) for row in cells.values()} == {len(heads)} == {4}
+
+
+def leads(page: str) -> list[str]:
+    """The lines of the page's first summary."""
+    return [
+        " ".join(re.sub("<[^>]*>", "", line).split())
+        for line in re.findall("<li>(.*?)</li>", page.partition("<ul class=lead>")[2].partition("</ul>")[0])
+    ]
+
+
+def without(results: list[dict[str, Any]], *missing: tuple[str, str, int]) -> list[dict[str, Any]]:
+    """The results less those of a training set, a method and seeds from a number on."""
+    return [
+        one
+        for one in results
+        if not any((one["images_per_class"], one["method"]) == at[:2] and one["seed"] >= at[2] for at in missing)
+    ]
+
+
+def test_a_method_with_one_seed_is_counted_apart(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    page = scripts.comparison_page.page
+    some = [one for one in results if one["method"] in ("vanilla", "CutMix", "bad") and one["images_per_class"] == "20"]
+    few = without(some, ("20", "bad", 1))
+    found = scripts.comparison_page.compared(few, scripts.comparison_page.CLEAN, "vanilla")
+    assert [one.verdict for one in found.values()] == ["none", "unknown"]
+    assert leads(page(few, "few", "vanilla")) == [
+        "20 images a class: of 2 methods, no difference from vanilla shown for 1; 1 has one seed, which cannot tell."
+    ]
+    few = without(results, ("20", "CutMix", 1), ("20", "bad", 1), ("all", "bad", 1))
+    assert leads(page(few, "few", "vanilla")) == [
+        "20 images a class: of 3 methods, 1 better than vanilla; 2 have one seed, which cannot tell.",
+        "All images: of 3 methods, 1 better than vanilla; no difference shown for 1; "
+        "1 has one seed, which cannot tell.",
+    ]
+    # What is said of the correction is what was corrected for.
+    text, _ = read(page(few, "few", "vanilla"))
+    assert "after Holm's correction for 3 comparisons over seeds and 6 over images. The t-tests have" in text
+    note = scripts.comparison_page.differences(few, "vanilla").splitlines()[-1]
+    assert note.count("3 comparisons") == 3
+
+
+def test_a_single_method_and_single_things(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    page = scripts.comparison_page.page
+    two = [one for one in results if one["method"] in ("vanilla", "CutMix") and one["images_per_class"] == "20"]
+    assert leads(page(two, "two", "vanilla")) == ["20 images a class: no difference of CutMix from vanilla is shown."]
+    good = [
+        one for one in results if one["method"] in ("vanilla", "DiffuseMix <paper>") and one["images_per_class"] == "20"
+    ]
+    assert leads(page(good, "good", "vanilla")) == [
+        "20 images a class: DiffuseMix &lt;paper&gt; is better than vanilla."
+    ]
+    unclear = [{name: value for name, value in one.items() if name != "right"} for one in good]
+    assert leads(page(unclear, "unclear", "vanilla")) == [
+        "20 images a class: it is unclear whether DiffuseMix &lt;paper&gt; differs from vanilla."
+    ]
+    text, _ = read(page([one for one in two if one["seed"] < 2], "few", "vanilla"))
+    assert "p-values are two-sided. The t-test has 1 degree of freedom." in text and "1 degrees" not in text
+    machine = {"processor": "A", "cores": 1, "torch": "2.0"}
+    single = [
+        {**two[0], "images_per_class": "1", "updates": 1, "training_images": 1, "machine": machine, "last_loss": 2}
+    ]
+    text, _ = read(page(single, "one", "vanilla"))
+    assert "vanilla alone \xb7 1 run, 1 seed \xb7 300 test images" in text
+    assert "2.00 with 1 image a class after 1 update." in text and "On 1 core of A" in text
+    text, _ = read(page([*single, {**single[0], "method": "CutMix"}], "one", "vanilla"))
+    assert "1 method against vanilla" in text and "1 image a class 1 image, 1 update" in text
+    for noun in ("methods", "runs", "seeds", "images", "updates", "comparisons", "cores"):
+        assert not re.search(rf"\b1 {noun}\b", text), noun
+
+
+def test_one_seed_makes_whole_sentences(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    few = [one for one in results if one["seed"] == 0]
+    text, _ = read(scripts.comparison_page.page(few, "few", "vanilla"))
+    assert leads(scripts.comparison_page.page(few, "few", "vanilla")) == [
+        "20 images a class: one seed, which cannot tell.",
+        "All images: one seed, which cannot tell.",
+    ]
+    assert "p-values are two-sided, after Holm's correction for 6 comparisons. 20 images" in text
+    note = scripts.comparison_page.differences(few, "vanilla").splitlines()[-2:]
+    assert note == ["", "One seed gives no interval and does not show whether there is a difference."]
+
+
+def test_a_training_set_without_the_baseline_is_named(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    few = without(results, ("20", "vanilla", 0), ("all", "bad", 0))
+    page = scripts.comparison_page.page(few, "few", "vanilla")
+    first, last = leads(page)
+    assert first == "20 images a class: vanilla has no run yet."
+    assert last.startswith("All images: of 2 methods, ") and last.endswith("; nothing to compare yet for bad.")
+    text, _ = read(page)
+    assert text.count("20 images a class 100 images, 4,000 updates Vanilla has no run yet.") == 3
+    assert text.count("Nothing to compare yet for bad.") == 3
+    rows = scripts.comparison_page.differences(few, "vanilla").splitlines()
+    assert all(row.split(" | ")[1] == "vanilla has no run yet" for row in rows[2:5])
+    assert rows[4] == "| bad | vanilla has no run yet |" + " nothing to compare yet |" * 3
+    # The baseline has no run at all, or none of the same seed.
+    none = [one for one in results if one["method"] != "vanilla"]
+    assert leads(scripts.comparison_page.page(none, "none", "vanilla")) == [
+        "20 images a class: vanilla has no run yet.",
+        "All images: vanilla has no run yet.",
+    ]
+    assert scripts.comparison_page.differences(none, "vanilla").count("vanilla has no run yet") == 6
+    apart = [one for one in results if one["seed"] == (1 if one["method"] == "vanilla" else 0)]
+    assert (
+        "nothing to compare yet for DiffuseMix &lt;paper&gt;, CutMix, bad."
+        in leads(scripts.comparison_page.page(apart, "apart", "vanilla"))[0]
+    )
+
+
+def test_the_baseline_alone_has_no_table_of_differences(
+    scripts: SimpleNamespace, results: list[dict[str, Any]]
+) -> None:
+    alone = [one for one in results if one["method"] == "vanilla"]
+    assert scripts.comparison_page.differences(alone, "vanilla") == ""
+
+
+def wild(scripts: SimpleNamespace) -> list[dict[str, Any]]:
+    """Two seeds of two methods, the difference of which is far from the same."""
+    results = record(scripts, {"vanilla": 0.0, "CutMix": 0.0}, ("20",), seeds=2)
+    results[0]["top1"], results[2]["top1"] = 0.3, 0.5
+    results[1]["top1"], results[3]["top1"] = 0.45, 0.95
+    return results
+
+
+def test_two_seeds_that_can_find_nothing(scripts: SimpleNamespace) -> None:
+    results = wild(scripts)
+    page = scripts.comparison_page.page(results, "wild", "vanilla")
+    text, _ = read(page)
+    assert "95 % interval \N{MINUS SIGN}100.0 to +100.0: no difference shown" in text
+    assert "This comparison could not have found any difference four times out of five, not even one of" in text
+    assert leads(page) == [
+        "20 images a class: no difference of CutMix from vanilla is shown; with so few seeds none could be found."
+    ]
+    assert "(\N{MINUS SIGN}100.0 to +100.0)" in scripts.comparison_page.differences(results, "vanilla")
+    for found in re.findall(r"\d+\.\d (?=points would)|(?<=interval .)\d+\.\d| to .(\d+\.\d)", text):
+        assert float(found or 0) <= 100
+
+
+def test_accuracies_are_drawn_from_0_to_100(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib import pyplot
+
+    results, drawn = wild(scripts), []
+    perfect = [{**one, "top1": 1.0, "valid_top1": [[1, 1.0], [2, 1.0]]} for one in results]
+    with monkeypatch.context() as patch:
+        patch.setattr(pyplot, "close", drawn.append)
+        for of in (results, perfect):
+            scripts.comparison_page.picture(of, tmp_path / "some.png", "vanilla")
+    for figure in drawn:
+        accuracy, validation, _ = figure.axes
+        assert 0 <= accuracy.get_xlim()[0] < accuracy.get_xlim()[1] <= 100
+        assert 0 <= validation.get_ylim()[0] < validation.get_ylim()[1] <= 100
+        assert "each method's own deviation" in accuracy.get_xlabel()
+        pyplot.close(figure)
+    page = scripts.comparison_page.page(perfect, "perfect", "vanilla")
+    shown = [float(tick) for tick in re.findall("<text[^>]*>([0-9.]+)</text>", page.partition("training loss<")[0])]
+    assert max(shown) == 100
+
+
+def test_the_two_deviations_are_told_apart(page: str) -> None:
+    text, _ = read(page)
+    caption = text.partition("Accuracy of every run")[2].partition("Curves")[0]
+    assert "of this method's own deviation" in caption and "deviation pooled over all methods" in caption
+
+
+def test_a_corruption_that_some_runs_lack(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    lacking = [{**results[0], "corrupted_top1": {"noise": results[0]["corrupted_top1"]["noise"], "blur": {}}}]
+    assert "<th>blur" in scripts.comparison_page.page([*lacking, *results[1:]], "some", "vanilla")
+    assert "<th>blur" not in scripts.comparison_page.page(lacking, "one", "vanilla")
 
 
 def test_a_corrupted_score_is_the_mean_of_all_corruptions(
@@ -149,6 +323,13 @@ def test_it_warns_of_training_that_was_too_short(page: str) -> None:
         "Trained too briefly? The training loss of vanilla is still 0.50 with all images after 4,000 updates." in text
     )
     assert "20 images a class after" not in text
+
+
+def test_it_warns_from_the_loss_that_training_md_names(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
+    assert "a training loss below about 0.05" in " ".join((ROOT / "docs/training.md").read_text().split())
+    for loss, warned in ((0.04, False), (0.07, True)):
+        few = [{**one, "last_loss": loss} for one in results]
+        assert ("Trained too briefly?" in scripts.comparison_page.page(few, "few", "vanilla")) is warned
 
 
 def test_it_is_one_file_and_escapes_names(page: str) -> None:

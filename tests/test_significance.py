@@ -171,6 +171,80 @@ def test_what_cannot_be_said_is_not_said(significance: ModuleType) -> None:
     assert significance.compare({"all": {"other": {0: 0.5}}}, {}, "vanilla") == {}
 
 
+def test_one_seed_makes_whole_sentences(significance: ModuleType) -> None:
+    draw = np.random.default_rng(9)
+    for effect, expected in (
+        (
+            0.3,
+            r"These networks do differ on these 400 test images \(exact sign-flip test, p [^)]*\); others from other",
+        ),
+        (0.0, r"The difference may also be luck of these 400 test images \(exact sign-flip test, p = 0\.\d+\)\.$"),
+    ):
+        scores, right = runs(draw, {"vanilla": 0.0, "other": effect}, seeds=1)
+        assert re.search(
+            expected, significance.sentence(significance.compare(scores, right, "vanilla")["all", "other"])
+        )
+
+
+def test_a_difference_that_only_the_correction_hides_says_so(significance: ModuleType) -> None:
+    plain = {0: 0.600, 1: 0.610, 2: 0.605}
+    noisy = {f"m{at}": {0: 0.600 + at / 500, 1: 0.609 - at / 500, 2: 0.606} for at in range(6)}
+    better = {0: 0.614, 1: 0.614, 2: 0.613}
+    found = significance.compare({"all": {"vanilla": plain, "better": better, **noisy}}, {}, "vanilla")
+    one = found["all", "better"]
+    assert one.verdict == "none" and one.interval[0] > 0 and one.alone and one.comparisons == 7
+    assert (
+        "no difference shown. Alone it would be significant at the 5 % level; after the correction for 7 comparisons "
+        "it is not larger than the noise of 3 seeds (paired t-test, p = "
+    ) in significance.sentence(one)
+    other = found["all", "m0"]
+    assert not other.alone and "no difference shown. It is not larger than" in significance.sentence(other)
+
+
+def test_the_correction_is_for_what_has_several_seeds(significance: ModuleType) -> None:
+    scores = {"a": {"vanilla": {0: 0.5, 1: 0.52}, "x": {0: 0.55, 1: 0.56}, "y": {0: 0.5}}}
+    scores["b"] = {"vanilla": {0: 0.5}, "x": {0: 0.6}}
+    found = significance.compare(scores, {}, "vanilla")
+    one = found["a", "x"]
+    assert len(found) == 3 and one.comparisons == 1 and one.methods == 2
+    assert one.p_seeds == pytest.approx(stats.ttest_rel([0.55, 0.56], [0.5, 0.52]).pvalue)
+    error = one.noise.of_difference(2)
+    assert one.smallest == pytest.approx(significance.smallest(error, 1, 0.05))
+
+
+def test_no_more_than_100_points_is_claimed(significance: ModuleType) -> None:
+    scores = {"all": {"vanilla": {0: 0.3, 1: 0.5}, "other": {0: 0.45, 1: 0.95}}}
+    one = significance.compare(scores, {}, "vanilla")["all", "other"]
+    assert one.interval == (-1, 1) and one.smallest > 1 and one.blind
+    text = significance.sentence(one)
+    assert "could not have found any difference" in text and "needs more seeds" in text
+    assert "A true difference of" not in text
+
+
+def test_seeds_that_do_not_vary_are_no_proof(significance: ModuleType) -> None:
+    """Two seeds of few images can give the same difference by luck."""
+    flips = np.arange(200)
+    right = {"vanilla": dict.fromkeys(range(3), flips < 100), "same": dict.fromkeys(range(3), flips < 100)}
+    right["better"] = dict.fromkeys(range(3), flips < 130)
+    scores = {"all": {name: {seed: float(of[seed].mean()) for seed in of} for name, of in right.items()}}
+    counts = {"all": {name: {seed: of[seed].astype(np.int64) for seed in of} for name, of in right.items()}}
+    found = significance.compare(scores, counts, "vanilla")
+    same, better = found["all", "same"], found["all", "better"]
+    assert better.p_images < 0.05 and better.verdict == "unclear" and not better.uneven
+    assert "all 3 seeds gave the same difference" in significance.sentence(better)
+    assert same.verdict == "none" and "A true difference of 0.0" not in significance.sentence(same)
+    assert "All seeds gave the same, so they do not tell" in significance.sentence(same)
+
+
+def test_numbers_have_nouns(significance: ModuleType) -> None:
+    assert [significance.counted(number, "run") for number in (0, 1, 2, 1000)] == [
+        "0 runs",
+        "1 run",
+        "2 runs",
+        "1,000 runs",
+    ]
+
+
 def test_a_method_with_wild_seeds_is_not_called_better(significance: ModuleType) -> None:
     steady = {f"m{number}": {seed: 0.6 + 0.001 * ((seed * number) % 3) for seed in range(3)} for number in range(12)}
     scores = {"all": {"vanilla": {0: 0.6, 1: 0.601, 2: 0.6}, **steady, "wild": {0: 0.60, 1: 0.75, 2: 0.68}}}
