@@ -611,7 +611,7 @@ def test_a_comparison_is_made_in_pieces(
     assert merged["runs"][:3] == second["runs"]
     assert [(one["method"], one["seed"]) for one in merged["runs"][3:]] == [("DiffuseMix paper", 1)]
     rows = (tmp_path / "elsewhere/table.md").read_text().splitlines()
-    assert re.fullmatch(r"\| DiffuseMix paper \|( [^|]+ \([^|]+ to [^|]+\): [^|]+ \|){3}", rows[-1]), rows[-1]
+    assert re.fullmatch(r"\| DiffuseMix paper \|( [^|]+ \([^|]+ to [^|]+\): [^|]+ \|){3}", rows[-3]), rows[-3]
     page = (tmp_path / "elsewhere/page.html").read_text()
     assert "paired t-test" in page and "exact sign-flip test" in page
     assert "FAILED" not in capfd.readouterr().out
