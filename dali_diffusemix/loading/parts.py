@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading.dataset import SCHEDULED, DiffuseMixDataset
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.samplers import addresses, occurrences
+from dali_diffusemix.loading.settled import SCHEDULED
 from dali_diffusemix.plan.schedule import Schedule, epochs_of, setting_at
 
 
