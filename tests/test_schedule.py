@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from dali_diffusemix import (
     Catalog,
@@ -223,6 +223,10 @@ def test_what_decides_samples_cannot_be_changed_anywhere_else(make: Make) -> Non
         del one.owner  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="batch_size of a loader cannot be changed or deleted"):
         del DiffuseMixLoader(dataset, device="cpu").batch_size
+    for other in (Subset(dataset, [0]), ConcatDataset([dataset])):  # torch's own take any attribute
+        other.augment = None  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match=f"augment of a dataset .*, found None on a {type(other).__name__}"):
+            DiffuseMixLoader(other, device="cpu")
     assert dataset.augment and pickle.loads(pickle.dumps(part)).dataset.augment == dataset.augment
 
 

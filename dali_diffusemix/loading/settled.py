@@ -45,6 +45,13 @@ class Settled:
         super().__delattr__(name)
 
 
+def check_unchanged(dataset: object) -> None:
+    """Raise ConfigError if torch's Subset or ConcatDataset was given what only the datasets in it have."""
+    for name in SCHEDULED:
+        if name in vars(dataset) and not isinstance(dataset, Settled):
+            raise _refused(name, f", found {vars(dataset)[name]!r} on a {type(dataset).__name__}")
+
+
 def _refused(name: str, found: str) -> ConfigError:
     message = (
         f"{name} of a dataset cannot be changed{found}: it decides the samples, and some of them are planned ahead; "

@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
@@ -535,14 +535,11 @@ _TIMM: Final = (
 )
 
 
-_TIMM_PARTS: Final[dict[str, tuple[str, Callable[[str], Any]]]] = {
-    "m": ("magnitude", int),
-    "n": ("num_ops", int),
-    "p": ("p", float),
-    "mstd": ("magnitude_std", float),
-    "mmax": ("magnitude_max", int),
-    "inc": ("increasing", int),
-}
+_TIMM_PART: Final = re.compile(
+    "m(?P<magnitude>{0})|n(?P<num_ops>{0})|p(?P<p>{1})|mstd(?P<magnitude_std>{1})|mmax(?P<magnitude_max>{0})|"
+    "inc(?P<increasing>[01])".format("[0-9]{1,9}", r"[0-9]{1,9}(\.[0-9]+)?")
+)
+"""A part of timm's form; the group's name is the argument's."""
 
 
 @dataclass(frozen=True)
@@ -612,15 +609,14 @@ class TimmRandAugment:
             raise ConfigError(f"text must be of timm's form {form}, found {text!r}.")
         settings: dict[str, Any] = {}
         for part in text.split("-")[1:]:
-            match = re.fullmatch(r"(?:(m|n|mmax)([0-9]{1,9})|(p|mstd)([0-9]{1,9}(?:\.[0-9]*)?)|(inc)([01]))", part)
-            key, digits = filter(None, match.groups()) if match else ("", "")
-            name, read = _TIMM_PARTS.get(key, ("", str))
-            if not match or name in settings:
+            match = _TIMM_PART.fullmatch(part)
+            found = {name: number for name, number in match.groupdict().items() if number} if match else {}
+            if not found or found.keys() & settings:
                 raise ConfigError(
                     f"augment must be of timm's form {form}, each part once, found {part!r} in {text!r}; inc is 0 or "
                     "1, m, n and mmax are whole, and mstd101 is a magnitude that is uniform."
                 )
-            settings[name] = read(digits)
+            settings |= {name: float(number) if "." in number else int(number) for name, number in found.items()}
         return cls(**settings)
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:

@@ -20,7 +20,7 @@ def real(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         return None
     try:
-        found = float(value)
+        found = float(value) + 0.0  # not -0.0
     except OverflowError:
         return None
     return found if math.isfinite(found) else None
