@@ -1,4 +1,4 @@
-"""What decides the samples: it can neither be changed nor deleted, on a dataset, a part of one or a loader."""
+"""Attributes that decide the samples: neither changed nor deleted, on a dataset, a part of one or a loader."""
 
 from typing import Final
 

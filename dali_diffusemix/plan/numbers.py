@@ -1,4 +1,4 @@
-"""What settings are given, checked and read into Python's own kinds, so that equal settings have one repr.
+"""The arguments of settings, checked and read into Python's own kinds, so that equal settings have one repr.
 
 The state of a loader compares settings by it. Numbers and arrays of NumPy are taken as Python's; bools, complex
 numbers, NaN, infinity and text are not numbers.
@@ -32,7 +32,7 @@ def whole(value: object) -> int | None:
 
 
 def several(value: object, read: Callable[[object], _T | None]) -> tuple[_T, ...] | None:
-    """What `read` makes of each in a tuple, list or array of one axis; None if it is no such, or one cannot be read."""
+    """Each in a tuple, list or array of one axis as `read` reads it; None if it is no such, or one cannot be read."""
     given = value.tolist() if isinstance(value, np.ndarray) else value
     found = tuple(map(read, given)) if isinstance(given, tuple | list) else (None,)
     return tuple(one for one in found if one is not None) if None not in found else None

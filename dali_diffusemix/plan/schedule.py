@@ -75,7 +75,7 @@ def _is_epoch(epoch: object) -> bool:
 
 
 def schedule_meant(value: object, otherwise: str) -> str:
-    """What to write in place of a value: a Schedule if it is a dictionary by epoch."""
+    """The remedy for a value that is none of a setting: a Schedule if it is a dictionary by epoch."""
     by_epoch = isinstance(value, Mapping) and value and all(map(_is_epoch, value))
     return "Schedule({...}) around the dictionary" if by_epoch else otherwise
 
