@@ -179,7 +179,7 @@ MIX_FN int floor_of(double value) {
     return value < whole ? whole - 1 : whole;
 }
 
-// A matrix in 16.16 fixed point, with which nearest pixels are found. Of a translation Pillow takes doubles.
+// A matrix in 16.16 fixed point, with which nearest pixels are found.
 struct Fixed {
     int64_t a0, a1, a2, a3, a4, a5;
 };
@@ -189,12 +189,6 @@ MIX_FN int64_t fixed(double value) {
     return scaled < static_cast<double>(whole) ? whole - 1 : whole;
 }
 MIX_FN Fixed fixed_matrix(const double* a) {
-    if (a[1] == 0 && a[3] == 0) {
-        // A translation, perhaps turned by a half: all pixels move by whole pixels.
-        const double x = a[2] + a[0] * 0.5, y = a[5] + a[4] * 0.5;
-        return {fixed(a[0]), 0, static_cast<int64_t>(floor_of(x)) * 65536,
-                0, fixed(a[4]), static_cast<int64_t>(floor_of(y)) * 65536};
-    }
     return {fixed(a[0]), fixed(a[1]), fixed(a[2] + a[0] * 0.5 + a[1] * 0.5),
             fixed(a[3]), fixed(a[4]), fixed(a[5] + a[3] * 0.5 + a[4] * 0.5)};
 }

@@ -1,5 +1,6 @@
 """Operations and samples for the tests of augmentation."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -47,6 +48,16 @@ def images(draw: st.DrawFn) -> NDArray[np.uint8]:
 
 
 @st.composite
+def near_halves(draw: st.DrawFn, limit: int) -> float:
+    """A translation by whole and a half pixels, or by a few units in the last place more or less.
+
+    Pillow adds 1 for each pixel, and such sums are rounded to whole numbers somewhere on the way.
+    """
+    amount = draw(st.integers(-limit, limit - 1)) + 0.5
+    return amount + draw(st.integers(-40, 40)) * math.ulp(amount)
+
+
+@st.composite
 def an_operation(draw: st.DrawFn, height: int, width: int) -> One:
     """One operation with any values that it can have."""
     name = draw(st.sampled_from([name for name in CODES if name != "identity"]))
@@ -56,6 +67,8 @@ def an_operation(draw: st.DrawFn, height: int, width: int) -> One:
         limit = {"s": 1.5, "t": 2.0 * side, "r": 400.0}[name[0]]
         special = [0.0, 1.0, -1.0, 0.5, -0.5, 90.0, 180.0, -45.0, 135.0]
         amount = draw(st.floats(-limit, limit) | st.sampled_from([one for one in special if abs(one) <= limit]))
+        if name[0] == "t" and draw(st.booleans()):
+            amount = draw(near_halves(2 * side))
         filter, fill, values = draw(st.integers(0, 2)), draw(st.tuples(*[st.integers(0, 255)] * 3)), (amount,)
     elif name in ("brightness", "contrast", "color", "sharpness"):
         values = (draw(st.floats(0, 4) | st.sampled_from([0.0, 1.0, 2.0, 0.5])),)

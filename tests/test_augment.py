@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from augment_cases import expected, operations, samples
+from augment_cases import expected, near_halves, operations, samples
 from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 from mixing_cases import plan_of, table
 from numpy.typing import NDArray
 from test_cuda_source import SHIM, Shim
@@ -94,6 +95,23 @@ def test_the_gpus_source_gives_the_same_bits(shim: Shim, sample: tuple[NDArray[n
         for in_shared in (True, False):
             found = on_the_shim(shim, image, some, format, in_shared=in_shared, descending=turn == 1)
             np.testing.assert_array_equal(found, by_the_kernel(image, some, format))
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), axis=st.sampled_from("xy"), side=st.integers(1, 2000))
+@example(data=None, axis="x", side=300)
+@example(data=None, axis="y", side=300)
+def test_translations_of_nearly_half_a_pixel(shim: Shim, data: st.DataObject | None, axis: str, side: int) -> None:
+    """Pillow finds some pixels one further, and so do both kernels, on both axes at any size."""
+    format = FORMATS[0]
+    image = np.random.default_rng(side).integers(0, 256, (side, 2, 3), dtype=np.uint8)
+    image = image.transpose(1, 0, 2).copy() if axis == "x" else image
+    amounts = [-0.4999999999999999, 0.5000000000000001, 1.5000000000000002, 121.50000000000001, -121.49999999999999]
+    for amount in amounts if data is None else [data.draw(near_halves(side))]:
+        some = operations((f"translate_{axis}", 0, (9, 8, 7), (amount,)))
+        wanted = expected(image, some[0], format)
+        np.testing.assert_array_equal(by_the_kernel(image, some, format), wanted)
+        np.testing.assert_array_equal(on_the_shim(shim, image, some, format), wanted)
 
 
 @pytest.mark.parametrize("format", FORMATS, ids=lambda one: f"{one.dtype}-{one.channels_last}")

@@ -17,11 +17,13 @@ from dali_diffusemix import (
     ConfigError,
     DiffuseMixDataset,
     DiffuseMixLoader,
+    EvalCrop,
     FractalBank,
     GaussianBlur,
     Grayscale,
     RandAugment,
     RandomChoice,
+    RandomCrop,
     RandomErasing,
     Schedule,
     Solarize,
@@ -200,6 +202,8 @@ def test_strings_and_values() -> None:
     assert augmentations("rand-m7-n3-p0.7-mstd101-mmax9") == (
         TimmRandAugment(magnitude=7, num_ops=3, p=0.7, magnitude_std=101, magnitude_max=9),
     )
+    assert augmentations("rand-inc0") == (TimmRandAugment(),)  # as timm 1.0.31 reads it
+    assert augmentations(iter([Grayscale()])) == (Grayscale(),)
     assert augmentations("ThreeAugment") == three_augment()
     assert augmentations(["ThreeAugment", [Grayscale()]]) == (*three_augment(), Grayscale())
     assert augmentations(None) == () == augmentations([])
@@ -256,6 +260,61 @@ WRONG: list[tuple[Callable[[], object], str]] = [
     (lambda: planner([Grayscale()] * 17).batch(0, [0]), r"at most 16 settings of a kind, found more of Grayscale"),
     (lambda: augmentations([Schedule({0: None})]), r"write one Schedule, whose values are"),  # type: ignore[list-item]
     (lambda: TimmRandAugment(magnitude_max=0), r"magnitude_max must be above 0 and at most 100, found 0"),
+    (lambda: planner([Grayscale()] * 17), r"at most 16 settings of a kind, found more of Grayscale; leave some out"),
+    *(
+        (lambda text=text: augmentations(text), rf"of timm's form .* each part once, found '{part}' in")  # type: ignore[misc]
+        for text, part in (
+            ("rand-m9-mstd0.5-inc2", "inc2"),
+            ("rand-inc9999", "inc9999"),
+            ("rand-m9-m3", "m3"),
+            ("rand-m1_0", "m1_0"),
+            ("rand-m9 -n2", "m9 "),
+            ("rand-m\u0669", "m\u0669"),
+            ("rand-m9-mstdinf", "mstdinf"),
+            ("rand-m9.5", "m9.5"),
+            ("rand-p1e3", "p1e3"),
+            ("rand-m" + "9" * 400, "m9+"),
+            ("rand--m9", ""),
+            ("rand-m9\n", "m9\\\\n"),
+        )
+    ),
+    (lambda: TimmRandAugment.of("hello-m9"), r"text must be of timm's form rand-m9-.* found 'hello-m9'"),
+    (lambda: TimmRandAugment.of(9), r"text must be of timm's form .* found 9"),  # type: ignore[arg-type]
+    *(
+        (lambda one=one: TimmRandAugment(increasing=one), "increasing must be True or False, found")  # type: ignore[misc]
+        for one in ("no", 2, float("nan"), None)
+    ),
+    (lambda: TimmRandAugment(np.array([1, 2])), "magnitude must be a number of at least 0"),  # type: ignore[arg-type]
+    (lambda: TimmRandAugment(magnitude_std=float("inf")), "magnitude_std must be a number of at least 0, found inf"),
+    (lambda: augmentations({Grayscale(), Solarize()}), "found {.*; write a list, whose order counts"),
+    (lambda: augmentations({Grayscale(): 1, Solarize(): 2}), "found {.*; write a list, whose order counts"),
+    (lambda: augmentations({0: None, 5: Grayscale()}), r"; write Schedule\({\.\.\.}\) around the dictionary"),  # type: ignore[dict-item]
+    (lambda: augmentations(torch.tensor(1.0)), r"augment must be a setting .* found tensor\(1\.\)"),  # type: ignore[arg-type]
+    (lambda: augmentations(torch.ones(2)), "augment must be a setting"),  # type: ignore[arg-type]
+    (lambda: augmentations(type("Less", (), {"slots": -1, "draw": print})()), "augment must be a setting"),
+    (lambda: ColorJitter(np.complex64(1)), "brightness must be a number"),  # type: ignore[arg-type]
+    (lambda: Grayscale(np.complex64(0.5)), r"p must lie in \[0, 1\]"),  # type: ignore[arg-type]
+    (lambda: Grayscale(True), r"p must lie in \[0, 1\], a probability, found True; for example p=0\.5"),
+    (lambda: ColorJitter(10**400), "brightness must be a number"),
+    (lambda: Grayscale(10**400), r"p must lie in"),
+    (lambda: RandomErasing(value=np.ones(2)), "value must be a number, three numbers or 'random'"),  # type: ignore[arg-type]
+    (lambda: RandomErasing(p=float("nan")), r"p must lie in .* found nan; for example p=0\.5"),
+    (lambda: TrivialAugmentWide(interpolation=np.array(["nearest", "x"])), "interpolation must be one of"),  # type: ignore[arg-type]
+    (lambda: AutoAugment("cifar10"), r"policy must be one of \('imagenet',\), found 'cifar10'"),  # type: ignore[arg-type]
+    (lambda: RandomChoice((Grayscale,)), r"transforms must be a setting .*; write Grayscale\(\)"),  # type: ignore[arg-type]
+    (lambda: RandomChoice((Schedule({0: None}),)), "transforms must be a setting"),  # type: ignore[arg-type]
+    (lambda: RandomChoice((Grayscale(),) * 256), "transforms must hold at most 255 settings, found 256"),
+    (lambda: RandomChoice((Grayscale(),) * 2, p=(1e308, 1e308)), "p must hold 2 weights .* with a finite sum"),
+    (lambda: TrainCrop(True), "size must be 1 to 16384 pixels, an int or .* found True; for example size=224"),
+    *(
+        (lambda one=one: TrainCrop(one), "size must be 1 to 16384 pixels, an int or")  # type: ignore[misc]
+        for one in (32.5, "32", (1, 2, 3), None, (), 0, (4, 20000))
+    ),
+    (lambda: TrainCrop(32, flip=None), r"flip must lie in \[0, 1\], a probability, found None"),  # type: ignore[arg-type]
+    (lambda: TrainCrop(32, scale=0.5), r"scale must be \(low, high\)"),  # type: ignore[arg-type]
+    (lambda: RandomCrop(32, padding=1.5), "padding must be a whole number from 0 to 16384"),  # type: ignore[arg-type]
+    (lambda: EvalCrop(32, resize="8"), "resize must be 1 to 16384 pixels"),  # type: ignore[arg-type]
+    (lambda: Planner(seed=True, crop=TrainCrop(8), sizes=np.ones((1, 2), np.int32)), "seed must be a whole number"),
 ]
 
 
@@ -308,6 +367,8 @@ def test_what_a_setting_of_ones_own_draws_is_checked() -> None:
         Draws1("rotate", np.nan),
         Draws1("translate_x", 1e9),
         Draws1("shear_x", 0.1, filter=3),
+        Draws1("shear_x", 511.0),
+        Draws1("shear_y", -511.5),
         Draws1(200, 0),
     ]
     for one in wrong:
@@ -315,13 +376,16 @@ def test_what_a_setting_of_ones_own_draws_is_checked() -> None:
             planner([Grayscale(), one]).batch(0, np.arange(3))
         with pytest.raises(ConfigError, match=r"draw of Draws1 must give operations"):
             planner(RandomChoice((Grayscale(), one))).batch(0, np.arange(30))
+    with pytest.raises(ConfigError, match=r"found shear_x with .*; a shear must read within 2\*\*15 pixels"):
+        planner([Draws1("shear_x", 600.0)]).batch(0, [0])
     right = [
+        Draws1("shear_x", 510.0),
         Draws1("erase", 44, 0, 20, 5),
         Draws1("blur", 1.0, 63),
         Draws1("rotate", 400.0, filter=2),
         Draws1("invert"),
     ]
-    assert planner(right).batch(0, np.arange(3)).operations.shape == (3, 4)
+    assert planner(right).batch(0, np.arange(3)).operations.shape == (3, 5)
     with pytest.raises(ConfigError, match="augment must be a setting"):
         planner(type("Method", (), {"slots": lambda self: 1, "draw": None})())
 
@@ -339,6 +403,12 @@ def test_names_keep_settings_of_ones_own_apart() -> None:
 def test_numbers_of_numpy_and_lists_are_taken() -> None:
     assert GaussianBlur(5, [0.1, 2.0]) == GaussianBlur(5, (0.1, 2.0))  # type: ignore[arg-type]
     assert ColorJitter(None, np.float32(0.5)).slots == 1  # type: ignore[arg-type]
+    assert TrainCrop(np.int64(32)) == TrainCrop(32) == TrainCrop((32, 32))  # type: ignore[arg-type]
+    assert RandomErasing(value=np.array([1.0, 2, 3])) == RandomErasing(value=(1, 2, 3))  # type: ignore[arg-type]
+    assert RandomChoice((Grayscale(),), p=np.array([1.0])) == RandomChoice((Grayscale(),), p=(1,))  # type: ignore[arg-type]
+    assert AutoAugment("imagenet") == AutoAugment()
+    whole = RandomChoice((Grayscale(),) * 255)
+    assert planner([whole, whole]).batch(0, np.arange(9)).operations["code"].all()
     assert RandAugment(fill=None) == RandAugment(fill=0) == RandAugment(fill=np.int64(0)) == RandAugment(fill=(0, 0, 0))  # type: ignore[arg-type]
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from dali_diffusemix.inspect.preview import (
     sheets,
     spread_indices,
 )
-from dali_diffusemix.inspect.preview.canvas import Frame, Layout
+from dali_diffusemix.inspect.preview.canvas import Frame, Layout, Sheet
 from dali_diffusemix.inspect.preview.samples import Sample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.mix import TensorFormat
@@ -46,6 +47,7 @@ from dali_diffusemix.plan import (
     TrainCrop,
     visible_parts,
 )
+from dali_diffusemix.plan.augment import ColorJitter, GaussianBlur, RandAugment, described
 
 PIXELS = TensorFormat(dtype="uint8", channels_last=True, normalize=None)
 ODD_CLASS = b"caf\xc3\xa9 \xff \xe9\x9b\xaa, and a name that is far too long for the caption"
@@ -266,6 +268,27 @@ def test_a_changed_plan_changes_only_what_it_should(folder: Path) -> None:
     assert np.array_equal(sample.hybrid(), heavier.hybrid())
     assert np.array_equal(sample.fractal_alone(), heavier.fractal_alone())
     assert not np.array_equal(sample.augmented(), heavier.augmented())
+
+
+def test_all_operations_are_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However narrow the samples are, with room for each line."""
+    drawn: list[str] = []
+    plain = Sheet.cell
+
+    def noted(sheet: Sheet, row: int, column: int, content: Any, notes: Any = ()) -> None:
+        drawn[:] = [text for text, _, _ in notes]
+        assert len(notes) <= sheet.layout.notes
+        plain(sheet, row, column, content, notes)
+
+    monkeypatch.setattr(Sheet, "cell", noted)
+    augment = [GaussianBlur(3), RandAugment(5), ColorJitter(0.4, 0.4, 0.4, 0.1)]
+    dataset = DiffuseMixDataset(folder / "root", crop=TrainCrop(31), augment=augment, seed=0)
+    contact_sheet(dataset, indices=[3])
+    (operations,) = dataset.planner.batch(0, [3]).operations
+    wanted = [text for one in operations if (text := described(one))]
+    assert len(wanted) > 7 and [word for line in drawn for word in line.split() if word != "·"] == [
+        word for text in wanted for word in text.split()
+    ]
 
 
 # Over the epochs ------------------------------------------------------------------------------------------------------

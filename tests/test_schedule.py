@@ -16,20 +16,26 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 from dali_diffusemix import (
     Catalog,
+    ColorJitter,
     ConfigError,
     DiffuseMixDataset,
     DiffuseMixLoader,
     EvalCrop,
     FractalBank,
+    GaussianBlur,
     MixSpec,
+    RandAugment,
+    RandomChoice,
     RandomCrop,
     RandomErasing,
     RepeatedEpochWarning,
     Schedule,
+    Solarize,
+    TimmRandAugment,
     TrainCrop,
     TrivialAugmentWide,
     fn,
@@ -97,8 +103,9 @@ def test_a_value_holds_from_its_epoch_on() -> None:
     schedule = Schedule({30: "b", 0: "a", np.int64(60): "c"})
     assert [schedule.at(epoch) for epoch in (0, 29, 30, 59, 60, 10**9)] == ["a", "a", "b", "b", "c", "c"]
     assert schedule.epochs == (0, 30, 60) and type(schedule.epochs[2]) is int
-    with pytest.raises(ConfigError, match="epoch must be at least 0, found -1"):
-        schedule.at(-1)
+    for wrong in (-1, 1.5, float("nan"), True, None):
+        with pytest.raises(ConfigError, match=f"epoch must be a whole number, at least 0, found {wrong}"):
+            schedule.at(wrong)  # type: ignore[arg-type]
 
 
 def test_schedules_of_the_same_values_are_the_same() -> None:
@@ -172,6 +179,15 @@ def test_every_value_is_checked(make: Make, photos: Path) -> None:
         make(crop=Schedule({0: TrainCrop(128), 5: 192}))
     with pytest.raises(ConfigError, match="mix must be a MixSpec or None, found <bound method"):
         make(mix=Schedule({0: None, 5: MixSpec.paper}))
+    with pytest.raises(ConfigError, match=r"at most 16 settings of a kind, found more of TrivialAugmentWide"):
+        make(augment=Schedule({0: None, 5: [TrivialAugmentWide()] * 17}))
+    with pytest.raises(ConfigError, match=r"at most 16 settings of a kind"):
+        make(augment=["ThreeAugment"] * 17)
+    for name, value in (("crop", TrainCrop(8)), ("mix", None), ("augment", TrivialAugmentWide())):
+        with pytest.raises(
+            ConfigError, match=rf"{name} must be .*; write Schedule\(\{{\.\.\.\}}\) around the dictionary"
+        ):
+            make(**{name: {0: value, np.int64(5): value}})
     sizes = np.ones((1, 2), dtype=np.int32)
     with pytest.raises(ConfigError, match="edits must be given with mix"):
         Planner(seed=0, crop=TrainCrop(8), sizes=sizes, mix=LATER)
@@ -188,6 +204,30 @@ def test_a_setting_that_shall_change_needs_a_schedule(make: Make) -> None:
     with pytest.raises(ConfigError, match="seed of a dataset cannot be changed") as error:
         dataset.seed = 4
     assert "Schedule" not in str(error.value)
+
+
+def test_what_decides_samples_cannot_be_changed_anywhere_else(make: Make) -> None:
+    """A part or a loader keeps none of it, so that a new value would do nothing."""
+    dataset = make()
+    part = dataset.subset([0, 1])
+    for one in (part, part.subset([0]), dataset.split(0.5, 0.5)[1], DiffuseMixLoader(dataset, device="cpu"), dataset):
+        for name in ("crop", "mix", "augment", "normalize", "seed", "targets"):
+            with pytest.raises(ConfigError, match=f"{name} of a dataset cannot be changed, found None: it decides"):
+                setattr(one, name, None)
+            with pytest.raises(ConfigError, match=f"{name} of a dataset cannot be changed or deleted: it decides"):
+                delattr(one, name)
+        for name in ("transform", "target_transform"):
+            with pytest.raises(ConfigError, match=f"{name} must be left out"):
+                setattr(one, name, str)
+        one.owner = "a user's own attribute"  # type: ignore[attr-defined]
+        del one.owner  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="batch_size of a loader cannot be changed or deleted"):
+        del DiffuseMixLoader(dataset, device="cpu").batch_size
+    for other in (Subset(dataset, [0]), ConcatDataset([dataset])):  # torch's own take any attribute
+        other.augment = None  # type: ignore[union-attr]
+        with pytest.raises(ConfigError, match=f"augment of a dataset .*, found None on a {type(other).__name__}"):
+            DiffuseMixLoader(other, device="cpu")
+    assert dataset.augment and pickle.loads(pickle.dumps(part)).dataset.augment == dataset.augment
 
 
 # --- samples
@@ -367,6 +407,29 @@ def test_a_state_without_schedules_is_what_it_was(make: Make) -> None:
     augment = Schedule({epoch: augmentations(AUGMENT.at(epoch)) for epoch in AUGMENT.epochs})
     assert states(make())["schedules"] == [{"crop": repr(CROPS), "mix": repr(LATER), "augment": repr(augment)}]
     assert states(make(mix=None, augment=None))["schedules"] == [{"crop": repr(CROPS)}]
+
+
+EQUAL: list[tuple[str, Any, Any]] = [
+    ("augment", ColorJitter(0.4), ColorJitter(np.float64(0.4))),
+    ("augment", RandAugment(2, 9), RandAugment(np.int8(2), np.int64(9))),
+    ("augment", RandomErasing(1), RandomErasing(1.0)),
+    ("augment", RandomErasing(value=(1, 1, 1)), RandomErasing(value=np.ones(3))),
+    ("augment", GaussianBlur(5, 1), GaussianBlur(np.int64(5), [1.0, np.float32(1)])),
+    ("augment", "rand-m9-inc1", TimmRandAugment(np.int64(9), increasing=np.bool_(True))),
+    ("augment", RandomChoice((Solarize(9),), p=(2,)), RandomChoice([Solarize(9.0)], p=np.array([2.0]))),
+    ("mix", MixSpec(fractal_weight=0.5), MixSpec(fractal_weight=np.float64(0.5), seam_width=0)),
+    ("mix", MixSpec(masks=("left",), probability=1), MixSpec(masks=np.array(["left"]), probability=np.float32(1))),
+    ("crop", TrainCrop(24), TrainCrop((np.int64(24), 24), scale=[0.08, 1])),
+    ("crop", EvalCrop(24, resize=30), EvalCrop([24, 24], resize=np.int64(30))),
+    ("crop", RandomCrop(24, padding=2, flip=1), RandomCrop(24, padding=np.int8(2), flip=np.float64(1))),
+]
+
+
+@pytest.mark.parametrize(("name", "one", "other"), EQUAL)
+def test_equal_settings_are_one_in_a_state(make: Make, name: str, one: Any, other: Any) -> None:
+    first, second = (make(**{name: Schedule({0: value})}) for value in (one, other))
+    assert getattr(first, name) == getattr(second, name)
+    DiffuseMixLoader(second, device="cpu").load_state_dict(DiffuseMixLoader(first, device="cpu").state_dict())
 
 
 def test_a_state_of_other_schedules_is_refused(make: Make) -> None:

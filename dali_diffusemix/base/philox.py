@@ -93,7 +93,7 @@ def philox4x32(counter: ArrayLike, key: ArrayLike) -> NDArray[np.uint32]:
 def check_seed(seed: int, epoch: int) -> None:
     """Raise ConfigError unless both fit the key's 32-bit words."""
     for name, value in (("seed", seed), ("epoch", epoch)):
-        if not isinstance(value, int | np.integer):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
             raise ConfigError(f"{name} must be a whole number, found {value!r}.")
         if not 0 <= value < 2**32:
             raise ConfigError(f"{name} must be at least 0 and below 2**32, found {value}.")

@@ -27,13 +27,15 @@ from dali_diffusemix.images.reading import IN_STORE
 from dali_diffusemix.loading.description import dataset_rows, table
 from dali_diffusemix.loading.quarantine import Failure, Kind, OnError, Quarantine, Substitution, check_on_error
 from dali_diffusemix.loading.samplers import View, addresses
+from dali_diffusemix.loading.settled import RECIPES
 from dali_diffusemix.loading.subset import Divisible
 from dali_diffusemix.mix.call import mix, piece_table
 from dali_diffusemix.mix.tensor import IMAGENET, Normalize, TensorFormat
 from dali_diffusemix.plan.augment import Augment, settings_of
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.crops import Crop
-from dali_diffusemix.plan.schedule import Schedule, values_of
+from dali_diffusemix.plan.numbers import whole
+from dali_diffusemix.plan.schedule import Schedule, schedule_meant, values_of
 from dali_diffusemix.plan.spec import MixSpec
 from dali_diffusemix.store import EditStore, OriginalStore, Selection
 from dali_diffusemix.store.mirror import MirrorError, is_url
@@ -57,12 +59,7 @@ class RepeatedEpochWarning(UserWarning):
     """
 
 
-# What decides samples: the plan is made from it once.
-_FIXED: Final = ("crop", "mix", "normalize", "seed", "targets", "augment")
-SCHEDULED: Final = ("crop", "mix", "augment")
-"""Settings of a dataset that may be Schedules."""
 _COUNTED: Final = 100_000  # edits; the table of so many is read in a millisecond
-_TRANSFORMS: Final = ("transform", "target_transform", "transforms")
 
 
 class DiffuseMixDataset(Divisible, Dataset[Sample]):
@@ -121,7 +118,7 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         given = {**dict(zip(("transform", "target_transform"), arguments[1:], strict=False)), **options}
         for name in ("transform", "target_transform"):
             if given.get(name) is not None:
-                raise ConfigError(_RECIPES[name].format(name=name, found=given[name]))
+                raise ConfigError(RECIPES[name].format(name=name, found=given[name]))
         return super().__new__(cls)
 
     def __init__(
@@ -191,7 +188,8 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         if seed is None:
             seed = torch.initial_seed() % 2**32
             _log.info("The dataset's seed is %d, from torch.initial_seed(); seed= gives another.", seed)
-        self.seed = seed
+        check_seed(seed, 0)
+        self.seed = seed = int(seed)
         self.planner = Planner(
             seed=seed,
             crop=crop,
@@ -228,18 +226,9 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         counted = self.store is not None and (selection != Selection() or len(self.store) <= _COUNTED)
         self._edits_by_prompt = self.store.count_by_prompt() if counted and self.store is not None else {}
 
-    def __setattr__(self, name: str, value: object) -> None:
-        if name in _TRANSFORMS:
-            raise ConfigError(_RECIPES.get(name, _RECIPES["transform"]).format(name=name, found=value))
-        if name in _FIXED and "_cells" in self.__dict__:
-            message = (
-                f"{name} of a dataset cannot be changed, found {value!r}: it decides the samples, and some of them are "
-                f"planned ahead; make another dataset, DiffuseMixDataset(..., {name}=...), and a loader of it."
-            )
-            if name in SCHEDULED:
-                message += f" To change it with the epoch, give {name}=Schedule({{0: ..., 30: ...}})."
-            raise ConfigError(message)
-        super().__setattr__(name, value)
+    @property
+    def _being_made(self) -> bool:
+        return "_cells" not in self.__dict__
 
     def take_seed(self, seed: int) -> None:
         """Take another seed, as all ranks do that were not given one."""
@@ -472,31 +461,17 @@ class DiffuseMixDataset(Divisible, Dataset[Sample]):
         return table(f"{name} of {state.get('root', '?')}", dataset_rows(self, state.get("_edits_by_prompt", {})))
 
 
-_RECIPES: Final = {
-    "transform": (
-        "{name} must be left out, found {found!r}: crop= crops and flips, augment= has TrivialAugmentWide, "
-        "RandAugment, AutoAugment, ColorJitter, GaussianBlur, RandomErasing and others, normalize= normalises, and "
-        "for the rest of a transform give the loader batch_transform=globally_seeded(lambda images, labels, _: "
-        "(transform(images), labels)), which gets whole batches. For example crop=TrainCrop(224) for "
-        "RandomResizedCrop(224) and RandomHorizontalFlip(), crop=EvalCrop(224) for Resize(256) and CenterCrop(224)."
-    ),
-    "target_transform": (
-        "{name} must be left out, found {found!r}: give the targets themselves, a row for each original, for example "
-        "targets=[target_transform(label) for label in dataset.targets]."
-    ),
-}
-
-
 def _check_crop(crop: Any) -> None:
     """Refuse values that are easily mistaken for a crop, and would fail far from here."""
     if not callable(getattr(crop, "boxes", None)) or isinstance(crop, type):
-        size = crop if isinstance(crop, int) else 224
-        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write TrainCrop({size}).")
+        remedy = schedule_meant(crop, f"TrainCrop({whole(crop) or 224})")
+        raise ConfigError(f"crop must be a TrainCrop, RandomCrop or EvalCrop, found {crop!r}; write {remedy}.")
 
 
 def _check_mix(mix: object) -> None:
     if mix is not None and not isinstance(mix, MixSpec):
-        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write MixSpec.paper(), with brackets.")
+        remedy = schedule_meant(mix, "MixSpec.paper(), with brackets")
+        raise ConfigError(f"mix must be a MixSpec or None, found {mix!r}; write {remedy}.")
 
 
 def _checked_targets(targets: ArrayLike, originals: int) -> NDArray[Any]:

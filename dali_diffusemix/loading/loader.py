@@ -37,6 +37,7 @@ from dali_diffusemix.loading.ranks import Ranks, initialised, seeds_of_rank_0
 from dali_diffusemix.loading.resident import Resident
 from dali_diffusemix.loading.resident import check as check_resident
 from dali_diffusemix.loading.samplers import Order, OrderBatchSampler, OrderSampler, OwnOrder, SamplerOrder
+from dali_diffusemix.loading.settled import Settled
 from dali_diffusemix.plan.batch import BatchPlan
 
 _log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ _FIXED: Final = (
 )
 
 
-class DiffuseMixLoader:
+class DiffuseMixLoader(Settled):
     """Iterates over batches of a `DiffuseMixDataset`: (images, labels) as PyTorch tensors on the device.
 
     The first `iter()` is epoch 0, each later one the next, unless `set_epoch` was called since. Iterators are
@@ -239,6 +240,11 @@ class DiffuseMixLoader:
         if name in _FIXED and name in self.__dict__:
             raise ConfigError(f"{name} of a loader cannot be changed, found {value!r}; make another loader.")
         super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in _FIXED:
+            raise ConfigError(f"{name} of a loader cannot be changed or deleted; make another loader.")
+        super().__delattr__(name)
 
     # --- DataLoader's protocol
 

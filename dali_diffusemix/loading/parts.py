@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Subset
 
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.loading.dataset import SCHEDULED, DiffuseMixDataset
+from dali_diffusemix.loading.dataset import DiffuseMixDataset
 from dali_diffusemix.loading.samplers import addresses, occurrences
+from dali_diffusemix.loading.settled import SCHEDULED, check_unchanged
 from dali_diffusemix.plan.schedule import Schedule, epochs_of, setting_at
 
 
@@ -129,6 +130,8 @@ def _resolve(dataset: Any, into: list[DiffuseMixDataset]) -> tuple[NDArray[np.in
         if number == len(into):
             into.append(dataset)
         return np.full(len(dataset), number), np.arange(len(dataset))
+    if isinstance(dataset, Subset | ConcatDataset):
+        check_unchanged(dataset)
     if isinstance(dataset, Subset):
         which, index = _resolve(dataset.dataset, into)
         given: Any = dataset.indices  # torch says a sequence; arrays work too

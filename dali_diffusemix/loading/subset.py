@@ -12,13 +12,14 @@ from torch.utils.data import Subset
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.loading.description import part
 from dali_diffusemix.loading.samplers import View, addresses, occurrences
+from dali_diffusemix.loading.settled import Settled
 from dali_diffusemix.plan.order import split_order
 
 if TYPE_CHECKING:
     from dali_diffusemix.loading.dataset import DiffuseMixDataset, Sample
 
 
-class Divisible(ABC):
+class Divisible(Settled, ABC):
     """A dataset or a part of one: it can be divided, and knows its labels."""
 
     @abstractmethod

@@ -177,7 +177,7 @@ def noise_table(format: TensorFormat) -> NDArray[np.uint8]:
 
 
 def lowered(operations: NDArray[np.void], size: tuple[int, int], format: TensorFormat) -> NDArray[np.void]:
-    """The operations as the kernels take them.
+    """The operations as the kernels take them, which find nearest pixels in 16.16 fixed point.
 
     Args:
         operations: (n, slots) of `plan.augment.OPERATION`.
@@ -200,6 +200,10 @@ def lowered(operations: NDArray[np.void], size: tuple[int, int], format: TensorF
             matrices[:, :6] = _matrix(name, 0)
             moved, sign = {"shear_x": (1, 1), "shear_y": (3, 1), "translate_x": (2, -1), "translate_y": (5, -1)}[name]
             matrices[:, moved] = sign * amounts
+            if name.startswith("translate"):
+                nearest = result["filter"][rows] == FILTERS.index("nearest")
+                step, side = (0, size[1]) if name == "translate_x" else (4, size[0])
+                matrices[nearest, step], matrices[nearest, moved] = _whole_steps(matrices[nearest, moved], side)
             values[rows] = matrices
     rows = code == CODES["rotate"]
     if rows.any():
@@ -211,6 +215,22 @@ def lowered(operations: NDArray[np.void], size: tuple[int, int], format: TensorF
     if rows.any():
         result["fill"][rows] = _colour(values[rows, 4:7], format)
     return result
+
+
+def _whole_steps(offsets: NDArray[np.float64], side: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The (n,) steps and offsets with which 16.16 fixed point reads the pixels that Pillow reads for a translation.
+
+    Pillow adds 1 from pixel to pixel, in float64. Such a sum can be rounded up to a whole number, once: all pixels from
+    there on are read one further. A step of 1 + 2**-16 does that, since sides are below 2**16 pixels.
+    """
+    first = offsets + 0.5
+    pixel = np.floor(first)
+    further = np.zeros(len(offsets), dtype=np.int64)  # pixels that are
+    near = first - pixel > 1 - 2.0**-20  # of the others no sum comes close to a whole number
+    places = np.concatenate([first[near, None], np.ones((int(near.sum()), side - 1))], axis=1).cumsum(axis=1)
+    further[near] = (np.floor(places) - np.arange(side) > pixel[near, None]).sum(axis=1)
+    more = np.where(further > 0, 2.0**-16, 0)
+    return 1 + more, pixel + (further > 0) - (side - further) * more - (1 + more) / 2
 
 
 def _rotations(degrees: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
     spec, crops      the user's choices: `MixSpec`, `TrainCrop`, `RandomCrop`, `EvalCrop`
     augment          the user's choices of what follows the mix, and the operations that they draw
     schedule         choices that change with the epoch: `Schedule`
+    numbers          how those are checked and read
     order            the samples of a rank's batches
     batch            (seed, epoch, indices) to a `BatchPlan`, one row per sample
     geometry         centres, inside, seam and taps: the law that windows, specification and kernels share

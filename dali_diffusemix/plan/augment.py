@@ -1,7 +1,8 @@
 """Augmentation after the mix: which operations a sample gets, and how strong, drawn by the plan.
 
 The settings are frozen values with torchvision's names, ranges and order of operations; `TimmRandAugment` has timm's.
-Each draws from streams of its own (`base.philox`), so that adding or removing one changes no other draw.
+Each draws from streams of its own (`base.philox`), by its kind and how many of its kind come before: adding or removing
+one changes no draw of another kind.
 `mix.augment` is the law of the pixels.
 
 Sources: Müller and Hutter, "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", ICCV 2021; Cubuk et
@@ -10,13 +11,14 @@ al., "RandAugment: Practical automated data augmentation with a reduced search s
 AAAI 2020; Touvron et al., "DeiT III: Revenge of the ViT", ECCV 2022; torchvision 0.29.1 (transforms.v2); timm 1.0.31.
 """
 
+import contextlib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cache, cached_property
-from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, TypeGuard, runtime_checkable
+from typing import Any, ClassVar, Final, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +26,21 @@ from numpy.typing import NDArray
 from dali_diffusemix.base.philox import AUGMENT, below, uniform
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.plan.crops import Draws
-from dali_diffusemix.plan.schedule import Schedule
+from dali_diffusemix.plan.numbers import (
+    alike,
+    choice,
+    interval,
+    number_in,
+    pair,
+    probability,
+    put,
+    real,
+    refused,
+    several,
+    whole,
+    whole_number,
+)
+from dali_diffusemix.plan.schedule import Schedule, schedule_meant
 
 OPERATIONS: Final = (
     *("identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate"),
@@ -50,7 +66,8 @@ OPERATION: Final = np.dtype(
 )
 """One operation on one sample. `values` by its code, the others 0:
 
-    shear_x, shear_y            pixels across for each pixel down, pixels down for each across
+    shear_x, shear_y            pixels across for each pixel down, pixels down for each across; no pixel of the sample
+                                is read 2**15 pixels or more away
     translate_x, translate_y    pixels to the right, pixels down
     rotate                      degrees, counterclockwise about the middle
     brightness, contrast, color, sharpness   factor; 1 changes nothing
@@ -89,59 +106,26 @@ class Augmentation(Protocol):
         ...
 
 
-def _is_number(value: object) -> TypeGuard[float]:
-    """Return True for finite numbers, of Python or NumPy."""
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
-
-
-def _pair(value: object) -> tuple[float, float] | None:
-    """(low, high) of finite numbers in order, or None."""
-    if not isinstance(value, tuple | list) or len(value) != 2 or not all(map(_is_number, value)):
-        return None
-    return (float(value[0]), float(value[1])) if value[0] <= value[1] else None
-
-
-def _check_probability(name: str, value: float) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise ConfigError(f"{name} must lie in [0, 1], a probability, found {value!r}.")
-
-
-def _check_whole(name: str, value: int, low: int, high: int) -> None:
-    if not _is_whole(value) or not low <= value <= high:
-        raise ConfigError(f"{name} must be a whole number from {low} to {high}, found {value!r}.")
-
-
-def _filled(value: int | tuple[int, int, int] | None) -> tuple[int, int, int]:
+def _filled(value: object) -> tuple[int, int, int]:
     """The colour of `fill`: three values from 0 to 255."""
-    one: Any = 0 if value is None else value
-    fill: tuple[Any, ...] = (one,) * 3 if _is_number(one) else tuple(one) if isinstance(one, tuple | list) else ()
-    if len(fill) != 3 or not all(_is_number(value) and value == int(value) and 0 <= value <= 255 for value in fill):
-        raise ConfigError(f"fill must be a value from 0 to 255 or three of them (R, G, B), found {value!r}.")
-    return int(fill[0]), int(fill[1]), int(fill[2])
-
-
-def _check_filter(value: str) -> None:
-    if value not in FILTERS:
-        raise ConfigError(f"interpolation must be one of {FILTERS}, found {value!r}.")
+    one = real(0 if value is None else value)
+    found = several(value, real) if one is None else (one,) * 3
+    if found is None or len(found) != 3 or not all(part in range(256) for part in found):
+        raise refused("fill", "be a value from 0 to 255 or three of them (R, G, B)", value, 0)
+    return int(found[0]), int(found[1]), int(found[2])
 
 
 def _jitter(name: str, value: object, *, hue: bool = False) -> tuple[float, float]:
     """A jitter's range: a number is the distance from 1, not below 0; of the hue, from 0."""
     centre, low, high = (0.0, -0.5, 0.5) if hue else (1.0, 0.0, math.inf)
-    pair = None
-    distance = 0 if value is None else value
-    if not _is_number(distance):
-        pair = _pair(value)
-    elif distance >= 0:
-        pair = centre - distance if hue else max(centre - distance, 0.0), centre + distance
-    if pair is None or not low <= pair[0] or not pair[1] <= high:
+    distance = real(0 if value is None else value)
+    found = pair(value)
+    if distance is not None and distance >= 0:
+        found = centre - distance if hue else max(centre - distance, 0.0), centre + distance
+    if found is None or not low <= found[0] or not found[1] <= high:
         rule = "from 0 to 0.5, or (low, high) within -0.5 and 0.5" if hue else "of at least 0, or (low, high) from 0 on"
-        raise ConfigError(f"{name} must be a number {rule}, found {value!r}.")
-    return pair
+        raise refused(name, f"be a number {rule}", value, 0.1 if hue else 0.4)
+    return found
 
 
 def _between(drawn: NDArray[np.uint32], low: float, high: float) -> NDArray[np.float64]:
@@ -171,7 +155,7 @@ class ColorJitter:
 
     def __post_init__(self) -> None:
         for name in ("brightness", "contrast", "saturation", "hue"):
-            object.__setattr__(self, name, _jitter(name, getattr(self, name), hue=name == "hue"))
+            put(self, **{name: _jitter(name, getattr(self, name), hue=name == "hue")})
 
     @cached_property
     def _ranges(self) -> dict[int, tuple[float, float]]:
@@ -205,7 +189,7 @@ class Grayscale:
     slots: ClassVar = 1
 
     def __post_init__(self) -> None:
-        _check_probability("p", self.p)
+        put(self, p=probability("p", self.p))
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
@@ -223,9 +207,7 @@ class Solarize:
     slots: ClassVar = 1
 
     def __post_init__(self) -> None:
-        if not _is_number(self.threshold) or not 0 <= self.threshold <= 256:
-            raise ConfigError(f"threshold must lie in [0, 256], found {self.threshold!r}.")
-        _check_probability("p", self.p)
+        put(self, threshold=number_in("threshold", self.threshold, 0, 256, 128), p=probability("p", self.p))
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
@@ -249,15 +231,14 @@ class GaussianBlur:
     _LARGEST: ClassVar = 63
 
     def __post_init__(self) -> None:
-        side = self.kernel_size
-        if not _is_whole(side) or side % 2 == 0 or not 1 <= side <= self._LARGEST:
-            raise ConfigError(f"kernel_size must be one odd number, 1 to {self._LARGEST} pixels, found {side!r}.")
-        sigma: Any = self.sigma
-        object.__setattr__(self, "sigma", tuple(sigma) if isinstance(sigma, list) else sigma)
-        pair = _pair((sigma, sigma) if _is_number(sigma) else sigma)
-        if pair is None or pair[0] <= 0:
-            raise ConfigError(f"sigma must be above 0, a number or (low, high), found {self.sigma!r}.")
-        _check_probability("p", self.p)
+        side = whole(self.kernel_size)
+        if side is None or side % 2 == 0 or not 1 <= side <= self._LARGEST:
+            raise refused("kernel_size", f"be one odd number, 1 to {self._LARGEST} pixels", self.kernel_size, 5)
+        one = real(self.sigma)
+        sigmas = pair(self.sigma) if one is None else (one, one)
+        if sigmas is None or sigmas[0] <= 0:
+            raise refused("sigma", "be above 0, a number or (low, high)", self.sigma, (0.1, 2.0))
+        put(self, kernel_size=side, sigma=alike(sigmas), p=probability("p", self.p))
 
     @property
     def _sigmas(self) -> tuple[float, float]:
@@ -293,19 +274,18 @@ class RandomErasing:
     _TRIES: ClassVar = 10
 
     def __post_init__(self) -> None:
-        _check_probability("p", self.p)
-        for name, low, high in (("scale", 0, 1), ("ratio", 1e-3, 1e3)):
-            pair = _pair(getattr(self, name))
-            if pair is None or not low <= pair[0] or not pair[1] <= high:
-                raise ConfigError(
-                    f"{name} must be (low, high) with {low} ≤ low ≤ high ≤ {high}, found {getattr(self, name)!r}."
-                )
-            object.__setattr__(self, name, pair)
-        value: Any = self.value
-        object.__setattr__(self, "value", tuple(value) if isinstance(value, list) else value)
-        values: tuple[Any, ...] = self.value if isinstance(self.value, tuple) else (self.value,) * 3
-        if self.value != "random" and not (len(values) == 3 and all(map(_is_number, values))):
-            raise ConfigError(f"value must be a number, three numbers or 'random', found {self.value!r}.")
+        one = real(self.value)
+        value = several(self.value, real) if one is None else (one,) * 3
+        noise = isinstance(self.value, str) and self.value == "random"
+        if not noise and (value is None or len(value) != 3):
+            raise refused("value", "be a number, three numbers or 'random'", self.value, 0)
+        put(
+            self,
+            p=probability("p", self.p),
+            scale=interval("scale", self.scale, 0, 1, (0.02, 0.33)),
+            ratio=interval("ratio", self.ratio, 1e-3, 1e3, (0.3, 3.3)),
+            value="random" if value is None else alike(value),
+        )
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
         """See `Augmentation.draw`."""
@@ -346,8 +326,7 @@ class _Warp:
     """What comes in from outside, 0 to 255; three values are R, G, B; None is 0."""
 
     def _check_warp(self) -> None:
-        _check_filter(self.interpolation)
-        object.__setattr__(self, "fill", _filled(self.fill))
+        put(self, interpolation=choice("interpolation", self.interpolation, FILTERS), fill=_filled(self.fill))
 
     def _put(self, out: NDArray[np.void], codes: NDArray[np.integer], values: NDArray[np.float64]) -> None:
         """Write one operation for each row, out (n,)."""
@@ -431,6 +410,10 @@ def _standard(names: tuple[str, ...], bins: int, size: tuple[int, int]) -> _Spac
     return _space(names, magnitudes, bins)
 
 
+def _bins(value: object) -> int:
+    return whole_number("num_magnitude_bins", value, 2, 1000, 31)
+
+
 @dataclass(frozen=True)
 class TrivialAugmentWide(_Warp):
     """One operation of 14 with one magnitude, both uniform: torchvision's TrivialAugmentWide."""
@@ -439,7 +422,7 @@ class TrivialAugmentWide(_Warp):
     slots: ClassVar = 1
 
     def __post_init__(self) -> None:
-        _check_whole("num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
+        put(self, num_magnitude_bins=_bins(self.num_magnitude_bins))
         self._check_warp()
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -460,10 +443,14 @@ class RandAugment(_Warp):
     num_magnitude_bins: int = 31
 
     def __post_init__(self) -> None:
-        _check_whole("num_magnitude_bins", self.num_magnitude_bins, 2, 1000)
+        bins = _bins(self.num_magnitude_bins)
+        put(
+            self,
+            num_ops=whole_number("num_ops", self.num_ops, 0, 16, 2),
+            magnitude=whole_number("magnitude", self.magnitude, 0, bins - 1, min(9, bins - 1)),
+            num_magnitude_bins=bins,
+        )
         self._check_warp()
-        _check_whole("num_ops", self.num_ops, 0, 16)
-        _check_whole("magnitude", self.magnitude, 0, self.num_magnitude_bins - 1)
 
     @property
     def slots(self) -> int:
@@ -521,9 +508,13 @@ def _policy(slot: int) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[
 class AutoAugment(_Warp):
     """One of 25 pairs of operations, each with its probability and magnitude: AutoAugment's policy for ImageNet."""
 
+    policy: Literal["imagenet"] = "imagenet"
+    """As torchvision has it; its policies for CIFAR-10 and SVHN are not here."""
     slots: ClassVar = 2
 
     def __post_init__(self) -> None:
+        policy: Any = self.policy
+        put(self, policy=choice("policy", getattr(policy, "value", policy), ("imagenet",)))  # also torchvision's enum
         self._check_warp()
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -542,6 +533,13 @@ _TIMM: Final = (
     *("autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize_add", "color", "contrast"),
     *("brightness", "sharpness", "shear_x", "shear_y", "translate_x", "translate_y"),
 )
+
+
+_TIMM_PART: Final = re.compile(
+    "m(?P<magnitude>{0})|n(?P<num_ops>{0})|p(?P<p>{1})|mstd(?P<magnitude_std>{1})|mmax(?P<magnitude_max>{0})|"
+    "inc(?P<increasing>[01])".format("[0-9]{1,9}", r"[0-9]{1,9}(\.[0-9]+)?")
+)
+"""A part of timm's form; the group's name is the argument's."""
 
 
 @dataclass(frozen=True)
@@ -577,17 +575,26 @@ class TimmRandAugment:
                 f"magnitude must be a number, found {magnitude!r}; write augment={magnitude!r} or "
                 f"TimmRandAugment.of({magnitude!r})."
             )
-        if self.interpolation != "random":
-            _check_filter(self.interpolation)
-        object.__setattr__(self, "fill", _filled(self.fill))
-        _check_probability("p", self.p)
-        _check_whole("num_ops", self.num_ops, 0, 16)
-        for name in ("magnitude", "magnitude_std"):
-            value = getattr(self, name)
-            if not (_is_number(value) or value == math.inf) or value < 0:
-                raise ConfigError(f"{name} must be a number of at least 0, found {value!r}.")
-        if not _is_number(self.magnitude_max) or not 0 < self.magnitude_max <= 100:
-            raise ConfigError(f"magnitude_max must be above 0 and at most 100, found {self.magnitude_max!r}.")
+        given = {name: real(getattr(self, name)) for name in ("magnitude", "magnitude_std")}
+        for name, value in given.items():
+            if value is None or value < 0:
+                raise refused(name, "be a number of at least 0", getattr(self, name), 9 if name == "magnitude" else 0.5)
+        most = real(self.magnitude_max)
+        if most is None or not 0 < most <= 100:
+            raise refused("magnitude_max", "be above 0 and at most 100", self.magnitude_max, 10)
+        increasing: Any = self.increasing
+        if not isinstance(increasing, bool | np.bool_) and whole(increasing) not in (0, 1):
+            raise refused("increasing", "be True or False", increasing, True)
+        put(
+            self,
+            **given,
+            num_ops=whole_number("num_ops", self.num_ops, 0, 16, 2),
+            p=probability("p", self.p),
+            magnitude_max=most,
+            increasing=bool(increasing),
+            interpolation=choice("interpolation", self.interpolation, ("random", *FILTERS)),
+            fill=_filled(self.fill),
+        )
 
     @property
     def slots(self) -> int:
@@ -597,24 +604,19 @@ class TimmRandAugment:
     @classmethod
     def of(cls, text: str) -> "TimmRandAugment":
         """Read timm's form: "rand", then parts of m, n, p, mstd, mmax and inc with their numbers, joined by "-"."""
-        names: dict[str, tuple[str, Callable[[str], Any]]] = {
-            "m": ("magnitude", int),
-            "n": ("num_ops", int),
-            "p": ("p", float),
-            "mstd": ("magnitude_std", float),
-            "mmax": ("magnitude_max", int),
-            "inc": ("increasing", lambda value: bool(int(value))),
-        }
+        form = "rand-m9-n2-p0.5-mstd0.5-mmax10-inc1"
+        if not isinstance(text, str) or text.split("-")[0] != "rand":
+            raise ConfigError(f"text must be of timm's form {form}, found {text!r}.")
         settings: dict[str, Any] = {}
         for part in text.split("-")[1:]:
-            match = re.fullmatch(r"([a-z]+)(\d.*|inf)", part)
-            try:
-                name, number = names[match[1]] if match else names[""]
-                settings[name] = number(match[2] if match else "")
-            except (KeyError, ValueError):
+            match = _TIMM_PART.fullmatch(part)
+            found = {name: number for name, number in match.groupdict().items() if number} if match else {}
+            if not found or found.keys() & settings:
                 raise ConfigError(
-                    f"augment must be of timm's form rand-m9-n2-p0.5-mstd0.5-mmax10-inc1, found {part!r} in {text!r}."
-                ) from None
+                    f"augment must be of timm's form {form}, each part once, found {part!r} in {text!r}; inc is 0 or "
+                    "1, m, n and mmax are whole, and mstd101 is a magnitude that is uniform."
+                )
+            settings |= {name: float(number) if "." in number else int(number) for name, number in found.items()}
         return cls(**settings)
 
     def draw(self, out: NDArray[np.void], size: tuple[int, int], draws: Draws) -> None:
@@ -684,24 +686,27 @@ class RandomChoice:
 
     def __post_init__(self) -> None:
         given: Any = self.transforms
-        settings = [augmentations(one) for one in given] if isinstance(given, tuple | list) else []
+        settings = [_listed(one, "transforms") for one in given] if isinstance(given, tuple | list) else []
         lists = [one for one in given if isinstance(one, tuple | list)] if settings else []
         if not settings or lists or any(len(one) != 1 for one in settings):
             raise ConfigError(
                 "transforms must hold single settings, one or more (not lists of settings, nor 'ThreeAugment', which "
-                f"is two), found {given!r}."
+                f"is two), found {given!r}; for example RandomChoice((Grayscale(), Solarize()))."
             )
-        object.__setattr__(self, "transforms", tuple(one for (one,) in settings))
+        put(self, transforms=tuple(one for (one,) in settings))
         if any(isinstance(one, RandomChoice) for one in self.transforms):
-            raise ConfigError(f"transforms must hold no RandomChoice, found {self.transforms!r}.")
+            raise ConfigError(
+                f"transforms must hold no RandomChoice, found {self.transforms!r}; write one, with p for its settings."
+            )
+        if len(settings) > _MOST_CHOICES:
+            raise ConfigError(f"transforms must hold at most {_MOST_CHOICES} settings, found {len(settings)}.")
         if self.p is not None:
-            weights = tuple(self.p) if isinstance(self.p, tuple | list) else ()
-            fits = len(weights) == len(self.transforms) and all(_is_number(one) and one >= 0 for one in weights)
-            if not fits or not sum(weights) > 0:
-                raise ConfigError(
-                    f"p must hold {len(self.transforms)} weights of at least 0, one above it, found {self.p!r}."
-                )
-            object.__setattr__(self, "p", weights)
+            weights = several(self.p, real) or ()
+            fits = len(weights) == len(settings) and min(weights) >= 0
+            if not fits or not 0 < sum(weights) < math.inf:
+                rule = f"hold {len(settings)} weights of at least 0, one above it, with a finite sum"
+                raise refused("p", rule, self.p, (1.0,) * len(settings))
+            put(self, p=weights)
 
     @property
     def slots(self) -> int:
@@ -736,22 +741,26 @@ _KINDS: Final[tuple[type, ...]] = (
 )
 """A setting's stream is by its kind, and by how many of its kind come before."""
 _OF_A_KIND: Final = 16
+_MOST_CHOICES: Final = 255  # in RandomChoice: _BLOCKS / _WITHIN, but for its own
 _OWN: Final = 32  # the first kind of settings of users' own
 _MOST_KINDS: Final = 1000
 
 
-def _check_setting(one: object) -> None:
-    if isinstance(one, Augmentation) and not isinstance(one, type) and _is_whole(one.slots):
+def _check_setting(one: object, name: str) -> None:
+    slots = whole(one.slots) if isinstance(one, Augmentation) and not isinstance(one, type) else None
+    if slots is not None and slots >= 0:
         return
     remedy = ""
     if isinstance(one, type):
         remedy = f"; write {one.__name__}()"
     elif isinstance(one, Schedule):
         remedy = "; write one Schedule, whose values are settings or lists of them"
+    elif isinstance(one, Mapping | Set):
+        remedy = f"; write {schedule_meant(one, 'a list, whose order counts')}"
     elif type(one).__module__.startswith("torchvision."):
         remedy = " of torchvision; take the setting of that name from dali_diffusemix"
     raise ConfigError(
-        "augment must be a setting (ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, "
+        f"{name} must be a setting (ColorJitter, Grayscale, GaussianBlur, Solarize, TrivialAugmentWide, RandAugment, "
         "AutoAugment, TimmRandAugment, RandomErasing, RandomChoice), several of them, 'rand-m9-mstd0.5-inc1' or "
         f"'ThreeAugment', found {one!r}{remedy}."
     )
@@ -759,6 +768,11 @@ def _check_setting(one: object) -> None:
 
 def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
     """The settings in their order. Raises ConfigError if something else is among them."""
+    return _listed(augment, "augment")
+
+
+def _listed(augment: Any, name: str) -> tuple[Augmentation, ...]:
+    """`augmentations` of an argument of that name."""
     if augment is None:
         return ()
     if isinstance(augment, str):
@@ -767,13 +781,17 @@ def augmentations(augment: Augment) -> tuple[Augmentation, ...]:
         if augment.lower() == "threeaugment":
             return three_augment()
         raise ConfigError(
-            f"augment must be 'ThreeAugment' or of timm's form 'rand-m9-mstd0.5-inc1' if it is a string, found "
+            f"{name} must be 'ThreeAugment' or of timm's form 'rand-m9-mstd0.5-inc1' if it is a string, found "
             f"{augment!r}; for the others write TrivialAugmentWide(), RandAugment(), AutoAugment()."
         )
-    if isinstance(augment, Augmentation | type) or not isinstance(augment, Iterable):
-        _check_setting(augment)
+    parts = None
+    if not isinstance(augment, Augmentation | type | Mapping | Set):
+        with contextlib.suppress(TypeError):  # tensors of no axis claim to be iterable
+            parts = iter(augment)
+    if parts is None:
+        _check_setting(augment, name)
         return (augment,)
-    return tuple(one for part in augment for one in augmentations(part))
+    return tuple(one for part in parts for one in _listed(part, name))
 
 
 def settings_of(
@@ -785,7 +803,7 @@ def settings_of(
     return augmentations(augment)
 
 
-def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
+def streams(settings: Sequence[Augmentation]) -> Iterator[int]:
     """The first field of each setting's stream. Raises ConfigError for more of a kind than have streams."""
     seen: dict[int, int] = {}
     for one in settings:
@@ -795,7 +813,9 @@ def _streams(settings: Sequence[Augmentation]) -> Iterator[int]:
         kind = _KINDS.index(type(one)) if type(one) in _KINDS else own
         number = seen.get(kind, 0)
         if number == _OF_A_KIND:
-            raise ConfigError(f"augment must have at most {_OF_A_KIND} settings of a kind, found more of {name}.")
+            raise ConfigError(
+                f"augment must have at most {_OF_A_KIND} settings of a kind, found more of {name}; leave some out."
+            )
         seen[kind] = number + 1
         yield AUGMENT + (kind * _OF_A_KIND + number) * _BLOCKS
 
@@ -813,6 +833,8 @@ def _check_drawn(drawn: NDArray[np.void], size: tuple[int, int], one: Augmentati
         words = (values[..., 4:6] >= 0) & (values[..., 4:6] < 2**32)
         rules = {
             "?": np.zeros_like(inside),
+            "shear_x": np.abs(first) * size[0] + size[1] < 2**15,
+            "shear_y": np.abs(first) * size[1] + size[0] < 2**15,
             "hue": np.abs(first) <= 0.5,
             "posterize": (first >= 0) & (first <= 8) & (first == np.rint(first)),
             "solarize_add": (first >= 0) & (first <= 255),
@@ -825,10 +847,12 @@ def _check_drawn(drawn: NDArray[np.void], size: tuple[int, int], one: Augmentati
             right &= holds | (names != name)
     if not right.all():
         row, slot = np.argwhere(~right)[0].tolist()
+        name = names[row, slot]
+        rule = "; a shear must read within 2**15 pixels" if name.startswith("shear") else ""
         raise ConfigError(
             f"draw of {type(one).__name__} must give operations as plan.augment.OPERATION describes them, for samples "
-            f"of {size[0]} x {size[1]} pixels, found {names[row, slot]} with filter {drawn['filter'][row, slot]} and "
-            f"values {values[row, slot].tolist()}."
+            f"of {size[0]} x {size[1]} pixels, found {name} with filter {drawn['filter'][row, slot]} and "
+            f"values {values[row, slot].tolist()}{rule}."
         )
 
 
@@ -860,7 +884,7 @@ def draw_operations(
     if not settings:
         return no_operations(count)
     rows = np.arange(count)
-    drawn = [_drawn(one, size, draws, first, rows) for one, first in zip(settings, _streams(settings), strict=True)]
+    drawn = [_drawn(one, size, draws, first, rows) for one, first in zip(settings, streams(settings), strict=True)]
     out = np.concatenate(drawn, axis=1)
     out[out["code"] == CODES["identity"]] = np.zeros((), dtype=OPERATION)  # of what was not chosen nothing is left
     return out

@@ -25,7 +25,7 @@ from dali_diffusemix.base.philox import (
     uniform,
 )
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan.augment import Augmentation, described, draw_operations
+from dali_diffusemix.plan.augment import Augmentation, described, draw_operations, streams
 from dali_diffusemix.plan.crops import Crop, Draws
 from dali_diffusemix.plan.schedule import Schedule, setting_at, values_of
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -155,6 +155,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         check_seed(self.seed, 0)
+        for settings in values_of(self.augment):
+            list(streams(settings))  # refuses too many of a kind
         mixes = values_of(self.mix)
         if len({mix is not None and mix.epoch == "expanded" for mix in mixes}) > 1:
             raise ConfigError(

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from dali_diffusemix.base.philox import CROP, FLIP, below, uniform
 from dali_diffusemix.errors import ConfigError
-from dali_diffusemix.plan.spec import check_number, check_range
+from dali_diffusemix.plan.numbers import alike, interval, probability, put, sides, whole, whole_number
 
 Draws: TypeAlias = Callable[[int, NDArray[np.int64]], NDArray[np.uint32]]
 """(field, rows (m,)) to (m, 4) uint32: the draws of one field for some rows of the batch."""
@@ -37,13 +37,6 @@ class Crop(Protocol):
         ...
 
 
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    if not (1 <= height <= 16384 and 1 <= width <= 16384):
-        raise ConfigError(f"{name} must be 1 to 16384 pixels, an int or (height, width), found {value!r}.")
-    return int(height), int(width)
-
-
 def _flips(probability: float, count: int, draws: Draws) -> NDArray[np.bool_]:
     return uniform(draws(FLIP, np.arange(count))[:, 0]) < probability
 
@@ -51,6 +44,11 @@ def _flips(probability: float, count: int, draws: Draws) -> NDArray[np.bool_]:
 def _relative(boxes: NDArray[np.float64], extents: NDArray[np.float64]) -> NDArray[np.float64]:
     """(n, 4) boxes in pixels over (n, 2) extents."""
     return boxes / np.tile(extents, (1, 2))
+
+
+def _resize(value: int | tuple[int, int] | None) -> int | tuple[int, int] | None:
+    """A shorter side, or an exact (height, width), as it is given."""
+    return None if value is None else sides("resize", value)[0] if whole(value) else sides("resize", value)
 
 
 def _resized(sizes: NDArray[np.int32], resize: int | tuple[int, int] | None) -> NDArray[np.float64]:
@@ -83,17 +81,20 @@ class TrainCrop:
     _TRIES = 10
 
     def __post_init__(self) -> None:
-        _pair("size", self.size)
-        check_range("scale", self.scale, 0, 1)
-        check_range("ratio", self.ratio, 1e-3, 1e3)
-        check_number("flip", self.flip, 0, 1)
+        put(
+            self,
+            size=alike(sides("size", self.size)),
+            scale=interval("scale", self.scale, 0, 1, (0.08, 1.0)),
+            ratio=interval("ratio", self.ratio, 1e-3, 1e3, (0.75, 1.33)),
+            flip=probability("flip", self.flip),
+        )
         if self.scale[1] == 0:
-            raise ConfigError(f"scale must allow an area above 0, found {self.scale}.")
+            raise ConfigError(f"scale must allow an area above 0, found {self.scale}; for example scale=(0.08, 1.0).")
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the sample, pixels."""
-        return _pair("size", self.size)
+        return sides("size", self.size)
 
     def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`."""
@@ -147,17 +148,18 @@ class RandomCrop:
     """Probability of a left-right flip."""
 
     def __post_init__(self) -> None:
-        _pair("size", self.size)
-        if self.resize is not None:
-            _pair("resize", self.resize)
-        if self.padding < 0:
-            raise ConfigError(f"padding must be at least 0 pixels, found {self.padding}.")
-        check_number("flip", self.flip, 0, 1)
+        put(
+            self,
+            size=alike(sides("size", self.size)),
+            resize=_resize(self.resize),
+            padding=whole_number("padding", self.padding, 0, 16384, 4),
+            flip=probability("flip", self.flip),
+        )
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the sample, pixels."""
-        return _pair("size", self.size)
+        return sides("size", self.size)
 
     def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`."""
@@ -181,14 +183,12 @@ class EvalCrop:
     """Shorter side, or exact (height, width), pixels; None is 8/7 of the (shorter) output side: 256 for 224."""
 
     def __post_init__(self) -> None:
-        _pair("size", self.size)
-        if self.resize is not None:
-            _pair("resize", self.resize)
+        put(self, size=alike(sides("size", self.size)), resize=_resize(self.resize))
 
     @property
     def output_size(self) -> tuple[int, int]:
         """(height, width) of the sample, pixels."""
-        return _pair("size", self.size)
+        return sides("size", self.size)
 
     def boxes(self, sizes: NDArray[np.int32], draws: Draws) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
         """See `Crop.boxes`. Offsets are whole pixels, rounded half to even, as torchvision's CenterCrop."""

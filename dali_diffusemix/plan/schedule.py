@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-import numpy as np
-
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.numbers import whole
 
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
@@ -37,7 +36,7 @@ class Schedule(Generic[_T_co]):
                 "Schedule({0: TrainCrop(128), 30: TrainCrop(224)})."
             )
         for epoch, value in values.items():
-            if not isinstance(epoch, int | np.integer) or isinstance(epoch, bool) or epoch < 0:
+            if not _is_epoch(epoch):
                 raise ConfigError(
                     f"epochs of a Schedule must be whole numbers, at least 0, found {epoch!r}; count epochs from 0."
                 )
@@ -52,8 +51,8 @@ class Schedule(Generic[_T_co]):
 
     def at(self, epoch: int) -> _T_co:
         """The value in an epoch, at least 0."""
-        if epoch < 0:
-            raise ConfigError(f"epoch must be at least 0, found {epoch}.")
+        if not _is_epoch(epoch):
+            raise ConfigError(f"epoch must be a whole number, at least 0, found {epoch!r}; epochs count from 0.")
         return self.steps[bisect_right(self.epochs, epoch) - 1][1]
 
     @property
@@ -68,6 +67,17 @@ class Schedule(Generic[_T_co]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({{{', '.join(f'{epoch}: {value!r}' for epoch, value in self.steps)}}})"
+
+
+def _is_epoch(epoch: object) -> bool:
+    found = whole(epoch)
+    return found is not None and found >= 0
+
+
+def schedule_meant(value: object, otherwise: str) -> str:
+    """The remedy for a value that is none of a setting: a Schedule if it is a dictionary by epoch."""
+    by_epoch = isinstance(value, Mapping) and value and all(map(_is_epoch, value))
+    return "Schedule({...}) around the dictionary" if by_epoch else otherwise
 
 
 def setting_at(setting: _T | Schedule[_T], epoch: int) -> _T:

@@ -1,24 +1,17 @@
 """The mix: its masks, its seam, its share of fractal, and its epoch."""
 
 from dataclasses import dataclass
-from typing import Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
+
+import numpy as np
 
 from dali_diffusemix.errors import ConfigError
+from dali_diffusemix.plan.numbers import alike, choice, interval, number_in, put, several
 
 MASKS: Final = ("left", "right", "top", "bottom")
 """The sides that can show the edit; `BatchPlan.mask` holds the index in this tuple."""
 
 Mask: TypeAlias = Literal["left", "right", "top", "bottom"]
-
-
-def check_range(name: str, value: tuple[float, float], low: float, high: float) -> None:
-    if not (len(value) == 2 and low <= value[0] <= value[1] <= high):
-        raise ConfigError(f"{name} must be (low, high) with {low} ≤ low ≤ high ≤ {high}, found {value}.")
-
-
-def check_number(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{name} must lie in [{low}, {high}], found {value}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,23 +35,26 @@ class MixSpec:
     """Share of mixed samples of a fixed epoch; None is K/(1+K) for an original with K edits."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "masks", tuple(self.masks))
-        unknown = [m for m in self.masks if m not in MASKS]
-        if unknown or not self.masks or len(set(self.masks)) != len(self.masks):
-            raise ConfigError(f"masks must be one or more of {MASKS}, each once, found {self.masks}.")
-        if not 0 <= self.seam_width <= 1:
-            raise ConfigError(f"seam_width must lie in [0, 1], a fraction of the side, found {self.seam_width}.")
-        if isinstance(self.fractal_weight, tuple):
-            check_range("fractal_weight", self.fractal_weight, 0, 1)
-        else:
-            check_number("fractal_weight", self.fractal_weight, 0, 1)
-        if self.order not in ("mix_then_crop", "crop_then_mix"):
-            raise ConfigError(f"order must be 'mix_then_crop' or 'crop_then_mix', found {self.order!r}.")
-        if self.epoch not in ("fixed", "expanded"):
-            raise ConfigError(f"epoch must be 'fixed' or 'expanded', found {self.epoch!r}.")
+        given: Any = self.masks
+        masks = several(given, lambda one: str(one) if isinstance(one, str) and one in MASKS else None)
+        if not masks or len(set(masks)) != len(masks):
+            raise ConfigError(
+                f"masks must be one or more of {MASKS}, each once, in a tuple, found {given!r}; for example "
+                "masks=('left', 'right')."
+            )
+        weight: Any = self.fractal_weight
+        if isinstance(weight, tuple | list | np.ndarray):
+            weight = alike(interval("fractal_weight", weight, 0, 1, (0.1, 0.3)))
+        put(
+            self,
+            masks=masks,
+            seam_width=number_in("seam_width", self.seam_width, 0, 1, 0.08, "lie in [0, 1], a fraction of the side"),
+            fractal_weight=weight if isinstance(weight, tuple) else number_in("fractal_weight", weight, 0, 1, 0.2),
+            order=choice("order", self.order, ("mix_then_crop", "crop_then_mix")),
+            epoch=choice("epoch", self.epoch, ("fixed", "expanded")),
+        )
         if self.probability is not None:
-            if not 0 <= self.probability <= 1:
-                raise ConfigError(f"probability must lie in [0, 1], found {self.probability}.")
+            put(self, probability=number_in("probability", self.probability, 0, 1, 0.5))
             if self.epoch == "expanded":
                 raise ConfigError(
                     f"probability must be None in an expanded epoch, which holds every edit once, found "

@@ -31,7 +31,8 @@ def _written(value: object) -> str:
     if type(value) is tuple:
         return f"({', '.join(map(_written, value))}{',' * (len(value) == 1)})"
     if isinstance(value, float):
-        return repr(value) if len(repr(value)) < 8 else f"{value:.4g}"
+        text = repr(value).removesuffix(".0")  # of a whole number the int is as good
+        return text if len(text) < 8 else f"{value:.4g}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return f"{type(value).__name__}({', '.join(_arguments(value))})"
     text = repr(value)

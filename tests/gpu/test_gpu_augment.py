@@ -39,6 +39,7 @@ def cases(height: int, width: int) -> list[One]:
     warps = {"shear_x": -0.7, "shear_y": 0.31, "translate_x": 13.4, "translate_y": -7.0, "rotate": 27.3}
     return [
         *((name, filter, fill, (amount,)) for name, amount in warps.items() for filter in range(3)),
+        *((f"translate_{axis}", 0, fill, (9.500000000000002,)) for axis in "xy"),
         *((name, 0, NONE, (1.83,)) for name in ("brightness", "contrast", "color", "sharpness")),
         *((name, 0, NONE, (0.21,)) for name in ("brightness", "contrast", "color", "sharpness", "hue")),
         ("posterize", 0, NONE, (3,)),

@@ -15,7 +15,6 @@ from dali_diffusemix.loading.quarantine import Failure, Substitution
 from dali_diffusemix.mix.augment import augmented_image
 from dali_diffusemix.mix.pixel import edit_weight, encode, mixed_image
 from dali_diffusemix.mix.tensor import PIXELS, TensorFormat
-from dali_diffusemix.plan.augment import described
 from dali_diffusemix.plan.batch import BatchPlan, Planner
 from dali_diffusemix.plan.order import EpochOrder
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -272,11 +271,13 @@ class Sample:
 
     def augmented(self) -> NDArray[np.uint8]:
         """Return what the network sees, (height, width, 3) uint8: A, after the dataset's `augment`."""
-        return augmented_image(self.mixed(), self.plan.operations[self.row], self.format)
+        return augmented_image(self.mixed(), self.operations, self.format)
 
-    def operations(self) -> list[str]:
-        """Return the operations of `augment` and their magnitudes, in their order."""
-        return [text for operation in self.plan.operations[self.row] if (text := described(operation))]
+    @property
+    def operations(self) -> NDArray[np.void]:
+        """(slots,) of `plan.augment.OPERATION`."""
+        operations: NDArray[np.void] = self.plan.operations[self.row]
+        return operations
 
     @property
     def box(self) -> NDArray[np.float64]:

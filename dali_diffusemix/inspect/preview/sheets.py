@@ -1,12 +1,13 @@
 """The sheets, and the content of their cells."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from dali_diffusemix.base.files import write
@@ -29,6 +30,7 @@ from dali_diffusemix.inspect.preview.samples import (
 )
 from dali_diffusemix.loading.batches import Made, PlannedSample
 from dali_diffusemix.loading.dataset import DiffuseMixDataset
+from dali_diffusemix.plan.augment import described
 from dali_diffusemix.plan.batch import BatchPlan
 from dali_diffusemix.plan.schedule import setting_at
 from dali_diffusemix.plan.spec import MASKS, MixSpec
@@ -48,7 +50,6 @@ _MIXED: Final = ("mixed", COLUMNS[-1][1])  # the last column's name where sample
 _AFTER: Final = ("augmented", "after the mix")
 _DELIVERED: Final = ("delivered", "after batch_transform")
 _LABEL_LINES: Final = 2
-_OPERATION_LINES: Final = 4
 
 _CAPTIONS: Final = 206
 _MOST_SAMPLES: Final = 512  # on one sheet
@@ -84,7 +85,7 @@ def contact_sheet(
     plan = dataset.planner.batch(epoch, _chosen(dataset, epoch, indices, rows))
     augmented = plan.operations.shape[1] > 0
     about = _footnotes(dataset, epoch)
-    sheet = _steps_sheet(plan.output_size, len(plan), "samples of the plan", about, augmented=augmented)
+    sheet = _steps_sheet(plan.output_size, plan.operations, "samples of the plan", about)
     for row in counted(len(plan), progress):
         _draw_steps(sheet, row, Sample.of(dataset, plan, row), augmented=augmented)
     return sheet.image
@@ -120,7 +121,8 @@ def batch_sheet(samples: Sequence[PlannedSample], *, step: int, rows: int = 8, m
         about += [line for line in _footnotes(dataset, epoch) if line not in about]
     augmented = any(plan.operations.shape[1] for _, plan in shown)
     title = f"epoch {epoch}, batch {step}"
-    sheet = _steps_sheet(output_size, len(shown), title, about, augmented=augmented, transformed=tensors is not None)
+    operations = [row for _, plan in shown for row in plan.operations]
+    sheet = _steps_sheet(output_size, operations, title, about, transformed=tensors is not None)
     for row, (dataset, plan) in enumerate(shown):
         sample = Sample.delivered(dataset, plan)
         if sample is None:
@@ -334,25 +336,32 @@ def _check_count(samples: int) -> None:
 
 def _steps_sheet(
     output_size: tuple[int, int],
-    rows: int,
+    operations: Iterable[NDArray[np.void]],
     below: str,
     footer: Sequence[str],
     *,
-    augmented: bool,
     transformed: bool = False,
 ) -> Sheet:
-    """A sheet for `_draw_steps`, with its titles; with a column more for each way that samples are changed further."""
+    """A sheet for `_draw_steps`, with its titles; with a column more for each way that samples are changed further.
+
+    `operations` are those of each row, by which there is room for the longest list.
+    """
+    rows = list(operations)
+    augmented = any(row.size for row in rows)
     columns = (*COLUMNS[:-1], _MIXED, _AFTER) if augmented else COLUMNS
     columns = (*columns, _DELIVERED) if transformed else columns
     layout = Layout.of(
         output_size,
-        rows=rows,
+        rows=len(rows),
         columns=len(columns),
         groups=(3,),
         captions=_CAPTIONS,
-        notes=_OPERATION_LINES if augmented else _LABEL_LINES if transformed else 0,
+        notes=_LABEL_LINES if transformed else 0,
         enlarged=False,
     )
+    if augmented:
+        most = max(len(_operations(row, layout.cell[1])) for row in rows)
+        layout = replace(layout, notes=max(most, layout.notes))
     sheet = Sheet(layout, footer)
     sheet.title("DiffuseMix", below)
     for column, (name, symbols) in enumerate(columns):
@@ -385,15 +394,13 @@ def _draw_steps(sheet: Sheet, row: int, sample: Sample, *, augmented: bool) -> N
     for column, cell in enumerate(cells):
         sheet.cell(row, column, cell)
     if augmented:
-        notes: list[Line] = [(line, 13, MUTED) for line in _operations(sample, layout.cell[1])]
+        notes: list[Line] = [(line, 13, MUTED) for line in _operations(sample.operations, layout.cell[1])]
         sheet.cell(row, len(COLUMNS), zoomed(sample.augmented(), layout.zoom), notes)
 
 
-def _operations(sample: Sample, most: int) -> list[str]:
-    """Return the operations after the mix in few lines, which `most` pixels hold."""
-    lines = wrapped(" · ".join(sample.operations()), 13, most, " · ")
-    if len(lines) > _OPERATION_LINES:
-        return [*lines[: _OPERATION_LINES - 1], f"{lines[_OPERATION_LINES - 1]} …"]
+def _operations(operations: NDArray[np.void], most: int) -> list[str]:
+    """The (slots,) operations after the mix and their magnitudes, in lines that `most` pixels hold."""
+    lines = wrapped(" · ".join(filter(None, map(described, operations))), 13, most, " · ")
     return lines if any(lines) else ["unchanged"]
 
 
