@@ -253,9 +253,12 @@ def words(text: str, name: str) -> list[str]:
     return found
 
 
-def methods_of(text: str, baseline: bool) -> list[str]:
-    """Return the methods of --methods, groups replaced by theirs; with the baseline first if it is wanted."""
-    found = [BASELINE] if baseline else []
+def methods_of(text: str, baseline: str | None) -> list[str]:
+    """Return the methods of --methods, groups replaced by theirs; the baseline first, if there is one."""
+    found = [] if baseline is None else [baseline]
+    if baseline is not None and baseline not in KNOWN:
+        like = did_you_mean(baseline, KNOWN)
+        raise ConfigError(f"--baseline must be one of {', '.join(KNOWN)}, found {baseline!r}{like}")
     for one in words(text, "--methods"):
         if one not in GROUPS and one not in KNOWN:
             like = did_you_mean(one, [*GROUPS, *KNOWN])
@@ -281,7 +284,8 @@ def sets_of(text: str, grid: bool) -> list[tuple[str, int | None]]:
 
 def plan(options: argparse.Namespace) -> list[Run]:
     """Return the runs, seed by seed, so that an interrupted comparison is balanced too."""
-    names = methods_of(options.methods or (BASELINE if options.grid else "decide"), baseline=not options.grid)
+    baseline = None if options.grid else options.baseline
+    names = methods_of(options.methods or (BASELINE if options.grid else "decide"), baseline)
     seeds = words(options.seeds, "--seeds")
     rule(all(one.isdecimal() for one in seeds), "--seeds", "whole numbers from 0, such as 0,1,2", options.seeds)
     for name, value, least in (
@@ -506,10 +510,10 @@ def write_grid(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -
 
 def write(options: argparse.Namespace, results: Sequence[dict[str, Any]]) -> None:
     """Write and print a comparison."""
-    tables = f"{table(results)}\n{differences(results, BASELINE)}"
+    tables = f"{table(results)}\n{differences(results, options.baseline)}"
     (options.out / "table.md").write_text(tables)
-    (options.out / "page.html").write_text(page(results, options.recipe.stem, BASELINE), encoding="utf-8")
-    picture(results, options.out / "compare.png", BASELINE)
+    (options.out / "page.html").write_text(page(results, options.recipe.stem, options.baseline), encoding="utf-8")
+    picture(results, options.out / "compare.png", options.baseline)
     print(tables, end="")
     print(f"see {options.out / 'page.html'}")
 
@@ -524,8 +528,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     groups = ", ".join(GROUPS)
     add(
         "--methods",
-        help=f"names and groups ({groups}), divided by commas; {BASELINE} is always one; default decide",
+        help=f"names and groups ({groups}), divided by commas; the baseline is always one; default decide",
     )
+    add("--baseline", default=BASELINE, help=f"what the others are compared with; default {BASELINE}")
     add("--sets", default="all", help="images per class : updates, such as 10:1000,all:2000; default all")
     add("--seeds", default="0,1,2", help="a run for each; default 0,1,2")
     add("--set", action="append", default=[], metavar="SECTION.FIELD=VALUE", help="change the recipe of all runs")

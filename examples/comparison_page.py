@@ -604,7 +604,8 @@ def picture(results: Sequence[Result], file: Path, baseline: str) -> None:
         left, right = axes.get_xlim()
         axes.set_xlim(max(left, 0), min(right, 100))
         label = "test top-1, %; bars: 95 % over seeds,\nof each method's own deviation"
-        axes.set(title=_of_set(images), xlabel=label)
+        axes.set_title(_of_set(images))
+        axes.set_xlabel(label, fontsize="small")
         axes.set_yticks(range(len(methods)), methods[::-1] if column == 0 else [""] * len(methods))
         axes.grid(axis="x", alpha=0.25)
         for at, name in enumerate(curves, 1):

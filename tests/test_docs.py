@@ -1,14 +1,15 @@
 """Figures in the documents are those of the committed records."""
 
-import importlib.util
+import importlib
 import json
 import re
 import statistics
 import sys
 import tarfile
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ TEXT = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 RECORD = "2026-11-23-2cores"
 H100 = "2026-11-26-h100"
 GENERATION = "2026-11-24-2cores"
+EVIDENCE = "vanilla,TrivialAugment,CutMix,MixUp,DiffuseMix paper,DiffuseMix + TrivialAugment,DiffuseMix expanded"
 
 
 def results(name: str, of: str = RECORD) -> Any:
@@ -478,31 +480,46 @@ def test_bytes_of_raw_images(tmp_path: Path) -> None:
     assert f"of 500 x 375 pixels takes {bytes_of_raw(375, 500) / 1e3:.0f} kB" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("name", ["compare", "compare-ablations"])
-def test_the_tables_of_results(name: str) -> None:
+@pytest.fixture
+def compare() -> Iterator[ModuleType]:
+    """examples/compare.py."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module("compare")
+    sys.path.remove(str(ROOT / "examples"))
+    for name in set(sys.modules) - before:
+        if str(ROOT / "examples") in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def record_of(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "sets"),
+    [
+        ("2026-11-27-2cores-evidence", EVIDENCE, ("20", "50", "all")),
+        ("2026-11-25-2cores-compare", "methods", ("10", "20", "50", "all")),
+        ("2026-11-25-2cores-compare-ablations", "ablations", ("50",)),
+    ],
+)
+def test_the_tables_of_results(compare: ModuleType, name: str, group: str, sets: tuple[str, ...]) -> None:
     """Made of the records by the script that made those; all methods of a column trained alike."""
-    spec = importlib.util.spec_from_file_location("compare", ROOT / "examples" / "compare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    compare = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "compare", compare)
-        patch.syspath_prepend(str(ROOT / "examples"))
-        spec.loader.exec_module(compare)
-        record = json.loads((ROOT / "benchmarks" / "results" / f"2026-11-25-2cores-{name}.json").read_text())
-        table = compare.table(record["runs"])
-    runs = record["runs"]
+    runs = record_of(name)["runs"]
     text = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    table = compare.table(runs)
     assert table in text
-    if name == "compare-ablations":  # what is said about it
+    if "11-27" in name:
+        assert compare.differences(runs, "vanilla") in text
+    if "ablations" in name:  # what is said about it
         figures = re.findall(r"\d+\.\d\b", text.split(table)[1].split("\n### ")[0])
         assert len(figures) > 9
         assert set(figures) - {"0.1", "0.2", "0.4"} <= set(re.findall(r"\d+\.\d\b", table))
-    known = compare.GROUPS["methods" if name == "compare" else "ablations"]
-    sets = {run["images_per_class"] for run in runs}
-    assert {(run["method"], run["images_per_class"], run["seed"]) for run in runs} == {
-        (method, images, seed) for method in known for images in sets for seed in range(3)
-    }
+    methods = compare.methods_of(group, "vanilla")
+    wanted = {(method, images, seed) for method in methods for images in sets for seed in range(3)}
+    assert {(run["method"], run["images_per_class"], run["seed"]) for run in runs} >= wanted
+    assert {run["images_per_class"] for run in runs} == set(sets)
     for images in sets:
         column = [run for run in runs if run["images_per_class"] == images]
         assert len({run["updates"] for run in column}) == len({run["test_images"] for run in column}) == 1
@@ -510,6 +527,68 @@ def test_the_tables_of_results(name: str) -> None:
         assert re.fullmatch(r"[0-9a-f]{40}", run["commit"])  # without the mark of a changed checkout
         of_method = compare.KNOWN[run["method"]]
         assert run["changes"][: len(of_method)] == list(of_method)
+
+
+def test_the_findings_of_long_training(compare: ModuleType) -> None:
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    runs = record_of("2026-11-27-2cores-evidence")["runs"]
+    page, points = importlib.import_module("comparison_page"), importlib.import_module("significance").points
+    sets, paper, trivial, both = (
+        ("20", "50", "all"),
+        "DiffuseMix paper",
+        "TrivialAugment",
+        "DiffuseMix + TrivialAugment",
+    )
+
+    def three(values: Iterable[str]) -> str:
+        return "{}, {} and {}".format(*values)
+
+    def mean(name: str, method: str, images: str) -> float:
+        return statistics.fmean(
+            run[name] for run in runs if (run["method"], run["images_per_class"]) == (method, images)
+        )
+
+    clean, corrupted, attacked = (
+        page.compared(runs, measure, "vanilla") for measure in (page.CLEAN, page.CORRUPTED, page.ATTACKED)
+    )
+    over = page.compared([run for run in runs if run["method"] in (trivial, both)], page.CLEAN, trivial)
+
+    def gains(method: str) -> str:
+        assert all(clean[images, method].verdict == "better" for images in sets)
+        return three(points(clean[images, method].mean).strip("+") for images in sets)
+
+    for said in (
+        f"it adds {gains(paper)} points to a small network's accuracy",
+        f"which needs no edits, adds {gains(trivial)}, and DiffuseMix on top of TrivialAugment is not shown to add any",
+        f"its loss is {mean('last_loss', 'vanilla', '20'):.3f}, {mean('last_loss', 'vanilla', '50'):.3f} and "
+        f"{mean('last_loss', 'vanilla', 'all'):.2f} with 20, 50 and all images a class",
+        f"vary by {three(f'{100 * clean[images, paper].noise.deviation:.1f}' for images in sets)} points",
+        f"it gains {three(points(over[images, both].mean) for images in sets)} points: no difference is shown (p = "
+        f"{three(f'{over[images, both].p_seeds:.2f}' for images in sets)};",
+        f"alone helps, too ({three(points(corrupted[images, paper].mean) for images in sets)} points)",
+        f"with all images the loss of DiffuseMix is still {mean('last_loss', paper, 'all'):.2f} on its own",
+        f"CutMix is worse with 20 a class ({points(attacked['20', 'CutMix'].mean)})",
+    ):
+        assert said in text
+    assert all(mean("last_loss", "vanilla", images) < 0.05 for images in sets)  # or more updates are needed
+    assert all(over[images, both].verdict == "none" for images in sets)
+    assert all(corrupted[images, paper].verdict == "better" for images in sets)
+    assert {key for key, one in attacked.items() if one.verdict not in ("none", "unclear")} == {("20", "CutMix")}
+    assert [clean[images, "CutMix"].verdict for images in ("50", "all")] == ["none", "better"]
+    assert max(clean["all", method].mean for _, method in clean) == clean["all", "CutMix"].mean
+    for images in ("20", "50"):
+        assert max(clean[images, method].mean for _, method in clean) == clean[images, both].mean
+    expanded = [clean[images, "DiffuseMix expanded"].mean - clean[images, paper].mean for images in sets]
+    assert max(map(abs, expanded)) < 0.0155
+    of_all = [run for run in runs if run["images_per_class"] == "all"]
+    plain, cutmix = ([run for run in of_all if run["method"] == method] for method in ("vanilla", "CutMix"))
+    speed, wait, longer = (
+        statistics.median(run[name] for run in of)
+        for name, of in (("images_per_second", plain), ("loader_share", plain), ("loader_share", cutmix))
+    )
+    assert f"ran at {speed:,.0f} images/s on one core" in text
+    assert f"{100 * wait:.0f} % of the time waiting for the loader; kornia's CutMix waits {100 * longer:.0f} %" in text
+    assert f"30,699 edits took {max(run['edits_seconds'] for run in runs):.0f} s once" in text
 
 
 def test_the_findings_of_results() -> None:

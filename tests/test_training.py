@@ -706,14 +706,20 @@ def test_runs_of_other_settings_are_never_mixed(
     assert "bad.json: 0 of its 1 runs belong to this comparison" in capfd.readouterr().out
     shown = comparison(*some, "--merge", str(record), "--table", out="elsewhere")
     assert shown["runs"] == first["runs"]
+    # Against another method: the same runs.
+    two = ("--methods", "vanilla,CutMix", "--sets", "all:2", "--seeds", "0")
+    comparison(*two)
+    comparison(*two, "--baseline", "CutMix", "--table")
+    assert "| against CutMix | all images |" in (tmp_path / "out/table.md").read_text()
+    assert "1 method against CutMix" in (tmp_path / "out/page.html").read_text()
 
 
 def test_methods_and_sets_in_words(scripts: SimpleNamespace) -> None:
     methods, sets = scripts.compare.methods_of, scripts.compare.sets_of
     curve = list(scripts.compare.GROUPS["curve"])
-    assert methods(" curve , CutMix", True) == [*curve, "CutMix"]
-    assert methods("CutMix,curve", True) == ["vanilla", "CutMix", *curve[1:]]
-    assert methods("CutMix", False) == ["CutMix"]
+    assert methods(" curve , CutMix", "vanilla") == [*curve, "CutMix"]
+    assert methods("CutMix,curve", "MixUp") == ["MixUp", "CutMix", *curve]
+    assert methods("CutMix", None) == ["CutMix"]
     assert sets("20:5, all", False) == [("20", 5), ("all", None)]
     assert sets("all:4,all:8", True) == [("all", 4), ("all", 8)]
 
@@ -751,6 +757,7 @@ def test_comparisons_that_cannot_be_made(comparison: Callable[..., dict[str, Any
     for arguments, message in (
         (("--methods", "vanilla,Mixup"), "--methods must be some of decide, .* found 'Mixup'; did you mean 'MixUp'?"),
         (("--methods", "vanilla,AugMix"), "found 'AugMix'; "),
+        (("--baseline", "plain"), "--baseline must be one of vanilla, .* found 'plain'"),
         (("--methods", "vanilla,"), "--methods must be a list divided by commas, without empty places"),
         (("--seeds", "0,x"), "--seeds must be whole numbers from 0, such as 0,1,2, found '0,x'"),
         (("--seeds", "0,"), "--seeds must be a list divided by commas"),
