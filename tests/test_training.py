@@ -96,6 +96,7 @@ def test_a_recipe_trains_and_is_evaluated(
     data = build(tmp_path / "data")
     changes = ["model.width=16"]  # seconds rather than minutes, and so are smaller crops
     changes += [f"model.weights={resnet50_weights}"] if recipe.model.weights else []
+    changes += ["data.per_class=8"] if recipe.data.per_class else []  # as many as the miniature has
     if recipe.crop.size > 64:
         sizes = {"size": 96 if recipe.crop.from_size else 72, "from_size": 64, "resize": 80, "eval_resize": 80}
         changes += [f"crop.{name}={sizes[name]}" for name in sizes if getattr(recipe.crop, name) is not None]
