@@ -500,6 +500,7 @@ def record_of(name: str) -> Any:
     ("name", "group", "sets"),
     [
         ("2026-11-27-2cores-evidence", EVIDENCE, ("20", "50", "all")),
+        ("2026-11-27-2cores-curve", "curve", ("all",)),
         ("2026-11-25-2cores-compare", "methods", ("10", "20", "50", "all")),
         ("2026-11-25-2cores-compare-ablations", "ablations", ("50",)),
     ],
@@ -557,6 +558,17 @@ def test_the_findings_of_long_training(compare: ModuleType) -> None:
         assert all(clean[images, method].verdict == "better" for images in sets)
         return three(points(clean[images, method].mean).strip("+") for images in sets)
 
+    steps = page.compared(record_of("2026-11-27-2cores-curve")["runs"], page.CLEAN, "vanilla")
+    assert {one.verdict for one in steps.values()} == {"none"}
+    spread = {
+        method: 100
+        * statistics.stdev(run["top1"] for run in runs if (run["method"], run["images_per_class"]) == (method, "all"))
+        for method in ("vanilla", *(method for images, method in clean if images == "all"))
+    }
+
+    def step(method: str) -> str:
+        return str(points(steps["all", method].mean)).strip("+")
+
     for said in (
         f"it adds {gains(paper)} points to a small network's accuracy",
         f"which needs no edits, adds {gains(trivial)}, and DiffuseMix on top of TrivialAugment is not shown to add any",
@@ -566,6 +578,12 @@ def test_the_findings_of_long_training(compare: ModuleType) -> None:
         f"it gains {three(points(over[images, both].mean) for images in sets)} points: no difference is shown (p = "
         f"{three(f'{over[images, both].p_seeds:.2f}' for images in sets)};",
         f"alone helps, too ({three(points(corrupted[images, paper].mean) for images in sets)} points)",
+        f"three runs of vanilla vary by {spread.pop('vanilla'):.1f} points, those of the other methods by "
+        f"{min(spread.values()):.1f} to {max(spread.values()):.1f}.",
+        f"the {100 * clean['all', paper].mean:.1f} points of DiffuseMix are larger than the noise; pooled over the "
+        f"four methods of the next section they are not (p = {steps['all', paper].p_seeds:.2f})",
+        f"Edits alone (originals and whole edits, unmixed) gain {step('edit only')} points over vanilla, concatenated "
+        f"with originals {step('concatenation only')}, with fractals too {step(paper)}. With three seeds none",
         f"with all images the loss of DiffuseMix is still {mean('last_loss', paper, 'all'):.2f} on its own",
         f"CutMix is worse with 20 a class ({points(attacked['20', 'CutMix'].mean)})",
     ):
