@@ -40,8 +40,9 @@ import comparison_record
 import jobs
 from comparison_page import differences, page, picture
 from data import parts, raw_fits, seconds_for_edits
-from recipe import Recipe, did_you_mean, difference, rule
+from recipe import Recipe, difference, rule
 
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.errors import ConfigError, DiffuseMixError
 
 HERE = Path(__file__).parent

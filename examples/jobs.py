@@ -91,7 +91,7 @@ def run(
             while waiting and len(running) < at_once and not any(one.preparing for one in running) and may_start():
                 starts(job := waiting.popleft())
                 running.append(_Running(job, job.preparation in prepared, environment))
-            time.sleep(0.05)
+            time.sleep(0.05)  # nothing waits for one of several processes everywhere
             for one in [one for one in running if one.advance()]:
                 running.remove(one)
                 done(one.job, len(waiting))

@@ -4,9 +4,8 @@ Sections are the dataclasses below; fields that a file omits have the defaults g
 """
 
 import dataclasses
-import difflib
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -23,6 +22,7 @@ from dali_diffusemix import (
     TrainCrop,
     TrivialAugmentWide,
 )
+from dali_diffusemix.base.words import did_you_mean
 from dali_diffusemix.catalog import LAYOUTS
 from dali_diffusemix.errors import ConfigError
 from dali_diffusemix.generate.editors import PROMPTS
@@ -41,13 +41,6 @@ STEP = 32  # pixels by which progressive resizing grows
 def rule(holds: bool, name: str, must: str, found: object) -> None:
     if not holds:
         raise ConfigError(f"{name} must be {must}, found {found!r}.")
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return the end of a message: a known word that is like the given one, or a full stop."""
-    by_lower = {one.lower(): one for one in known}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.7)
-    return f"; did you mean {by_lower[close[0]]!r}?" if close else "."
 
 
 @dataclass(frozen=True, kw_only=True)

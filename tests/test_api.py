@@ -23,6 +23,7 @@ SNAPSHOT = Path(__file__).with_name("public_api.txt")
 # What docs/ and examples/ name beside `dali_diffusemix.__all__`. None: all of a module that has no underscore.
 SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "base.memory": ("free_memory",),
+    "base.words": ("did_you_mean",),
     "bench": ("BenchResult", "Measurement", "Trial", "bench", "machine"),
     "catalog": ("LAYOUTS", "Split", "index", "read_layout"),
     "errors": None,
