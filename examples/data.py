@@ -19,9 +19,12 @@ from dali_diffusemix.catalog import Split, index, read_layout
 from dali_diffusemix.errors import CatalogError, ConfigError, StoreError
 from dali_diffusemix.fractals import render_bank
 from dali_diffusemix.generate import GenerateConfig, generate
+from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
 from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.inspect.export import export
 from dali_diffusemix.mix import IMAGENET
+
+FEW = 512  # images whose edits are made in one process
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,18 @@ def prepare(recipe: Recipe, found: Parts, cache: Path, raw: Path | None = None) 
         thresholds=Thresholds(like=0.0) if wanted.editor == "copy" else Thresholds(),
     )
 
+    shown = -1
+
     def show(done: int, total: int) -> None:
-        if done % 500 == 0 or done == total:
+        nonlocal shown
+        if done // 500 > shown or done == total:
+            shown = done // 500
             print(f"edits {done:,} of {total:,}", flush=True)
 
-    summary = generate(found.root, cache / "edits", config, catalog=found.all_train, progress=show)
+    # A process for every GPU, or else for every core. Starting them takes seconds, as long as making a few edits.
+    devices = default_devices(config.editor_config.accelerated)
+    engine = LocalEngine(devices) if len(found.all_train) > FEW else None
+    summary = generate(found.root, cache / "edits", config, catalog=found.all_train, engine=engine, progress=show)
     if summary.made:
         seconds = round(seconds_for_edits(cache) + summary.seconds, 1)
         (cache / "seconds.json").write_text(json.dumps({"edits": seconds}) + "\n")

@@ -237,7 +237,7 @@ def train(options: argparse.Namespace, recipe: Recipe, divided: Parts, world: Wo
     parallel = world.parallel(torch.compile(model) if options.compile else model)
     log = Log(options.out, step) if world.is_first else None
     clock = Clock({} if state is None else state.get("clock", {}))
-    started = Started(options, recipe, divided, world, updates, step)
+    started = Started(options, recipe, divided, world, updates, step, clock)
 
     def save(file: Path) -> None:
         random = world.gathered(torch.get_rng_state())
@@ -310,7 +310,7 @@ def train(options: argparse.Namespace, recipe: Recipe, divided: Parts, world: Wo
                 due = last or step % options.checkpoint_every == 0
                 if due or step % options.log_every == 0 or step % validate_every == 0:
                     flush()
-                    started.show(step, loader)
+                    started.show(step, step / len(loader))
                 with clock.pause():
                     if last or step % validate_every == 0:
                         validate()
@@ -324,7 +324,7 @@ def train(options: argparse.Namespace, recipe: Recipe, divided: Parts, world: Wo
         if log is not None:
             log.close()
     if log is not None:
-        started.finish(best, clock)
+        started.finish(best)
         plot(options.out)
 
 
@@ -332,10 +332,17 @@ class Started:
     """Progress lines and run.json."""
 
     def __init__(
-        self, options: argparse.Namespace, recipe: Recipe, divided: Any, world: World, updates: int, step: int
+        self,
+        options: argparse.Namespace,
+        recipe: Recipe,
+        divided: Any,
+        world: World,
+        updates: int,
+        step: int,
+        clock: Clock,
     ) -> None:
-        self.options, self.updates, self.world = options, updates, world
-        self.batch_size, self.before = recipe.train.batch_size, (time.perf_counter(), step)
+        self.options, self.updates, self.world, self.clock = options, updates, world, clock
+        self.batch_size, self.before = recipe.train.batch_size, (time.perf_counter(), step, clock.seconds["waiting"])
         self.file = options.out / "run.json"
         self.run: dict[str, Any] = {"starts": 0}
         if step and self.file.exists():
@@ -367,24 +374,23 @@ class Started:
             if step:
                 print(f"resuming after step {step:,}", flush=True)
 
-    def show(self, step: int, loader: DiffuseMixLoader) -> None:
-        now = time.perf_counter()
-        if not self.world.is_first or (now - self.before[0] < self.options.show_every and step < self.updates):
+    def show(self, step: int, epoch: float) -> None:
+        now, (before, step_before, waited_before) = time.perf_counter(), self.before
+        if not self.world.is_first or (now - before < self.options.show_every and step < self.updates):
             return
-        rate = (step - self.before[1]) / (now - self.before[0])
+        rate = (step - step_before) / (now - before)
+        waited = (self.clock.seconds["waiting"] - waited_before) / (now - before)
         left = (self.updates - step) / rate
-        stats = loader.stats()
-        waited = stats.wait / stats.total if stats.total else 0.0
-        self.before = (now, step)
+        self.before = (now, step, self.clock.seconds["waiting"])
         print(
-            f"step {step:,} of {self.updates:,}  epoch {step / len(loader):.2f}  "
+            f"step {step:,} of {self.updates:,}  epoch {epoch:.2f}  "
             f"{rate * self.batch_size:,.0f} images/s  "
             f"in the loader {waited:.0%}  left {int(left) // 3600}:{int(left) // 60 % 60:02d}:{int(left) % 60:02d}",
             flush=True,
         )
 
-    def finish(self, best: dict[str, Any], clock: Clock) -> None:
-        seconds = clock.read()
+    def finish(self, best: dict[str, Any]) -> None:
+        seconds = self.clock.read()
         steps = seconds["training"] + seconds["waiting"]
         self.run |= {
             "finished": True,

@@ -35,6 +35,7 @@ SUBMODULES: dict[str, tuple[str, ...] | None] = {
     "generate.editors.user": ("UserConfig",),
     "generate.estimate": ("Estimate", "estimate"),
     "generate.engines": None,
+    "generate.engines.local": ("LocalEngine", "default_devices"),
     "generate.quality": ("Thresholds",),
     "images.codec": ("decode",),
     "inspect.export": ("Exported", "export"),

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from PIL import Image
 
 from dali_diffusemix import Catalog, RandAugment, RandomErasing, TimmRandAugment, TrainCrop
 from dali_diffusemix.errors import CatalogError, ConfigError, DiffuseMixError
+from dali_diffusemix.generate.engines.local import LocalEngine, default_devices
 from dali_diffusemix.mix import IMAGENET_MEAN, IMAGENET_STD
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -248,6 +250,33 @@ def test_weights_of_another_model_are_refused(scripts: SimpleNamespace, tmp_path
 # --- divisions
 
 
+def test_many_edits_are_made_by_all_cores_and_progress_is_shown(
+    scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = miniature.single_folder(tmp_path / "data")
+    small = ["edits.size=8", "fractals.count=1", "fractals.size=16"]
+    recipe = scripts.recipe.Recipe.read(EXAMPLES / "recipes/flowers5.toml", small)
+    found = scripts.data.parts(recipe, root)
+    used: list[tuple[str, ...]] = []
+
+    def local_engine(devices: tuple[str, ...]) -> LocalEngine:
+        used.append(devices)
+        return LocalEngine(devices)
+
+    monkeypatch.setattr(scripts.data, "LocalEngine", local_engine)
+    scripts.data.prepare(recipe, found, tmp_path / "few")
+    assert not used  # starting processes takes longer
+    edits = 9 * len(found.all_train)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("edits ")]
+    assert [lines[0], lines[-1]] == [f"edits 0 of {edits}", f"edits {edits} of {edits}"]
+    assert len(lines) == 3  # at 500, too, though batches do not end there sharp
+    monkeypatch.setattr(scripts.data, "FEW", 10)
+    scripts.data.prepare(recipe, found, tmp_path / "many")
+    assert used == [default_devices(accelerated=False)]
+    few, many = (sorted((tmp_path / name / "edits/shards").glob("*.tar")) for name in ("few", "many"))
+    assert [one.read_bytes() for one in few] == [one.read_bytes() for one in many]
+
+
 def test_divisions_are_apart_and_copies_fall_on_one_side(scripts: SimpleNamespace, tmp_path: Path) -> None:
     root = miniature.single_folder(tmp_path / "data")
     for number in range(20):
@@ -427,6 +456,27 @@ def test_a_resumed_run_counts_its_time_once(
     assert 1000 < run["seconds"] < 1100
     assert run["images_per_second"] == pytest.approx(3 * 4 / 40, rel=0.2)
     assert run["loader_share"] == pytest.approx(0.25, abs=0.05)
+
+
+def test_progress_tells_the_wait_since_the_line_before(
+    scripts: SimpleNamespace,
+    command: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Also where an epoch is one batch."""
+    forward = torch.nn.CrossEntropyLoss.forward
+
+    def slowly(self: torch.nn.CrossEntropyLoss, *arguments: Any) -> torch.Tensor:
+        time.sleep(0.5)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", slowly)
+    few = ("mix.preset=none", "data.per_class=2", "train.updates=4", "train.validate_every=4")
+    scripts.train.main(command("run", *few, options=("--show-every", "0", "--log-every", "1")))
+    shown = re.findall(r"step (\d) of 4  epoch (\S+) .* in the loader (\d+)%", capfd.readouterr().out)
+    assert [(step, epoch) for step, epoch, _ in shown] == [(str(step), f"{step}.00") for step in range(1, 5)]
+    assert max(int(share) for _, _, share in shown[1:]) < 50
 
 
 def test_a_checkpoint_of_another_recipe(
