@@ -114,6 +114,7 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
         f"<header><h1>Does it help? <span>{html.escape(name)}</span></h1><p>{_facts(results, baseline)}</p></header>",
         _summary(clean, results, sets, baseline),
         _warning(results, sets, baseline),
+        _noisy_baseline(results, sets, baseline),
         f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets, baseline)}</section>"
         if clean
         else "",
@@ -162,16 +163,24 @@ def differences(results: Sequence[Result], baseline: str) -> str:
     for method in methods:
         cells = [_difference(of[at, method]) if (at, method) in of else absent[at] for _, at, of in shown]
         lines.append(f"| {method} | {' | '.join(cells)} |")
-    names = ((CLEAN, "on clean images"), (CORRUPTED, "on corrupted images"), (ATTACKED, "under FGSM"))
-    tested = {name: sum(one.p_seeds is not None for one in found[of.name].values()) for of, name in names}
-    groups = ", ".join(f"{counted(number, 'comparison')} {name}" for name, number in tested.items() if number)
-    lines.append(
-        "\nIn brackets: the 95 % interval of the difference over seeds, each by itself. Labels: at the 5 % level, "
-        f"after Holm's correction for {groups}, each of these groups by itself, over all training sets."
-        if groups
-        else "\nOne seed gives no interval and does not show whether there is a difference."
+    return "\n".join([*lines, "", _meaning(found)]) + "\n"
+
+
+def _meaning(found: Mapping[str, Mapping[tuple[str, str], Comparison]]) -> str:
+    """What the intervals and labels of `differences` are; comparisons by measure."""
+    names = {CLEAN.name: "on clean images", CORRUPTED.name: "on corrupted images", ATTACKED.name: "under FGSM"}
+    tested = {name: [one for one in of.values() if one.p_seeds is not None] for name, of in found.items()}
+    groups = ", ".join(f"{counted(len(of), 'comparison')} {names[name]}" for name, of in tested.items() if of)
+    if not groups:
+        return "One seed gives no interval and does not show whether there is a difference."
+    seeds = sorted({len(one.differences) for of in tested.values() for one in of})
+    over = f"{seeds[0]} seeds" if len(seeds) == 1 else f"the {seeds[0]} to {seeds[-1]} seeds that both methods have"
+    return (
+        f"In brackets: the 95 % interval of the difference over {over}; its variance is that of all methods together, "
+        "and it is not corrected, so it can exclude zero where no difference is shown. Better and worse: at the 5 % "
+        f"level over seeds and over test images, after Holm's correction for {groups}, each of these groups by itself, "
+        "over all training sets. Unclear: over seeds alone, or the method's own seeds vary more than those of all."
     )
-    return "\n".join(lines) + "\n"
 
 
 def _difference(one: Comparison) -> str:
@@ -261,6 +270,33 @@ def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> s
         f"<p class=warning><b>Trained too briefly?</b> The training loss of {html.escape(baseline)} is still "
         f"{', '.join(short)}. A network that does not fit its training images yet seldom gains from harder ones: give "
         "it more updates before you decide.</p>"
+    )
+
+
+def _noisy_baseline(results: Sequence[Result], sets: Sequence[str], baseline: str) -> str:
+    """Say where the baseline's runs vary more than those of the other methods, which the pooled tests do not know."""
+    noisy = []
+    for images in sets:
+        scores: dict[str, list[float]] = {}
+        for one in results:
+            if one["images_per_class"] == images:
+                scores.setdefault(one["method"], []).append(100 * one["top1"])
+        variance = {method: (statistics.variance(of), len(of) - 1) for method, of in scores.items() if len(of) > 1}
+        if baseline not in variance or len(variance) < 2:
+            continue
+        own, freedom = variance.pop(baseline)
+        others = sum(count for _, count in variance.values())
+        pooled = sum(one * count for one, count in variance.values()) / others
+        if stats.f.sf(own / max(pooled, 1e-12), freedom, others) < 0.01:
+            noisy.append(f"{own**0.5:.1f} points with {_of_set(images)} instead of {pooled**0.5:.1f}")
+    if not noisy:
+        return ""
+    name = html.escape(baseline)
+    return (
+        f"<p class=warning><b>A noisy baseline?</b> The runs of {name} vary more than those of the other methods: "
+        f"{', '.join(noisy)} (standard deviation over seeds). Every difference contains its noise, and the tests take "
+        f"all methods to vary alike: there the differences are less sure than their p-values say. More seeds of {name} "
+        "would tell.</p>"
     )
 
 

@@ -123,10 +123,14 @@ def test_it_says_what_every_comparison_shows(
 def test_the_table_of_differences_says_the_same(scripts: SimpleNamespace, results: list[dict[str, Any]]) -> None:
     head, _, *rows, blank, note = scripts.comparison_page.differences(results, "vanilla").splitlines()
     assert blank == "" and note == (
-        "In brackets: the 95 % interval of the difference over seeds, each by itself. Labels: at the 5 % level, after "
-        "Holm's correction for 6 comparisons on clean images, 6 comparisons on corrupted images, 6 comparisons under "
-        "FGSM, each of these groups by itself, over all training sets."
+        "In brackets: the 95 % interval of the difference over 3 seeds; its variance is that of all methods together, "
+        "and it is not corrected, so it can exclude zero where no difference is shown. Better and worse: at the 5 % "
+        "level over seeds and over test images, after Holm's correction for 6 comparisons on clean images, 6 "
+        "comparisons on corrupted images, 6 comparisons under FGSM, each of these groups by itself, over all training "
+        "sets. Unclear: over seeds alone, or the method's own seeds vary more than those of all."
     )
+    fewer = scripts.comparison_page.differences(without(results, ("all", "bad", 2)), "vanilla")
+    assert "over the 2 to 3 seeds that both methods have; " in fewer
     cells = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in rows}
     heads = head.strip("| ").split(" | ")[1:]
     for (images, method), one in scripts.comparison_page.compared(
@@ -330,6 +334,25 @@ def test_it_warns_from_the_loss_that_training_md_names(scripts: SimpleNamespace,
     for loss, warned in ((0.04, False), (0.07, True)):
         few = [{**one, "last_loss": loss} for one in results]
         assert ("Trained too briefly?" in scripts.comparison_page.page(few, "few", "vanilla")) is warned
+
+
+def test_it_warns_of_a_baseline_that_varies_more_than_the_rest(
+    scripts: SimpleNamespace, results: list[dict[str, Any]]
+) -> None:
+    assert "A noisy baseline?" not in scripts.comparison_page.page(results, "few", "vanilla")
+
+    def spread(factor: float) -> str:
+        runs = [
+            {**one, "top1": 0.7 + factor * (one["seed"] - 1)}
+            if (one["images_per_class"], one["method"]) == ("all", "vanilla")
+            else {**one, "top1": 0.7 + 0.01 * (one["seed"] - 1)}
+            for one in results
+        ]
+        return read(scripts.comparison_page.page(runs, "few", "vanilla"))[0]
+
+    # Three seeds each, three other methods: the F test of 2 and 6 degrees of freedom is at 1 % for 3.3 times theirs.
+    assert "A noisy baseline?" not in spread(0.032)
+    assert "vary more than those of the other methods: 3.4 points with all images instead of 1.0 (st" in spread(0.034)
 
 
 def test_it_is_one_file_and_escapes_names(page: str) -> None:
