@@ -641,7 +641,7 @@ def test_the_findings_of_long_training(compare: ModuleType, long_runs: list[dict
         f"took {seconds[0]:.0f} s with the procedural editor and {seconds[1]:.0f} s with the neural one",
         f"Vanilla trained at {speeds[0]:,.0f} images/s on one core, DiffuseMix at {speeds[1]:,.0f} (",
         "{:.0f} % and {:.0f} % of the time, kornia's CutMix {:.0f} %".format(*(100 * one for one in waits)),
-        f"still {statistics.fmean(of('last_loss', paper, 'all')):.2f}, on its own, harder images",
+        f"its loss with all images is still {statistics.fmean(of('last_loss', paper, 'all')):.2f}, on its own",
     ):
         assert said in text
     assert max(losses) < 0.05  # or more updates are needed
@@ -671,6 +671,25 @@ def test_the_findings_of_long_training(compare: ModuleType, long_runs: list[dict
     }
     for (at, _), one in upon_attacked.items():
         assert one.verdict == ("better" if at == "all" else "none")
+
+
+def test_twice_the_updates_gain_nothing_for_plain_training(long_runs: list[dict[str, Any]]) -> None:
+    text = " ".join((ROOT / "docs" / "results.md").read_text(encoding="utf-8").split())
+    [longer] = record_of("2026-11-27-2cores-longer")["runs"]
+    [run] = [
+        run
+        for run in long_runs
+        if (run["method"], run["images_per_class"], run["seed"]) == ("vanilla", "all", longer["seed"])
+    ]
+    assert longer["method"] == "vanilla" and longer["updates"] == 2 * run["updates"]
+    assert re.fullmatch(r"[0-9a-f]{40}", longer["commit"])
+    best = {updates: max(top1 for _, top1 in of["valid_top1"]) for updates, of in ((1, run), (2, longer))}
+    assert best[2] < best[1] and longer["top1"] < run["top1"]
+    assert (
+        f"give {100 * best[2]:.1f} % on validation instead of {100 * best[1]:.1f} %, and {100 * longer['top1']:.1f} % "
+        f"instead of {100 * run['top1']:.1f} % on the test images (seed {longer['seed']}; the loss is "
+        f"{longer['last_loss']:.3f})" in text
+    )
 
 
 def test_the_findings_of_the_steps(compare: ModuleType, long_runs: list[dict[str, Any]]) -> None:
