@@ -610,7 +610,7 @@ def test_the_findings_of_long_training(compare: ModuleType, long_runs: list[dict
     for said in (
         f"Vanilla, {trivial}, {paper} and {both} have five seeds, all others three",
         f"it gains {gain(clean, paper, '20')} and {gain(clean, paper, '50')} points over training without augmentation",
-        f"With all images it gains {gain(clean, paper, 'all')}, which is not clearly more than noise",
+        f"With all images it gains {gain(clean, paper, 'all')}, which is not clearly more than noise.**",
         f"the gains are {gain(clean, neural, '20')} and {gain(clean, neural, '50')} (both not shown to be more than "
         f"noise) and {gain(clean, neural, 'all')}.",
         f"needs no edits, gains {three(gain(clean, trivial, images) for images in sets)};",
