@@ -113,7 +113,7 @@ def page(results: Sequence[Result], name: str, baseline: str) -> str:
     body = [
         f"<header><h1>Does it help? <span>{html.escape(name)}</span></h1><p>{_facts(results, baseline)}</p></header>",
         _summary(clean, results, sets, baseline),
-        _warning(results, sets, baseline),
+        _trained_too_briefly(results, sets, baseline),
         _noisy_baseline(results, sets, baseline),
         f"<section><h2>Accuracy on the test images</h2>{_verdicts(clean, results, sets, baseline)}</section>"
         if clean
@@ -257,7 +257,7 @@ def _without(results: Sequence[Result], images: str, baseline: str) -> bool:
     return not any((one["images_per_class"], one["method"]) == (images, baseline) for one in results)
 
 
-def _warning(results: Sequence[Result], sets: Sequence[str], baseline: str) -> str:
+def _trained_too_briefly(results: Sequence[Result], sets: Sequence[str], baseline: str) -> str:
     """Say where the baseline does not fit its training images, so that the comparison comes too early."""
     short = []
     for images in sets:

@@ -24,7 +24,7 @@ from dali_diffusemix.generate.quality import Thresholds
 from dali_diffusemix.inspect.export import export
 from dali_diffusemix.mix import IMAGENET
 
-FEW = 512  # images whose edits are made in one process
+FEW = 512  # images; on a CPU their edits are made in this process, since starting others takes seconds
 
 
 @dataclass(frozen=True)
@@ -174,9 +174,9 @@ def prepare(recipe: Recipe, found: Parts, cache: Path, raw: Path | None = None) 
             shown = done // 500
             print(f"edits {done:,} of {total:,}", flush=True)
 
-    # A process for every GPU, or else for every core. Starting them takes seconds, as long as making a few edits.
-    devices = default_devices(config.editor_config.accelerated)
-    engine = LocalEngine(devices) if len(found.all_train) > FEW else None
+    # `generate` by itself uses every GPU, but one core.
+    many = len(found.all_train) > FEW
+    engine = LocalEngine(default_devices(config.editor_config.accelerated)) if many else None
     summary = generate(found.root, cache / "edits", config, catalog=found.all_train, engine=engine, progress=show)
     if summary.made:
         seconds = round(seconds_for_edits(cache) + summary.seconds, 1)

@@ -468,7 +468,7 @@ def test_progress_tells_the_wait_since_the_line_before(
     forward = torch.nn.CrossEntropyLoss.forward
 
     def slowly(self: torch.nn.CrossEntropyLoss, *arguments: Any) -> torch.Tensor:
-        time.sleep(0.5)
+        time.sleep(0.5)  # so that an update takes longer than the wait for a batch on any machine
         return forward(self, *arguments)
 
     monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", slowly)
